@@ -1,0 +1,1 @@
+"""Train weight-sparse transformers and cut circuits out of them."""

@@ -1,0 +1,556 @@
+"""CircuitGPT: the weight-sparse GPT of Gao et al. 2025 (arXiv 2511.13653) as a `PreTrainedModel`.
+
+GPT-2 style decoder with what makes its behaviours come apart into circuits: AbsTopK at every site
+a circuit can be cut at ([`NodeSite`]), RMSNorm, attention sinks, and a dense bigram table beside
+the sparse weights. Parameter names are those of OpenAI's released checkpoints. Runs against
+OpenAI's own logits and activations in the tests.
+
+Shapes in comments: B batch, T tokens, D `d_model`, H heads, K `d_head`, V vocabulary.
+"""
+
+import math
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+
+from .configuration_circuitgpt import CircuitGPTConfig
+from .sparse_ops import abs_topk
+
+# torch's RMSNorm derives its epsilon from the dtype; OpenAI's models were trained in float32, and
+# the epsilon must not change when their weights are loaded in bfloat16.
+RMS_NORM_EPS = torch.finfo(torch.float32).eps
+
+
+class AbsTopK(nn.Module):
+    """Keeps the k largest activations by magnitude, all of them where k is None."""
+
+    def __init__(self, width: int, k: int | None = None):
+        super().__init__()
+        self.width = width
+        self.k = k
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.k is None else abs_topk(x, self.k)
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, k={self.k}"
+
+
+class NodeSite(AbsTopK):
+    """A place where a circuit can be cut: one node per channel, `(B, T, width)` in and out.
+
+    It has no parameters. Record or ablate its nodes with an ordinary `register_forward_hook`.
+    """
+
+
+def make_norm(config: CircuitGPTConfig, width: int) -> nn.Module:
+    if config.rms_norm:
+        return nn.RMSNorm(width, eps=RMS_NORM_EPS)
+    return nn.LayerNorm(width, eps=1e-5, bias=config.ln_bias)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sink_logit: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The readable reference: `(B, H, T, K)` in, `(B, T, H, K)` and the weights out."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    if sink_logit is not None:
+        # The sink takes part in the softmax and then drops out: it only adds to the denominator.
+        sink = sink_logit.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = weights[..., : key.shape[-2]]
+    attended = F.dropout(weights, p=dropout, training=module.training) @ value
+    return attended.transpose(1, 2), weights
+
+
+def sdpa_attention_with_sink(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float,
+    sink_logit: torch.Tensor,
+) -> torch.Tensor:
+    """The same through `scaled_dot_product_attention`: `(B, H, T, K)` in, `(B, T, H, K)` out.
+
+    The sink becomes a key in front of the others whose value is zero. One extra channel, 1 in
+    every query and `sink_logit / scaling` in that key only, makes its score the sink's logit for
+    every query, so that no mask has to carry it and the causal kernels stay usable.
+    """
+    batch, heads, queries, width = query.shape
+    sink_key = query.new_zeros(batch, heads, 1, width + 1)
+    sink_key[..., -1] = (sink_logit / scaling).to(query.dtype).view(1, heads, 1)
+    query = torch.cat([query, query.new_ones(batch, heads, queries, 1)], dim=-1)
+    key = torch.cat([sink_key, F.pad(key, (0, 1))], dim=2)
+    value = F.pad(value, (0, 1, 1, 0))  # a zero row in front; the extra channel keeps widths equal
+    is_causal = attention_mask is None and queries > 1
+    if is_causal:
+        # A query in front of the others keeps the causal diagonal in place. A static cache holds
+        # more keys than there are queries, none of them filled yet.
+        query = F.pad(query, (0, 0, 1, 0))
+        key, value = key[:, :, : queries + 1], value[:, :, : queries + 1]
+    elif attention_mask is not None:
+        seen = attention_mask.dtype == torch.bool  # in a boolean mask 1 is seen, in a float one 0
+        attention_mask = F.pad(attention_mask, (1, 0), value=1 if seen else 0)
+    attended = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        scale=scaling,
+    )
+    return attended[:, :, int(is_causal) :, :width].transpose(1, 2)
+
+
+class AttentionSink(nn.Module):
+    """Holds the per-head logit, `(H,)`, that only enters the softmax denominator."""
+
+    def __init__(self, n_head: int):
+        super().__init__()
+        self.sink_logit = nn.Parameter(torch.zeros(n_head))
+
+
+class CircuitGPTAttention(nn.Module):
+    def __init__(self, config: CircuitGPTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.d_head
+        self.scaling = config.d_head**-0.5
+        self.is_causal = True
+        inner = config.n_head * config.d_head
+
+        self.act_in = NodeSite(config.d_model_in, config.site_k("attn_in"))
+        self.c_attn = nn.Linear(config.d_model_in, 3 * inner, bias=config.bias)
+        self.q = NodeSite(inner, config.site_k("attn_q"))
+        self.k = NodeSite(inner, config.site_k("attn_k"))
+        self.v = NodeSite(inner, config.site_k("attn_v"))
+        self.attn_imp = AttentionSink(config.n_head) if config.sink else None
+        self.c_proj = nn.Linear(inner, config.d_model, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_delta = NodeSite(config.d_model, config.site_k("attn_out"))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        q, k, v = self.c_attn(self.act_in(x)).chunk(3, dim=-1)
+        by_head = (*x.shape[:-1], -1, self.head_dim)
+        q = self.q(q).view(by_head).transpose(1, 2)  # (B, H, T, K)
+        k = self.k(k).view(by_head).transpose(1, 2)
+        v = self.v(v).view(by_head).transpose(1, 2)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+
+        implementation = self.config._attn_implementation
+        dropout = self.config.dropout if self.training else 0.0
+        sink_logit = None if self.attn_imp is None else self.attn_imp.sink_logit
+        weights = None
+        if implementation == "sdpa" and sink_logit is not None:
+            y = sdpa_attention_with_sink(q, k, v, attention_mask, self.scaling, dropout, sink_logit)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+            if sink_logit is not None:
+                kwargs["sink_logit"] = sink_logit
+            y, weights = attend(
+                self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
+            )
+        y = self.c_proj(y.reshape(*x.shape[:-1], -1))
+        return self.resid_delta(self.resid_dropout(y)), weights
+
+
+class CircuitGPTMLP(nn.Module):
+    def __init__(self, config: CircuitGPTConfig):
+        super().__init__()
+        self.act_in = NodeSite(config.d_model_in, config.site_k("mlp_in"))
+        self.c_fc = nn.Linear(config.d_model_in, config.d_mlp, bias=config.bias)
+        self.act_fn = nn.GELU() if config.activation_type == "gelu" else nn.ReLU()
+        self.post_act = NodeSite(config.d_mlp, config.site_k("mlp_neuron"))
+        self.c_proj = nn.Linear(config.d_mlp, config.d_model, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+        self.resid_delta = NodeSite(config.d_model, config.site_k("mlp_out"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        neurons = self.post_act(self.act_fn(self.c_fc(self.act_in(x))))
+        return self.resid_delta(self.dropout(self.c_proj(neurons)))
+
+
+class CircuitGPTBlock(GradientCheckpointingLayer):
+    def __init__(self, config: CircuitGPTConfig, layer_idx: int):
+        super().__init__()
+        self.concatenates_positions = config.d_pos_emb is not None
+        self.ln_1 = make_norm(config, config.d_model)
+        self.attn = CircuitGPTAttention(config, layer_idx)
+        self.ln_2 = make_norm(config, config.d_model)
+        self.mlp = CircuitGPTMLP(config)
+        if self.concatenates_positions:
+            self.ln_p1 = make_norm(config, config.d_pos_emb)
+            self.ln_p2 = make_norm(config, config.d_pos_emb)
+        relu = config.residual_activation_type == "relu"
+        self.residual_act = nn.ReLU() if relu else nn.Identity()
+        self.resid_post_attn = AbsTopK(config.d_model, config.site_k("resid_post_attn"))
+        self.resid_post_mlp = AbsTopK(config.d_model, config.site_k("resid_post_mlp"))
+
+    def forward(
+        self,
+        x: torch.Tensor,  # (B, T, D)
+        positions: torch.Tensor | None = None,  # (B or 1, T, d_pos_emb) where concatenated
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        read = self.ln_1(x)
+        if self.concatenates_positions:
+            read = torch.cat([read, self.ln_p1(positions).expand(len(x), -1, -1)], dim=-1)
+        delta, weights = self.attn(read, attention_mask, past_key_values, **kwargs)
+        x = self.resid_post_attn(self.residual_act(x + delta))
+
+        read = self.ln_2(x)
+        if self.concatenates_positions:
+            read = torch.cat([read, self.ln_p2(positions).expand(len(x), -1, -1)], dim=-1)
+        x = self.resid_post_mlp(self.residual_act(x + self.mlp(read)))
+        return x, weights
+
+
+class SinusoidalPositions(nn.Embedding):
+    """Frozen positions `(block_size, width)`: sines, then cosines, of log-spaced periods.
+
+    The periods run from 4 tokens to `block_size` tokens, as in OpenAI's model.
+    """
+
+    def __init__(self, block_size: int, width: int):
+        super().__init__(block_size, width)
+        self.weight.requires_grad_(False)
+
+    def table(self) -> torch.Tensor:
+        length, width = self.weight.shape
+        periods = torch.logspace(math.log10(4.0), math.log10(max(4.0, length)), max(1, width // 2))
+        angles = torch.arange(length)[:, None] * (2 * math.pi / periods)
+        table = torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
+        return F.pad(table, (0, width - table.shape[1]))
+
+
+class CircuitGPTPreTrainedModel(PreTrainedModel):
+    config_class = CircuitGPTConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CircuitGPTBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # Older releases lack the first; the others are causal or pruning masks stored as buffers.
+    _keys_to_ignore_on_load_missing = [r"^final_logits_bias$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"\.attn\.(masked_)?bias$",
+        r"(^|[._])mask$",
+    ]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any):
+        """As every `from_pretrained`; also reads OpenAI's Hub layout (`circuit_model.` keys)."""
+        kwargs.setdefault("key_mapping", {r"^circuit_model\.": ""})
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._weight_conversions = None  # save in our own layout, whichever was read
+        return loaded
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, SinusoidalPositions):
+            init.copy_(module.weight, module.table())
+            return
+        super()._init_weights(module)
+        if isinstance(module, (CircuitGPTAttention, CircuitGPTMLP)):
+            # GPT-2's scheme: the residual stream adds up 2 * n_layer of these.
+            std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
+            init.normal_(module.c_proj.weight, mean=0.0, std=std)
+        elif isinstance(module, AttentionSink):
+            init.zeros_(module.sink_logit)
+        elif isinstance(module, CircuitGPTForCausalLM):
+            init.zeros_(module.final_logits_bias)
+            if module.bigram_table is not None:
+                init.zeros_(module.bigram_table)
+
+    def node_sites(self) -> dict[str, NodeSite]:
+        """Every place where a circuit can be cut, in the order of computation.
+
+        Keys: `h.{i}.attn.act_in, .q, .k, .v, .resid_delta` and `h.{i}.mlp.act_in, .post_act,
+        .resid_delta`.
+        """
+        return {
+            name[name.index("h.") :]: module
+            for name, module in self.named_modules()
+            if isinstance(module, NodeSite)
+        }
+
+
+class CircuitGPTModel(CircuitGPTPreTrainedModel):
+    """The transformer without its unembedding."""
+
+    def __init__(self, config: CircuitGPTConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.d_model)
+        positions = SinusoidalPositions if config.sinusoidal_cat_pos_emb else nn.Embedding
+        self.wpe = positions(config.block_size, config.d_pos_emb or config.d_model)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList([CircuitGPTBlock(config, i) for i in range(config.n_layer)])
+        self.ln_f = make_norm(config, config.d_model)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.wte = value
+
+    def position_ids_for(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        """Positions `(B or 1, T)` of the tokens embedded in `x`; padding does not count."""
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        length = x.shape[1]
+        if attention_mask is not None and attention_mask.dim() == 2:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        if past + length > self.config.block_size:
+            raise ValueError(
+                f"The sequence has {past + length} tokens, but this model reads at most "
+                f"block_size={self.config.block_size}; shorten it."
+            )
+        return torch.arange(past, past + length, device=x.device)[None]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: `(B, T)` token ids; or pass `inputs_embeds`, `(B, T, D)`, instead.
+            attention_mask: `(B, past + T)`, 1 for tokens and 0 for padding on either side.
+            position_ids: `(B, T)`; counted from the attention mask if not given.
+            past_key_values: cache of the tokens before these.
+            output_hidden_states: also return the residual stream before every block and, last,
+                after the final norm: `n_layer + 1` tensors `(B, T, D)`.
+            output_attentions: also return `n_layer` tensors `(B, H, T, past + T)`; needs
+                `attn_implementation="eager"`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                "Exactly one of input_ids and inputs_embeds is needed, but "
+                f"{'neither' if input_ids is None else 'both'} was passed."
+            )
+        config = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+
+        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+        if position_ids is None:
+            position_ids = self.position_ids_for(x, attention_mask, past_key_values)
+        positions = self.wpe(position_ids).to(x.device)
+        if config.d_pos_emb is None:
+            x, positions = x + positions, None
+        elif config.dropout_cat_pos_emb:
+            positions = self.drop(positions)
+        x = self.drop(x)
+
+        mask = create_causal_mask(
+            config=config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = []
+        attentions = []
+        for block in self.h:
+            hidden_states.append(x)
+            x, weights = block(x, positions, mask, past_key_values, **kwargs)
+            attentions.append(weights)
+        x = self.ln_f(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*hidden_states, x) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+
+class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
+    """CircuitGPT with its unembedding, logits bias and bigram table."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+
+    def __init__(self, config: CircuitGPTConfig):
+        super().__init__(config)
+        self.transformer = CircuitGPTModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.register_buffer("final_logits_bias", torch.zeros(config.vocab_size))
+        table = torch.zeros(config.vocab_size, config.vocab_size)
+        if not config.enable_bigram_table:
+            self.bigram_table = None
+        elif config.learnable_bigram_table:
+            self.bigram_table = nn.Parameter(table)
+        else:
+            self.register_buffer("bigram_table", table)
+        self.post_init()
+
+    @classmethod
+    def from_openai(
+        cls, folder: str | os.PathLike, **config_overrides: Any
+    ) -> "CircuitGPTForCausalLM":
+        """Load OpenAI's blob layout: a folder with `beeg_config.json` and `final_model.pt`.
+
+        Args:
+            folder: where the two files are.
+            config_overrides: config fields to set over those read.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing, unreadable or does not fit the other.
+        """
+        try:
+            from hf_circuit_sparsity.modeling.openai_checkpoint import read_openai_checkpoint
+        except ImportError as error:
+            raise ImportError(
+                "from_openai needs the package hf-circuit-sparsity; pip install it."
+            ) from error
+        config, state_dict = read_openai_checkpoint(folder, **config_overrides)
+        model = cls(config)
+        model.load_state_dict(state_dict)
+        return model.eval()
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Embedding:
+        """Resizes everything that has the vocabulary's size; new bigram entries are zero."""
+        embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        size = embedding.num_embeddings
+
+        def resized(table: torch.Tensor) -> torch.Tensor:
+            new = table.new_zeros([size] * table.dim())
+            common = (slice(min(size, len(table))),) * table.dim()
+            new[common] = table[common]
+            return new
+
+        self.final_logits_bias = resized(self.final_logits_bias)
+        if isinstance(self.bigram_table, nn.Parameter):
+            self.bigram_table = nn.Parameter(resized(self.bigram_table.data))
+        elif self.bigram_table is not None:
+            self.bigram_table = resized(self.bigram_table)
+        return embedding
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: `(B, T)` token ids, shifted inside the model, -100 where no loss is wanted.
+                `shift_labels`, already shifted, is taken as well.
+            logits_to_keep: compute only the last so many positions' logits (0: all), or the
+                positions at these indices.
+
+        Returns:
+            loss (scalar, mean cross-entropy in nats), logits `(B, T, V)`, the cache, and hidden
+            states and attentions as of [`CircuitGPTModel.forward`].
+        """
+        if self.bigram_table is not None and input_ids is None:
+            raise ValueError(
+                "This model looks its bigram table up by token, so inputs_embeds alone do not "
+                "determine its logits; pass input_ids."
+            )
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **{k: v for k, v in kwargs.items() if k not in ("num_items_in_batch", "shift_labels")},
+        )
+        hidden = outputs.last_hidden_state
+        keep = logits_to_keep
+        if isinstance(keep, int):
+            keep = slice(-keep, None) if keep else slice(None)
+        logits = self.lm_head(hidden[:, keep]) + self.final_logits_bias.to(hidden.dtype)
+        if self.bigram_table is not None:
+            tokens = input_ids[:, keep].to(self.bigram_table.device)
+            bigrams = F.embedding(tokens, self.bigram_table)
+            logits = logits + bigrams.to(device=logits.device, dtype=logits.dtype)
+
+        loss = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "AbsTopK",
+    "CircuitGPTForCausalLM",
+    "CircuitGPTModel",
+    "CircuitGPTPreTrainedModel",
+    "NodeSite",
+]

@@ -1,0 +1,91 @@
+"""Pack documents into blocks of equal length for language-model training."""
+
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase
+
+AnyDataset = TypeVar("AnyDataset", Dataset, DatasetDict)
+
+# Enough documents to keep the tokenizer's threads busy, few enough to hold in memory at once.
+_DOCUMENTS_PER_BATCH = 64
+
+
+def pack(
+    dataset: AnyDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    *,
+    text_column: str = "text",
+) -> AnyDataset:
+    """Tokenize documents and cut them into blocks of `block_size` tokens.
+
+    The documents follow each other in the order of the rows, each ended by the end-of-text token.
+    The stream is cut every `block_size` tokens, so a block may start inside a document; what is
+    left at the end and does not fill a block is dropped. A document that spells out a special token
+    gets it as ordinary text, so that no file can fake a document's end.
+
+    Returns:
+        A dataset (or a `DatasetDict` with the same splits) with two columns, both int32 of
+        `block_size` entries: `input_ids`, and `labels`, which is the same (models that follow the
+        transformers convention shift labels themselves). `Trainer` takes it as it is. It lives in
+        memory: nothing is cached on disk.
+
+    Raises:
+        ValueError: `block_size` below 2, a tokenizer without end-of-text token, a missing text
+            column, or documents too short to fill one block.
+    """
+    if block_size < 2:
+        raise ValueError(f"block_size is {block_size}, but must be at least 2.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no eos_token, but documents are joined by it; set "
+            "tokenizer.eos_token."
+        )
+    if isinstance(dataset, DatasetDict):
+        return DatasetDict(
+            {
+                split: _pack_split(rows, tokenizer, block_size, text_column, split)
+                for split, rows in dataset.items()
+            }
+        )
+    return _pack_split(dataset, tokenizer, block_size, text_column, "dataset")
+
+
+def _pack_split(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    text_column: str,
+    name: str,
+) -> Dataset:
+    if text_column not in dataset.column_names:
+        raise ValueError(
+            f"The {name} split has the columns {dataset.column_names}, but not {text_column!r}; "
+            "pass text_column."
+        )
+    stream = [np.empty(0, dtype=np.int32)]
+    for batch in dataset.iter(batch_size=_DOCUMENTS_PER_BATCH):
+        documents = tokenizer(
+            batch[text_column],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        stream += [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in documents]
+    tokens = np.concatenate(stream)
+    n_blocks = len(tokens) // block_size
+    if n_blocks == 0:
+        raise ValueError(
+            f"The {name} split has {len(tokens)} tokens in all, fewer than one block of "
+            f"{block_size}; pass more text or a smaller block_size."
+        )
+    blocks = pa.FixedSizeListArray.from_arrays(
+        pa.array(tokens[: n_blocks * block_size]), block_size
+    )
+    # Both columns are the same Arrow buffer, so labels cost no memory.
+    return Dataset(pa.table({"input_ids": blocks, "labels": blocks}))

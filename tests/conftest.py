@@ -1,0 +1,38 @@
+"""What tests of several rooms share: small models, and OpenAI's reference files."""
+
+import os
+from pathlib import Path
+
+# Nothing here may reach the network; set before huggingface_hub reads its environment.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from hf_circuit_sparsity.modeling import CircuitGPTConfig, CircuitGPTForCausalLM
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture
+def tiny_config() -> CircuitGPTConfig:
+    """All that the paper's model has, at the size of a test."""
+    return CircuitGPTConfig(
+        n_layer=2, n_head=4, d_head=8, d_model=32, d_mlp=64, block_size=32, vocab_size=64
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_config: CircuitGPTConfig) -> CircuitGPTForCausalLM:
+    return random_model(tiny_config)
+
+
+def random_model(config: CircuitGPTConfig, seed: int = 0) -> CircuitGPTForCausalLM:
+    """A model none of whose tensors is at its neutral value, so that each of them matters."""
+    torch.manual_seed(seed)
+    model = CircuitGPTForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            neutral = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
+            tensor.copy_(neutral + 0.3 * torch.randn(tensor.shape))
+    return model
