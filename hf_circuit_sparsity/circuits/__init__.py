@@ -1,0 +1,24 @@
+"""Cut circuits out of a model, check them and look at them."""
+
+from ..modeling.fingerprint import model_fingerprint
+from .ablation import mean_ablated, mean_activations
+from .circuit import Circuit
+from .edges import Edge
+from .faithfulness import evaluate_circuit
+from .pruning import PruningConfig, TaskNotLearnedError, find_circuit
+from .task_loss import Calibration, binary_accuracy, binary_loss
+
+__all__ = [
+    "Calibration",
+    "Circuit",
+    "Edge",
+    "PruningConfig",
+    "TaskNotLearnedError",
+    "binary_accuracy",
+    "binary_loss",
+    "evaluate_circuit",
+    "find_circuit",
+    "mean_ablated",
+    "mean_activations",
+    "model_fingerprint",
+]

@@ -1,0 +1,41 @@
+"""A sample of the pretraining distribution, over which nodes' means are taken."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from ..tasks import build_corpus, pack
+
+ReferenceTokens = Dataset | torch.Tensor | None
+
+
+def reference_input_ids(
+    model: nn.Module, tokenizer: Any, reference: ReferenceTokens, tokens: int
+) -> torch.Tensor:
+    """Token ids `(n, length)` of about `tokens` tokens, n ≥ 1.
+
+    Args:
+        reference: rows of equal length; `None` takes the Python standard library.
+    """
+    if isinstance(reference, torch.Tensor):
+        if reference.dim() != 2 or not len(reference):
+            raise ValueError(
+                f"reference of shape {tuple(reference.shape)} was passed, expected token ids of "
+                "shape (n, length) with n ≥ 1."
+            )
+        return reference[: max(1, tokens // reference.shape[1])]
+    if reference is None:
+        block_size = min(256, model.config.max_position_embeddings)
+        reference = pack(build_corpus()["train"], tokenizer, block_size)
+    if "input_ids" not in reference.column_names or not len(reference):
+        raise ValueError(
+            f"reference has the columns {reference.column_names} and {len(reference)} rows, "
+            "expected at least one row and the column input_ids."
+        )
+    length = len(reference[0]["input_ids"])
+    count = min(len(reference), max(1, tokens // length))
+    # Spread over the whole set: neighbouring blocks come from the same file.
+    rows = torch.linspace(0, len(reference) - 1, count).long().tolist()
+    return torch.tensor(reference.select(rows)["input_ids"][:])
