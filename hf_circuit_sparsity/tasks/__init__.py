@@ -1,0 +1,21 @@
+"""Data: the corpus, its tokenizer, packing into blocks, and the binary tasks."""
+
+from .binary_task import BinaryTask, TaskNotExpressibleError
+from .corpus import build_corpus
+from .load import build_task_dataset, list_tasks, load_task
+from .packing import pack
+from .tokenizer import decode_bytes, encode_bytes, tokenizer_from_openai, train_tokenizer
+
+__all__ = [
+    "BinaryTask",
+    "TaskNotExpressibleError",
+    "build_corpus",
+    "build_task_dataset",
+    "decode_bytes",
+    "encode_bytes",
+    "list_tasks",
+    "load_task",
+    "pack",
+    "tokenizer_from_openai",
+    "train_tokenizer",
+]

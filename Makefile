@@ -1,0 +1,30 @@
+# Two commands for people: `make quickstart` and `make test`. Both set up .venv when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: quickstart test test-slow lint format
+
+quickstart: $(INSTALLED)
+	$(BIN)/hf-circuit-sparsity quickstart $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -q $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first and by the constraints: left to the resolver it may come as another build.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@

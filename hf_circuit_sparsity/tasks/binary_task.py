@@ -1,0 +1,286 @@
+"""A behaviour as pairs of prompts and two tokens to decide between."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from .definitions import Example, Pair, Split
+
+FEATURES = Features(
+    {
+        "prompt": Value("string"),
+        "counterfactual_prompt": Value("string"),
+        "target": Value("string"),
+        "counterfactual_target": Value("string"),
+        "input_ids": List(Value("int32")),
+        "counterfactual_input_ids": List(Value("int32")),
+        "target_id": Value("int32"),
+        "counterfactual_target_id": Value("int32"),
+    }
+)
+
+
+class TaskNotExpressibleError(ValueError):
+    """The tokenizer has no single tokens that tell the task's two answers apart."""
+
+
+@dataclass(frozen=True)
+class BinaryTask:
+    """A binary next-token task: after `prompt`, `target` is right and `counterfactual_target` not.
+
+    Attributes:
+        name: The task's name.
+        description: One or two sentences for cards and reports.
+        train: Rows to find a circuit with.
+        test: Rows to check it with; the built-in tasks share no template and no name with `train`.
+        pad_token_id: What `tensors` pads with.
+
+    Both datasets have the columns
+
+    - `prompt`, `counterfactual_prompt` (string): two prompts that differ in what decides the
+      answer. Rows 2k and 2k+1 are one pair, in both directions, so both answers are equally
+      frequent, and each row alone is a complete example.
+    - `target`, `counterfactual_target` (string): the right next token of each of the two prompts.
+    - `input_ids`, `counterfactual_input_ids` (lists of int32): the tokens of the prompts, without
+      special tokens. The two are equally long wherever `equal_length` says so.
+    - `target_id`, `counterfactual_target_id` (int32).
+    """
+
+    name: str
+    description: str
+    train: Dataset
+    test: Dataset
+    pad_token_id: int
+
+    @classmethod
+    def from_pairs(
+        cls,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        train_pairs: Iterable[tuple[tuple[str, str], tuple[str, str]]],
+        test_pairs: Iterable[tuple[tuple[str, str], tuple[str, str]]],
+        *,
+        description: str = "",
+        max_length: int | None = None,
+    ) -> "BinaryTask":
+        """A task of one's own.
+
+        Args:
+            name: Any name.
+            tokenizer: The model's tokenizer.
+            train_pairs: Pairs `((prompt, target), (counterfactual_prompt, counterfactual_target))`,
+                each used in both directions.
+            test_pairs: The same, for the test split.
+            description: For cards and reports.
+            max_length: The longest prompt allowed, in tokens.
+
+        Raises:
+            TaskNotExpressibleError: A target is not exactly one token after its prompt, or the two
+                targets of a pair are the same token.
+            ValueError: No pairs, an empty prompt, or one longer than `max_length`.
+        """
+        splits = []
+        for split, given in (("train", train_pairs), ("test", test_pairs)):
+            pairs = [(Example(*first), Example(*second)) for first, second in given]
+            if not pairs:
+                raise ValueError(f"Task {name!r}: the {split} split has no pairs; pass some.")
+            encoded = encode_pairs(tokenizer, pairs)
+            for pair in encoded:
+                for side in pair.sides:
+                    _check_single_token(name, tokenizer, side)
+                check_distinct(name, tokenizer, pair)
+            splits.append(encoded)
+        return cls.from_encoded(name, description, tokenizer, *splits, max_length=max_length)
+
+    @classmethod
+    def from_encoded(
+        cls,
+        name: str,
+        description: str,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Sequence["EncodedPair"],
+        test: Sequence["EncodedPair"],
+        *,
+        max_length: int | None = None,
+    ) -> "BinaryTask":
+        """A task of pairs that `encode_pairs` made and the caller has checked.
+
+        Raises:
+            ValueError: A prompt longer than `max_length` tokens.
+        """
+        if max_length is not None:
+            longest = max(
+                (side for pair in (*train, *test) for side in pair.sides),
+                key=lambda side: len(side.input_ids),
+            )
+            if len(longest.input_ids) > max_length:
+                raise ValueError(
+                    f"Task {name!r}: the prompt {longest.prompt!r} is {len(longest.input_ids)} "
+                    f"tokens long under this tokenizer, but max_length is {max_length}; use a "
+                    "model with a longer context or a tokenizer with longer tokens."
+                )
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        return cls(name, description, _rows(tokenizer, train), _rows(tokenizer, test), pad)
+
+    @property
+    def equal_length(self) -> bool:
+        """Whether every prompt has as many tokens as its counterfactual, in both splits."""
+        return all(
+            len(ids) == len(other)
+            for split in (self.train, self.test)
+            for ids, other in zip(
+                split["input_ids"], split["counterfactual_input_ids"], strict=True
+            )
+        )
+
+    def tensors(self, split: Split) -> dict[str, torch.Tensor]:
+        """The whole split as tensors for a model.
+
+        Prompts are padded on the left, so `logits[:, -1]` is always the answer's position. All
+        tensors are int64 on the CPU; with n rows whose longest prompt has L tokens:
+
+        - `input_ids`, `attention_mask`: [n, L]
+        - `counterfactual_input_ids`, `counterfactual_attention_mask`: [n, L]
+        - `target_ids`, `counterfactual_target_ids`: [n]
+
+        Raises:
+            ValueError: A split other than "train" and "test".
+        """
+        if split not in ("train", "test"):
+            raise ValueError(f'The split is {split!r}, but must be "train" or "test".')
+        rows = getattr(self, split)[:]
+        length = max(map(len, rows["input_ids"] + rows["counterfactual_input_ids"]))
+        ids, mask = self._pad_left(rows["input_ids"], length)
+        other_ids, other_mask = self._pad_left(rows["counterfactual_input_ids"], length)
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "counterfactual_input_ids": other_ids,
+            "counterfactual_attention_mask": other_mask,
+            "target_ids": torch.tensor(rows["target_id"]),
+            "counterfactual_target_ids": torch.tensor(rows["counterfactual_target_id"]),
+        }
+
+    def _pad_left(self, prompts: list[list[int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.full((len(prompts), length), self.pad_token_id)
+        mask = torch.zeros(len(prompts), length, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, length - len(prompt) :] = torch.tensor(prompt)
+            mask[row, length - len(prompt) :] = 1
+        return ids, mask
+
+
+class EncodedExample(NamedTuple):
+    """An example under a tokenizer.
+
+    `continuation_ids` are the tokens of the continuation as they come after this prompt; empty
+    where the tokenizer fuses the prompt's end with it, so that there is no token to ask for.
+    """
+
+    prompt: str
+    continuation: str
+    input_ids: list[int]
+    continuation_ids: list[int]
+
+
+class EncodedPair(NamedTuple):
+    """Two examples, each the other's counterfactual."""
+
+    first: EncodedExample
+    second: EncodedExample
+
+    @property
+    def sides(self) -> tuple[EncodedExample, EncodedExample]:
+        """Both examples."""
+        return self.first, self.second
+
+    @property
+    def is_equal_length(self) -> bool:
+        """Whether both prompts have the same number of tokens."""
+        return len(self.first.input_ids) == len(self.second.input_ids)
+
+    @property
+    def is_expressible(self) -> bool:
+        """Whether both answers are tokens of their own, and different ones."""
+        first, second = self.first.continuation_ids, self.second.continuation_ids
+        return bool(first and second) and first[0] != second[0]
+
+
+def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> list[EncodedPair]:
+    """Tokenize pairs, without special tokens.
+
+    Raises:
+        ValueError: An empty prompt.
+    """
+    examples = [example for pair in pairs for example in pair]
+    prompts = _tokenize(tokenizer, [example.prompt for example in examples])
+    wholes = _tokenize(tokenizer, [example.prompt + example.continuation for example in examples])
+    encoded = []
+    for example, ids, whole in zip(examples, prompts, wholes, strict=True):
+        if not ids:
+            raise ValueError("A prompt is empty; every prompt needs at least one token.")
+        continuation = whole[len(ids) :] if whole[: len(ids)] == ids else []
+        encoded.append(EncodedExample(*example, ids, continuation))
+    return [EncodedPair(*sides) for sides in zip(encoded[::2], encoded[1::2], strict=True)]
+
+
+def check_distinct(name: str, tokenizer: PreTrainedTokenizerBase, pair: EncodedPair) -> None:
+    """Raise `TaskNotExpressibleError` where no single token tells the two answers apart."""
+    for side in pair.sides:
+        if not side.continuation_ids:
+            raise TaskNotExpressibleError(
+                f"Task {name!r}: this tokenizer fuses the end of the prompt {side.prompt!r} with "
+                f"the candidate {side.continuation!r}, so the answer is not a token of its own; "
+                "use a prompt that ends where a token ends, or another tokenizer."
+            )
+    if not pair.is_expressible:
+        raise TaskNotExpressibleError(
+            f"Task {name!r}: its candidates are not single tokens under this tokenizer: after "
+            f"{pair.first.prompt!r}, {_spell(tokenizer, pair.first)}, and "
+            f"{_spell(tokenizer, pair.second)}, which begin with the same token; use a tokenizer "
+            "with more entries or another task."
+        )
+
+
+def _check_single_token(
+    name: str, tokenizer: PreTrainedTokenizerBase, side: EncodedExample
+) -> None:
+    if len(side.continuation_ids) > 1:
+        raise TaskNotExpressibleError(
+            f"Task {name!r}: a candidate must be one token, but after {side.prompt!r} "
+            f"{_spell(tokenizer, side)}; use a candidate that is a single token, such as its "
+            "first, or another tokenizer."
+        )
+
+
+def _spell(tokenizer: PreTrainedTokenizerBase, side: EncodedExample) -> str:
+    tokens = ", ".join(repr(tokenizer.decode([index])) for index in side.continuation_ids)
+    return f"{side.continuation!r} is {len(side.continuation_ids)} token(s) ({tokens})"
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _rows(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair]) -> Dataset:
+    rows = []
+    for first, second in pairs:
+        for side, other in ((first, second), (second, first)):
+            target, other_target = side.continuation_ids[0], other.continuation_ids[0]
+            rows.append(
+                {
+                    "prompt": side.prompt,
+                    "counterfactual_prompt": other.prompt,
+                    "target": tokenizer.decode([target]),
+                    "counterfactual_target": tokenizer.decode([other_target]),
+                    "input_ids": side.input_ids,
+                    "counterfactual_input_ids": other.input_ids,
+                    "target_id": target,
+                    "counterfactual_target_id": other_target,
+                }
+            )
+    return Dataset.from_list(rows, features=FEATURES)

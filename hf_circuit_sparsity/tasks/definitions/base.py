@@ -1,0 +1,51 @@
+"""What a task definition is, and how a file of this folder adds one."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Split = Literal["train", "test"]
+
+
+class Example(NamedTuple):
+    """A prompt and the code that follows it, of which the first token is the answer."""
+
+    prompt: str
+    continuation: str
+
+
+# Two prompts that differ in what decides the answer; each is the other's counterfactual.
+Pair = tuple[Example, Example]
+
+
+@dataclass(frozen=True)
+class TaskDefinition:
+    """A task as text, before any tokenizer.
+
+    `generate(rng, split)` draws one pair. It must depend on nothing but its arguments, and the two
+    splits must share neither templates nor names.
+    """
+
+    name: str
+    description: str
+    generate: Callable[[random.Random, Split], Pair]
+
+
+DEFINITIONS: dict[str, TaskDefinition] = {}
+
+
+def define(
+    name: str, description: str
+) -> Callable[[Callable[[random.Random, Split], Pair]], Callable[[random.Random, Split], Pair]]:
+    """Register the decorated generator of pairs as the task `name`."""
+
+    def register(
+        generate: Callable[[random.Random, Split], Pair],
+    ) -> Callable[[random.Random, Split], Pair]:
+        if name in DEFINITIONS:
+            raise ValueError(f"The task {name!r} is defined twice; give one of them another name.")
+        DEFINITIONS[name] = TaskDefinition(name, description, generate)
+        return generate
+
+    return register

@@ -1,0 +1,148 @@
+"""The built-in tasks under a tokenizer."""
+
+import difflib
+import random
+import warnings
+from collections.abc import Sequence
+
+from datasets import DatasetDict
+from transformers import PreTrainedTokenizerBase
+
+from .binary_task import (
+    BinaryTask,
+    EncodedPair,
+    TaskNotExpressibleError,
+    check_distinct,
+    encode_pairs,
+)
+from .definitions import DEFINITIONS, Split, TaskDefinition
+
+
+def list_tasks() -> list[str]:
+    """The names that `load_task` knows, in alphabetical order."""
+    return sorted(DEFINITIONS)
+
+
+def load_task(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n_train: int = 2000,
+    n_test: int = 512,
+    seed: int = 0,
+    max_length: int | None = None,
+) -> BinaryTask:
+    """Generate a built-in task for a tokenizer.
+
+    The answer to a prompt is the first token of the code that follows it, tokenized together with
+    the prompt: what a model that has read Python through this tokenizer would see there. Prompts
+    have as many tokens as their counterfactuals, unless the task cannot offer that under this
+    tokenizer (`BinaryTask.equal_length` tells). No prompt occurs twice. The same arguments always
+    give the same rows, and a larger `n_train` or `n_test` only adds to them.
+
+    Args:
+        name: One of `list_tasks()`.
+        tokenizer: The model's tokenizer.
+        n_train: Rows of the train split; an even number, as every pair gives two rows.
+        n_test: Rows of the test split; an even number.
+        seed: Another seed, other rows.
+        max_length: The longest prompt that the model can take, in tokens.
+
+    Raises:
+        ValueError: An unknown task, an odd or non-positive number of rows, more rows than the task
+            has, or a prompt longer than `max_length`.
+        TaskNotExpressibleError: (a `ValueError`) The two answers are not different single tokens
+            under this tokenizer.
+    """
+    if name not in DEFINITIONS:
+        close = difflib.get_close_matches(name, DEFINITIONS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(list_tasks())}."
+        raise ValueError(f"There is no task {name!r}; {hint}")
+    for argument, rows in (("n_train", n_train), ("n_test", n_test)):
+        if rows < 2 or rows % 2:
+            raise ValueError(
+                f"{argument} is {rows}, but must be a positive even number: every pair of prompts "
+                "gives two rows."
+            )
+    definition = DEFINITIONS[name]
+    return BinaryTask.from_encoded(
+        name,
+        definition.description,
+        tokenizer,
+        _draw(definition, tokenizer, "train", n_train // 2, seed),
+        _draw(definition, tokenizer, "test", n_test // 2, seed),
+        max_length=max_length,
+    )
+
+
+def build_task_dataset(
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str] | None = None,
+    *,
+    n_train: int = 2000,
+    n_test: int = 512,
+    seed: int = 0,
+) -> dict[str, DatasetDict]:
+    """Tasks as plain datasets, to share on the Hub: name to a `DatasetDict` of `train` and `test`.
+
+    Args:
+        tokenizer: The tokenizer for the columns of token ids.
+        names: The tasks. Default: every task that the tokenizer can express, with a warning for
+            each of the others.
+        n_train: As in `load_task`.
+        n_test: As in `load_task`.
+        seed: As in `load_task`.
+
+    Raises:
+        ValueError: As `load_task`, for any of `names`.
+    """
+    tasks = {}
+    for name in list_tasks() if names is None else names:
+        try:
+            task = load_task(name, tokenizer, n_train=n_train, n_test=n_test, seed=seed)
+        except TaskNotExpressibleError as error:
+            if names is not None:
+                raise
+            warnings.warn(f"Left out: {error}", stacklevel=2)
+            continue
+        tasks[name] = DatasetDict({"train": task.train, "test": task.test})
+    return tasks
+
+
+def _draw(
+    definition: TaskDefinition,
+    tokenizer: PreTrainedTokenizerBase,
+    split: Split,
+    n_pairs: int,
+    seed: int,
+) -> list[EncodedPair]:
+    """The first `n_pairs` usable pairs of the generator's stream."""
+    rng = random.Random(f"{definition.name}/{split}/{seed}")
+    usable: list[EncodedPair] = []
+    seen: set[str] = set()
+    # Tokenizing many at once is fast. The first batch has a fixed size because it decides, below,
+    # whether pairs of equal length exist, which must not depend on how many rows are asked for.
+    equal_only = True
+    for batch in range(8 + n_pairs // 16):
+        fresh = []
+        for _ in range(256):
+            pair = definition.generate(rng, split)
+            prompts = {example.prompt for example in pair}
+            if seen.isdisjoint(prompts):
+                seen |= prompts
+                fresh.append(pair)
+        if not fresh:
+            break
+        encoded = encode_pairs(tokenizer, fresh)
+        expressible = [pair for pair in encoded if pair.is_expressible]
+        if batch == 0:
+            if not expressible:
+                check_distinct(definition.name, tokenizer, encoded[0])
+            equal_only = any(pair.is_equal_length for pair in expressible)
+        usable += [pair for pair in expressible if pair.is_equal_length or not equal_only]
+        if len(usable) >= n_pairs:
+            return usable[:n_pairs]
+    raise ValueError(
+        f"Task {definition.name!r} has only {2 * len(usable)} different {split} rows under this "
+        f"tokenizer, but {2 * n_pairs} were asked for; ask for fewer."
+    )

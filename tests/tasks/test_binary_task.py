@@ -1,0 +1,151 @@
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_circuit_sparsity.tasks import (
+    BinaryTask,
+    TaskNotExpressibleError,
+    build_task_dataset,
+    list_tasks,
+    load_task,
+)
+from hf_circuit_sparsity.tasks.definitions import DEFINITIONS, Example, TaskDefinition
+
+PAIRS = [
+    (("x = 'a", "'"), ('x = "a', '"')),
+    (("def f(x):\n    y = 'a", "'"), ('def f(x):\n    y = "b', '"')),
+]
+
+
+def test_rows_are_pairs_in_both_directions(openai):
+    task = BinaryTask.from_pairs("mine", openai, PAIRS, PAIRS[:1], description="Mine.")
+    assert (task.name, task.description) == ("mine", "Mine.")
+    assert isinstance(task.train, Dataset) and task.train.num_rows == 4 and task.test.num_rows == 2
+    assert task.train[2:]["prompt"] == [PAIRS[1][0][0], PAIRS[1][1][0]]
+    for row, other in ((0, 1), (1, 0), (2, 3), (3, 2)):
+        row, other = task.train[row], task.train[other]
+        assert row["prompt"] == other["counterfactual_prompt"]
+        assert row["target"] == other["counterfactual_target"]
+        assert row["input_ids"] == other["counterfactual_input_ids"]
+        assert row["target_id"] == other["counterfactual_target_id"]
+        assert row["input_ids"] == openai(row["prompt"])["input_ids"]
+        assert [row["target_id"]] == openai(row["target"])["input_ids"]
+
+
+def test_tensors_are_padded_on_the_left(openai):
+    task = BinaryTask.from_pairs("mine", openai, PAIRS, PAIRS)
+    tensors = task.tensors("train")
+    length = max(map(len, task.train["input_ids"]))
+    for kind in ("", "counterfactual_"):
+        ids, mask = tensors[f"{kind}input_ids"], tensors[f"{kind}attention_mask"]
+        assert ids.shape == mask.shape == (4, length)
+        for i, row in enumerate(task.train):
+            prompt = row[f"{kind}input_ids"]
+            padding = length - len(prompt)
+            assert ids[i].tolist() == [openai.pad_token_id] * padding + prompt
+            assert mask[i].tolist() == [0] * padding + [1] * len(prompt)
+        assert tensors[f"{kind}target_ids"].tolist() == task.train[f"{kind}target_id"][:]
+    assert all(tensor.dtype == torch.int64 for tensor in tensors.values())
+    assert (tensors["attention_mask"] == 0).any()
+    with pytest.raises(ValueError, match="'validation'"):
+        task.tensors("validation")
+
+
+def test_equal_length_is_measured(openai):
+    assert BinaryTask.from_pairs("mine", openai, PAIRS, PAIRS).equal_length
+    unequal = [(("x = 'a", "'"), ('x = "a b c', '"'))]
+    assert not BinaryTask.from_pairs("mine", openai, PAIRS, unequal).equal_length
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (
+            (("x = 'a", "foobar"), ('x = "a', '"')),
+            r"'mine': a candidate must be one token.*'foobar' is \d token",
+        ),
+        ((("x = 'a", "'"), ('x = "a', "'")), "'mine': its candidates are not single tokens.*same"),
+        ((("x = 'a", ""), ('x = "a', '"')), "'mine': this tokenizer fuses"),
+        ((("f(", ")"), ("f[", "]")), "ends where a token ends"),
+    ],
+)
+def test_candidates_must_be_different_single_tokens(openai, pair, message):
+    with pytest.raises(TaskNotExpressibleError, match=message):
+        BinaryTask.from_pairs("mine", openai, [pair], PAIRS)
+    with pytest.raises(ValueError, match="mine"):
+        BinaryTask.from_pairs("mine", openai, PAIRS, [pair])
+
+
+def test_bad_pairs(openai):
+    with pytest.raises(ValueError, match="the test split has no pairs"):
+        BinaryTask.from_pairs("mine", openai, PAIRS, [])
+    with pytest.raises(ValueError, match="prompt is empty"):
+        BinaryTask.from_pairs("mine", openai, [(("", "'"), ("x", '"'))], PAIRS)
+    with pytest.raises(ValueError, match=r"'mine': the prompt .* but max_length is 5"):
+        BinaryTask.from_pairs("mine", openai, PAIRS, PAIRS, max_length=5)
+
+
+def test_unknown_tasks(openai):
+    with pytest.raises(ValueError, match="did you mean 'bracket_counting'"):
+        load_task("bracket_countin", openai)
+    with pytest.raises(ValueError, match="choose from bracket_counting, "):
+        load_task("zzz", openai)
+
+
+def test_bad_numbers(openai):
+    for number in (0, -2, 3):
+        with pytest.raises(ValueError, match=f"n_train is {number}"):
+            load_task("bracket_counting", openai, n_train=number)
+        with pytest.raises(ValueError, match=f"n_test is {number}"):
+            load_task("bracket_counting", openai, n_test=number)
+    with pytest.raises(ValueError, match="max_length is 8"):
+        load_task("bracket_counting", openai, max_length=8)
+    load_task("bracket_counting", openai, max_length=64)
+
+
+def test_more_rows_than_a_task_has(openai, monkeypatch):
+    def two_pairs(rng, split):
+        name = rng.choice("xy")
+        return Example(f"{name} = 'a", "' "), Example(f'{name} = "a', '" ')
+
+    monkeypatch.setitem(DEFINITIONS, "small", TaskDefinition("small", "Two pairs.", two_pairs))
+    assert load_task("small", openai, n_train=4, n_test=4).train.num_rows == 4
+    with pytest.raises(ValueError, match=r"has only 4 different train rows .* 6 were asked for"):
+        load_task("small", openai, n_train=6)
+
+
+def test_a_tokenizer_that_cannot_tell_the_answers_apart(bytes_only):
+    with pytest.raises(
+        TaskNotExpressibleError,
+        match=r"'bracket_counting': its candidates are not single tokens.*'\]', '\\n'",
+    ):
+        load_task("bracket_counting", bytes_only)
+    with pytest.raises(TaskNotExpressibleError):
+        build_task_dataset(bytes_only, ["bracket_counting"])
+    with pytest.warns(UserWarning, match="Left out: Task 'bracket_counting'"):
+        tasks = build_task_dataset(bytes_only, n_train=4, n_test=2)
+    assert set(tasks) == set(list_tasks()) - {"bracket_counting"}
+
+
+def test_unequal_lengths_where_the_tokenizer_leaves_no_choice(bytes_only):
+    # Without merges `while` is five tokens and `return` six.
+    task = load_task("while_return_true", bytes_only, n_train=20, n_test=20)
+    assert not task.equal_length
+    lengths = [
+        [len(ids) for ids in task.train[column]]
+        for column in ("input_ids", "counterfactual_input_ids")
+    ]
+    assert {a - b for a, b in zip(*lengths, strict=True)} == {1, -1}
+    assert load_task("single_double_quote", bytes_only, n_train=20, n_test=20).equal_length
+
+
+def test_build_task_dataset(openai):
+    tasks = build_task_dataset(openai, n_train=20, n_test=10, seed=3)
+    assert list(tasks) == list_tasks()
+    for name, splits in tasks.items():
+        task = load_task(name, openai, n_train=20, n_test=10, seed=3)
+        assert splits["train"].to_dict() == task.train.to_dict()
+        assert splits["test"].to_dict() == task.test.to_dict()
+    assert list(build_task_dataset(openai, ["while_return_true"], n_train=2, n_test=2)) == [
+        "while_return_true"
+    ]
