@@ -11,6 +11,10 @@ import torch
 
 from hf_circuit_sparsity.modeling import CircuitGPTConfig, CircuitGPTForCausalLM
 
+# Test models are tiny: a second thread costs more than it brings, and several test runs beside each
+# other would wait for each other's threads.
+torch.set_num_threads(1)
+
 FIXTURES = Path(__file__).parent / "fixtures"
 
 

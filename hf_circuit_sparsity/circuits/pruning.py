@@ -52,6 +52,8 @@ class PruningConfig:
     """Mean of the initial mask parameters."""
     init_std: float = 0.01
     """Standard deviation of the initial mask parameters."""
+    gate_noise: float = 0.05
+    """Standard deviation of the noise under which gates are learned; decays linearly to zero."""
     temperature: float = 1.0
     """Of the sigmoid whose derivative stands in for the step function's."""
     learning_rate: float = 3e-3
@@ -232,13 +234,15 @@ def _learn_masks(
         for p in weights_need_grad:
             p.requires_grad_(False)
         with hooked_sites(model, {site: gate_hook(site) for site in taus}):
-            for _ in range(config.steps):
+            for step in range(config.steps):
                 rows = torch.randint(n, (2 * config.batch_size,), generator=generator)
                 batch = _trim({k: v[rows] for k, v in train.items()})
+                noise = config.gate_noise * (1 - step / config.steps)
                 for site, tau in taus.items():
-                    gates[site] = _Gate.apply(tau, config.temperature)
+                    jitter = noise * torch.randn(len(rows), 1, len(tau), generator=generator)
+                    gates[site] = _Gate.apply(tau + jitter.to(device), config.temperature)
                 loss = binary_loss(pair_logits(model, batch))
-                open_nodes = sum(gate.sum() for gate in gates.values())
+                open_nodes = sum(gate.mean((0, 1)).sum() for gate in gates.values())
                 optimizer.zero_grad()
                 (loss + config.k_coef * open_nodes).backward()
                 torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)

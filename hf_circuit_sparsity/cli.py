@@ -1,0 +1,115 @@
+"""`hf-circuit-sparsity <command>`: parses the command line and calls `commands/`."""
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from .circuits import PruningConfig
+from .commands.console import say
+from .commands.prune import print_prune_summary, run_prune
+from .commands.quickstart import QuickstartSettings, run_quickstart
+from .commands.train import (
+    DataArguments,
+    Interrupted,
+    ModelArguments,
+    print_train_summary,
+    run_train,
+)
+from .tasks import list_tasks
+from .trainer import SparseTrainingArguments
+
+PRUNING_OPTIONS = ("target_loss", "steps", "batch_size", "k_coef", "learning_rate", "seed")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of everything but `train`, whose options are `SparseTrainingArguments`."""
+    parser = argparse.ArgumentParser(
+        prog="hf-circuit-sparsity",
+        description="Train weight-sparse transformers and cut circuits out of them.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    quick = commands.add_parser(
+        "quickstart", help="train a small sparse model on Python and cut out a circuit"
+    )
+    defaults = QuickstartSettings()
+    quick.add_argument(
+        "--minutes", type=float, default=defaults.minutes, help="of training (default: %(default)g)"
+    )
+    quick.add_argument("--output-dir", default="runs/quickstart", help="(default: %(default)s)")
+    quick.add_argument(
+        "--task", default=defaults.task, help=f"one of {', '.join(list_tasks())} (%(default)s)"
+    )
+    quick.add_argument("--seed", type=int, default=defaults.seed, help="(default: %(default)s)")
+    quick.add_argument("--corpus", help="folder of Python files (default: the standard library)")
+
+    # Listed for --help only; its arguments go to HfArgumentParser as they are.
+    commands.add_parser("train", help="train a model; see train --help", add_help=False)
+
+    prune = commands.add_parser("prune", help="cut a task's circuit out of a trained model")
+    prune.add_argument("model", help="folder or Hub id of a model with its tokenizer")
+    prune.add_argument("--task", required=True, help=f"one of {', '.join(list_tasks())}")
+    prune.add_argument("--output-dir", help="(default: MODEL/circuits/TASK)")
+    prune.add_argument("--corpus", help="folder of Python for the means (the standard library)")
+    for option in fields(PruningConfig):
+        if option.name in PRUNING_OPTIONS:
+            prune.add_argument(
+                f"--{option.name.replace('_', '-')}",
+                type=option.type,
+                default=option.default,
+                help="(default: %(default)s)",
+            )
+    return parser
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+    settings = QuickstartSettings(args.minutes, args.task, args.seed, args.corpus)
+    run_quickstart(args.output_dir, settings)
+
+
+def _train(argv: list[str]) -> None:
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, SparseTrainingArguments),
+        prog="hf-circuit-sparsity train",
+        description="Train a CircuitGPT. Beside the options of every TrainingArguments:",
+    )
+    print_train_summary(run_train(*parser.parse_args_into_dataclasses(argv)))
+
+
+def _prune(args: argparse.Namespace) -> None:
+    config = PruningConfig(**{name: getattr(args, name) for name in PRUNING_OPTIONS})
+    circuit = run_prune(args.model, args.task, args.output_dir, config, args.corpus)
+    folder = args.output_dir or Path(args.model) / "circuits" / args.task
+    print_prune_summary(circuit, Path(folder))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv[:1] == ["train"]:
+            _train(argv[1:])
+        else:
+            args = build_parser().parse_args(argv)
+            {"quickstart": _quickstart, "prune": _prune}[args.command](args)
+    except Interrupted as interruption:
+        say(f"\n{interruption}; the checkpoint is saved.".capitalize())
+        command = " ".join(["hf-circuit-sparsity", *argv])
+        if argv[:1] == ["train"] and "--resume_from_checkpoint" not in argv:
+            command += " --resume_from_checkpoint last"
+        say(f"To go on: {command}")
+        return 130
+    except KeyboardInterrupt:
+        say("\nStopped. Finished steps are kept; the same command goes on after them.")
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"hf-circuit-sparsity: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

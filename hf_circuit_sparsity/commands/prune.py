@@ -1,0 +1,81 @@
+"""`hf-circuit-sparsity prune`: cut a task's circuit out of a trained model."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..circuits import Circuit, PruningConfig, find_circuit
+from ..modeling import CircuitGPTForCausalLM
+from ..tasks import build_corpus, load_task, pack
+from .console import quiet_libraries, say, table
+
+
+def run_prune(
+    model: str, task: str, output_dir: str | None, config: PruningConfig, corpus: str | None = None
+) -> Circuit:
+    """Find, save and draw the circuit of a task in a saved model.
+
+    Args:
+        model: folder or Hub id of a CircuitGPT with its tokenizer.
+        task: one of `list_tasks()`.
+        output_dir: where the circuit goes; `<model>/circuits/<task>` if not given.
+        config: how to look for it.
+        corpus: folder of Python over which nodes' means are taken; the standard library if not
+            given.
+    """
+    quiet_libraries()
+    loaded = CircuitGPTForCausalLM.from_pretrained(model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    reference = None
+    if corpus is not None:
+        reference = pack(build_corpus(corpus)["train"], tokenizer, loaded.config.block_size)
+    folder = Path(output_dir) if output_dir else Path(model) / "circuits" / task
+    return prune_model(loaded, tokenizer, task, folder, config, reference)
+
+
+def prune_model(
+    model: CircuitGPTForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    task_name: str,
+    folder: Path,
+    config: PruningConfig,
+    reference: Any = None,
+) -> Circuit:
+    """Find the circuit of a task, then write it and its picture into `folder`."""
+    task = load_task(
+        task_name, tokenizer, seed=config.seed, max_length=model.config.max_position_embeddings
+    )
+    circuit = find_circuit(model, tokenizer, task, config, reference=reference)
+    circuit.save_pretrained(folder)
+    circuit.plot(folder / "circuit.png", model, tokenizer)
+    return circuit
+
+
+def circuit_rows(circuit: Circuit) -> list[tuple[str, str]]:
+    """The summary table's rows about a circuit."""
+    m = circuit.metrics
+    return [
+        ("task", circuit.task),
+        ("circuit", f"{m['nodes']} nodes, {m['edges']} edges"),
+        ("its share", f"{m['node_share']:.2%} of the nodes, {m['edge_share']:.3%} of the edges"),
+        ("loss, whole model", f"{m['model_loss']:.3f}, accuracy {m['model_accuracy']:.1%}"),
+        ("loss, circuit alone", f"{m['circuit_loss']:.3f}, accuracy {m['circuit_accuracy']:.1%}"),
+        ("loss, circuit removed", f"{m['ablated_loss']:.3f}, accuracy {m['ablated_accuracy']:.1%}"),
+    ]
+
+
+def print_prune_summary(circuit: Circuit, folder: Path) -> None:
+    """What `hf-circuit-sparsity prune` prints at its end."""
+    say(
+        "\n"
+        + table(
+            [
+                *circuit_rows(circuit),
+                ("files", str(folder)),
+                ("picture", str(folder / "circuit.png")),
+            ]
+        )
+    )
+    say("\nLosses are on held-out prompts, in nats; guessing is 0.693.")
+

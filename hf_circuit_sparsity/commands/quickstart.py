@@ -1,0 +1,205 @@
+"""`hf-circuit-sparsity quickstart`: from nothing to a picture of a circuit, on a laptop."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..circuits import Circuit, PruningConfig
+from ..circuits.task_loss import all_pair_logits, binary_accuracy
+from ..modeling import CircuitGPTConfig, CircuitGPTForCausalLM
+from ..tasks import build_corpus, load_task
+from ..trainer import SparseTrainingArguments, TopKAdamW, sparse_param_groups
+from .console import quiet_libraries, say, table
+from .prune import circuit_rows, prune_model
+from .train import prepare_data, train_model, training_rows, write_json
+
+D_MODEL = 128
+N_LAYER = 2
+BLOCK_SIZE = 128
+BATCH_SIZE = 16
+DENSITY = 0.05
+SETTINGS_NAME = "quickstart.json"
+
+
+@dataclass(frozen=True)
+class QuickstartSettings:
+    """What a quickstart folder was started with; a resumed run must ask for the same."""
+
+    minutes: float = 6.0
+    """Minutes of training; the number of steps is set by timing a few."""
+    task: str = "single_double_quote"
+    seed: int = 0
+    corpus: str | None = None
+    """Folder of Python files; the standard library if None."""
+
+
+def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, Any]:
+    """Train a small sparse model on Python and cut one circuit out of it.
+
+    The same call on the same folder goes on where it was stopped.
+
+    Args:
+        output_dir: gets `model/`, `circuit/` and the checkpoints of the training.
+        settings: see there.
+
+    Returns:
+        The numbers of the summary.
+
+    Raises:
+        ValueError: the folder holds a quickstart with other settings, or a bad corpus or task.
+        Interrupted: after Ctrl-C; the folder can be resumed.
+    """
+    quiet_libraries()
+    if not settings.minutes > 0:
+        raise ValueError(f"minutes={settings.minutes:g} was passed, but it must be above 0.")
+    started = time.perf_counter()
+    folder = Path(output_dir)
+    stored = _stored_settings(folder, settings)
+
+    say("1/4  Reading Python and learning its tokens")
+    corpus = build_corpus(settings.corpus)
+    model_folder = folder / "model"
+    saved_tokenizer = str(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
+    tokenizer, blocks = prepare_data(corpus, BLOCK_SIZE, saved_tokenizer)
+    task = load_task(settings.task, tokenizer, seed=settings.seed, max_length=BLOCK_SIZE)
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+    config = CircuitGPTConfig(
+        d_model=D_MODEL,
+        n_layer=N_LAYER,
+        block_size=BLOCK_SIZE,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    if (model_folder / "training_summary.json").is_file():
+        say("2/4  Training: done before")
+        trained = json.loads((model_folder / "training_summary.json").read_text())
+    else:
+        steps = stored.get("steps") or _steps_in(settings.minutes, config, blocks["train"])
+        write_json(folder / SETTINGS_NAME, {**asdict(settings), "steps": steps})
+        say(
+            f"2/4  Training a transformer of {N_LAYER} layers and width {D_MODEL} for {steps:,} "
+            f"steps, about {settings.minutes:g} min"
+        )
+        say(f"     keeping {DENSITY:.0%} of its weights in the end")
+        set_seed(settings.seed)
+        trained = train_model(
+            config,
+            tokenizer,
+            blocks,
+            _training_arguments(model_folder, steps, settings.seed),
+            resume_from_checkpoint=(
+                get_last_checkpoint(str(model_folder)) if model_folder.is_dir() else None
+            ),
+            measure=_task_accuracy(task),
+        )
+
+    say(f"3/4  Cutting out the circuit of {settings.task}")
+    model = CircuitGPTForCausalLM.from_pretrained(model_folder).eval()
+    circuit = prune_model(
+        model,
+        AutoTokenizer.from_pretrained(model_folder),
+        settings.task,
+        folder / "circuit",
+        PruningConfig(seed=settings.seed),
+        blocks["train"],
+    )
+    say("4/4  Done")
+    summary = {
+        **trained,
+        **circuit.metrics,
+        "total_seconds": time.perf_counter() - started,
+    }
+    write_json(folder / "summary.json", summary)
+    _print_summary(folder, trained, circuit, summary)
+    return summary
+
+
+def _stored_settings(folder: Path, settings: QuickstartSettings) -> dict[str, Any]:
+    """What the folder was started with, if it was; refuses to mix two runs."""
+    path = folder / SETTINGS_NAME
+    if not path.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(
+                f"{folder} is not empty and holds no quickstart; choose another --output-dir."
+            )
+        return {}
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in asdict(settings).items():
+        if stored.get(name) != value:
+            raise ValueError(
+                f"{folder} holds a quickstart with {name}={stored.get(name)!r}, but {value!r} was "
+                "asked for; pass the same, choose another --output-dir, or delete the folder."
+            )
+    return stored
+
+
+def _steps_in(minutes: float, config: CircuitGPTConfig, train: Any, timed: int = 12) -> int:
+    """How many training steps fit into the time, by timing some on a model that is thrown away."""
+    model = CircuitGPTForCausalLM(config)
+    optimizer = TopKAdamW(sparse_param_groups(model), target_density=DENSITY, total_steps=10**6)
+    ids = torch.tensor(train[: BATCH_SIZE * (timed + 4)]["input_ids"]).split(BATCH_SIZE)
+    times = []
+    for step in range(timed + 4):
+        began = time.perf_counter()
+        batch = ids[step % len(ids)]
+        optimizer.zero_grad()
+        model(batch, labels=batch, use_cache=False).loss.backward()
+        optimizer.step()
+        times.append(time.perf_counter() - began)
+    median = sorted(times[4:])[timed // 2]
+    return max(50, int(60 * minutes / median))
+
+
+def _training_arguments(folder: Path, steps: int, seed: int) -> SparseTrainingArguments:
+    return SparseTrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=BATCH_SIZE,
+        per_device_eval_batch_size=32,
+        target_density=DENSITY,
+        logging_steps=max(1, steps // 20),
+        save_steps=max(1, steps // 4),
+        save_total_limit=1,
+        report_to="none",
+        seed=seed,
+    )
+
+
+def _task_accuracy(task: Any):
+    """A measurement for the progress lines: how much of the task the model has learned."""
+    tensors = {k: v[:128] for k, v in task.tensors("train").items()}
+
+    def measure(model: CircuitGPTForCausalLM) -> dict[str, str]:
+        model.eval()
+        accuracy = binary_accuracy(all_pair_logits(model, tensors))
+        model.train()
+        return {"task": f"{accuracy:.0%}"}
+
+    return measure
+
+
+def _print_summary(
+    folder: Path, trained: dict[str, Any], circuit: Circuit, summary: dict[str, Any]
+) -> None:
+    rows = [
+        *training_rows(trained),
+        *circuit_rows(circuit),
+        ("minutes in all", f"{summary['total_seconds'] / 60:.1f}"),
+        ("model", str(folder / "model")),
+        ("circuit", str(folder / "circuit")),
+        ("picture", str(folder / "circuit" / "circuit.png")),
+    ]
+    say("\n" + table(rows))
+    say("\nTask losses are on held-out prompts, in nats; guessing is 0.693.")
+    say("Next:")
+    say(f"  look at {folder / 'circuit' / 'circuit.png'}")
+    say(f"  hf-circuit-sparsity prune {folder / 'model'} --task while_return_true")
+    say("  hf-circuit-sparsity train --output_dir runs/wider --d_model 256 --n_layer 4")
+

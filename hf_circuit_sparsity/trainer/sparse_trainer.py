@@ -1,0 +1,183 @@
+"""The Hugging Face ``Trainer`` for weight-sparse models."""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from .param_groups import sparse_param_groups
+from .sparse_config import SparseTrainingArguments
+from .sparsity_monitor import SparsityMonitor
+from .topk import TopKAdamW
+
+logger = logging.getLogger(__name__)
+
+
+class SparseTrainer(Trainer):
+    """``Trainer`` whose optimizer keeps the weights sparse; see :class:`TopKAdamW` for the recipe.
+
+    Takes what ``Trainer`` takes, with :class:`SparseTrainingArguments` as ``args``, and any model
+    with ``nn.Linear``, ``Conv1D`` or ``nn.Embedding`` layers. The sparsifying is part of the
+    optimizer's own step, so gradient accumulation, mixed precision, several processes (DDP) and
+    resuming work as ever. An optimizer given by ``optimizers=`` is used as it is. A run that was
+    not stopped early ends at the target density.
+
+    Beside what ``Trainer`` logs there are ``density`` (as scheduled), ``nonzeros``,
+    ``nonzero_fraction``, ``mask_churn`` (share of the nonzeros that were zero at the last log),
+    ``grad_rms`` (before normalization), ``effective_lr`` (with the sharkfin factor) and, where it
+    is not 0, ``skipped_steps``. Evaluation adds ``eval_perplexity``. A "best" model is only sought
+    once the target density is reached: before, the densest would win.
+
+    Raises:
+        TypeError: if ``args`` is not a ``SparseTrainingArguments``.
+        ValueError: if the model has nothing to make sparse, or training is sharded (FSDP,
+            DeepSpeed).
+    """
+
+    args: SparseTrainingArguments
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: SparseTrainingArguments | None = None,
+        *trainer_args: Any,
+        **trainer_kwargs: Any,
+    ) -> None:
+        args = SparseTrainingArguments() if args is None else args
+        if not isinstance(args, SparseTrainingArguments):
+            raise TypeError(
+                f"args is a {type(args).__name__}, expected SparseTrainingArguments: build that "
+                "with the same values, or use transformers.Trainer."
+            )
+        if isinstance(model, nn.Module):
+            _param_groups(model, args)  # says what is wrong before a folder is made for the run
+        # Set before Trainer's own __init__, which may already log or build the optimizer.
+        self._built: TopKAdamW | None = None
+        self._monitor: SparsityMonitor | None = None
+        self._planned_steps = 0
+        super().__init__(model, args, *trainer_args, **trainer_kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "training is sharded (FSDP or DeepSpeed), but the largest weights of a matrix can "
+                "only be found where all of it is: use one process or data parallelism (DDP)."
+            )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the optimizer unless there is one already; see ``Trainer.create_optimizer``."""
+        opt_model = self.model if model is None else model
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            self.optimizer = self._built = self._build_optimizer(opt_model)
+            self._monitor = None
+        elif self._built is not None and self._built.steps_taken == 0:
+            # With auto_find_batch_size a smaller batch is tried, and the number of steps changes.
+            for group in self._built.param_groups:
+                group["total_steps"] = self._training_steps()
+        if self._monitor is None:
+            groups = [g for g in _param_groups(opt_model, self.args) if g["sparse"]]
+            self._monitor = SparsityMonitor(p for g in groups for _, p in g["params"])
+        return super().create_optimizer(model)
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """Build both for ``num_training_steps``; see ``Trainer``."""
+        self._planned_steps = num_training_steps
+        super().create_optimizer_and_scheduler(num_training_steps)
+
+    def _build_optimizer(self, model: nn.Module) -> TopKAdamW:
+        args = self.args
+        return TopKAdamW(
+            _param_groups(model, args),
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            # "none" is the same recipe with nothing projected, so that a dense model can be
+            # compared with the sparse one.
+            target_density=1.0 if args.sparsifier == "none" else args.target_density,
+            total_steps=self._training_steps(),
+            anneal_start=args.anneal_start,
+            anneal_end=args.anneal_end,
+            sharkfin=args.sharkfin,
+            grad_rms=args.grad_rms,
+        )
+
+    def _training_steps(self) -> int:
+        # Trainer has counted them by the time it builds the optimizer for train().
+        steps = self.state.max_steps or self._planned_steps
+        if steps <= 0:
+            steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        return steps
+
+    @property
+    def _topk(self) -> TopKAdamW | None:
+        """The optimizer inside Accelerate's wrapper, if it is of our kind."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return inner if isinstance(inner, TopKAdamW) else None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; training logs get the sparsity figures (here, so that every tracker sees them)."""
+        if "loss" in logs and self._monitor is not None:
+            logs.update(self._monitor.measure())
+            inner = getattr(self.optimizer, "optimizer", self.optimizer)
+            for name in ("density", "grad_rms", "effective_lr", "skipped_steps"):
+                value = getattr(inner, name, None)
+                if value is not None and (name != "skipped_steps" or value):
+                    logs[name] = value
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As ``Trainer``'s, with ``{prefix}_perplexity`` = exp(loss) added to the metrics."""
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        loss = (output.metrics or {}).get(f"{metric_key_prefix}_loss")
+        if loss is not None:
+            try:
+                perplexity = math.exp(loss)
+            except OverflowError:
+                perplexity = math.inf
+            output.metrics[f"{metric_key_prefix}_perplexity"] = perplexity
+        return output
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        topk = self._topk
+        if topk is not None and topk.density > topk.param_groups[0]["target_density"]:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        names = ("target_density", "total_steps", "anneal_start", "anneal_end")
+        asked = self._topk and {name: self._topk.param_groups[0][name] for name in names}
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for name, value in (asked or {}).items():
+            stored = self._topk.param_groups[0][name]
+            if stored != value:
+                logger.warning(
+                    "The checkpoint was trained with %s=%s, this run asks for %s: the "
+                    "checkpoint's density schedule is continued.",
+                    name,
+                    stored,
+                    value,
+                )
+
+
+def _param_groups(model: nn.Module, args: SparseTrainingArguments) -> list[dict[str, Any]]:
+    return sparse_param_groups(
+        model,
+        weight_decay=args.weight_decay,
+        sparse_embeddings=args.sparse_embeddings,
+        sparse_biases=args.sparse_biases,
+        min_nonzeros=args.min_nonzeros,
+        exclude=args.dense_parameters or (),
+        include=args.sparse_parameters or (),
+    )

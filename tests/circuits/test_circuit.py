@@ -1,0 +1,218 @@
+import json
+
+import pytest
+import torch
+
+from hf_circuit_sparsity.circuits import (
+    Calibration,
+    Circuit,
+    binary_loss,
+    mean_activations,
+    model_fingerprint,
+)
+from hf_circuit_sparsity.circuits.task_loss import all_pair_logits, fit_calibration
+from tests.circuits.planted import (
+    PLANTED_NODES,
+    on_off_task,
+    planted_model,
+    reference_ids,
+    word_tokenizer,
+)
+
+
+@pytest.fixture
+def model():
+    return planted_model()
+
+
+@pytest.fixture
+def circuit(model):
+    row = on_off_task().test[0]
+    return Circuit(
+        nodes={site: list(ids) for site, ids in PLANTED_NODES.items()},
+        means=mean_activations(model, reference_ids()),
+        scores={site: torch.randn(n.width) for site, n in model.node_sites().items()},
+        calibration=Calibration(1.5, {1: 0.25, 2: -0.25}),
+        task="on_off",
+        model_fingerprint=model_fingerprint(model),
+        model_name="me/planted",
+        metrics={"circuit_loss": 0.01, "ablated_loss": 0.7, "model_loss": 0.005},
+        config={"seed": 0},
+        example={
+            "prompt": row["prompt"],
+            "target": row["target"],
+            "counterfactual_target": row["counterfactual_target"],
+            "token_ids": row["input_ids"],
+            "target_id": row["target_id"],
+            "counterfactual_target_id": row["counterfactual_target_id"],
+        },
+    )
+
+
+def logits(model, ids=None):
+    with torch.no_grad():
+        return model(reference_ids() if ids is None else ids).logits
+
+
+def test_apply_ablates_everything_else_and_restores(model, circuit):
+    before = logits(model)
+    seen = {}
+    for name in ("h.0.attn.v", "h.1.mlp.post_act"):
+        # Registered first, so it sees what the site computed; the circuit's hook comes after it.
+        model.node_sites()[name].register_forward_hook(
+            lambda m, a, out, n=name: seen.__setitem__(n, out)
+        )
+    with circuit.apply(model) as inside:
+        assert inside is model
+        alone = logits(model)
+        read = {}
+        projection = model.transformer.h[1].mlp.c_proj
+        handle = projection.register_forward_pre_hook(lambda m, a: read.__setitem__("x", a[0]))
+        logits(model)
+        handle.remove()
+    neurons, mean = read["x"], circuit.means["h.1.mlp.post_act"]
+    assert torch.equal(neurons[..., 7], seen["h.1.mlp.post_act"][..., 7])
+    others = [i for i in range(16) if i != 7]
+    assert torch.equal(neurons[..., others], mean[others].expand_as(neurons[..., others]))
+    assert not torch.allclose(alone, before)
+    assert torch.equal(logits(model), before)
+
+
+def test_apply_restores_after_an_error(model, circuit):
+    before = logits(model)
+    with pytest.raises(RuntimeError, match="inside"), circuit.apply(model):
+        raise RuntimeError("inside")
+    assert torch.equal(logits(model), before)
+
+
+def test_calibration_scales_and_shifts(model, circuit):
+    with circuit.apply(model, calibrated=False):
+        plain = logits(model)
+    with circuit.apply(model):
+        calibrated = logits(model)
+    expected = 1.5 * plain
+    expected[..., 1] += 0.25
+    expected[..., 2] -= 0.25
+    torch.testing.assert_close(calibrated, expected)
+    tensors = on_off_task().tensors("test")
+    with circuit.apply(model, calibrated=False):
+        pairs = all_pair_logits(model, tensors)
+    with circuit.apply(model):
+        torch.testing.assert_close(
+            circuit.calibration.pairs(pairs, tensors), all_pair_logits(model, tensors)
+        )
+
+
+def test_inverse_keeps_the_rest(model, circuit):
+    tensors = on_off_task().tensors("test")
+    with circuit.apply(model, inverse=True):
+        assert binary_loss(all_pair_logits(model, tensors)) > 0.6
+
+
+def test_fitted_calibration_is_the_optimum(model):
+    tensors = on_off_task().tensors("train")
+    pairs = all_pair_logits(model, tensors) * 0.1
+    pairs[tensors["target_ids"] == 1, 0] += 0.7  # biased towards one answer
+    pairs[tensors["target_ids"] == 2, 1] += 0.7
+    pairs = pairs + 1.0 * torch.randn(pairs.shape, generator=torch.Generator().manual_seed(0))
+
+    def loss(scale, shift):
+        calibration = Calibration(scale, {1: shift / 2, 2: -shift / 2})
+        return binary_loss(calibration.pairs(pairs, tensors)).item()
+
+    fitted = fit_calibration(pairs, tensors)
+    scale, shift = fitted.scale, fitted.shift[1] - fitted.shift[2]
+    for d_scale, d_shift in [(0.1, 0), (-0.1, 0), (0, 0.1), (0, -0.1)]:
+        assert loss(scale, shift) < loss(scale + d_scale * scale, shift + d_shift)
+
+
+def test_round_trip(model, circuit, tmp_path):
+    circuit.save_pretrained(tmp_path / "c")
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
+        "circuit.json",
+        "circuit.safetensors",
+    ]
+    again = Circuit.from_pretrained(tmp_path / "c")
+    for name in ("nodes", "calibration", "task", "model_fingerprint", "model_name", "metrics"):
+        assert getattr(again, name) == getattr(circuit, name)
+    assert again.config == circuit.config and again.example == circuit.example
+    for site, mean in circuit.means.items():
+        assert torch.equal(again.means[site], mean)
+        assert torch.equal(again.scores[site], circuit.scores[site])
+    with circuit.apply(model):
+        expected = logits(model)
+    with again.apply(model):
+        assert torch.equal(logits(model), expected)
+
+
+def test_a_circuit_for_another_model_is_refused(circuit):
+    other = planted_model(seed=5)
+    for attempt in (lambda: circuit.edges(other), lambda: circuit.apply(other).__enter__()):
+        with pytest.raises(ValueError, match=r"cut out of the model \w{16} \(me/planted\)"):
+            attempt()
+    assert not any(site._forward_hooks for site in other.node_sites().values())
+
+
+def test_fingerprint_is_the_weights(model):
+    fingerprint = model_fingerprint(model)
+    assert model_fingerprint(planted_model()) == fingerprint
+    assert model_fingerprint(planted_model().to(torch.bfloat16)) == fingerprint
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] += 0.5
+    assert model_fingerprint(model) != fingerprint
+
+
+def test_damaged_artifacts_are_refused_by_name(circuit, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"circuit\.json was not found"):
+        Circuit.from_pretrained(tmp_path)
+
+    def edited(**changes):
+        circuit.save_pretrained(tmp_path)
+        content = json.loads((tmp_path / "circuit.json").read_text())
+        content.update(changes)
+        (tmp_path / "circuit.json").write_text(json.dumps(content))
+
+    for changes, message in [
+        ({"format_version": 99}, "format_version 99"),
+        ({"nodes": []}, "nodes must be of type dict"),
+        ({"nodes": {"h.0.attn.v": ["0"]}}, r"nodes\['h.0.attn.v'\] must be a list of integers"),
+        ({"nodes": {"h.0.attn.v": [99]}}, "distinct indices from 0 to 7"),
+        ({"nodes": {"h.9.attn.v": [0]}}, r"'h\.9\.attn\.v'"),
+        ({"task": 3}, "task must be of type str"),
+        ({"calibration": {"scale": "x", "shift": {}}}, "does not hold a circuit"),
+    ]:
+        edited(**changes)
+        with pytest.raises(ValueError, match=message):
+            Circuit.from_pretrained(tmp_path)
+
+    circuit.save_pretrained(tmp_path)
+    (tmp_path / "circuit.json").write_text("{")
+    with pytest.raises(ValueError, match=r"circuit\.json is not valid JSON"):
+        Circuit.from_pretrained(tmp_path)
+    circuit.save_pretrained(tmp_path)
+    data = (tmp_path / "circuit.safetensors").read_bytes()
+    (tmp_path / "circuit.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"circuit\.safetensors is damaged"):
+        Circuit.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_plot(model, circuit, tmp_path, ending):
+    path = circuit.plot(tmp_path / "pictures" / f"c.{ending}", model, word_tokenizer())
+    assert [p.name for p in path.parent.iterdir()] == [f"c.{ending}"]
+    content = path.read_bytes()
+    if ending == "png":
+        assert content.startswith(b"\x89PNG") and len(content) > 10_000
+    else:
+        # Text is drawn as shapes, but matplotlib leaves each string as a comment.
+        text = content.decode()
+        for expected in ("on_off: 6 nodes, 4 edges", "+4.00", "+6.00", "head 1", "yes", "neuron"):
+            assert expected in text
+
+
+def test_an_empty_circuit_is_a_circuit(model, circuit, tmp_path):
+    empty = Circuit({}, circuit.means, "on_off", circuit.model_fingerprint)
+    assert len(empty) == 0 and empty.edges(model) == []
+    empty.save_pretrained(tmp_path)
+    assert len(Circuit.from_pretrained(tmp_path)) == 0
+    empty.plot(tmp_path / "empty.png", model)

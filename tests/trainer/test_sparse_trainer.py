@@ -1,0 +1,306 @@
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from hf_circuit_sparsity.trainer import (
+    DensitySchedule,
+    SparseTrainer,
+    TopKAdamW,
+    nonzero_budget,
+    sparse_param_groups,
+)
+
+
+def expected_nonzeros(model, density, **kwargs):
+    """Parameter name → what every sparse parameter must hold at this density."""
+    expected = {}
+    for group in sparse_param_groups(model, **kwargs):
+        for name, p in group["params"]:
+            if group["sparse"]:
+                rows = p.shape[group["row_dim"]] * group["min_nonzeros"]
+                budget = p.numel() if density == 1 else nonzero_budget(p.numel(), density)
+                expected[name] = max(budget, rows)
+    return expected
+
+
+def nonzeros(model, names):
+    parameters = dict(model.named_parameters())
+    return {name: int(torch.count_nonzero(parameters[name])) for name in names}
+
+
+def training_logs(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_same_run(trainer, other):
+    for (name, p), q in zip(
+        trainer.model.named_parameters(), other.model.parameters(), strict=True
+    ):
+        assert torch.equal(p, q), name
+    first, second = trainer.optimizer.state_dict(), other.optimizer.state_dict()
+    assert first["param_groups"] == second["param_groups"]
+    assert first["state"].keys() == second["state"].keys()
+    for key, state in first["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, second["state"][key][name]), (key, name)
+
+
+class Watcher(TrainerCallback):
+    """Checks the model after every step and records what it saw."""
+
+    def __init__(self, schedule):
+        self.schedule = schedule
+        self.densities = []
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        density = self.schedule.density(state.global_step)
+        expected = expected_nonzeros(model, density)
+        # Biases start at zero and an unused embedding row may stay there: never more than the
+        # budget, and exactly the budget for the matrices that start full.
+        found = nonzeros(model, expected)
+        assert all(found[name] <= expected[name] for name in expected)
+        exact = [name for name in expected if "bias" not in name]
+        assert {n: found[n] for n in exact} == {n: expected[n] for n in exact}
+        self.densities.append(density)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_density_follows_the_schedule_and_the_run_ends_at_the_target(
+    architecture, make_gpt2, make_llama, make_trainer
+):
+    model = make_gpt2() if architecture == "gpt2" else make_llama()
+    watcher = Watcher(DensitySchedule(1 / 8, 0.0, 0.5, total_steps=12))
+    trainer = make_trainer(model, callbacks=[watcher])
+    trainer.train()
+    assert len(watcher.densities) == 12
+    assert watcher.densities[-1] == 1 / 8
+    logs = training_logs(trainer)
+    assert [entry["density"] for entry in logs] == watcher.densities
+    total = sum(
+        p.numel() for g in sparse_param_groups(model) if g["sparse"] for _, p in g["params"]
+    )
+    assert logs[-1]["nonzeros"] == sum(nonzeros(model, expected_nonzeros(model, 1 / 8)).values())
+    assert logs[-1]["nonzero_fraction"] == pytest.approx(logs[-1]["nonzeros"] / total)
+    norm = {"gpt2": "transformer.ln_f.weight", "llama": "model.norm.weight"}[architecture]
+    assert int(torch.count_nonzero(model.get_parameter(norm))) == 24
+    assert logs[-1]["loss"] < logs[0]["loss"]
+
+
+def test_steps_are_counted_in_epochs_too(make_gpt2, make_trainer):
+    # 64 sequences, batches of 8, two to a step: 4 steps an epoch.
+    trainer = make_trainer(
+        make_gpt2(), max_steps=-1, num_train_epochs=3, gradient_accumulation_steps=2
+    )
+    trainer.train()
+    assert trainer.optimizer.param_groups[0]["total_steps"] == 12
+    densities = [entry["density"] for entry in training_logs(trainer)]
+    assert densities == [DensitySchedule(1 / 8, 0.0, 0.5, 12).density(s) for s in range(1, 13)]
+
+
+def test_optimizer_built_before_training_knows_the_steps(make_gpt2, make_trainer):
+    trainer = make_trainer(make_gpt2(), max_steps=-1, num_train_epochs=2)
+    assert trainer.create_optimizer().param_groups[0]["total_steps"] == 16
+    trainer = make_trainer(make_gpt2())
+    trainer.create_optimizer_and_scheduler(num_training_steps=77)
+    assert {group["total_steps"] for group in trainer.optimizer.param_groups} == {77}
+    # As when a smaller batch is tried after running out of memory.
+    trainer.create_optimizer_and_scheduler(num_training_steps=154)
+    assert {group["total_steps"] for group in trainer.optimizer.param_groups} == {154}
+
+
+def test_logs_tell_all_there_is_to_know(make_gpt2, make_trainer):
+    trainer = make_trainer(make_gpt2(), logging_steps=3)
+    trainer.train()
+    logs = training_logs(trainer)
+    assert [entry["step"] for entry in logs] == [3, 6, 9, 12]
+    for entry in logs:
+        assert entry["effective_lr"] == pytest.approx(
+            entry["learning_rate"] / math.sqrt(entry["density"])
+        )
+        assert entry["grad_rms"] > 0
+        assert 0 <= entry["mask_churn"] <= 1
+        assert "skipped_steps" not in entry
+    assert any(entry["mask_churn"] > 0 for entry in logs)
+
+
+def test_arguments_reach_the_optimizer(make_gpt2, make_trainer):
+    trainer = make_trainer(
+        make_gpt2(),
+        min_nonzeros=3,
+        sparse_embeddings=False,
+        dense_parameters=["*.mlp.c_proj.*"],
+        sparse_parameters=["transformer.ln_f.weight"],
+        grad_rms="clip",
+        sharkfin=False,
+        weight_decay=0.02,
+        adam_beta2=0.97,
+    )
+    groups = trainer.create_optimizer().param_groups
+    rule = {name: group for group in groups for name in group["param_names"]}
+    assert not rule["transformer.wte.weight"]["sparse"]
+    assert not rule["transformer.h.0.mlp.c_proj.weight"]["sparse"]
+    assert rule["transformer.ln_f.weight"]["sparse"]
+    conv = rule["transformer.h.0.attn.c_attn.weight"]
+    assert (conv["min_nonzeros"], conv["row_dim"], conv["weight_decay"]) == (3, 1, 0.02)
+    assert (conv["grad_rms_mode"], conv["sharkfin"]) == ("clip", False)
+    assert (conv["betas"], conv["eps"], conv["lr"]) == ((0.9, 0.97), 0.1, 1e-2)
+
+
+@pytest.mark.parametrize("stop_at", [3, 8, 10])
+def test_resuming_gives_bit_for_bit_the_run_that_never_stopped(stop_at, make_gpt2, make_trainer):
+    """Dropout on and data shuffled; 8 steps an epoch: amid the first, at its end, amid the next."""
+    whole = make_trainer(make_gpt2(dropout=0.1), name="whole")
+    whole.train()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = control.should_training_stop = state.global_step == stop_at
+
+    first = make_trainer(make_gpt2(dropout=0.1), callbacks=[Stop()], name="halves")
+    first.train()
+    assert first.state.global_step == stop_at
+    checkpoint = Path(first.args.output_dir) / f"checkpoint-{stop_at}"
+    # Another initialization, so that nothing but the checkpoint can make the runs agree.
+    second = make_trainer(make_gpt2(dropout=0.1, seed=9), name="halves")
+    second.train(resume_from_checkpoint=str(checkpoint))
+    assert second.state.global_step == 12
+    assert_same_run(whole, second)
+    assert [e["loss"] for e in training_logs(whole)][stop_at:] == [
+        e["loss"] for e in training_logs(second)
+    ][stop_at:]
+
+
+def test_resuming_with_another_schedule_says_that_the_old_one_is_kept(
+    make_gpt2, make_trainer, caplog
+):
+    trainer = make_trainer(make_gpt2(), save_strategy="steps", save_steps=10, max_steps=10)
+    trainer.train()
+    again = make_trainer(make_gpt2(), target_density=0.5)
+    with caplog.at_level(logging.WARNING):
+        again.train(resume_from_checkpoint=True)
+    assert "target_density=0.125, this run asks for 0.5" in caplog.text
+    assert "total_steps=10, this run asks for 12" in caplog.text
+    assert training_logs(again)[-1]["density"] == 1 / 8
+
+
+def test_accumulating_gradients_equals_the_larger_batch(make_gpt2, make_trainer):
+    runs = []
+    for batch, accumulate in ((16, 1), (2, 8)):
+        trainer = make_trainer(
+            make_gpt2(),
+            name=f"batch{batch}",
+            max_steps=8,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+        )
+        trainer.train()
+        assert trainer.optimizer.param_groups[0]["steps_taken"] == 8
+        runs.append(trainer)
+    for p, q in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        assert torch.equal(p != 0, q != 0)
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    losses = [[entry["loss"] for entry in training_logs(run)] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_what_is_saved_is_what_was_projected(make_gpt2, make_trainer, tmp_path):
+    trainer = make_trainer(make_gpt2())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    for (name, p), q in zip(trainer.model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    expected = expected_nonzeros(loaded, 1 / 8)
+    found = nonzeros(loaded, expected)
+    assert {n: found[n] for n in expected if "bias" not in n} == {
+        n: expected[n] for n in expected if "bias" not in n
+    }
+
+
+def test_evaluation_adds_the_perplexity(make_gpt2, make_trainer):
+    trainer = make_trainer(make_gpt2())
+    metrics = trainer.evaluate()
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
+    assert trainer.state.log_history[-1]["eval_perplexity"] == metrics["eval_perplexity"]
+    named = trainer.evaluate({"held_out": trainer.eval_dataset})
+    assert named["eval_held_out_perplexity"] == pytest.approx(metrics["eval_perplexity"])
+
+
+def test_the_best_model_is_sought_among_the_sparse_ones(make_gpt2, make_trainer):
+    # "Best" turned around: the loss falls all the time, so the first, dense model would win.
+    trainer = make_trainer(
+        make_gpt2(),
+        metric_for_best_model="loss",
+        greater_is_better=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    assert trainer.state.best_global_step >= 6
+    weight = trainer.model.get_parameter("transformer.h.0.mlp.c_fc.weight")
+    assert int(torch.count_nonzero(weight)) == max(nonzero_budget(weight.numel(), 1 / 8), 4 * 96)
+
+
+def test_none_trains_dense_by_the_same_recipe(make_gpt2, make_trainer):
+    trainer = make_trainer(make_gpt2(), sparsifier="none")
+    trainer.train()
+    log = training_logs(trainer)[-1]
+    assert log["density"] == 1.0
+    assert log["effective_lr"] == log["learning_rate"]
+    assert log["grad_rms"] > 0
+    assert log["nonzero_fraction"] > 0.95  # some biases of zero gradient stay zero
+
+
+def test_an_optimizer_of_ones_own_is_used(make_gpt2, make_trainer, dataset, tmp_path):
+    model = make_gpt2()
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    args = make_trainer(model).args
+    trainer = SparseTrainer(model, args, train_dataset=dataset, optimizers=(own, None))
+    trainer.train()
+    assert trainer.optimizer.optimizer is own
+    log = training_logs(trainer)[-1]
+    assert log["nonzero_fraction"] > 0.9
+    assert "density" not in log
+
+    own = TopKAdamW(sparse_param_groups(model), target_density=0.5, total_steps=99)
+    trainer = SparseTrainer(model, args, train_dataset=dataset, optimizers=(own, None))
+    trainer.train()
+    assert own.param_groups[0]["total_steps"] == 99
+    assert training_logs(trainer)[-1]["density"] == DensitySchedule(0.5, 0.01, 0.5, 99).density(12)
+
+
+def test_the_optimizer_works_in_a_plain_trainer(make_gpt2, dataset, tmp_path):
+    model = make_gpt2()
+    optimizer = TopKAdamW(
+        sparse_param_groups(model), target_density=1 / 8, total_steps=6, anneal_end=0.5
+    )
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=6,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        learning_rate=1e-2,
+    )
+    Trainer(model, args, train_dataset=dataset, optimizers=(optimizer, None)).train()
+    weight = model.get_parameter("transformer.wte.weight")
+    assert int(torch.count_nonzero(weight)) == nonzero_budget(weight.numel(), 1 / 8)
+
+
+def test_bad_input_is_refused_before_anything_is_written(make_gpt2, make_trainer, tmp_path):
+    with pytest.raises(TypeError, match="TrainingArguments, expected SparseTrainingArguments"):
+        SparseTrainer(make_gpt2(), TrainingArguments(output_dir=str(tmp_path / "run")))
+    frozen = make_gpt2().requires_grad_(False)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no trainable parameter"):
+        make_trainer(frozen)
+    with pytest.raises(ValueError, match="'typo' in exclude"):
+        make_trainer(make_gpt2(), dense_parameters=["typo"])
+    assert not (tmp_path / "run").exists()
