@@ -37,8 +37,8 @@ class Circuit:
         model_name: that model's path or Hub id, for people to find it.
         metrics: numbers about it, by name (losses in nats).
         config: how it was found, as plain values.
-        example: a prompt of the task with its answers, for pictures: `prompt`, `target`,
-            `counterfactual_target`, `tokens`.
+        example: a prompt of the task, its counterfactual and the answers, for pictures: `prompt`,
+            `target`, `token_ids`, `target_id`, and the same names with `counterfactual_`.
         scores: site → float32 `(width,)`, the learned mask parameters; empty if it was not learned.
     """
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from .ablation import node_sites
 from .edges import embedding_edges, unembedding_edges
 
 if TYPE_CHECKING:
@@ -62,16 +63,19 @@ def plot_circuit(
     position = _positions(nodes, links)
 
     tallest = max(sum(n.column == c for n in nodes.values()) for c in range(len(columns)))
-    figure = Figure(figsize=(max(6.0, 1.55 * len(columns)), max(3.2, 0.62 * tallest + 2.0)))
-    axes = figure.add_axes((0.02, 0.13, 0.96, 0.72))
+    # Inches: a row of nodes, and what stands above and below them.
+    row, above, below = 0.55, 1.15, 0.75
+    height = row * tallest + above + below
+    figure = Figure(figsize=(max(7.5, 1.55 * len(columns)), height))
+    axes = figure.add_axes((0.02, below / height, 0.96, row * tallest / height))
     axes.axis("off")
     _draw_links(axes, links, position)
     _draw_nodes(axes, nodes, position)
-    top = max((y for _, y in position.values()), default=0)
+    half = tallest / 2
     for column, title in enumerate(columns):
-        axes.text(column, top + 0.9, title, ha="center", va="bottom", fontsize=8, color="#444")
+        axes.text(column, half + 0.05, title, ha="center", va="bottom", fontsize=8, color="#444")
     axes.set_xlim(-0.6, len(columns) - 0.4)
-    axes.set_ylim(min((y for _, y in position.values()), default=0) - 0.7, top + 1.9)
+    axes.set_ylim(-half, half)
     _draw_captions(figure, circuit, sum(kind == "weight" for *_, kind in links))
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +97,7 @@ def _layout_nodes(
 ) -> tuple[dict[tuple, _Node], list[str]]:
     """All nodes of the picture by key, each with its column, and the columns' titles."""
     groups: list[tuple[str, list[str]]] = []  # a title and the sites that share its column
-    for site in circuit.means:
+    for site in node_sites(model):  # in the order of computation
         if site not in circuit.nodes:
             continue
         _, layer, part = site.split(".", 2)
@@ -119,9 +123,8 @@ def _layout_nodes(
                     label = f"{kind} {index}\nhead {index // head_width}"
                 nodes[(site, index)] = _Node(column, (site, index), label, kind)
 
-    example = circuit.example
     strengths: dict[int, float] = {}
-    for token, _, weight in embedding_edges(model, circuit.nodes, example.get("token_ids", [])):
+    for token, _, weight in embedding_edges(model, circuit.nodes, _deciding_tokens(circuit)):
         strengths[token] = max(strengths.get(token, 0.0), abs(weight))
     for token in sorted(strengths, key=strengths.__getitem__, reverse=True)[:MAX_TOKENS]:
         key = ("token", token)
@@ -130,7 +133,14 @@ def _layout_nodes(
     for token in _answers(circuit):
         key = ("answer", token)
         nodes[key] = _Node(last, key, _token_label(tokenizer, token), "token")
-    return nodes, ["prompt's\ntokens", *(title for title, _ in groups), "answers"]
+    return nodes, ["tokens that\ndecide", *(title for title, _ in groups), "answers"]
+
+
+def _deciding_tokens(circuit: "Circuit") -> list[int]:
+    """Tokens in which the example and its counterfactual differ; all tokens if none do."""
+    here = circuit.example.get("token_ids", [])
+    there = circuit.example.get("counterfactual_token_ids", [])
+    return sorted(set(here) ^ set(there)) or sorted(set(here) | set(there))
 
 
 def _answers(circuit: "Circuit") -> list[int]:
@@ -145,16 +155,14 @@ def _links(circuit: "Circuit", model: nn.Module) -> list[tuple[tuple, tuple, flo
         ((e.source_site, e.source), (e.target_site, e.target), e.weight, "weight")
         for e in circuit.edges(model)
     ]
-    order = list(circuit.means)
+    order = list(node_sites(model))
     readers = [(s, i) for s, ids in circuit.nodes.items() if s.endswith("act_in") for i in ids]
     writers = [(s, i) for s, ids in circuit.nodes.items() if s.endswith("resid_delta") for i in ids]
     for writer in writers:
         for reader in readers:
             if reader[1] == writer[1] and order.index(reader[0]) > order.index(writer[0]):
                 links.append((writer, reader, 0.0, "residual"))
-    for token, channel, weight in embedding_edges(
-        model, circuit.nodes, circuit.example.get("token_ids", [])
-    ):
+    for token, channel, weight in embedding_edges(model, circuit.nodes, _deciding_tokens(circuit)):
         links += [(("token", token), r, weight, "embed") for r in readers if r[1] == channel]
     for channel, token, weight in unembedding_edges(model, circuit.nodes, _answers(circuit)):
         links += [(w, ("answer", token), weight, "embed") for w in writers if w[1] == channel]
@@ -235,7 +243,7 @@ def _draw_captions(figure: Any, circuit: "Circuit", edges: int) -> None:
         facts.append(f"{metrics['ablated_loss']:.3f} without it")
         facts.append(f"{metrics['model_loss']:.3f} whole model")
     title = f"{circuit.task}: {', '.join(facts)}"
-    figure.text(0.5, 0.97, title, ha="center", va="top", fontsize=10)
+    figure.text(0.5, 0.985, title, ha="center", va="top", fontsize=10)
     lines = []
     if circuit.example:
         prompt = repr(circuit.example["prompt"]).replace("$", r"\$")
@@ -247,4 +255,4 @@ def _draw_captions(figure: Any, circuit: "Circuit", edges: int) -> None:
         "red: positive weight, blue: negative; dashed: embedding and unembedding; "
         "dotted: the same residual channel"
     )
-    figure.text(0.5, 0.02, "\n".join(lines), ha="center", va="bottom", fontsize=7.5, color="#333")
+    figure.text(0.5, 0.015, "\n".join(lines), ha="center", va="bottom", fontsize=7.5, color="#333")

@@ -27,6 +27,7 @@ from .task_loss import (
     binary_loss,
     fit_calibration,
     pair_logits,
+    trimmed,
 )
 
 Masks = dict[str, torch.Tensor]
@@ -164,7 +165,7 @@ def find_circuit(
             model_fingerprint=model_fingerprint(model),
             model_name=getattr(getattr(model, "config", None), "_name_or_path", "") or "",
             config=asdict(config),
-            example=_example(task, tokenizer),
+            example=_example(task),
         )
         circuit.metrics = evaluate_circuit(circuit, model, task)
         return circuit
@@ -236,7 +237,7 @@ def _learn_masks(
         with hooked_sites(model, {site: gate_hook(site) for site in taus}):
             for step in range(config.steps):
                 rows = torch.randint(n, (2 * config.batch_size,), generator=generator)
-                batch = _trim({k: v[rows] for k, v in train.items()})
+                batch = trimmed({k: v[rows] for k, v in train.items()})
                 noise = config.gate_noise * (1 - step / config.steps)
                 for site, tau in taus.items():
                     jitter = noise * torch.randn(len(rows), 1, len(tau), generator=generator)
@@ -258,12 +259,6 @@ def _learn_masks(
         for p in weights_need_grad:
             p.requires_grad_(True)
     return {site: tau.detach() for site, tau in taus.items()}
-
-
-def _trim(batch: TaskTensors) -> dict[str, torch.Tensor]:
-    """Cut off the columns that are padding in every row of a left-padded batch."""
-    first = int(batch["attention_mask"].any(0).int().argmax())
-    return {k: v[:, first:] if v.dim() == 2 else v for k, v in batch.items()}
 
 
 LossOf = Callable[[Masks], tuple[float, Calibration]]
@@ -353,15 +348,16 @@ def _drop_unneeded(
                 keep[site][i] = True
 
 
-def _example(task: Any, tokenizer: Any) -> dict[str, Any]:
+def _example(task: Any) -> dict[str, Any]:
     """The first held-out prompt, for pictures."""
     row = task.test[0]
     return {
         "prompt": row["prompt"],
         "target": row["target"],
         "counterfactual_target": row["counterfactual_target"],
+        "counterfactual_prompt": row["counterfactual_prompt"],
         "token_ids": list(row["input_ids"]),
-        "tokens": [tokenizer.decode([i]) for i in row["input_ids"]],
+        "counterfactual_token_ids": list(row["counterfactual_input_ids"]),
         "target_id": int(row["target_id"]),
         "counterfactual_target_id": int(row["counterfactual_target_id"]),
     }

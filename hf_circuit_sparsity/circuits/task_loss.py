@@ -37,15 +37,21 @@ def pair_logits(model: nn.Module, tensors: TaskTensors) -> torch.Tensor:
     return output.logits[:, -1].float().gather(1, candidates(tensors).to(device))
 
 
+def trimmed(tensors: TaskTensors) -> dict[str, torch.Tensor]:
+    """Without the columns that are padding in every row of left-padded prompts."""
+    first = int(tensors["attention_mask"].any(0).int().argmax())
+    return {k: v[:, first:] if v.dim() == 2 else v for k, v in tensors.items()}
+
+
 @torch.no_grad()
-def all_pair_logits(model: nn.Module, tensors: TaskTensors, batch_size: int = 256) -> torch.Tensor:
+def all_pair_logits(model: nn.Module, tensors: TaskTensors, batch_size: int = 128) -> torch.Tensor:
     """As [`pair_logits`], in batches and without gradients, on the CPU."""
-    n = len(tensors["target_ids"])
-    parts = [
-        pair_logits(model, {k: v[start : start + batch_size] for k, v in tensors.items()}).cpu()
-        for start in range(0, n, batch_size)
-    ]
-    return torch.cat(parts)
+    # Prompts of like length together: nothing is computed for padding.
+    order = tensors["attention_mask"].sum(1).argsort(stable=True)
+    pairs = torch.empty(len(order), 2)
+    for rows in order.split(batch_size):
+        pairs[rows] = pair_logits(model, trimmed({k: v[rows] for k, v in tensors.items()})).cpu()
+    return pairs
 
 
 def binary_loss(pairs: torch.Tensor) -> torch.Tensor:

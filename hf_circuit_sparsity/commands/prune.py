@@ -78,4 +78,3 @@ def print_prune_summary(circuit: Circuit, folder: Path) -> None:
         )
     )
     say("\nLosses are on held-out prompts, in nats; guessing is 0.693.")
-

@@ -202,4 +202,3 @@ def _print_summary(
     say(f"  look at {folder / 'circuit' / 'circuit.png'}")
     say(f"  hf-circuit-sparsity prune {folder / 'model'} --task while_return_true")
     say("  hf-circuit-sparsity train --output_dir runs/wider --d_model 256 --n_layer 4")
-

@@ -43,6 +43,7 @@ def circuit(model):
             "target": row["target"],
             "counterfactual_target": row["counterfactual_target"],
             "token_ids": row["input_ids"],
+            "counterfactual_token_ids": row["counterfactual_input_ids"],
             "target_id": row["target_id"],
             "counterfactual_target_id": row["counterfactual_target_id"],
         },
@@ -206,7 +207,7 @@ def test_plot(model, circuit, tmp_path, ending):
     else:
         # Text is drawn as shapes, but matplotlib leaves each string as a comment.
         text = content.decode()
-        for expected in ("on_off: 6 nodes, 4 edges", "+4.00", "+6.00", "head 1", "yes", "neuron"):
+        for expected in ("on_off: 6 nodes, 4 edges", "+2.00", "+3.00", "head 1", "yes", "neuron"):
             assert expected in text
 
 

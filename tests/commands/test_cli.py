@@ -1,0 +1,185 @@
+"""The commands as a person calls them, at the size of a test."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_circuit_sparsity import Circuit, CircuitGPTForCausalLM
+from hf_circuit_sparsity.cli import main
+from hf_circuit_sparsity.commands import quickstart
+from hf_circuit_sparsity.commands.train import ModelArguments
+
+TINY = ["--d_model", "32", "--n_layer", "1", "--d_mlp", "32", "--block_size", "32"]
+TRAINING = [
+    "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "8",
+    "--report_to", "none", "--target_density", "0.2", "--use_cpu", "--logging_steps", "5",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A folder of Python in which quotes close as they were opened, and little else happens."""
+    folder = tmp_path_factory.mktemp("corpus")
+    names = ["alpha", "beta", "gamma", "delta", "omega", "sigma"]
+    for number in range(12):
+        lines = []
+        for i in range(120):
+            quote = "\"'"[(i * 7 + number) % 2]
+            a, b = names[(i + number) % 6], names[(i * 5 + 1) % 6]
+            lines.append(f"{a} = {quote}{b} {a}{quote} + {b}")
+            lines.append(f"if {a} == {i}:\n    return True\nwhile True:\n    {b}({a}, [{i}, 2])")
+        (folder / f"module_{number}.py").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def train(corpus, output, *more):
+    return main([
+        "train", "--output_dir", str(output), "--corpus", str(corpus), "--vocab_size", "400",
+        *TINY, *TRAINING, *more,
+    ])  # fmt: skip
+
+
+def test_train_writes_a_model_that_loads(corpus, tmp_path, capsys):
+    assert train(corpus, tmp_path / "run", "--max_steps", "20") == 0
+    printed = capsys.readouterr().out
+    for expected in ("validation loss", "perplexity", "density", "nonzeros", "tokens/s", "Next:"):
+        assert expected in printed
+    model = CircuitGPTForCausalLM.from_pretrained(tmp_path / "run")
+    assert model.config.d_model == 32
+    for name in ("transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"):
+        weight = model.get_parameter(name)
+        assert (weight != 0).sum() == round(0.2 * weight.numel())
+    summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
+    assert summary["steps"] == 20 and summary["tokens"] == 20 * 4 * 32
+
+
+def test_prune_says_when_the_task_is_not_learned(corpus, tmp_path, capsys):
+    assert train(corpus, tmp_path / "run", "--max_steps", "2") == 0
+    model = str(tmp_path / "run")
+    status = main(["prune", model, "--task", "single_double_quote", "--corpus", str(corpus)])
+    assert status == 2
+    assert "no circuit of it can reach target_loss=0.15" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "circuits").exists()
+
+
+def tiny_quickstart(monkeypatch):
+    """The real quickstart, with a smaller model and fewer mask updates."""
+    for name, value in {
+        "D_MODEL": 32, "N_LAYER": 1, "BLOCK_SIZE": 64, "BATCH_SIZE": 8, "DENSITY": 0.5,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(quickstart, name, value)
+    monkeypatch.setattr(quickstart, "_steps_in", lambda *args: 30)
+    monkeypatch.setattr(quickstart, "PruningConfig", lambda seed: quick_pruning(seed))
+
+
+def quick_pruning(seed):
+    from hf_circuit_sparsity import PruningConfig
+
+    # 30 steps do not teach a task; a circuit of guessing is a circuit all the same.
+    return PruningConfig(
+        seed=seed, target_loss=0.9, selection_margin=1.0, steps=10, batch_size=8,
+        selection_prompts=32, cleanup=False,
+    )  # fmt: skip
+
+
+def test_quickstart_from_corpus_to_picture_and_again(corpus, tmp_path, monkeypatch, capsys):
+    tiny_quickstart(monkeypatch)
+    arguments = ["quickstart", "--output-dir", str(tmp_path / "q"), "--corpus", str(corpus)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for expected in ("1/4", "4/4", "perplexity", "loss, circuit alone", "nodes,", "picture"):
+        assert expected in printed
+    model = CircuitGPTForCausalLM.from_pretrained(tmp_path / "q" / "model")
+    circuit = Circuit.from_pretrained(tmp_path / "q" / "circuit")
+    circuit.check_model(model)
+    assert (tmp_path / "q" / "circuit" / "circuit.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((tmp_path / "q" / "summary.json").read_text())
+    assert summary["nodes"] == len(circuit)
+
+    assert main(arguments) == 0  # the same command again trains nothing anew
+    assert "done before" in capsys.readouterr().out
+    assert main([*arguments, "--seed", "1"]) == 2
+    assert "seed=0, but 1 was asked for" in capsys.readouterr().err
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
+    (tmp_path / "letter.txt").write_text("dear")
+    assert main(["quickstart", "--output-dir", str(tmp_path)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quickstart", "--minutes", "0"], "minutes=0"),
+        (["quickstart", "--corpus", "nowhere"], "nowhere"),
+        (["quickstart", "--task", "no_task"], "no_task"),
+        (["prune", "nowhere", "--task", "single_double_quote"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, message, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main([*arguments, "--output-dir", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not output.exists() or not any(output.iterdir())
+
+
+def test_train_refuses_a_bad_density(corpus, tmp_path, capsys):
+    assert train(corpus, tmp_path / "run", "--target_density", "1.5", "--max_steps", "1") == 2
+    assert "target_density=1.5" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def weights_of(folder):
+    return CircuitGPTForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_ctrl_c_leaves_a_run_that_resumes_bit_for_bit(corpus, tmp_path):
+    def command(folder, *more):
+        return [
+            sys.executable, "-m", "hf_circuit_sparsity.cli", "train", "--output_dir", str(folder),
+            "--corpus", str(corpus), "--vocab_size", "400", "--max_steps", "600",
+            "--save_strategy", "no", *TINY, *TRAINING, *more,
+        ]  # fmt: skip
+
+    whole = tmp_path / "whole"
+    done = subprocess.run(command(whole), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    cut = tmp_path / "cut"
+    running = subprocess.Popen(
+        command(cut), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    seen = ""
+    while "10/600" not in seen and running.poll() is None:
+        seen += running.stdout.readline()
+    time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    rest, _ = running.communicate(timeout=120)
+    assert running.returncode == 130, seen + rest
+    assert "--resume_from_checkpoint last" in rest
+    assert not (cut / "model.safetensors").exists()
+
+    resumed = subprocess.run(
+        command(cut, "--resume_from_checkpoint", "last"), capture_output=True, text=True
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    expected, got = weights_of(whole), weights_of(cut)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in ("quickstart", "train", "prune"))
+    assert ModelArguments().d_model == 256
