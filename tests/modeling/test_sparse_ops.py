@@ -11,6 +11,15 @@ ROWS = {
     * (torch.rand(40, 65, generator=GENERATOR) < 0.1),
     "signed zeros": torch.tensor([[0.0, -0.0, 0.0, -0.0], [-1.0, 1.0, -1.0, 0.5]]),
     "wide": torch.randn(3, 5000, generator=GENERATOR),
+    # Rows that are sampled (many, and wide), among them such that mislead the sample.
+    "sampled": torch.randn(300, 2050, generator=GENERATOR),
+    "sampled, many ties": torch.randint(-3, 4, (40, 1100), generator=GENERATOR).float(),
+    "sampled, mostly zeros": torch.randn(40, 4096, generator=GENERATOR)
+    * (torch.rand(40, 4096, generator=GENERATOR) < 0.1),
+    "sampled, large where it looks": torch.randn(9, 4096, generator=GENERATOR)
+    * (1 + 100 * (torch.arange(4096) % 8 == 0)),
+    "sampled, zero where it looks": torch.randn(9, 4096, generator=GENERATOR)
+    * (torch.arange(4096) % 8 != 0),
     "one row": torch.randn(16, generator=GENERATOR),
     "no rows": torch.randn(0, 8, generator=GENERATOR),
 }
