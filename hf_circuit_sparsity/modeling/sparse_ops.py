@@ -127,7 +127,7 @@ def _kth_largest(bits: np.ndarray, k: int) -> np.ndarray:
 
 def _count(mask: np.ndarray) -> np.ndarray:
     """True entries per row of a contiguous mask."""
-    rows, width = mask.shape
+    width = mask.shape[-1]
     if width % 8 or not hasattr(np, "bitwise_count"):  # numpy < 2
         return np.count_nonzero(mask, axis=-1)
     return np.bitwise_count(mask.view(np.uint64)).sum(axis=-1, dtype=np.int64)
