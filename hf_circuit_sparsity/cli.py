@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     quick.add_argument("--output-dir", default="runs/quickstart", help="(default: %(default)s)")
     quick.add_argument(
-        "--task", default=defaults.task, help=f"one of {', '.join(list_tasks())} (%(default)s)"
+        "--task", default=defaults.task, choices=list_tasks(), help="(default: %(default)s)"
     )
     quick.add_argument("--seed", type=int, default=defaults.seed, help="(default: %(default)s)")
     quick.add_argument("--corpus", help="folder of Python files (default: the standard library)")
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     prune = commands.add_parser("prune", help="cut a task's circuit out of a trained model")
     prune.add_argument("model", help="folder or Hub id of a model with its tokenizer")
-    prune.add_argument("--task", required=True, help=f"one of {', '.join(list_tasks())}")
+    prune.add_argument("--task", required=True, choices=list_tasks())
     prune.add_argument("--output-dir", help="(default: MODEL/circuits/TASK)")
     prune.add_argument("--corpus", help="folder of Python for the means (the standard library)")
     for option in fields(PruningConfig):

@@ -62,7 +62,7 @@ def plot_circuit(
     nodes = {k: n for k, n in nodes.items() if n.kind != "token" or k in linked}
     position = _positions(nodes, links)
 
-    tallest = max(sum(n.column == c for n in nodes.values()) for c in range(len(columns)))
+    tallest = max(1, *(sum(n.column == c for n in nodes.values()) for c in range(len(columns))))
     # Inches: a row of nodes, and what stands above and below them.
     row, above, below = 0.55, 1.15, 0.75
     height = row * tallest + above + below

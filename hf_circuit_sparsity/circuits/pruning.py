@@ -43,7 +43,7 @@ class PruningConfig:
 
     target_loss: float = 0.15
     """Task loss, in nats, that the circuit must reach; ln 2 ≈ 0.69 is guessing."""
-    steps: int = 1000
+    steps: int = 400
     """Mask updates; 0 ranks nodes by their initial noise only."""
     batch_size: int = 64
     """Prompt pairs per update; each brings two sequences."""
@@ -53,8 +53,6 @@ class PruningConfig:
     """Mean of the initial mask parameters."""
     init_std: float = 0.01
     """Standard deviation of the initial mask parameters."""
-    gate_noise: float = 0.05
-    """Standard deviation of the noise under which gates are learned; decays linearly to zero."""
     temperature: float = 1.0
     """Of the sigmoid whose derivative stands in for the step function's."""
     learning_rate: float = 3e-3
@@ -70,7 +68,7 @@ class PruningConfig:
     selection_margin: float = 0.9
     """Circuits are selected at this fraction of the target loss on training prompts, so that
     held-out prompts, which are a little harder, stay within the target."""
-    selection_prompts: int = 512
+    selection_prompts: int = 1024
     """Training prompts on which candidate circuits are compared."""
     cleanup: bool = True
     """Drop, one by one, kept nodes without which the circuit still reaches the target."""
@@ -235,15 +233,13 @@ def _learn_masks(
         for p in weights_need_grad:
             p.requires_grad_(False)
         with hooked_sites(model, {site: gate_hook(site) for site in taus}):
-            for step in range(config.steps):
+            for _ in range(config.steps):
                 rows = torch.randint(n, (2 * config.batch_size,), generator=generator)
                 batch = trimmed({k: v[rows] for k, v in train.items()})
-                noise = config.gate_noise * (1 - step / config.steps)
                 for site, tau in taus.items():
-                    jitter = noise * torch.randn(len(rows), 1, len(tau), generator=generator)
-                    gates[site] = _Gate.apply(tau + jitter.to(device), config.temperature)
+                    gates[site] = _Gate.apply(tau, config.temperature)
                 loss = binary_loss(pair_logits(model, batch))
-                open_nodes = sum(gate.mean((0, 1)).sum() for gate in gates.values())
+                open_nodes = sum(gate.sum() for gate in gates.values())
                 optimizer.zero_grad()
                 (loss + config.k_coef * open_nodes).backward()
                 torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)

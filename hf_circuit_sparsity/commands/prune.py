@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..circuits import Circuit, PruningConfig, find_circuit
@@ -25,13 +26,28 @@ def run_prune(
             given.
     """
     quiet_libraries()
-    loaded = CircuitGPTForCausalLM.from_pretrained(model).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded, tokenizer = load_model(model)
     reference = None
     if corpus is not None:
         reference = pack(build_corpus(corpus)["train"], tokenizer, loaded.config.block_size)
     folder = Path(output_dir) if output_dir else Path(model) / "circuits" / task
     return prune_model(loaded, tokenizer, task, folder, config, reference)
+
+
+def load_model(model: str) -> tuple[CircuitGPTForCausalLM, PreTrainedTokenizerBase]:
+    """A saved model and its tokenizer, or a `ValueError` of one sentence."""
+    try:
+        loaded = CircuitGPTForCausalLM.from_pretrained(model).eval()
+        return loaded, AutoTokenizer.from_pretrained(model)
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights in {model} are damaged ({error}); copy or download them again."
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"{model!r} is neither a folder with a model and its tokenizer nor a model on the Hub "
+            "that can be reached; check its name, and the connection."
+        ) from error
 
 
 def prune_model(

@@ -11,15 +11,17 @@ from hf_circuit_sparsity.circuits import (
 )
 from hf_circuit_sparsity.circuits.pruning import _Gate
 from tests.circuits.planted import (
+    NO,
     PLANTED_EDGES,
     PLANTED_NODES,
+    YES,
     on_off_task,
     planted_model,
     reference_ids,
     word_tokenizer,
 )
 
-QUICK = PruningConfig(steps=200, batch_size=32, k_coef=1e-3, selection_prompts=200)
+QUICK = PruningConfig(steps=200, batch_size=32, selection_prompts=200)
 
 
 def find(model=None, task=None, config=QUICK):
@@ -46,14 +48,14 @@ def test_a_planted_circuit_is_found(seed):
     assert metrics["ablated_loss"] >= 0.6
 
 
-def test_masks_alone_rank_the_planted_nodes_first():
+def test_masks_alone_open_the_planted_nodes_and_hardly_another():
     circuit = find()
     scores = torch.cat(list(circuit.scores.values()))
     planted = torch.cat([
         torch.isin(torch.arange(len(s)), torch.tensor(PLANTED_NODES.get(site, [-1])))
         for site, s in circuit.scores.items()
     ])  # fmt: skip
-    assert scores[planted].min() > scores[~planted].max()
+    assert (scores[planted] > 0).all() and (scores[~planted] > 0).sum() <= 2
     assert scores.abs().max() <= 1
 
 
@@ -99,14 +101,13 @@ def test_mean_activations_are_means():
 def test_a_task_the_model_has_not_learned_says_what_it_can_reach():
     model = planted_model()
     with torch.no_grad():  # now the model cannot tell the two answers apart
-        model.lm_head.weight[:, 4] = 0
-    with pytest.raises(
-        TaskNotLearnedError, match=r"reaches a loss of 0\.69\d on the task 'on_off'"
-    ):
+        model.lm_head.weight[YES] = model.lm_head.weight[NO]
+        model.final_logits_bias[YES] = model.final_logits_bias[NO]
+    with pytest.raises(TaskNotLearnedError, match=r"reaches a loss of 0\.693 on the task 'on_off'"):
         find(model)
     # Asked for no more than guessing, it finds the circuit of guessing: hardly anything.
     circuit = find(model, config=PruningConfig(steps=5, target_loss=0.8, selection_prompts=100))
-    assert len(circuit) <= 1
+    assert len(circuit) == 0
     assert circuit.metrics["circuit_loss"] == pytest.approx(math.log(2), abs=0.02)
 
 

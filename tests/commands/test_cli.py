@@ -15,7 +15,7 @@ from hf_circuit_sparsity.cli import main
 from hf_circuit_sparsity.commands import quickstart
 from hf_circuit_sparsity.commands.train import ModelArguments
 
-TINY = ["--d_model", "32", "--n_layer", "1", "--d_mlp", "32", "--block_size", "32"]
+TINY = ["--d_model", "32", "--n_layer", "1", "--d_mlp", "32", "--block_size", "128"]
 TRAINING = [
     "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "8",
     "--report_to", "none", "--target_density", "0.2", "--use_cpu", "--logging_steps", "5",
@@ -56,22 +56,27 @@ def test_train_writes_a_model_that_loads(corpus, tmp_path, capsys):
         weight = model.get_parameter(name)
         assert (weight != 0).sum() == round(0.2 * weight.numel())
     summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
-    assert summary["steps"] == 20 and summary["tokens"] == 20 * 4 * 32
+    assert summary["steps"] == 20 and summary["tokens"] == 20 * 4 * 128
 
 
 def test_prune_says_when_the_task_is_not_learned(corpus, tmp_path, capsys):
-    assert train(corpus, tmp_path / "run", "--max_steps", "2") == 0
-    model = str(tmp_path / "run")
-    status = main(["prune", model, "--task", "single_double_quote", "--corpus", str(corpus)])
-    assert status == 2
+    folder = tmp_path / "run"
+    assert train(corpus, folder, "--max_steps", "2") == 0
+    prune = ["prune", str(folder), "--task", "single_double_quote", "--corpus", str(corpus)]
+    assert main(prune) == 2
     assert "no circuit of it can reach target_loss=0.15" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "circuits").exists()
+
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert main(prune) == 2
+    assert "are damaged" in capsys.readouterr().err
+    assert not (folder / "circuits").exists()
 
 
 def tiny_quickstart(monkeypatch):
     """The real quickstart, with a smaller model and fewer mask updates."""
     for name, value in {
-        "D_MODEL": 32, "N_LAYER": 1, "BLOCK_SIZE": 64, "BATCH_SIZE": 8, "DENSITY": 0.5,
+        "D_MODEL": 32, "N_LAYER": 1, "BLOCK_SIZE": 128, "BATCH_SIZE": 8, "DENSITY": 0.5,
     }.items():  # fmt: skip
         monkeypatch.setattr(quickstart, name, value)
     monkeypatch.setattr(quickstart, "_steps_in", lambda *args: 30)
@@ -121,12 +126,16 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
         (["quickstart", "--minutes", "0"], "minutes=0"),
         (["quickstart", "--corpus", "nowhere"], "nowhere"),
         (["quickstart", "--task", "no_task"], "no_task"),
-        (["prune", "nowhere", "--task", "single_double_quote"], "nowhere"),
+        (["prune", "nowhere", "--task", "single_double_quote"], "'nowhere' is neither a folder"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, message, tmp_path, capsys):
     output = tmp_path / "out"
-    assert main([*arguments, "--output-dir", str(output)]) == 2
+    try:
+        status = main([*arguments, "--output-dir", str(output)])
+    except SystemExit as stop:  # argparse's own refusals
+        status = stop.code
+    assert status == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not output.exists() or not any(output.iterdir())
@@ -146,7 +155,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_bit_for_bit(corpus, tmp_path):
     def command(folder, *more):
         return [
             sys.executable, "-m", "hf_circuit_sparsity.cli", "train", "--output_dir", str(folder),
-            "--corpus", str(corpus), "--vocab_size", "400", "--max_steps", "600",
+            "--corpus", str(corpus), "--vocab_size", "400", "--max_steps", "250",
             "--save_strategy", "no", *TINY, *TRAINING, *more,
         ]  # fmt: skip
 
@@ -159,7 +168,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_bit_for_bit(corpus, tmp_path):
         command(cut), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     seen = ""
-    while "10/600" not in seen and running.poll() is None:
+    while "10/250" not in seen and running.poll() is None:
         seen += running.stdout.readline()
     time.sleep(0.05)
     running.send_signal(signal.SIGINT)
