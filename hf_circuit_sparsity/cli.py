@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     defaults = QuickstartSettings()
     quick.add_argument(
-        "--minutes", type=float, default=defaults.minutes, help="of training (default: %(default)g)"
+        "--minutes", type=float, help="of training (default: the 2,500 steps of the README)"
     )
     quick.add_argument("--output-dir", default="runs/quickstart", help="(default: %(default)s)")
     quick.add_argument(

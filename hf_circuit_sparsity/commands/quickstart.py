@@ -24,6 +24,7 @@ N_LAYER = 2
 BLOCK_SIZE = 128
 BATCH_SIZE = 16
 DENSITY = 0.05
+STEPS = 2500
 SETTINGS_NAME = "quickstart.json"
 
 
@@ -31,8 +32,9 @@ SETTINGS_NAME = "quickstart.json"
 class QuickstartSettings:
     """What a quickstart folder was started with; a resumed run must ask for the same."""
 
-    minutes: float = 6.0
-    """Minutes of training; the number of steps is set by timing a few."""
+    minutes: float | None = None
+    """Minutes of training, turned into steps by timing a few; None for the 2,500 steps that the
+    README's numbers are from."""
     task: str = "single_double_quote"
     seed: int = 0
     corpus: str | None = None
@@ -56,7 +58,7 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
         Interrupted: after Ctrl-C; the folder can be resumed.
     """
     quiet_libraries()
-    if not settings.minutes > 0:
+    if settings.minutes is not None and not settings.minutes > 0:
         raise ValueError(f"minutes={settings.minutes:g} was passed, but it must be above 0.")
     started = time.perf_counter()
     folder = Path(output_dir)
@@ -81,11 +83,14 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
         say("2/4  Training: done before")
         trained = json.loads((model_folder / "training_summary.json").read_text())
     else:
-        steps = stored.get("steps") or _steps_in(settings.minutes, config, blocks["train"])
+        seconds = _seconds_per_step(config, blocks["train"])
+        steps = stored.get("steps") or STEPS
+        if settings.minutes is not None and not stored:
+            steps = max(50, int(60 * settings.minutes / seconds))
         write_json(folder / SETTINGS_NAME, {**asdict(settings), "steps": steps})
         say(
             f"2/4  Training a transformer of {N_LAYER} layers and width {D_MODEL} for {steps:,} "
-            f"steps, about {settings.minutes:g} min"
+            f"steps, about {steps * seconds / 60:.0f} min"
         )
         say(f"     keeping {DENSITY:.0%} of its weights in the end")
         set_seed(settings.seed)
@@ -140,21 +145,19 @@ def _stored_settings(folder: Path, settings: QuickstartSettings) -> dict[str, An
     return stored
 
 
-def _steps_in(minutes: float, config: CircuitGPTConfig, train: Any, timed: int = 12) -> int:
-    """How many training steps fit into the time, by timing some on a model that is thrown away."""
+def _seconds_per_step(config: CircuitGPTConfig, train: Any, timed: int = 12) -> float:
+    """How long a training step takes here, by timing some on a model that is thrown away."""
     model = CircuitGPTForCausalLM(config)
     optimizer = TopKAdamW(sparse_param_groups(model), target_density=DENSITY, total_steps=10**6)
-    ids = torch.tensor(train[: BATCH_SIZE * (timed + 4)]["input_ids"]).split(BATCH_SIZE)
+    batches = torch.tensor(train[: BATCH_SIZE * timed]["input_ids"]).split(BATCH_SIZE)
     times = []
-    for step in range(timed + 4):
+    for batch in batches:
         began = time.perf_counter()
-        batch = ids[step % len(ids)]
         optimizer.zero_grad()
         model(batch, labels=batch, use_cache=False).loss.backward()
         optimizer.step()
         times.append(time.perf_counter() - began)
-    median = sorted(times[4:])[timed // 2]
-    return max(50, int(60 * minutes / median))
+    return sorted(times)[len(times) // 2]  # the first ones are slow
 
 
 def _training_arguments(folder: Path, steps: int, seed: int) -> SparseTrainingArguments:

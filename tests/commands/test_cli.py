@@ -76,10 +76,9 @@ def test_prune_says_when_the_task_is_not_learned(corpus, tmp_path, capsys):
 def tiny_quickstart(monkeypatch):
     """The real quickstart, with a smaller model and fewer mask updates."""
     for name, value in {
-        "D_MODEL": 32, "N_LAYER": 1, "BLOCK_SIZE": 128, "BATCH_SIZE": 8, "DENSITY": 0.5,
+        "D_MODEL": 32, "N_LAYER": 1, "BLOCK_SIZE": 128, "BATCH_SIZE": 8, "DENSITY": 0.5, "STEPS": 30,
     }.items():  # fmt: skip
         monkeypatch.setattr(quickstart, name, value)
-    monkeypatch.setattr(quickstart, "_steps_in", lambda *args: 30)
     monkeypatch.setattr(quickstart, "PruningConfig", lambda seed: quick_pruning(seed))
 
 
@@ -109,6 +108,7 @@ def test_quickstart_from_corpus_to_picture_and_again(corpus, tmp_path, monkeypat
 
     assert main(arguments) == 0  # the same command again trains nothing anew
     assert "done before" in capsys.readouterr().out
+    assert json.loads((tmp_path / "q" / "quickstart.json").read_text())["steps"] == 30
     assert main([*arguments, "--seed", "1"]) == 2
     assert "seed=0, but 1 was asked for" in capsys.readouterr().err
 
