@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from torch import nn
 
 from hf_circuit_sparsity.modeling import CircuitGPTConfig, CircuitGPTForCausalLM
 
@@ -39,4 +40,15 @@ def random_model(config: CircuitGPTConfig, seed: int = 0) -> CircuitGPTForCausal
         for name, tensor in model.state_dict().items():
             neutral = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
             tensor.copy_(neutral + 0.3 * torch.randn(tensor.shape))
+    return model
+
+
+def sparsify(model: nn.Module, density: float = 0.1) -> nn.Module:
+    """Zero most of every linear layer and embedding, in place."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                keep = torch.rand(module.weight.shape, generator=generator) < density
+                module.weight.masked_fill_(~keep, 0.0)
     return model

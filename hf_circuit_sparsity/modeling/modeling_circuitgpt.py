@@ -21,11 +21,12 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from .configuration_circuitgpt import CircuitGPTConfig
 from .sparse_ops import abs_topk
+from .sparse_pretrained import SparsePreTrainedModel
 
 # torch's RMSNorm derives its epsilon from the dtype; OpenAI's models were trained in float32, and
 # the epsilon must not change when their weights are loaded in bfloat16.
@@ -258,7 +259,7 @@ class SinusoidalPositions(nn.Embedding):
         return F.pad(table, (0, width - table.shape[1]))
 
 
-class CircuitGPTPreTrainedModel(PreTrainedModel):
+class CircuitGPTPreTrainedModel(SparsePreTrainedModel):
     config_class = CircuitGPTConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
@@ -281,6 +282,9 @@ class CircuitGPTPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._weight_conversions = None  # save in our own layout, whichever was read
+        for module in model.modules():
+            if isinstance(module, SinusoidalPositions):
+                module.weight.requires_grad_(False)  # loading makes every parameter trainable
         return loaded
 
     @torch.no_grad()

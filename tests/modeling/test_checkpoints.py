@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hf_circuit_sparsity.modeling import CircuitGPTConfig, CircuitGPTForCausalLM
-from tests.conftest import FIXTURES, random_model
+from tests.conftest import FIXTURES, random_model, sparsify
 
 IDS = torch.arange(24).reshape(2, 12)
 PAPER = FIXTURES / "reference" / "paper"
@@ -177,8 +177,10 @@ else:
     raise SystemExit("the package is importable")
 import torch
 from transformers import AutoModelForCausalLM
-folder, ids, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+folder, ids, out, sparse = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(
+    folder, trust_remote_code=True, sparse=sparse == "True"
+).eval()
 ids = torch.load(ids)
 with torch.no_grad():
     logits = model(ids).logits
@@ -187,20 +189,27 @@ torch.save({"logits": logits, "greedy": greedy, "sites": list(model.node_sites()
 """
 
 
-def test_loads_by_remote_code_where_the_package_is_not_installed(tiny_model, tmp_path):
+@pytest.mark.parametrize("sparse", [False, True])
+def test_loads_by_remote_code_where_the_package_is_not_installed(tiny_model, tmp_path, sparse):
     folder = tmp_path / "model"
-    tiny_model.save_pretrained(folder)
+    if sparse:
+        sparsify(tiny_model)
+    tiny_model.save_pretrained(folder, sparse=sparse)
     assert {p.name for p in folder.glob("*.py")} == {
         "configuration_circuitgpt.py",
         "modeling_circuitgpt.py",
+        "sparse_checkpoint.py",
+        "sparse_execution.py",
+        "sparse_linear.py",
         "sparse_ops.py",
+        "sparse_pretrained.py",
     }
     torch.save(IDS, tmp_path / "ids.pt")
     script = tmp_path / "load.py"
     script.write_text(WITHOUT_PACKAGE)
     environment = {"HF_HOME": str(tmp_path / "hf"), "PATH": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, script, folder, tmp_path / "ids.pt", tmp_path / "out.pt"],
+        [sys.executable, script, folder, tmp_path / "ids.pt", tmp_path / "out.pt", str(sparse)],
         env=environment,
         cwd=tmp_path,
         capture_output=True,

@@ -1,0 +1,270 @@
+"""Checkpoints that hold only the nonzeros: round trips, and damage that is refused."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
+
+from hf_circuit_sparsity.modeling import CircuitGPTConfig, CircuitGPTForCausalLM
+from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
+from hf_circuit_sparsity.modeling.sparse_execution import sparse_layers
+from tests.conftest import random_model, sparsify
+
+IDS = torch.arange(24).reshape(2, 12)
+SWITCHES = [
+    {},
+    {"tied_unembed": True},
+    {"learnable_bigram_table": False},
+    {"enable_bigram_table": False},
+    {"d_pos_emb": 4, "sinusoidal_cat_pos_emb": True, "bias": False},
+]
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    sparsify(tiny_model).save_pretrained(tmp_path / "saved", sparse=True)
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize("runs_sparse", [False, True])
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_round_trip(tiny_config, tmp_path, switches, runs_sparse):
+    model = sparsify(random_model(CircuitGPTConfig(**{**tiny_config.to_dict(), **switches})))
+    expected, fingerprint = logits_of(model), model_fingerprint(model)
+    if runs_sparse:
+        model.to_sparse()
+    for sparse in (True, False):
+        folder = tmp_path / str(sparse)
+        model.save_pretrained(folder, sparse=sparse)
+        dense, info = CircuitGPTForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert not sparse_layers(dense)
+        assert torch.equal(logits_of(dense), expected)
+        assert model_fingerprint(dense) == fingerprint
+
+        run = CircuitGPTForCausalLM.from_pretrained(folder, sparse=True)
+        assert isinstance(run.transformer.h[0].mlp.c_fc, type(model.to_sparse().lm_head))
+        assert not run.training
+        torch.testing.assert_close(logits_of(run), expected, atol=1e-5, rtol=0)
+        assert model_fingerprint(run) == fingerprint
+        trainable = {n for n, p in run.named_parameters() if not p.requires_grad}
+        assert trainable == {n for n, p in model.named_parameters() if not p.requires_grad}
+    sizes = [(tmp_path / s / "model.safetensors").stat().st_size for s in ("True", "False")]
+    assert sizes[0] < sizes[1]
+    if model.config.tied_unembed:
+        for folder in ("True", "False"):
+            names = load_file(tmp_path / folder / "model.safetensors")
+            assert not any(name.startswith("lm_head") for name in names)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_what_from_pretrained_is_asked_for(saved, tiny_model, sparse):
+    auto = AutoModelForCausalLM.from_pretrained(saved, sparse=sparse)
+    assert type(auto) is CircuitGPTForCausalLM
+    torch.testing.assert_close(logits_of(auto), logits_of(tiny_model), atol=1e-5, rtol=0)
+    assert auto.name_or_path == str(saved)
+
+    for dtype in (torch.bfloat16, "bfloat16"):
+        model = CircuitGPTForCausalLM.from_pretrained(
+            saved, sparse=sparse, dtype=dtype, attn_implementation="eager", afrac=0.5
+        )
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        assert model.config._attn_implementation == "eager"
+        assert model.config.afrac == 0.5
+        model.generate(IDS[:, :4], max_new_tokens=2, pad_token_id=0)
+    assert CircuitGPTForCausalLM.from_pretrained(saved, sparse=sparse, device_map="cpu")
+
+    body = AutoModel.from_pretrained(saved, sparse=sparse)
+    torch.testing.assert_close(
+        body(IDS).last_hidden_state,
+        tiny_model.transformer(IDS).last_hidden_state,
+        atol=1e-5,
+        rtol=0,
+    )
+    GenerationConfig(max_new_tokens=3, pad_token_id=7).save_pretrained(saved)
+    model = CircuitGPTForCausalLM.from_pretrained(saved, sparse=sparse)
+    assert model.generation_config.pad_token_id == 7
+
+
+def test_bfloat16_is_saved_in_bfloat16(tiny_model, tmp_path):
+    sparsify(tiny_model).to(torch.bfloat16).save_pretrained(tmp_path, sparse=True)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["transformer.h.0.mlp.c_fc.weight.values"].dtype == torch.bfloat16
+    assert stored["transformer.h.0.mlp.c_fc.weight.columns"].dtype == torch.uint8
+    again = CircuitGPTForCausalLM.from_pretrained(tmp_path)
+    assert again.dtype == torch.bfloat16
+    assert model_fingerprint(again) == model_fingerprint(tiny_model)
+
+
+def test_matrices_that_would_not_shrink_are_stored_as_they_are(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path, sparse=True)
+    tiny_model.save_pretrained(tmp_path / "dense")
+    assert set(load_file(tmp_path / "model.safetensors")) == set(tiny_model.state_dict())
+    # Between what shrinks and what pays to run: stored by its nonzeros, run dense.
+    sparsify(tiny_model, density=0.4).save_pretrained(tmp_path, sparse=True)
+    assert "lm_head.weight.columns" in load_file(tmp_path / "model.safetensors")
+    run = CircuitGPTForCausalLM.from_pretrained(tmp_path, sparse=True)
+    assert not sparse_layers(run)
+    assert torch.equal(logits_of(run), logits_of(tiny_model))
+
+
+def test_a_trained_checkpoint_saves_sparse_after_saving_dense(tiny_model, tmp_path):
+    sparsify(tiny_model)
+    for sparse in (True, False, True):
+        tiny_model.save_pretrained(tmp_path, sparse=sparse)
+        again = CircuitGPTForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(logits_of(again), logits_of(tiny_model))
+
+
+def test_push_to_hub_uploads_the_nonzeros(tiny_model, tmp_path, monkeypatch):
+    written = {}
+
+    def keep(folder, *args, **kwargs):
+        written.update(load_file(f"{folder}/model.safetensors"))
+
+    import transformers.utils.hub as hub
+
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *a, **k: _Card())
+    monkeypatch.setattr(CircuitGPTForCausalLM, "_upload_modified_files", staticmethod(keep))
+    for name in ("hf_api", "create_repo"):
+        if hasattr(hub, name):
+            monkeypatch.setattr(hub, name, lambda *a, **k: _Api())
+    sparsify(tiny_model)
+    tiny_model.push_to_hub("someone/model")
+    assert "lm_head.weight.columns" in written
+    written.clear()
+    tiny_model.push_to_hub("someone/model", sparse=False)
+    assert set(written) == set(tiny_model.state_dict())
+    tiny_model.save_pretrained(tmp_path)  # pushing leaves the default of saving alone
+    assert set(load_file(tmp_path / "model.safetensors")) == set(tiny_model.state_dict())
+
+
+class _Card:
+    def save(self, path):
+        pass
+
+
+class _Api:
+    repo_id = "someone/model"
+
+    def create_repo(self, *args, **kwargs):
+        return self
+
+
+NAME = "transformer.h.1.mlp.c_fc.weight"
+
+
+def _columns(edit):
+    def damage(tensors):
+        columns = tensors[f"{NAME}.columns"].int()
+        edit(columns, tensors[f"{NAME}.row_counts"].int())
+        tensors[f"{NAME}.columns"] = columns.to(torch.uint8)
+
+    return damage
+
+
+def _row_with_two(counts):
+    row = int((counts >= 2).nonzero()[0])
+    return int(counts[:row].sum())
+
+
+def _swap(columns, counts):
+    i = _row_with_two(counts)
+    columns[[i, i + 1]] = columns[[i + 1, i]]
+
+
+def _repeat(columns, counts):
+    i = _row_with_two(counts)
+    columns[i + 1] = columns[i]
+
+
+def _out_of_range(columns, counts):
+    columns[-1] = 32
+
+
+def _drop(ending):
+    return lambda tensors: tensors.pop(NAME + ending)
+
+
+def _shorten(ending):
+    def damage(tensors):
+        tensors[NAME + ending] = tensors[NAME + ending][:-1].clone()
+
+    return damage
+
+
+def _one_more_row(tensors):
+    counts = tensors[f"{NAME}.row_counts"]
+    tensors[f"{NAME}.row_counts"] = torch.cat([counts, counts.new_zeros(1)])
+
+
+def _count_moved(tensors):
+    counts = tensors[f"{NAME}.row_counts"].int()
+    counts[0] += 1
+    tensors[f"{NAME}.row_counts"] = counts.to(torch.uint8)
+
+
+def _signed(tensors):
+    counts = tensors[f"{NAME}.row_counts"].int()
+    counts[0] -= 100
+    counts[1] += 100
+    tensors[f"{NAME}.row_counts"] = counts
+
+
+def _floats(tensors):
+    tensors[f"{NAME}.columns"] = tensors[f"{NAME}.columns"].float()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_columns(_swap), "columns out of order in row"),
+        (_columns(_repeat), "twice the same column in row"),
+        (_columns(_out_of_range), "lists column 32, the matrix has 32"),
+        (_shorten(".columns"), "nonzeros but lists"),
+        (_shorten(".values"), "nonzeros but lists"),
+        (_shorten(".row_counts"), "counts 63 rows, the model has 64"),
+        (_one_more_row, "counts 65 rows"),
+        (_count_moved, "nonzeros but lists"),
+        (_signed, "nonzeros but lists"),
+        (_floats, r"columns is float32 of shape \(\d+,\), expected integers"),
+        (_drop(".values"), "lacks .*values"),
+        (_drop(".columns"), "lacks .*columns"),
+        (_drop(".row_counts"), "lacks .*row_counts"),
+    ],
+)
+def test_damage_is_refused_by_the_tensors_name(saved, damage, message, sparse):
+    path = saved / "model.safetensors"
+    tensors = load_file(path)
+    damage(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message) as refused:
+        CircuitGPTForCausalLM.from_pretrained(saved, sparse=sparse)
+    assert NAME in str(refused.value)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_weights_that_do_not_fit_the_config_are_refused(saved, sparse):
+    tensors = load_file(saved / "model.safetensors")
+    for edit, message in [
+        (lambda t: t.pop("transformer.ln_f.weight"), "lacks 'transformer.ln_f.weight'"),
+        (lambda t: t.update(odd=torch.zeros(2)), "'odd', which this config's model does not have"),
+        (lambda t: t.update({"transformer.ln_f.weight": torch.zeros(2)}), r"of shape \(2,\)"),
+    ]:
+        edited = dict(tensors)
+        edit(edited)
+        save_file(edited, saved / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            CircuitGPTForCausalLM.from_pretrained(saved, sparse=sparse)
+
+
+def test_what_a_sparse_run_cannot_do_is_said(saved):
+    with pytest.raises(ValueError, match=r"device_map='auto' was passed with sparse=True"):
+        CircuitGPTForCausalLM.from_pretrained(saved, sparse=True, device_map="auto")
+    assert CircuitGPTForCausalLM.from_pretrained(saved, device_map="auto")
