@@ -76,7 +76,8 @@ def test_prune_says_when_the_task_is_not_learned(corpus, tmp_path, capsys):
 def tiny_quickstart(monkeypatch):
     """The real quickstart, with a smaller model and fewer mask updates."""
     for name, value in {
-        "D_MODEL": 32, "N_LAYER": 1, "BLOCK_SIZE": 128, "BATCH_SIZE": 8, "DENSITY": 0.5, "STEPS": 30,
+        "D_MODEL": 32, "N_LAYER": 1, "BLOCK_SIZE": 128, "BATCH_SIZE": 8, "DENSITY": 0.5,
+        "STEPS": 30,
     }.items():  # fmt: skip
         monkeypatch.setattr(quickstart, name, value)
     monkeypatch.setattr(quickstart, "PruningConfig", lambda seed: quick_pruning(seed))
