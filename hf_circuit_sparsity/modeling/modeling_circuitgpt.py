@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from .configuration_circuitgpt import CircuitGPTConfig
+from .sink_attention import sdpa_attention_with_sink
 from .sparse_ops import abs_topk
 from .sparse_pretrained import SparsePreTrainedModel
 
@@ -84,48 +85,6 @@ def eager_attention_forward(
     weights = weights[..., : key.shape[-2]]
     attended = F.dropout(weights, p=dropout, training=module.training) @ value
     return attended.transpose(1, 2), weights
-
-
-def sdpa_attention_with_sink(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float,
-    sink_logit: torch.Tensor,
-) -> torch.Tensor:
-    """The same through `scaled_dot_product_attention`: `(B, H, T, K)` in, `(B, T, H, K)` out.
-
-    The sink becomes a key in front of the others whose value is zero. One extra channel, 1 in
-    every query and `sink_logit / scaling` in that key only, makes its score the sink's logit for
-    every query, so that no mask has to carry it and the causal kernels stay usable.
-    """
-    batch, heads, queries, width = query.shape
-    sink_key = query.new_zeros(batch, heads, 1, width + 1)
-    sink_key[..., -1] = (sink_logit / scaling).to(query.dtype).view(1, heads, 1)
-    query = torch.cat([query, query.new_ones(batch, heads, queries, 1)], dim=-1)
-    key = torch.cat([sink_key, F.pad(key, (0, 1))], dim=2)
-    value = F.pad(value, (0, 1, 1, 0))  # a zero row in front; the extra channel keeps widths equal
-    is_causal = attention_mask is None and queries > 1
-    if is_causal:
-        # A query in front of the others keeps the causal diagonal in place. A static cache holds
-        # more keys than there are queries, none of them filled yet.
-        query = F.pad(query, (0, 0, 1, 0))
-        key, value = key[:, :, : queries + 1], value[:, :, : queries + 1]
-    elif attention_mask is not None:
-        seen = attention_mask.dtype == torch.bool  # in a boolean mask 1 is seen, in a float one 0
-        attention_mask = F.pad(attention_mask, (1, 0), value=1 if seen else 0)
-    attended = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=attention_mask,
-        dropout_p=dropout,
-        is_causal=is_causal,
-        scale=scaling,
-    )
-    return attended[:, :, int(is_causal) :, :width].transpose(1, 2)
 
 
 class AttentionSink(nn.Module):

@@ -44,8 +44,9 @@ def sparse_matmul(
     columns: torch.Tensor,
     values: torch.Tensor,
     rows: int,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`x @ weight.T` for a weight given by its nonzeros; not differentiable by itself.
+    """`x @ weight.T + bias` for a weight given by its nonzeros; not differentiable by itself.
 
     Args:
         x: `(tokens, width)`. Half precision on the CPU is multiplied in float32 and rounded.
@@ -53,13 +54,15 @@ def sparse_matmul(
         columns: `(nonzeros,)` int32, below `width`.
         values: `(nonzeros,)`.
         rows: of the weight.
+        bias: `(rows,)`.
 
     Returns:
         `(tokens, rows)`, contiguous, in the dtype of `x`.
     """
     on_cpu = x.device.type == "cpu"
     if on_cpu and not torch.backends.mkl.is_available():
-        return sparse_matmul_reference(x, row_starts, columns, values, rows)
+        y = sparse_matmul_reference(x, row_starts, columns, values, rows)
+        return y if bias is None else y + bias
     dtype = x.dtype
     if on_cpu and dtype in _HALF:
         x = x.float()
@@ -67,12 +70,15 @@ def sparse_matmul(
         row_starts, columns, values.to(x.dtype), (rows, x.shape[1]), check_invariants=False
     )
     if not on_cpu or len(x) <= 1:
-        return (matrix @ x.t().contiguous()).t().contiguous().to(dtype)
+        y = (matrix @ x.t().contiguous()).t().contiguous().to(dtype)
+        return y if bias is None else y.add_(bias)
     out = torch.empty(len(x), rows, dtype=dtype)
     for start in range(0, len(x), _TOKENS):
         # MKL is many times slower on a transposed view than on a transposed copy.
         piece = x[start : start + _TOKENS].t().contiguous()
-        out[start : start + _TOKENS] = (matrix @ piece).t()
+        part = out[start : start + _TOKENS].copy_((matrix @ piece).t())
+        if bias is not None:
+            part.add_(bias)
     return out
 
 
@@ -97,28 +103,34 @@ def transposed(
 
 
 class _SparseMatmul(torch.autograd.Function):
-    """`x @ weight.T`, whose gradients also cost only what the nonzeros cost."""
+    """`x @ weight.T + bias`, whose gradients also cost only what the nonzeros cost."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, values: torch.Tensor, layer: "SparseLinear"
+        ctx: Any,
+        x: torch.Tensor,
+        values: torch.Tensor,
+        bias: torch.Tensor | None,
+        layer: "SparseLinear",
     ) -> torch.Tensor:
         ctx.layer = layer
         ctx.save_for_backward(x, values)
-        return sparse_matmul(x, layer.row_starts, layer.columns, values, layer.shape[0])
+        return sparse_matmul(x, layer.row_starts, layer.columns, values, layer.shape[0], bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, values = ctx.saved_tensors
         layer, grad = ctx.layer, grad.contiguous()
-        grad_x = grad_values = None
+        grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
             starts, columns, order = layer.transposed_pattern()
             grad_x = sparse_matmul(grad, starts, columns, values[order], layer.shape[1])
         if ctx.needs_input_grad[1]:
             grad_values = _gradient_at(layer, grad, x).to(values.dtype)
-        return grad_x, grad_values, None
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(0)
+        return grad_x, grad_values, grad_bias, None
 
 
 def _gradient_at(layer: "SparseLinear", grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -243,9 +255,7 @@ class SparseLinear(SparseWeight):
         self.register_parameter("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = _SparseMatmul.apply(x.reshape(-1, self.in_features), self.values, self)
-        if self.bias is not None:
-            y = y + self.bias
+        y = _SparseMatmul.apply(x.reshape(-1, self.in_features), self.values, self.bias, self)
         return y.view(*x.shape[:-1], self.out_features)
 
 

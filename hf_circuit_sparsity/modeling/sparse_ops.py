@@ -42,9 +42,11 @@ def abs_topk(x: torch.Tensor, k: int) -> torch.Tensor:
     if k >= x.shape[-1]:
         return x
     if x.device.type == "cpu" and x.dtype in _BITS and not torch.compiler.is_compiling():
-        # A product with bytes is several times as fast as one with booleans, or as a choice
-        # between x and 0, forward and backward.
-        return x * topk_mask_cpu(x.detach(), k).view(torch.int8)
+        if torch.is_grad_enabled() and x.requires_grad:
+            # A product with bytes is several times as fast as one with booleans, or as a choice
+            # between x and 0, forward and backward.
+            return x * topk_mask_cpu(x.detach(), k).view(torch.int8)
+        return _topk_cpu(x, k, masks_only=False)
     kept = x.abs().topk(k, dim=-1, sorted=False).indices
     return torch.zeros_like(x).scatter(-1, kept, x.gather(-1, kept))
 
@@ -56,17 +58,29 @@ def topk_mask_cpu(x: torch.Tensor, k: int) -> torch.Tensor:
         x: `(..., width)` on the CPU, float16, bfloat16, float32 or float64; no gradient.
         k: 0 ≤ k ≤ width.
     """
-    mask = torch.empty(x.shape, dtype=torch.bool)
+    return _topk_cpu(x, k, masks_only=True)
+
+
+def _topk_cpu(x: torch.Tensor, k: int, masks_only: bool) -> torch.Tensor:
+    """`topk_mask_cpu`, or with `masks_only=False` the product of `x` and the mask."""
     width = x.shape[-1]
+    out = torch.empty(x.shape, dtype=torch.bool if masks_only else x.dtype)
     if k < 1 or not x.numel():
-        return mask.zero_()
-    bits = x.contiguous().view(_BITS[x.dtype]).numpy().reshape(-1, width)
-    kept = mask.numpy().reshape(-1, width)
+        return out.zero_()
+    # Rows may lie apart, as those of a query do that is a part of one projection.
+    flat_x, flat_out = x.detach().reshape(-1, width), out.view(-1, width)
+    if flat_x.stride(1) != 1:
+        flat_x = flat_x.contiguous()
+    bits = flat_x.view(_BITS[x.dtype]).numpy()
     rows = max(1, _PIECE // width)
+    mask = np.empty((min(rows, len(bits)), width), bool)
     for start in range(0, len(bits), rows):
-        magnitude = bits[start : start + rows] & np.iinfo(bits.dtype).max
-        _mask_of_rows(magnitude, k, kept[start : start + rows])
-    return mask
+        piece = slice(start, min(start + rows, len(bits)))
+        kept = flat_out[piece].numpy() if masks_only else mask[: piece.stop - start]
+        _mask_of_rows(bits[piece] & np.iinfo(bits.dtype).max, k, kept)
+        if not masks_only:  # while the piece is still in the cache
+            torch.mul(flat_x[piece], torch.from_numpy(kept.view(np.int8)), out=flat_out[piece])
+    return out
 
 
 def _mask_of_rows(bits: np.ndarray, k: int, mask: np.ndarray) -> None:
@@ -96,6 +110,11 @@ def _kth_largest(bits: np.ndarray, k: int) -> np.ndarray:
     guess = sample[:, min(place, size - 1)]
     excess = _count(bits >= guess[:, None]) - k
     place = place + excess * (size / width)
+    at_zero = np.flatnonzero(guess == 0)
+    if at_zero.size:  # zeros are many, as behind a ReLU; count from the first place after them
+        nonzeros = np.count_nonzero(bits[at_zero], axis=-1)
+        zeros = size - np.count_nonzero(sample[at_zero], axis=-1)
+        place[at_zero] = np.where(nonzeros < k, -size, zeros + (nonzeros - k) * (size / width))
     low = sample[each, np.clip(np.floor(place - _REACH), 0, size - 1).astype(np.intp)]
     high = sample[each, np.clip(np.ceil(place + _REACH), 0, size - 1).astype(np.intp)]
     above = bits > high[:, None]

@@ -198,6 +198,7 @@ def test_loads_by_remote_code_where_the_package_is_not_installed(tiny_model, tmp
     assert {p.name for p in folder.glob("*.py")} == {
         "configuration_circuitgpt.py",
         "modeling_circuitgpt.py",
+        "sink_attention.py",
         "sparse_checkpoint.py",
         "sparse_execution.py",
         "sparse_linear.py",
