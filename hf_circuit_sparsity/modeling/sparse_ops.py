@@ -85,9 +85,9 @@ def _topk_cpu(x: torch.Tensor, k: int, masks_only: bool) -> torch.Tensor:
 
 def _mask_of_rows(bits: np.ndarray, k: int, mask: np.ndarray) -> None:
     """Fill `mask` with the k largest of every row of `bits`, the first of equals."""
-    threshold = _kth_largest(bits, k)
+    threshold, reaching = _kth_largest(bits, k)
     np.greater_equal(bits, threshold[:, None], out=mask)
-    surplus = np.flatnonzero(_count(mask) > k)
+    surplus = np.flatnonzero(reaching > k)
     if surplus.size:
         # Rows in which the k-th magnitude is not unique, mostly rows with fewer than k nonzeros.
         tied = bits[surplus] == threshold[surplus, None]
@@ -96,52 +96,57 @@ def _mask_of_rows(bits: np.ndarray, k: int, mask: np.ndarray) -> None:
         mask[surplus] = above | (tied & (tied.cumsum(axis=-1, dtype=np.int32) <= room))
 
 
-def _kth_largest(bits: np.ndarray, k: int) -> np.ndarray:
-    """The k-th largest entry of every row of a matrix of non-negative integers."""
+def _kth_largest(bits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k-th largest entry of every row of non-negative integers, and how many reach it."""
     rows, width = bits.shape
     if width <= _SAMPLE or rows < _FEW_ROWS:
-        return np.partition(bits, width - k, axis=-1)[:, width - k]
-    # A sorted sample gives a first guess; counting what reaches it says how far to move along the
-    # sample; the entries around that place are listed, and the threshold is settled on the list.
+        threshold = np.partition(bits, width - k, axis=-1)[:, width - k]
+        return threshold, _count(bits >= threshold[:, None])
+    # A sorted sample gives a first guess. Counting what reaches it says which way and how far
+    # along the sample the threshold is; a second place somewhat beyond it closes the range. The
+    # entries in this range are listed, and the threshold is settled on the list.
     sample = np.sort(bits[:, :: width // _SAMPLE], axis=-1)
     size = sample.shape[1]
     each = np.arange(rows)
-    place = size - round(size * k / width)
-    guess = sample[:, min(place, size - 1)]
-    excess = _count(bits >= guess[:, None]) - k
-    place = place + excess * (size / width)
+    place = np.full(rows, min(size - round(size * k / width), size - 1))
+    guess = sample[:, place[0]]
     at_zero = np.flatnonzero(guess == 0)
-    if at_zero.size:  # zeros are many, as behind a ReLU; count from the first place after them
-        nonzeros = np.count_nonzero(bits[at_zero], axis=-1)
-        zeros = size - np.count_nonzero(sample[at_zero], axis=-1)
-        place[at_zero] = np.where(nonzeros < k, -size, zeros + (nonzeros - k) * (size / width))
-    low = sample[each, np.clip(np.floor(place - _REACH), 0, size - 1).astype(np.intp)]
-    high = sample[each, np.clip(np.ceil(place + _REACH), 0, size - 1).astype(np.intp)]
-    above = bits > high[:, None]
-    listed = bits >= low[:, None]
-    n_above = _count(above)
-    missing = k - n_above
-    np.logical_xor(listed, above, out=listed)
-    n_listed = _count(listed)
-    found = (missing > 0) & (missing <= n_listed)
-    threshold = low.copy()
-    search = found & (low < high)  # where both are one number, this number is the threshold
-    if not search.all():
-        listed[~search] = False
-        n_listed[~search] = 0
-    longest = int(n_listed.max())
-    if longest:
-        candidates = np.zeros((rows, longest), bits.dtype)
-        candidates[np.arange(longest) < n_listed[:, None]] = bits.reshape(-1)[
-            np.flatnonzero(listed)
-        ]
-        candidates.sort(axis=-1)
-        settled = candidates[each, np.clip(longest - missing, 0, longest - 1)]
-        threshold[search] = settled[search]
-    lost = np.flatnonzero(~found)
+    if at_zero.size:  # zeros are many, as behind a ReLU: begin behind them
+        guess = np.maximum(guess, 1)
+        place[at_zero] = size - np.count_nonzero(sample[at_zero], axis=-1)
+    reaches_guess = bits >= guess[:, None]
+    n_guess = _count(reaches_guess)
+    up = n_guess >= k
+    moved = place + (n_guess - k) * (size / width) + np.where(up, _REACH, -_REACH)
+    second = sample[each, np.clip(moved, 0, size - 1).astype(np.intp)]
+    largest = np.iinfo(bits.dtype).max
+    second = np.where(up, np.minimum(second, largest - 1) + 1, np.maximum(second, 1))
+    second[moved > size - 1] = largest
+    second[moved < 0] = 1
+    reaches_second = bits >= second[:, None]
+    n_second = _count(reaches_second)
+
+    fewer, more = np.minimum(n_guess, n_second), np.maximum(n_guess, n_second)
+    found = (fewer < k) & (k <= more)
+    all_zero = ~up & (second == 1) & (more < k)  # the k-th largest of such a row is 0
+    listed = np.logical_xor(reaches_guess, reaches_second, out=reaches_second)
+    n_listed = more - fewer
+    if not found.all():
+        listed[~found] = False
+        n_listed[~found] = 0
+    longest = max(1, int(n_listed.max()))
+    candidates = np.full((rows, longest), -1, bits.dtype)
+    candidates[np.arange(longest) < n_listed[:, None]] = bits.reshape(-1)[np.flatnonzero(listed)]
+    candidates.sort(axis=-1)
+    threshold = candidates[each, np.clip(longest - (k - fewer), 0, longest - 1)]
+    reaching = fewer + (candidates >= threshold[:, None]).sum(axis=-1)
+    threshold[all_zero] = 0
+    reaching[all_zero] = width
+    lost = np.flatnonzero(~found & ~all_zero)
     if lost.size:  # the sample misled
         threshold[lost] = np.partition(bits[lost], width - k, axis=-1)[:, width - k]
-    return threshold
+        reaching[lost] = _count(bits[lost] >= threshold[lost, None])
+    return threshold, reaching
 
 
 def _count(mask: np.ndarray) -> np.ndarray:
@@ -149,4 +154,4 @@ def _count(mask: np.ndarray) -> np.ndarray:
     width = mask.shape[-1]
     if width % 8 or not hasattr(np, "bitwise_count"):  # numpy < 2
         return np.count_nonzero(mask, axis=-1)
-    return np.bitwise_count(mask.view(np.uint64)).sum(axis=-1, dtype=np.int64)
+    return np.bitwise_count(mask.view(np.uint64)).sum(axis=-1, dtype=np.uint32).astype(np.int64)
