@@ -201,7 +201,8 @@ def _positions(
 def _draw_links(axes: Any, links: list, position: dict) -> None:
     strongest = max((abs(w) for *_, w, kind in links if kind != "residual"), default=1.0) or 1.0
     labelled = sum(kind != "residual" for *_, kind in links) <= MAX_LABELLED_EDGES
-    for number, (source, target, weight, kind) in enumerate(links):
+    labels: list[tuple[float, float]] = []
+    for source, target, weight, kind in links:
         (x0, y0), (x1, y1) = position[source], position[target]
         if kind == "residual":
             axes.plot([x0, x1], [y0, y1], ":", color=RESIDUAL, linewidth=1.1, zorder=1)
@@ -213,11 +214,19 @@ def _draw_links(axes: Any, links: list, position: dict) -> None:
             [x0, x1], [y0, y1], color=colour, linewidth=width, linestyle=style, alpha=0.8, zorder=2
         )
         if labelled:
-            # Spread along the lines, so that labels of lines that cross do not meet.
-            t = (0.38, 0.5, 0.62)[number % 3]
+            # Where on its line a label is farthest from those already there; a column is about
+            # three rows wide, and labels are wider than high.
+            places = [(x0 + t * (x1 - x0), y0 + t * (y1 - y0)) for t in (0.5, 0.4, 0.6, 0.3, 0.7)]
+            x, y = max(
+                places,
+                key=lambda p: min(
+                    ((1.5 * (p[0] - q[0])) ** 2 + (p[1] - q[1]) ** 2 for q in labels), default=0.0
+                ),
+            )
+            labels.append((x, y))
             axes.text(
-                x0 + t * (x1 - x0), y0 + t * (y1 - y0), f"{weight:+.2f}", fontsize=5.5,
-                color=colour, ha="center", va="center", zorder=4,
+                x, y, f"{weight:+.2f}", fontsize=5.5, color=colour, ha="center", va="center",
+                zorder=4,
                 bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none"},
             )  # fmt: skip
 
