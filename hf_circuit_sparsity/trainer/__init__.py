@@ -1,6 +1,7 @@
 """Training of weight-sparse models: the optimizer, and the Hugging Face Trainer around it."""
 
 from .callbacks import InterruptCallback
+from .nonzero_linear import on_nonzeros
 from .param_groups import sparse_param_groups
 from .projection import nonzero_budget, project_topk_, project_topk_reference_
 from .schedules import DensitySchedule, sharkfin
@@ -17,6 +18,7 @@ __all__ = [
     "SparsityMonitor",
     "TopKAdamW",
     "nonzero_budget",
+    "on_nonzeros",
     "project_topk_",
     "project_topk_reference_",
     "sharkfin",

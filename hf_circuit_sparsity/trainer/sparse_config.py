@@ -78,6 +78,16 @@ class SparseTrainingArguments(TrainingArguments):
         },
     )
 
+    # --- How it is computed ---
+    compute_on_nonzeros: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether linear layers multiply only their nonzeros, forward and for the "
+            "gradient of their input, once they are sparse enough for that to be faster (CPU, "
+            "float32). The results are the same to rounding."
+        },
+    )
+
     # --- How the optimizer compensates ---
     grad_rms: Literal["always", "clip", "off"] = field(
         default="always",

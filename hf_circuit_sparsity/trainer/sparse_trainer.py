@@ -2,14 +2,16 @@
 
 import logging
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from .nonzero_linear import on_nonzeros
 from .param_groups import sparse_param_groups
 from .sparse_config import SparseTrainingArguments
 from .sparsity_monitor import SparsityMonitor
@@ -66,6 +68,15 @@ class SparseTrainer(Trainer):
                 "training is sharded (FSDP or DeepSpeed), but the largest weights of a matrix can "
                 "only be found where all of it is: use one process or data parallelism (DDP)."
             )
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as ``Trainer`` does, computing on the nonzeros once that is faster."""
+        computing = on_nonzeros(self.model) if self._may_use_nonzeros() else nullcontext()
+        with computing:
+            return super().train(*args, **kwargs)
+
+    def _may_use_nonzeros(self) -> bool:
+        return self.args.compute_on_nonzeros and isinstance(self.model, nn.Module)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer unless there is one already; see ``Trainer.create_optimizer``."""

@@ -1,0 +1,99 @@
+"""How every benchmark measures and prints."""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import transformers
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds that one call took, over several."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def __str__(self) -> str:
+        """Median and range, in milliseconds."""
+        low, high = min(self.seconds), max(self.seconds)
+        return f"{_ms(self.median)} ({_ms(low)}–{_ms(high)})"
+
+
+def interleaved(
+    sides: dict[str, Callable[[], object]], rounds: int, device: str = "cpu"
+) -> dict[str, Timing]:
+    """Call every side once per round, in turn, so that all meet the same disturbances.
+
+    One round before is not counted. On CUDA a call ends when the device has finished.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for round_ in range(-1, rounds):
+        for name, call in sides.items():
+            _wait(device)
+            start = time.perf_counter()
+            call()
+            _wait(device)
+            if round_ >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(tuple(s)) for name, s in seconds.items()}
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
+
+
+def ratio(slow: Timing, fast: Timing) -> str:
+    """How many times as fast, by the medians."""
+    return f"{slow.median / fast.median:.1f} ×"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def machine(device: str) -> str:
+    """What the figures were measured on, in one line."""
+    chip = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
+    return (
+        f"{chip}, {torch.get_num_threads()} CPU thread(s), torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, numpy {np.__version__}"
+    )
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = {line.split(":")[1].strip() for line in file if line.startswith("model name")}
+    except OSError:
+        names = set()
+    return ", ".join(sorted(names)) or platform.processor() or platform.machine()
+
+
+def main(description: str, run: Callable[..., str]) -> None:
+    """The command line of one benchmark: prints what `run(device, dtype, quick)` returns."""
+    parser = argparse.ArgumentParser(description=description)
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    parser.add_argument("--device", default=str(found or "cpu"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="(%(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes, in seconds")
+    args = parser.parse_args()
+    print(machine(args.device), end="\n\n")
+    print(run(args.device, getattr(torch, args.dtype), args.quick))
