@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from .worker_threads import map_pieces
+
 # Magnitudes of floats are ordered as the integers of the same bits are, NaN above everything, and
 # numpy compares and selects among integers several times faster than torch.topk among floats.
 _BITS = {
@@ -72,14 +74,17 @@ def _topk_cpu(x: torch.Tensor, k: int, masks_only: bool) -> torch.Tensor:
     if flat_x.stride(1) != 1:
         flat_x = flat_x.contiguous()
     bits = flat_x.view(_BITS[x.dtype]).numpy()
+    out_bits = (flat_out if masks_only else flat_out.view(_BITS[x.dtype])).numpy()
     rows = max(1, _PIECE // width)
-    mask = np.empty((min(rows, len(bits)), width), bool)
-    for start in range(0, len(bits), rows):
-        piece = slice(start, min(start + rows, len(bits)))
-        kept = flat_out[piece].numpy() if masks_only else mask[: piece.stop - start]
+
+    def fill(start: int) -> None:
+        piece = slice(start, start + rows)
+        kept = out_bits[piece] if masks_only else np.empty(bits[piece].shape, bool)
         _mask_of_rows(bits[piece] & np.iinfo(bits.dtype).max, k, kept)
         if not masks_only:  # while the piece is still in the cache
-            torch.mul(flat_x[piece], torch.from_numpy(kept.view(np.int8)), out=flat_out[piece])
+            np.multiply(bits[piece], kept, out=out_bits[piece])
+
+    map_pieces(fill, range(0, len(bits), rows))
     return out
 
 

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..modeling.worker_threads import map_pieces
+
 INTEGER_VIEW: dict[torch.dtype, torch.dtype] = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
@@ -34,6 +36,10 @@ _SAMPLE_LIMIT = 1 << 16
 _SMALL = 1 << 12
 # A bracket reaches this many standard deviations of the sampled rank to either side.
 _DEVIATIONS = 4.0
+# A list for the row minimum holds so many times the minimum per row on average, and rows with more
+# entries on it than the second number are not settled by it (the grid would grow too wide).
+_LISTED_FOR_MINIMUM = 2
+_LISTED_PER_ROW = 128
 # Below this share of kept entries it is cheaper to list them all than to rewrite the matrix.
 _LISTED_SHARE = 1 / 16
 
@@ -121,6 +127,10 @@ def _bracket(matrix: _Matrix, sample: np.ndarray | None, k: int, reach: float) -
     if sample is None or reach == math.inf:
         return 1, matrix.top  # all nonzeros
     share = k / matrix.bits.size
+    if matrix.min_nonzeros:
+        # List enough for most rows to find their minimum on the list.
+        length = matrix.bits.size / matrix.n_rows
+        share = max(share, min(_LISTED_SHARE, _LISTED_FOR_MINIMUM * matrix.min_nonzeros / length))
     rank = share * sample.size
     slack = reach * (_DEVIATIONS * math.sqrt(rank * (1 - share)) + 8)
     lower = max(0, sample.size - 1 - math.ceil(rank + slack))
@@ -142,15 +152,9 @@ def _scan(matrix: _Matrix, low: int, high: int) -> _Scan:
     integer = bits.dtype.type
     mask, low_bits, high_bits = integer(np.iinfo(bits.dtype).max), integer(low), integer(high)
     piece = max(1, _PIECE // width) * width if matrix.min_nonzeros else _PIECE
-    magnitude = np.empty(min(piece, bits.size), bits.dtype)
-    listed = np.empty(magnitude.size, bool)
-    over = np.empty(magnitude.size, bool)
-    row_above = np.zeros(matrix.n_rows if matrix.min_nonzeros else 0, np.int64)
-    indices, magnitudes, above = [], [], 0
-    for start in range(0, bits.size, piece):
-        size = min(piece, bits.size - start)
-        a, m, o = magnitude[:size], listed[:size], over[:size]
-        np.bitwise_and(bits[start : start + size], mask, out=a)
+
+    def scan(start: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray | None]:
+        a = bits[start : start + piece] & mask
         if a.max() >= top:
             row, column = divmod(start + int(a.argmax()), width)
             raise ValueError(
@@ -158,23 +162,35 @@ def _scan(matrix: _Matrix, low: int, high: int) -> _Scan:
                 f"{row}, column {column}), which cannot be ranked: find the step that produced it "
                 "(a lower learning rate or float32 usually helps)."
             )
-        np.greater_equal(a, low_bits, out=m)
+        listed = a >= low_bits
+        above, row_above = 0, None
         if high < top:
-            np.greater_equal(a, high_bits, out=o)
-            np.logical_xor(m, o, out=m)
-            above += int(np.count_nonzero(o))
+            over = a >= high_bits
+            np.logical_xor(listed, over, out=listed)
+            above = int(np.count_nonzero(over))
             if matrix.min_nonzeros:
-                grid = o.view(np.uint8).reshape(-1, width)
-                if matrix.row_dim == 0:
-                    first = start // width
-                    row_above[first : first + len(grid)] = grid.sum(axis=1, dtype=np.int64)
-                else:
-                    row_above += grid.sum(axis=0, dtype=np.uint32)
-        found = np.flatnonzero(m)
-        magnitudes.append(a[found])
+                grid = over.view(np.uint8).reshape(-1, width)
+                axis = 1 if matrix.row_dim == 0 else 0
+                row_above = grid.sum(axis=axis, dtype=np.uint32)
+        found = np.flatnonzero(listed)
+        magnitude = a[found]
         found += start
-        indices.append(found)
-    return _Scan(low, high, above, row_above, np.concatenate(indices), np.concatenate(magnitudes))
+        return found, magnitude, above, row_above
+
+    parts = map_pieces(scan, range(0, bits.size, piece))
+    row_above = np.zeros(matrix.n_rows if matrix.min_nonzeros else 0, np.int64)
+    by_row = [part[3] for part in parts if part[3] is not None]
+    if by_row:
+        stacked = np.concatenate(by_row) if matrix.row_dim == 0 else np.sum(by_row, axis=0)
+        row_above += stacked.astype(np.int64)
+    return _Scan(
+        low,
+        high,
+        sum(part[2] for part in parts),
+        row_above,
+        np.concatenate([part[0] for part in parts]),
+        np.concatenate([part[1] for part in parts]),
+    )
 
 
 def _plan(matrix: _Matrix, scan: _Scan, k: int) -> _Plan | None:
@@ -196,7 +212,7 @@ def _plan(matrix: _Matrix, scan: _Scan, k: int) -> _Plan | None:
         held = scan.row_above + np.bincount(row[taken], minlength=matrix.n_rows)
         lacking = held < matrix.min_nonzeros
         if lacking.any():
-            restore = _top_of_rows(matrix, np.flatnonzero(lacking))
+            restore = _top_of_lacking(matrix, scan, row, lacking, complete)
             surplus = restore.size - int(held[lacking].sum())
             removed = _smallest_spare(matrix, scan, row, taken, held, surplus, complete)
             if removed is None:
@@ -217,6 +233,33 @@ def _rank_in_row(row: np.ndarray) -> np.ndarray:
     rank = np.empty(row.size, np.int64)
     rank[order] = np.arange(row.size) - np.repeat(first, lengths)
     return rank
+
+
+def _top_of_lacking(
+    matrix: _Matrix, scan: _Scan, row: np.ndarray, lacking: np.ndarray, complete: bool
+) -> np.ndarray:
+    """Flat indices of the ``min_nonzeros`` largest nonzeros of each row that is ``lacking``.
+
+    Of most rows they are on the list, where it is complete; the others are looked through.
+    """
+    if not complete:
+        return _top_of_rows(matrix, np.flatnonzero(lacking))
+    counts = np.bincount(row, minlength=matrix.n_rows)
+    on_list = lacking & (counts >= matrix.min_nonzeros) & (counts <= _LISTED_PER_ROW)
+    found = [_top_of_rows(matrix, np.flatnonzero(lacking & ~on_list))]
+    place = np.flatnonzero(on_list[row])
+    if matrix.row_dim == 1:
+        place = place[np.argsort(row[place], kind="stable")]
+    counts = counts[on_list]
+    if counts.size:
+        starts, each = np.cumsum(counts) - counts, np.arange(counts.size)
+        grid = np.zeros((counts.size, counts.max()), scan.magnitude.dtype)
+        grid[np.arange(grid.shape[1]) < counts[:, None]] = scan.magnitude[place]
+        for _ in range(matrix.min_nonzeros):
+            best = grid.argmax(axis=1)
+            found.append(scan.index[place[starts + best]])
+            grid[each, best] = 0
+    return np.concatenate(found)
 
 
 def _top_of_rows(matrix: _Matrix, rows: np.ndarray) -> np.ndarray:

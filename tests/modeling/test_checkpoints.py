@@ -204,6 +204,7 @@ def test_loads_by_remote_code_where_the_package_is_not_installed(tiny_model, tmp
         "sparse_linear.py",
         "sparse_ops.py",
         "sparse_pretrained.py",
+        "worker_threads.py",
     }
     torch.save(IDS, tmp_path / "ids.pt")
     script = tmp_path / "load.py"

@@ -221,3 +221,36 @@ def test_budget_is_at_least_one():
     assert nonzero_budget(1000, 0.29) == 290
     assert nonzero_budget(10, 1 / 64) == 1
     assert nonzero_budget(10, 1.0) == 10
+
+
+@pytest.mark.parametrize("row_dim", [0, 1])
+def test_rows_of_every_kind_get_their_minimum(row_dim):
+    # Long rows, so that the minimum is settled on the list; some rows are almost empty, some far
+    # larger than the rest, some full of ties.
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(96, 1024, generator=generator)
+    rows[:16] *= torch.rand(16, 1024, generator=generator) < 0.003
+    rows[16:24] *= 50.0
+    rows[24:40] *= 0.01
+    rows[40:56] = torch.randint(-3, 4, (16, 1024), generator=generator).float()
+    weight = rows if row_dim == 0 else rows.T.contiguous()
+    for k in (96, 500, 2000, 9000):
+        for minimum in (1, 4, 9):
+            fast, reference = weight.clone(), weight.clone()
+            project_topk_(fast, k, minimum, row_dim)
+            project_topk_reference_(reference, k, minimum, row_dim)
+            assert torch.equal(fast, reference), (k, minimum)
+
+
+def test_threads_change_nothing():
+    weight = torch.randn(700, 1000, generator=torch.Generator().manual_seed(0))  # three pieces
+    expected = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        for row_dim in (0, 1):
+            for k in (5000, 200_000):
+                copy = weight.clone()
+                project_topk_(copy, k, 4, row_dim)
+                expected.append(copy)
+    for one, three in zip(expected[:4], expected[4:], strict=True):
+        assert torch.equal(one, three)
