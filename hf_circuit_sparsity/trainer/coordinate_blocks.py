@@ -1,0 +1,179 @@
+"""Which coordinates of a matrix a step of random coordinate descent looks at.
+
+A block is some rows, some columns or some single entries of a matrix *as stored*: the weight of
+``nn.Linear`` is stored outputs × inputs, that of transformers' ``Conv1D`` inputs × outputs. Drawing
+one costs what the block and the nonzeros cost, never what the matrix costs.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Selection = Literal["uniform", "magnitude", "gradient", "cyclic"]
+BlockKind = Literal["rows", "columns", "entries"]
+SELECTIONS: tuple[str, ...] = get_args(Selection)
+BLOCK_KINDS: tuple[str, ...] = get_args(BlockKind)
+
+# torch.multinomial takes no more categories.
+_MULTINOMIAL_LIMIT = 1 << 24
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some coordinates of a matrix, all of equal standing.
+
+    Attributes:
+        shape: of the matrix as stored.
+        dim: 0 if ``ids`` are rows of the stored matrix, 1 if they are its columns, None if they are
+            flat positions.
+        ids: int64, ascending, on the matrix's device.
+    """
+
+    shape: tuple[int, int]
+    dim: int | None
+    ids: Tensor
+
+    @property
+    def numel(self) -> int:
+        """Number of coordinates."""
+        return len(self.ids) * (1 if self.dim is None else self.shape[1 - self.dim])
+
+    def index(self) -> Tensor:
+        """Flat positions of the coordinates, ``(numel,)`` int64, in the order of the block.
+
+        The order is that of the block cut out of the matrix and flattened; all that is said of a
+        block's coordinates one by one follows it.
+        """
+        rows, width = self.shape
+        if self.dim is None:
+            return self.ids
+        if self.dim == 0:
+            columns = torch.arange(width, device=self.ids.device)
+            return (self.ids[:, None] * width + columns).flatten()
+        starts = torch.arange(rows, device=self.ids.device) * width
+        return (starts[:, None] + self.ids).flatten()
+
+    def take(self, matrix: Tensor) -> Tensor:
+        """The entries of ``matrix`` (of any shape with as many entries) in the block, flat."""
+        if self.dim is None:
+            return matrix.reshape(-1)[self.ids]
+        return matrix.reshape(self.shape).index_select(self.dim, self.ids).flatten()
+
+    def locate(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Where coordinates lie in the block.
+
+        Args:
+            index: flat positions in the matrix, ``(n,)`` int64.
+
+        Returns:
+            ``inside``, ``(n,)`` bool, and the place within the block of those that are inside.
+        """
+        width = self.shape[1]
+        if self.dim is None:
+            place = torch.searchsorted(self.ids, index).clamp_(max=len(self.ids) - 1)
+            inside = self.ids[place] == index
+            return inside, place[inside]
+        number = torch.full((self.shape[self.dim],), -1, device=index.device)
+        number[self.ids] = torch.arange(len(self.ids), device=index.device)
+        row, column = index // width, index % width
+        along = number[row if self.dim == 0 else column]
+        inside = along >= 0
+        if self.dim == 0:
+            return inside, (along * width + column)[inside]
+        return inside, (row * len(self.ids) + along)[inside]
+
+
+def block_size(size: int, fraction: float) -> int:
+    """How many of ``size`` rows, columns or entries a block holds: at least one."""
+    return max(1, round(size * fraction))
+
+
+def draw_block(
+    shape: tuple[int, int],
+    dim: int | None,
+    fraction: float,
+    selection: Selection,
+    number: int,
+    generator: torch.Generator,
+    live: Tensor,
+    values: Tensor,
+    power: float = 1.0,
+    floor: float = 0.1,
+) -> Block:
+    """Draw a block of a matrix.
+
+    * ``"uniform"``: every row, column or entry is as likely as every other.
+    * ``"magnitude"`` (MB-RCD): with a probability of ``(1 - floor) * s / sum(s) + floor / size``,
+      where ``s`` is the sum of ``|x| ** power`` over the row, column or entry.
+    * ``"cyclic"``: one after the other.
+    * ``"gradient"`` draws uniformly; which of the block's coordinates move is decided when their
+      gradients are known.
+
+    Args:
+        shape: of the matrix as stored.
+        dim: see :class:`Block`.
+        fraction: share of the matrix, in (0, 1].
+        number: how many blocks have been drawn before; places the cyclic ones.
+        generator: on the CPU.
+        live, values: flat positions, ascending, and values of the nonzeros.
+    """
+    size = shape[0] * shape[1] if dim is None else shape[dim]
+    count = block_size(size, fraction)
+    if selection == "cyclic":
+        ids = (number * count + torch.arange(count)) % size
+    elif selection == "magnitude" and len(live):
+        ids = _by_magnitude(shape, dim, size, count, generator, live, values, power, floor)
+    else:
+        ids = _uniform(size, count, generator)
+    return Block(shape, dim, ids.sort().values.to(live.device))
+
+
+def _uniform(size: int, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` different numbers below ``size``."""
+    if count * 4 > size:
+        return torch.randperm(size, generator=generator)[:count]
+    found = torch.randint(size, (count + count // 4 + 8,), generator=generator).unique()
+    while len(found) < count:
+        more = torch.randint(size, (count,), generator=generator)
+        found = torch.cat([found, more]).unique()
+    return found[torch.randperm(len(found), generator=generator)[:count]]
+
+
+def _by_magnitude(
+    shape: tuple[int, int],
+    dim: int | None,
+    size: int,
+    count: int,
+    generator: torch.Generator,
+    live: Tensor,
+    values: Tensor,
+    power: float,
+    floor: float,
+) -> Tensor:
+    weight = values.double().abs().pow(power).cpu()
+    total = float(weight.sum())
+    if total == 0.0 or not math.isfinite(total):
+        return _uniform(size, count, generator)
+    live = live.cpu()
+    if dim is not None or (count * 4 > size and size <= _MULTINOMIAL_LIMIT):
+        owner = live if dim is None else live // shape[1] if dim == 0 else live % shape[1]
+        score = torch.zeros(size, dtype=torch.float64).index_add_(0, owner, weight)
+        probability = (1.0 - floor) * score / total + floor / size
+        return torch.multinomial(probability, count, generator=generator)
+    # Entries are too many to list a probability for each, so it is decided first which draws go to
+    # the nonzeros. What is drawn twice is drawn again.
+    cumulative = weight.cumsum(0)
+    found = torch.empty(0, dtype=torch.int64)
+    while len(found) < count:
+        n = count - len(found)
+        evenly = int((torch.rand(n, generator=generator) < floor).sum())
+        drawn = [torch.randint(size, (evenly,), generator=generator)]
+        if n > evenly:
+            dice = torch.rand(n - evenly, generator=generator, dtype=torch.float64)
+            place = torch.searchsorted(cumulative, dice * cumulative[-1])
+            drawn.append(live[place.clamp_(max=len(live) - 1)])
+        found = torch.cat([found, *drawn]).unique()
+    return found

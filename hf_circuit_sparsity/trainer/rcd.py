@@ -1,0 +1,419 @@
+"""Random coordinate descent on sparse weights, at the cost of what it touches."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import ParamsT
+
+from .coordinate_blocks import Block, BlockKind, Selection, draw_block
+from .rcd_moves import (
+    Coordinates,
+    block_dim,
+    learning_rate,
+    matrix_shape,
+    move_live_coordinates,
+    settle_live_coordinates,
+    working_dtype,
+)
+from .rcd_settings import check_group
+from .skipped_steps import COUNTERS, count_skipped_step
+from .topk import GRAD_RMS_MODES
+
+# Per coordinate, in the state of a sparse parameter: torch would cast them on loading.
+_TENSORS = ("live", "exp_avg", "exp_avg_sq", "age", "block", "block_sum", "block_square")
+
+
+class RCDSparseOptimizer(torch.optim.Optimizer):
+    """Random coordinate descent that starts sparse and stays sparse.
+
+    A block of each sparse parameter (some rows, columns or entries) is chosen at random and stays
+    for ``block_steps`` steps. In every step the live coordinates (those that are not zero; with
+    ``move_live=False`` only those in the block) move, ``x - lr * direction``, where the direction
+    is the gradient (``update="plain"``) or Adam's. At the end of the stay the block's zeros make
+    the same move from the mean of the gradients seen, then what is below ``clip_threshold`` is set
+    to zero, and with a ``target_density`` only the largest stay: a coordinate comes alive by
+    outgrowing another. Moments exist for live coordinates alone, gradients are needed for live
+    coordinates and block alone; see :class:`PartialGradients`, which computes no others. Gradients
+    in ``.grad`` are taken as well.
+
+    With blocks of one entry, ``block_steps=1``, ``move_live=False`` and ``update="plain"`` this is
+    the coordinate descent of Nesterov 2012 ("Efficiency of coordinate descent methods on huge-scale
+    optimization problems") with zero-clipping. Parameters of a group with ``sparse=False`` are
+    trained by gradient descent or AdamW as a whole.
+
+    All arguments except ``params``, ``grad_rms`` and ``seed`` can be set per group;
+    :func:`sparse_param_groups` makes groups in which norms are left alone. Everything a run depends
+    on is in ``state_dict()``, the current block included. Change the weights by hand only before
+    the first step: which coordinates live is read from them once.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups; contiguous floating-point tensors.
+        lr: learning rate.
+        betas, eps: of Adam; ``eps`` is added to the square root of the second moment.
+        weight_decay: decoupled, of live coordinates.
+        selection: how blocks are drawn, see :func:`draw_block`: ``"uniform"``, ``"magnitude"``,
+            ``"cyclic"``, or ``"gradient"`` (Gauss-Southwell on the block: drawn uniformly, but of
+            its zeros only the ``greedy_fraction`` with the largest gradients move).
+        block: ``"rows"`` (output neurons), ``"columns"`` (inputs) or single ``"entries"``; vectors
+            have entries only.
+        block_fraction: share of each sparse parameter in a block, in (0, 1].
+        block_steps: steps for which a block stays.
+        update: ``"adam"`` or ``"plain"``.
+        move_live: whether live coordinates outside the block move.
+        clip_threshold: what is smaller in magnitude becomes zero.
+        l1: weight of an L1 penalty, applied as a proximal step (soft threshold ``lr * l1``).
+        target_density: at most this share of each sparse parameter stays nonzero, in (0, 1]; None
+            for no such budget.
+        min_nonzeros: with a budget, nonzeros that each row of a matrix keeps in any case.
+        magnitude_power, magnitude_floor: exponent and evenly spread share of ``"magnitude"``.
+        greedy_fraction: of ``"gradient"``, in (0, 1].
+        sharkfin: whether to multiply the learning rate by ``1 / sqrt(target_density)``.
+        sparse: False trains the group's parameters as a whole.
+        row_dim: dimension that counts output neurons: 0 for ``nn.Linear``, 1 for ``Conv1D``.
+        grad_rms: "always" brings the root-mean-square of the gradients to 1, estimated from what is
+            computed of them, "clip" only where it is above 1, "off" leaves them alone.
+        seed: of the blocks; the global generators are not touched.
+
+    Attributes:
+        grad_rms: root-mean-square of the last step's gradients, before scaling.
+        effective_lr: learning rate of the first group in the last step, sharkfin included.
+
+    Raises:
+        ValueError: if a setting is out of range, or a parameter fits no rule.
+        FloatingPointError: from ``step()``, at the third step in a row with gradients that are not
+            finite.
+    """
+
+    # On the class, so that they also exist on a copy, for which torch calls no __init__.
+    grad_rms: float | None = None
+    effective_lr: float | None = None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 0.1,
+        weight_decay: float = 0.0,
+        *,
+        selection: Selection = "uniform",
+        block: BlockKind = "rows",
+        block_fraction: float = 1 / 16,
+        block_steps: int = 1,
+        update: Literal["adam", "plain"] = "adam",
+        move_live: bool = True,
+        clip_threshold: float = 0.0,
+        l1: float = 0.0,
+        target_density: float | None = None,
+        min_nonzeros: int = 0,
+        magnitude_power: float = 1.0,
+        magnitude_floor: float = 0.1,
+        greedy_fraction: float = 1 / 16,
+        sharkfin: bool = False,
+        sparse: bool = True,
+        row_dim: int = 0,
+        grad_rms: Literal["always", "clip", "off"] = "off",
+        seed: int = 0,
+    ) -> None:
+        if grad_rms not in GRAD_RMS_MODES:
+            raise ValueError(
+                f"grad_rms={grad_rms!r} is unknown: expected one of {', '.join(GRAD_RMS_MODES)}."
+            )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "selection": selection,
+            "block": block,
+            "block_fraction": block_fraction,
+            "block_steps": block_steps,
+            "update": update,
+            "move_live": move_live,
+            "clip_threshold": clip_threshold,
+            "l1": l1,
+            "target_density": target_density,
+            "min_nonzeros": min_nonzeros,
+            "magnitude_power": magnitude_power,
+            "magnitude_floor": magnitude_floor,
+            "greedy_fraction": greedy_fraction,
+            "sharkfin": sharkfin,
+            "sparse": sparse,
+            "row_dim": row_dim,
+        }
+        super().__init__(params, defaults)
+        self._forget()
+        first = self.param_groups[0]
+        first.update(dict.fromkeys(COUNTERS, 0), grad_rms_mode=grad_rms, seed=seed)
+
+    def _forget(self) -> None:
+        """Drop what is derived from the state, or belongs to a step under way."""
+        self._coordinates: dict[Tensor, Coordinates] = {}
+        self._partial: dict[Tensor, tuple[Tensor | None, Tensor]] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, checking it first; see :class:`torch.optim.Optimizer`."""
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; see :class:`torch.optim.Optimizer`."""
+        super().load_state_dict(state_dict)
+        # torch casts all state to the dtype of its parameter, which would round positions.
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(saved, self._parameters(), strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():
+                if name in _TENSORS and "live" in state_dict["state"][i]:
+                    self.state[p][name] = value.detach().clone().to(p.device)
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps taken so far, skipped ones included."""
+        return self.param_groups[0]["steps_taken"]
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps so far whose gradients were not finite."""
+        return self.param_groups[0]["skipped_steps"]
+
+    @property
+    def density(self) -> float:
+        """Share of the sparse parameters' coordinates that are live."""
+        self._prepare()
+        pairs = [(len(self.state[p]["live"]), p.numel()) for _, p in self.sparse_parameters()]
+        return sum(live for live, _ in pairs) / max(1, sum(size for _, size in pairs))
+
+    def sparse_parameters(self) -> list[tuple[dict[str, Any], Tensor]]:
+        """(group, parameter) of every sparse parameter."""
+        return [(g, p) for g in self.param_groups if g["sparse"] for p in g["params"]]
+
+    def coordinates(self, parameter: Tensor) -> Coordinates:
+        """The coordinates of a sparse parameter whose gradient the coming step uses."""
+        found = self._coordinates.get(parameter)
+        if found is None:
+            self._prepare()
+            found = self._coordinates[parameter]
+        return found
+
+    @torch.no_grad()
+    def add_gradient(self, parameter: Tensor, live: Tensor | None, block: Tensor) -> None:
+        """Add to the gradient the coming step uses; it and ``zero_grad`` use it up.
+
+        Args:
+            parameter: a sparse one.
+            live: gradient at ``coordinates(parameter).live``; None where live coordinates outside
+                the block do not move.
+            block: gradient at the coordinates of the block, flat, in its order.
+        """
+        before = self._partial.get(parameter)
+        if before is not None:
+            live = live if before[0] is None else before[0] + live
+            block = before[1] + block
+        self._partial[parameter] = (live, block)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, partial ones included."""
+        super().zero_grad(set_to_none)
+        self._partial.clear()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One optimization step; see the class.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Raises:
+            FloatingPointError: at the third step in a row with gradients that are not finite.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._prepare()
+        counters = self.param_groups[0]
+        counters["steps_taken"] += 1
+        gradients = {p: self._gradient(p) for _, p in self.sparse_parameters()}
+        self._partial.clear()
+        scale = self._scale(gradients)
+        self.effective_lr = learning_rate(counters)
+        if scale is None:
+            count_skipped_step(counters, self._first_not_finite(gradients))
+        else:
+            counters["skipped_in_a_row"] = 0
+            for group in self.param_groups:
+                if not group["sparse"]:
+                    self._step_dense(group, scale)
+            for group, p in self.sparse_parameters():
+                if gradients[p] is not None:
+                    move_live_coordinates(
+                        p, group, self.state[p], self._coordinates[p], *gradients[p], scale
+                    )
+        for group, p in self.sparse_parameters():
+            self.state[p]["stayed"] += 1
+            if self.state[p]["stayed"] >= group["block_steps"]:
+                settle_live_coordinates(p, group, self.state[p], self._coordinates[p])
+                self._choose(p, group)
+        return loss
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def _prepare(self) -> None:
+        """Make sure that every sparse parameter has its live coordinates and a block."""
+        if len(self._coordinates) == sum(
+            len(g["params"]) for g in self.param_groups if g["sparse"]
+        ):
+            return
+        for group, p in self.sparse_parameters():
+            state = self.state[p]
+            if "live" not in state:
+                live = p.flatten().nonzero().flatten()
+                state.update(live=live, draws=0)
+                if group["update"] == "adam":
+                    moments = torch.zeros(len(live), dtype=working_dtype(p), device=p.device)
+                    state.update(exp_avg=moments, exp_avg_sq=moments.clone())
+                    state["age"] = torch.zeros_like(moments, dtype=torch.int32)
+                self._choose(p, group)
+            elif p not in self._coordinates:
+                block = Block(matrix_shape(p), block_dim(p, group), state["block"])
+                self._coordinates[p] = Coordinates(state["live"], block, group["move_live"])
+
+    def _choose(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Draw the next block of a parameter."""
+        state = self.state[p]
+        # Every draw has a generator of its own, so that it depends on its number alone and not on
+        # what was drawn for other parameters.
+        ordinal = next(i for i, q in enumerate(self._parameters()) if q is p)
+        key = (self.param_groups[0].get("seed", 0), ordinal, state["draws"])
+        block = draw_block(
+            matrix_shape(p),
+            block_dim(p, group),
+            group["block_fraction"],
+            group["selection"],
+            state["draws"],
+            _generator(*key),
+            state["live"],
+            p.flatten()[state["live"]],
+            group["magnitude_power"],
+            group["magnitude_floor"],
+        )
+        state.update(block=block.ids, draws=state["draws"] + 1, stayed=0, seen=0)
+        for name in ("block_sum", "block_square"):
+            state.pop(name, None)
+        old = self._coordinates.get(p)
+        new = Coordinates(state["live"], block, group["move_live"])
+        if old is not None and old.live.live is state["live"]:
+            new.live = old.live  # what is known of the pattern
+        self._coordinates[p] = new
+
+    def _gradient(self, p: Tensor) -> tuple[Tensor | None, Tensor] | None:
+        """Gradient at the live coordinates (None: take it from the block) and at the block."""
+        if p.grad is not None:
+            if p.grad.is_sparse:
+                raise RuntimeError(
+                    "a gradient is a sparse tensor, expected dense ones: build embeddings with "
+                    "sparse=False."
+                )
+            wanted, grad = self._coordinates[p], p.grad.to(working_dtype(p))
+            live = grad.reshape(-1)[self.state[p]["live"]] if wanted.move_live else None
+            self.add_gradient(p, live, wanted.block.take(grad))
+        return self._partial.get(p)
+
+    def _scale(self, gradients: dict[Tensor, Any]) -> float | None:
+        """What to multiply all gradients by; None if they are not finite."""
+        total, entries = 0.0, 0
+        for p, gradient in gradients.items():
+            if gradient is None:
+                continue
+            live, block = gradient
+            wanted = self._coordinates[p]
+            inside = wanted.live_in_block[1]
+            in_block = _square(block)
+            if live is None:
+                total += in_block * p.numel() / len(block)
+            else:
+                # The block's zeros stand for all zeros; the live coordinates are all there.
+                zeros = len(block) - len(inside)
+                in_block -= _square(block[inside])
+                total += _square(live)
+                total += in_block * (p.numel() - len(live)) / zeros if zeros else 0.0
+            entries += p.numel()
+        for group in self.param_groups:
+            for p in [] if group["sparse"] else group["params"]:
+                if p.grad is not None:
+                    total += _square(p.grad)
+                    entries += p.numel()
+        if not math.isfinite(total):
+            self.grad_rms = total
+            return None
+        rms = math.sqrt(max(0.0, total) / max(1, entries))
+        self.grad_rms = rms
+        mode = self.param_groups[0].get("grad_rms_mode", "off")
+        if rms > 0.0 and (mode == "always" or (mode == "clip" and rms > 1.0)):
+            return 1.0 / rms
+        return 1.0
+
+    def _step_dense(self, group: dict[str, Any], scale: float) -> None:
+        """Gradient descent or AdamW on parameters as a whole."""
+        params = [p for p in group["params"] if p.grad is not None]
+        lr = learning_rate(group)
+        if group["update"] == "plain":
+            for p in params:
+                p.mul_(1 - lr * group["weight_decay"]).add_(p.grad, alpha=-lr * scale)
+            return
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        states = [self.state[p] for p in params]
+        adamw(
+            params,
+            [p.grad if scale == 1.0 else p.grad * scale for p in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=all(p.device.type in ("cpu", "cuda") for p in params),
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=lr,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _first_not_finite(self, gradients: dict[Tensor, Any]) -> str:
+        for number, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                found = gradients[p] if group["sparse"] else (p.grad,)
+                if any(g is not None and not g.isfinite().all() for g in found or ()):
+                    names = group.get("param_names")
+                    return names[i] if names else f"parameter {i} of group {number}"
+        return "no parameter alone; their squares overflow in sum"
+
+
+def _square(x: Tensor) -> float:
+    """Sum of squares, in float32 at least: half precision loses digits or overflows."""
+    norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norm.item() ** 2
+
+
+def _generator(seed: int, ordinal: int, draw: int) -> torch.Generator:
+    key = (seed * 1_000_003 + ordinal) * 1_000_003 + draw
+    return torch.Generator().manual_seed(key % (1 << 63))

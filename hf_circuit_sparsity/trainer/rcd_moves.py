@@ -1,0 +1,182 @@
+"""How :class:`RCDSparseOptimizer` moves the coordinates of one parameter.
+
+Every function costs what the parameter's live coordinates and its block cost.
+"""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .coordinate_blocks import Block
+from .live_weights import LivePattern, keep_largest
+from .projection import nonzero_budget
+from .schedules import sharkfin
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "age")
+
+
+class Coordinates:
+    """The coordinates of one sparse parameter that the current step may move.
+
+    Attributes:
+        shape: of the parameter as a matrix, as stored; a vector is a column.
+        live: pattern of the coordinates that are not zero.
+        block: the chosen ones, live or not.
+        move_live: whether the live ones outside the block move as well.
+    """
+
+    def __init__(self, live: Tensor, block: Block, move_live: bool) -> None:
+        self.shape = block.shape
+        self.live = LivePattern(live, block.shape)
+        self.block = block
+        self.move_live = move_live
+
+    @cached_property
+    def live_in_block(self) -> tuple[Tensor, Tensor]:
+        """Which of the live ones are in the block, and their places there."""
+        return self.block.locate(self.live.live)
+
+
+def move_live_coordinates(
+    p: Tensor,
+    group: dict[str, Any],
+    state: dict[str, Any],
+    wanted: Coordinates,
+    live_gradient: Tensor | None,
+    block_gradient: Tensor,
+    scale: float,
+) -> None:
+    """Move what is live, and add the block's gradient to what is remembered of its stay.
+
+    Args:
+        live_gradient: at the live coordinates; None if only those in the block move.
+        block_gradient: at the coordinates of the block.
+        scale: to multiply the gradients by.
+    """
+    moving: Any = slice(None)
+    if live_gradient is None:
+        moving, places = wanted.live_in_block
+        live_gradient = block_gradient[places]
+    index = state["live"][moving]
+    gradient = live_gradient.to(working_dtype(p)) * scale
+    lr = learning_rate(group)
+    step: Tensor | float = lr
+    if group["update"] == "adam":
+        beta1, beta2 = group["betas"]
+        age = state["age"][moving] + 1
+        first = state["exp_avg"][moving].lerp(gradient, 1 - beta1)
+        second = state["exp_avg_sq"][moving].lerp(gradient.square(), 1 - beta2)
+        for name, moved in zip(_MOMENTS, (first, second, age), strict=True):
+            state[name][moving] = moved
+        gradient = first / (1 - beta1**age)
+        step = lr / ((second / (1 - beta2**age)).sqrt() + group["eps"])
+    flat = p.view(-1)
+    x = flat[index].to(working_dtype(p)) * (1 - lr * group["weight_decay"]) - step * gradient
+    flat[index] = shrink(x, step, group).to(p.dtype)
+
+    seen = block_gradient.to(working_dtype(p)) * scale
+    state["seen"] += 1
+    if "block_sum" in state:
+        state["block_sum"] += seen
+        state["block_square"] += seen.square()
+    else:
+        state["block_sum"], state["block_square"] = seen, seen.square()
+
+
+def settle_live_coordinates(
+    p: Tensor, group: dict[str, Any], state: dict[str, Any], wanted: Coordinates
+) -> None:
+    """End of a stay: the block's zeros move, then it is settled what is live from now on."""
+    flat, live = p.view(-1), state["live"]
+    values, index = flat[live].to(working_dtype(p)), live
+    moments = {name: state[name] for name in _MOMENTS if name in state}
+    if state["seen"]:
+        born, born_values, born_moments = _births(p, group, state, wanted, values)
+        index, values = torch.cat([live, born]), torch.cat([values, born_values])
+        moments = {name: torch.cat([m, born_moments[name]]) for name, m in moments.items()}
+    budget, minimum, rows = len(values), 0, None
+    if group["target_density"] is not None:
+        budget = nonzero_budget(p.numel(), group["target_density"])
+        minimum = group["min_nonzeros"] if p.ndim > 1 else 0
+    if minimum:
+        width = wanted.shape[1]
+        rows = index // width if group["row_dim"] == 0 else index % width
+    kept = keep_largest(values, budget, rows, minimum)
+    if len(index) == len(live) and bool(kept.all()):
+        return  # nothing was born, nothing died, and what is known of the pattern still holds
+    flat[index] = torch.where(kept, values, 0.0).to(p.dtype)
+    order = kept.nonzero().flatten()
+    order = order[index[order].argsort()]
+    state["live"] = index[order]
+    state.update({name: m[order] for name, m in moments.items()})
+
+
+def _births(
+    p: Tensor,
+    group: dict[str, Any],
+    state: dict[str, Any],
+    wanted: Coordinates,
+    live_values: Tensor,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Those zeros of the block that may come alive: positions, values and moments."""
+    lr, seen = learning_rate(group), state["seen"]
+    mean, square = state["block_sum"] / seen, state["block_square"] / seen
+    step: Tensor | float = lr
+    if group["update"] == "adam":
+        step = lr / (square.sqrt() + group["eps"])
+    values = shrink(-step * mean, step, group)
+    values[wanted.live_in_block[1]] = 0.0
+    if group["selection"] == "gradient":
+        count = max(1, round(len(mean) * group["greedy_fraction"]))
+        values = torch.where(keep_largest(mean * (values != 0), count), values, 0.0)
+    chosen = values != 0
+    if group["target_density"] is not None and not group["min_nonzeros"]:
+        budget = nonzero_budget(p.numel(), group["target_density"])
+        if len(live_values) >= budget:
+            # What is not larger than the smallest live coordinate cannot take its place.
+            chosen &= values.abs() > live_values.abs().min()
+    place = chosen.nonzero().flatten()
+    moments = {}
+    if group["update"] == "adam":
+        # What Adam would hold, had it seen the mean of these gradients so often.
+        beta1, beta2 = group["betas"]
+        moments["exp_avg"] = mean[place] * (1 - beta1**seen)
+        moments["exp_avg_sq"] = square[place] * (1 - beta2**seen)
+        moments["age"] = torch.full_like(place, seen, dtype=torch.int32)
+    return wanted.block.index()[place], values[place], moments
+
+
+def shrink(x: Tensor, step: Tensor | float, group: dict[str, Any]) -> Tensor:
+    """The proximal step of the L1 penalty for steps of this size, then the zero-clip."""
+    if group["l1"]:
+        x = x.sign() * (x.abs() - step * group["l1"]).clamp(min=0.0)
+    if group["clip_threshold"]:
+        x = torch.where(x.abs() < group["clip_threshold"], 0.0, x)
+    return x
+
+
+def learning_rate(group: dict[str, Any]) -> float:
+    """The group's, with its sharkfin factor."""
+    factor = 1.0
+    if group["sharkfin"] and group["target_density"] is not None:
+        factor = sharkfin(group["target_density"])
+    return float(group["lr"]) * factor
+
+
+def working_dtype(p: Tensor) -> torch.dtype:
+    """In what moments are held and steps computed: float32 at least."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def matrix_shape(p: Tensor) -> tuple[int, int]:
+    """A parameter as a matrix: all but the first dimension flattened, a vector as a column."""
+    return (p.shape[0], p[0].numel()) if p.ndim > 1 else (p.numel(), 1)
+
+
+def block_dim(p: Tensor, group: dict[str, Any]) -> int | None:
+    """Which dimension of the stored matrix the group's blocks are cut from; see ``Block``."""
+    if group["block"] == "entries" or p.ndim < 2:
+        return None
+    return group["row_dim"] if group["block"] == "rows" else 1 - group["row_dim"]
