@@ -1,6 +1,5 @@
 """AdamW that keeps every weight matrix sparse."""
 
-import logging
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -10,13 +9,9 @@ from torch.optim.optimizer import ParamsT
 
 from .projection import nonzero_budget, project_topk_
 from .schedules import DensitySchedule, sharkfin
-
-logger = logging.getLogger(__name__)
+from .skipped_steps import COUNTERS, count_skipped_step
 
 GRAD_RMS_MODES = ("always", "clip", "off")
-
-# One broken batch should not end a run, a run that has gone wrong should end.
-MAX_SKIPPED_IN_A_ROW = 3
 
 
 class TopKAdamW(torch.optim.AdamW):
@@ -123,14 +118,14 @@ class TopKAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             group["fused"] = fused
         # Counters live in the first group because groups are what torch saves, loads and copies.
-        self.param_groups[0].update(steps_taken=0, skipped_steps=0, skipped_in_a_row=0)
+        self.param_groups[0].update(dict.fromkeys(COUNTERS, 0))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # a state saved by a plain AdamW lacks ours
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-        for counter in ("steps_taken", "skipped_steps", "skipped_in_a_row"):
+        for counter in COUNTERS:
             self.param_groups[0].setdefault(counter, 0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -180,7 +175,7 @@ class TopKAdamW(torch.optim.AdamW):
             counters["skipped_in_a_row"] = 0
             self._adamw_step()
         else:
-            self._skip()
+            count_skipped_step(counters, self._first_not_finite())
         for group in self.param_groups:
             density = self._density(group)
             if group["sparse"] and density < 1.0:
@@ -227,21 +222,6 @@ class TopKAdamW(torch.optim.AdamW):
         finally:
             for group, lr in zip(self.param_groups, scheduled, strict=True):
                 group["lr"] = lr  # schedulers read it
-
-    def _skip(self) -> None:
-        counters = self.param_groups[0]
-        counters["skipped_steps"] += 1
-        counters["skipped_in_a_row"] += 1
-        where = self._first_not_finite()
-        if counters["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
-            raise FloatingPointError(
-                f"the gradients were not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row (now at "
-                f"step {self.steps_taken}, first in {where}): lower the learning rate, train in "
-                "float32, or look for batches without labels."
-            )
-        logger.warning(
-            "Step %d skipped: the gradients were not finite (first in %s).", self.steps_taken, where
-        )
 
     def _first_not_finite(self) -> str:
         for number, group in enumerate(self.param_groups):
