@@ -65,9 +65,9 @@ class PruningConfig:
     """Gradient norm above which the gradient is scaled down."""
     calibration_steps: int = 16
     """L-BFGS steps for the scale and shift of the logits."""
-    selection_margin: float = 0.9
+    selection_margin: float = 0.8
     """Circuits are selected at this fraction of the target loss on training prompts, so that
-    held-out prompts, which are a little harder, stay within the target."""
+    held-out prompts, which may be harder, stay within the target."""
     selection_prompts: int = 1024
     """Training prompts on which candidate circuits are compared."""
     cleanup: bool = True

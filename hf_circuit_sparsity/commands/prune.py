@@ -76,6 +76,7 @@ def circuit_rows(circuit: Circuit) -> list[tuple[str, str]]:
         ("circuit", f"{m['nodes']} nodes, {m['edges']} edges"),
         ("its share", f"{m['node_share']:.2%} of the nodes, {m['edge_share']:.3%} of the edges"),
         ("loss, whole model", f"{m['model_loss']:.3f}, accuracy {m['model_accuracy']:.1%}"),
+        ("  its logits calibrated", f"{m['calibrated_model_loss']:.3f}"),
         ("loss, circuit alone", f"{m['circuit_loss']:.3f}, accuracy {m['circuit_accuracy']:.1%}"),
         ("loss, circuit removed", f"{m['ablated_loss']:.3f}, accuracy {m['ablated_accuracy']:.1%}"),
     ]
