@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from .worker_threads import map_pieces
 
@@ -43,7 +44,9 @@ def abs_topk(x: torch.Tensor, k: int) -> torch.Tensor:
     """
     if k >= x.shape[-1]:
         return x
-    if x.device.type == "cpu" and x.dtype in _BITS and not torch.compiler.is_compiling():
+    # In forward-mode AD numpy would lose the derivative.
+    plain = not torch.compiler.is_compiling() and forward_ad._current_level < 0
+    if x.device.type == "cpu" and x.dtype in _BITS and plain:
         if torch.is_grad_enabled() and x.requires_grad:
             # A product with bytes is several times as fast as one with booleans, or as a choice
             # between x and 0, forward and backward.
