@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..modeling import CircuitGPTForCausalLM, modeling_circuitgpt
+from ..modeling import CircuitGPTConfig, CircuitGPTForCausalLM, modeling_circuitgpt
 
 
 def abs_topk_plain(x: torch.Tensor, k: int) -> torch.Tensor:
@@ -53,25 +53,29 @@ def sparse_matrices(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
 
 @torch.no_grad()
 def random_sparse_model(
-    config, density: float, device: str = "cpu", dtype: torch.dtype = torch.float32
+    config: CircuitGPTConfig,
+    density: float,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> CircuitGPTForCausalLM:
     """A model with random weights of which the share `density` is nonzero, at even odds."""
     with torch.device("meta"):
         model = CircuitGPTForCausalLM(config)
     model = model.to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(0)
+    matrices = dict(sparse_matrices(model))
     for name, tensor in model.state_dict().items():
-        if ".ln_" in name and name.endswith("weight"):
+        if name in matrices:
+            width = tensor.shape[1]
+            std = max(1.0, density * width) ** -0.5  # so that activations keep their size
+            if density < 1:
+                count = max(1, round(density * tensor.numel()))
+                place = torch.randint(tensor.numel(), (count,), generator=generator)
+                tensor.zero_().view(-1)[place] = std * torch.randn(count, generator=generator)
+            else:
+                tensor.normal_(std=std, generator=generator)
+        elif ".ln_" in name and name.endswith("weight"):
             tensor.fill_(1.0)
         else:
             tensor.normal_(std=0.1, generator=generator)
-    for _, weight in sparse_matrices(model):
-        std = (max(density, 1 / weight.shape[1]) * weight.shape[1]) ** -0.5
-        if density < 1:
-            count = max(1, round(density * weight.numel()))
-            place = torch.randint(weight.numel(), (count,), generator=generator)
-            weight.zero_()
-            weight.view(-1)[place] = std * torch.randn(count, generator=generator)
-        else:
-            weight.mul_(std / 0.1)
     return model.to(device=device, dtype=dtype)
