@@ -1,11 +1,16 @@
 """Training of weight-sparse models: the optimizer, and the Hugging Face Trainer around it."""
 
 from .callbacks import InterruptCallback
+from .forward_gradients import add_forward_gradients, directional_derivative
+from .mask_graph import MaskGraph, extract_mask
 from .nonzero_linear import on_nonzeros
 from .param_groups import sparse_param_groups
+from .partial_gradients import PartialGradients
 from .projection import nonzero_budget, project_topk_, project_topk_reference_
+from .rcd import RCDSparseOptimizer
 from .schedules import DensitySchedule, sharkfin
 from .sparse_config import SparseTrainingArguments
+from .sparse_start import sparsify_initialization_
 from .sparse_trainer import SparseTrainer
 from .sparsity_monitor import SparsityMonitor
 from .topk import TopKAdamW
@@ -13,14 +18,21 @@ from .topk import TopKAdamW
 __all__ = [
     "DensitySchedule",
     "InterruptCallback",
+    "MaskGraph",
+    "PartialGradients",
+    "RCDSparseOptimizer",
     "SparseTrainer",
     "SparseTrainingArguments",
     "SparsityMonitor",
     "TopKAdamW",
+    "add_forward_gradients",
+    "directional_derivative",
+    "extract_mask",
     "nonzero_budget",
     "on_nonzeros",
     "project_topk_",
     "project_topk_reference_",
     "sharkfin",
     "sparse_param_groups",
+    "sparsify_initialization_",
 ]

@@ -96,16 +96,21 @@ class MaskGraph(Mapping[str, Tensor]):
         places = range(len(rows))
         figure = Figure(figsize=(8, 1.2 + 0.24 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
-        # On a logarithmic scale nothing can be drawn at zero; such a bar is left out.
-        axes.barh(places, [row["density"] or float("nan") for row in rows], color="#2e6da4")
+        # Dots, as a bar has no length on a logarithmic scale. What is empty is drawn at the edge.
+        least = min((row["density"] for row in rows if row["density"]), default=1.0) / 3
+        shares = [max(row["density"], least) for row in rows]
+        axes.plot(shares, places, "o", color="#2e6da4", markersize=4)
+        axes.hlines(places, least, shares, color="#2e6da4", linewidth=0.8)
         axes.set_xscale("log")
-        axes.set_xlim(right=1.6)
+        axes.set_xlim(least, 2.0)
         axes.set_yticks(places, [row["name"] for row in rows], fontsize=7)
         axes.invert_yaxis()
-        for place, row in zip(places, rows, strict=True):
-            label = f" {row['nonzeros']:,}"
-            axes.text(row["density"] or axes.get_xlim()[0], place, label, fontsize=6, va="center")
-        axes.set_xlabel("share of nonzeros (number beside the bar)")
+        for share, place, row in zip(shares, places, rows, strict=True):
+            axes.annotate(
+                f"{row['nonzeros']:,}", (share, place), (5, 0), textcoords="offset points",
+                fontsize=6, va="center",
+            )  # fmt: skip
+        axes.set_xlabel("share of nonzeros, and their number")
         axes.set_title(
             f"{self.nonzeros():,} nonzero weights, density {self.density():.4g}", fontsize=9
         )

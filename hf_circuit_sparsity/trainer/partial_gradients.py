@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..modeling.sparse_execution import MAX_DENSITY
 from ..modeling.sparse_linear import sparse_matmul
 from .coordinate_blocks import Block
 from .live_weights import LivePattern
+from .nonzero_linear import MAX_DENSITY
 from .rcd import RCDSparseOptimizer
 
 

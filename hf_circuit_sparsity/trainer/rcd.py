@@ -195,6 +195,12 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
         pairs = [(len(self.state[p]["live"]), p.numel()) for _, p in self.sparse_parameters()]
         return sum(live for live, _ in pairs) / max(1, sum(size for _, size in pairs))
 
+    @property
+    def block_number(self) -> int:
+        """How many blocks of the first sparse parameter have been drawn."""
+        self._prepare()
+        return self.state[self.sparse_parameters()[0][1]]["draws"]
+
     def sparse_parameters(self) -> list[tuple[dict[str, Any], Tensor]]:
         """(group, parameter) of every sparse parameter."""
         return [(g, p) for g in self.param_groups if g["sparse"] for p in g["params"]]

@@ -8,7 +8,36 @@ from .coordinate_blocks import BLOCK_KINDS, SELECTIONS
 UPDATES = ("adam", "plain")
 # In (0, 1].
 _SHARES = ("block_fraction", "greedy_fraction", "magnitude_floor")
-_NOT_NEGATIVE = ("lr", "eps", "weight_decay", "clip_threshold", "l1", "magnitude_power")
+_NOT_NEGATIVE = ("clip_threshold", "l1", "magnitude_power")
+
+
+def check_settings(settings: dict[str, Any], prefix: str = "") -> None:
+    """Check the settings of a parameter group.
+
+    Args:
+        prefix: what the names of the settings begin with where they were given.
+
+    Raises:
+        ValueError: one sentence that names the setting.
+    """
+    for name, known in (("selection", SELECTIONS), ("block", BLOCK_KINDS), ("update", UPDATES)):
+        if settings[name] not in known:
+            raise ValueError(
+                f"{prefix}{name}={settings[name]!r} is unknown: expected one of {', '.join(known)}."
+            )
+    for name in _SHARES:
+        if not _is_number(settings[name]) or not 0.0 < settings[name] <= 1.0:
+            raise ValueError(
+                f"{prefix}{name}={settings[name]!r} is outside (0, 1]: pass a share, for example "
+                "1/16."
+            )
+    for name in _NOT_NEGATIVE:
+        value = settings[name]
+        if not _is_number(value) or not 0.0 <= value < math.inf:
+            raise ValueError(f"{prefix}{name}={value!r} is not a finite number >= 0.")
+    steps = settings["block_steps"]
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{prefix}block_steps={steps!r} is not a whole number >= 1.")
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -17,31 +46,21 @@ def check_group(group: dict[str, Any]) -> None:
     Raises:
         ValueError: one sentence that names the setting, or the parameter that fits no rule.
     """
-    for name, known in (("selection", SELECTIONS), ("block", BLOCK_KINDS), ("update", UPDATES)):
-        if group[name] not in known:
-            raise ValueError(
-                f"{name}={group[name]!r} is unknown: expected one of {', '.join(known)}."
-            )
-    for name in _SHARES:
-        if not _is_number(group[name]) or not 0.0 < group[name] <= 1.0:
-            raise ValueError(
-                f"{name}={group[name]!r} is outside (0, 1]: pass a share, for example 1/16."
-            )
+    check_settings(group)
     target = group["target_density"]
     if target is not None and not (_is_number(target) and 0.0 < target <= 1.0):
         raise ValueError(
             f"target_density={target!r} is outside (0, 1]: pass the share of weights that may be "
             "nonzero, or None for no budget."
         )
-    for name in _NOT_NEGATIVE:
+    for name in ("lr", "eps", "weight_decay"):
         if not 0.0 <= float(group[name]) < math.inf:
             raise ValueError(f"{name}={group[name]!r} is not a finite number >= 0.")
     if not all(0.0 <= beta < 1.0 for beta in group["betas"]):
         raise ValueError(f"betas={group['betas']!r} are not both in [0, 1).")
-    for name, least in (("block_steps", 1), ("min_nonzeros", 0)):
-        value = group[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} is not a whole number >= {least}.")
+    minimum = group["min_nonzeros"]
+    if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 0:
+        raise ValueError(f"min_nonzeros={minimum!r} is not a whole number >= 0.")
     if group["row_dim"] not in (0, 1):
         raise ValueError(f"row_dim={group['row_dim']!r} is neither 0 (nn.Linear) nor 1 (Conv1D).")
     for i, p in enumerate(group["params"]):

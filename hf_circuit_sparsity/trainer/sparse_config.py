@@ -1,15 +1,18 @@
 """The settings of :class:`SparseTrainer`: what it adds to ``TrainingArguments``, and its recipe."""
 
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from .coordinate_blocks import BlockKind, Selection
+from .rcd_settings import check_settings
 from .schedules import DensitySchedule
+from .sparse_start import SUPPORTS
 from .topk import GRAD_RMS_MODES
 
-Sparsifier = Literal["topk", "none"]
+Sparsifier = Literal["topk", "rcd", "none"]
 SPARSIFIERS: tuple[str, ...] = get_args(Sparsifier)
 
 
@@ -30,7 +33,9 @@ class SparseTrainingArguments(TrainingArguments):
         default="topk",
         metadata={
             "help": "What makes the weights sparse: 'topk' keeps the largest weights after every "
-            "AdamW step, 'none' trains a dense model by the same recipe, for comparison."
+            "AdamW step, 'rcd' starts sparse and stays so by random coordinate descent (its "
+            "settings begin with rcd_; the annealing does not apply), 'none' trains a dense model "
+            "by the same recipe, for comparison."
         },
     )
     target_density: float = field(
@@ -54,6 +59,54 @@ class SparseTrainingArguments(TrainingArguments):
             "help": "Nonzeros that each neuron or attention channel keeps in any case; 0 for no "
             "such minimum."
         },
+    )
+
+    # --- Random coordinate descent (sparsifier="rcd"): see RCDSparseOptimizer ---
+    rcd_selection: Selection = field(
+        default="uniform",
+        metadata={
+            "help": "How blocks of coordinates are drawn: 'uniform', 'magnitude' (of the weights "
+            "in them), 'gradient' (uniform, but only the zeros with the largest gradients move) or "
+            "'cyclic'."
+        },
+    )
+    rcd_block: BlockKind = field(
+        default="rows",
+        metadata={"help": "What a block is made of: 'rows' (outputs), 'columns' or 'entries'."},
+    )
+    rcd_block_fraction: float = field(
+        default=1 / 16,
+        metadata={"help": "Share of each sparse parameter in a block, in (0, 1]."},
+    )
+    rcd_block_steps: int = field(
+        default=1, metadata={"help": "Optimizer steps for which a block stays."}
+    )
+    rcd_update: Literal["adam", "plain"] = field(
+        default="adam", metadata={"help": "Whether steps are Adam's or plain gradient steps."}
+    )
+    rcd_start: Literal["random", "magnitude"] = field(
+        default="random",
+        metadata={
+            "help": "How a model that is denser than target_density is thinned out first: 'random' "
+            "suits a fresh one, 'magnitude' (keep the largest) a trained one."
+        },
+    )
+    rcd_clip_threshold: float = field(
+        default=0.0, metadata={"help": "Weights smaller than this in magnitude become zero."}
+    )
+    rcd_l1: float = field(
+        default=0.0, metadata={"help": "Weight of an L1 penalty, applied by soft thresholding."}
+    )
+    rcd_magnitude_power: float = field(
+        default=1.0, metadata={"help": "Exponent of the weights in rcd_selection='magnitude'."}
+    )
+    rcd_magnitude_floor: float = field(
+        default=0.1,
+        metadata={"help": "Share of rcd_selection='magnitude' that is spread evenly, in (0, 1]."},
+    )
+    rcd_greedy_fraction: float = field(
+        default=1 / 16,
+        metadata={"help": "Share of a block's zeros that rcd_selection='gradient' moves."},
     )
 
     # --- Which parameters are sparse ---
@@ -148,9 +201,39 @@ class SparseTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is one string: pass a list of patterns."
                 )
+        check_settings(self.rcd_settings(), prefix="rcd_")
+        if self.rcd_start not in SUPPORTS:
+            raise ValueError(
+                f"rcd_start={self.rcd_start!r} is unknown: expected one of {', '.join(SUPPORTS)}."
+            )
         super().__post_init__()
+        if self.sparsifier == "rcd":
+            self._check_rcd()
         if self.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
             raise ValueError(
                 f"optim={self.optim.value!r} has no effect: SparseTrainer builds the optimizer "
                 "itself; leave optim out, or hand SparseTrainer an optimizer with `optimizers=`."
+            )
+
+    def rcd_settings(self) -> dict[str, Any]:
+        """The ``rcd_`` settings as :class:`RCDSparseOptimizer` takes them."""
+        names = [f.name for f in fields(self) if f.name.startswith("rcd_")]
+        names.remove("rcd_start")
+        return {name.removeprefix("rcd_"): getattr(self, name) for name in names}
+
+    def _check_rcd(self) -> None:
+        if self.fp16:
+            raise ValueError(
+                "fp16=True scales full gradients only, and sparsifier='rcd' computes partial ones: "
+                "use bf16=True."
+            )
+        if self.max_grad_norm:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm} clips full gradients only, and "
+                "sparsifier='rcd' computes partial ones: leave it at 0, grad_rms does the like."
+            )
+        if self.torch_compile:
+            raise ValueError(
+                "torch_compile=True cannot trace the partial gradients of sparsifier='rcd': leave "
+                "it out."
             )

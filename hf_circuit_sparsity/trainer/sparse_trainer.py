@@ -11,9 +11,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from .nonzero_linear import on_nonzeros
+from .nonzero_linear import MAX_DENSITY, on_nonzeros
 from .param_groups import sparse_param_groups
+from .partial_gradients import PartialGradients
+from .rcd import RCDSparseOptimizer
 from .sparse_config import SparseTrainingArguments
+from .sparse_start import sparsify_initialization_
 from .sparsity_monitor import SparsityMonitor
 from .topk import TopKAdamW
 
@@ -21,7 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 class SparseTrainer(Trainer):
-    """``Trainer`` whose optimizer keeps the weights sparse; see :class:`TopKAdamW` for the recipe.
+    """``Trainer`` whose optimizer keeps the weights sparse.
+
+    See :class:`TopKAdamW` for the recipe, and :class:`RCDSparseOptimizer` for
+    ``sparsifier="rcd"``, with which the model is thinned out before the first step (see
+    :func:`sparsify_initialization_`) and no full gradient of a sparse matrix is computed (see
+    :class:`PartialGradients`).
 
     Takes what ``Trainer`` takes, with :class:`SparseTrainingArguments` as ``args``, and any model
     with ``nn.Linear``, ``Conv1D`` or ``nn.Embedding`` layers. The sparsifying is part of the
@@ -31,6 +39,7 @@ class SparseTrainer(Trainer):
 
     Beside what ``Trainer`` logs there are ``density`` (as scheduled), ``nonzeros``,
     ``nonzero_fraction``, ``mask_churn`` (share of the nonzeros that were zero at the last log),
+    ``block_number`` (blocks drawn so far, with "rcd"),
     ``grad_rms`` (before normalization), ``effective_lr`` (with the sharkfin factor) and, where it
     is not 0, ``skipped_steps``. Evaluation adds ``eval_perplexity``. A "best" model is only sought
     once the target density is reached: before, the densest would win.
@@ -59,7 +68,8 @@ class SparseTrainer(Trainer):
         if isinstance(model, nn.Module):
             _param_groups(model, args)  # says what is wrong before a folder is made for the run
         # Set before Trainer's own __init__, which may already log or build the optimizer.
-        self._built: TopKAdamW | None = None
+        self._built: TopKAdamW | RCDSparseOptimizer | None = None
+        self._partial: PartialGradients | None = None
         self._monitor: SparsityMonitor | None = None
         self._planned_steps = 0
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
@@ -68,29 +78,50 @@ class SparseTrainer(Trainer):
                 "training is sharded (FSDP or DeepSpeed), but the largest weights of a matrix can "
                 "only be found where all of it is: use one process or data parallelism (DDP)."
             )
+        if args.sparsifier == "rcd" and (args.world_size > 1 or args.n_gpu > 1):
+            raise ValueError(
+                f"sparsifier='rcd' was asked to run on {max(args.world_size, args.n_gpu)} workers, "
+                "expected one: start one process that sees one device."
+            )
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as ``Trainer`` does, computing on the nonzeros once that is faster."""
         computing = on_nonzeros(self.model) if self._may_use_nonzeros() else nullcontext()
-        with computing:
-            return super().train(*args, **kwargs)
+        try:
+            with computing:
+                return super().train(*args, **kwargs)
+        finally:
+            if self._partial is not None:
+                self._partial.close()
+                self._partial = None
 
     def _may_use_nonzeros(self) -> bool:
-        return self.args.compute_on_nonzeros and isinstance(self.model, nn.Module)
+        # Partial gradients bring their own way of doing so.
+        wanted = self.args.compute_on_nonzeros and self.args.sparsifier != "rcd"
+        return wanted and isinstance(self.model, nn.Module)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer unless there is one already; see ``Trainer.create_optimizer``."""
         opt_model = self.model if model is None else model
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
-            self.optimizer = self._built = self._build_optimizer(opt_model)
+            build = self._build_rcd if self.args.sparsifier == "rcd" else self._build_optimizer
+            self.optimizer = self._built = build(opt_model)
             self._monitor = None
-        elif self._built is not None and self._built.steps_taken == 0:
+        elif isinstance(self._built, TopKAdamW) and self._built.steps_taken == 0:
             # With auto_find_batch_size a smaller batch is tried, and the number of steps changes.
             for group in self._built.param_groups:
                 group["total_steps"] = self._training_steps()
         if self._monitor is None:
             groups = [g for g in _param_groups(opt_model, self.args) if g["sparse"]]
             self._monitor = SparsityMonitor(p for g in groups for _, p in g["params"])
+        if isinstance(self._built, RCDSparseOptimizer) and self._partial is None:
+            self._partial = PartialGradients(
+                opt_model,
+                self._built,
+                threshold=MAX_DENSITY if self.args.compute_on_nonzeros else 0.0,
+                # Asked for by name, so that it is meant.
+                allow_full=self.args.sparse_parameters or (),
+            )
         return super().create_optimizer(model)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
@@ -115,6 +146,29 @@ class SparseTrainer(Trainer):
             grad_rms=args.grad_rms,
         )
 
+    def _build_rcd(self, model: nn.Module) -> RCDSparseOptimizer:
+        args = self.args
+        # A checkpoint, which is sparse already, goes through unchanged.
+        sparsify_initialization_(
+            model,
+            args.target_density,
+            support=args.rcd_start,
+            rescale=args.rcd_start == "random",
+            seed=args.seed,
+            **_group_settings(args),
+        )
+        return RCDSparseOptimizer(
+            _param_groups(model, args),
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            target_density=args.target_density,
+            sharkfin=args.sharkfin,
+            grad_rms=args.grad_rms,
+            seed=args.seed,
+            **args.rcd_settings(),
+        )
+
     def _training_steps(self) -> int:
         # Trainer has counted them by the time it builds the optimizer for train().
         steps = self.state.max_steps or self._planned_steps
@@ -133,7 +187,9 @@ class SparseTrainer(Trainer):
         if "loss" in logs and self._monitor is not None:
             logs.update(self._monitor.measure())
             inner = getattr(self.optimizer, "optimizer", self.optimizer)
-            for name in ("density", "grad_rms", "effective_lr", "skipped_steps"):
+            if isinstance(inner, RCDSparseOptimizer):
+                logs.pop("grad_norm", None)  # of the parameters that have a full gradient only
+            for name in ("density", "grad_rms", "effective_lr", "block_number", "skipped_steps"):
                 value = getattr(inner, name, None)
                 if value is not None and (name != "skipped_steps" or value):
                     logs[name] = value
@@ -183,12 +239,14 @@ class SparseTrainer(Trainer):
 
 
 def _param_groups(model: nn.Module, args: SparseTrainingArguments) -> list[dict[str, Any]]:
-    return sparse_param_groups(
-        model,
-        weight_decay=args.weight_decay,
-        sparse_embeddings=args.sparse_embeddings,
-        sparse_biases=args.sparse_biases,
-        min_nonzeros=args.min_nonzeros,
-        exclude=args.dense_parameters or (),
-        include=args.sparse_parameters or (),
-    )
+    return sparse_param_groups(model, weight_decay=args.weight_decay, **_group_settings(args))
+
+
+def _group_settings(args: SparseTrainingArguments) -> dict[str, Any]:
+    return {
+        "sparse_embeddings": args.sparse_embeddings,
+        "sparse_biases": args.sparse_biases,
+        "min_nonzeros": args.min_nonzeros,
+        "exclude": args.dense_parameters or (),
+        "include": args.sparse_parameters or (),
+    }

@@ -60,7 +60,7 @@ def test_survives_a_round_trip_through_a_dict(build):
         ({"anneal_start": 0.5, "anneal_end": 0.4}, "anneal_start"),
         ({"anneal_end": 2.0}, "anneal_end"),
         ({"min_nonzeros": -1}, "min_nonzeros"),
-        ({"sparsifier": "lottery"}, "sparsifier='lottery' is unknown: expected one of topk, none"),
+        ({"sparsifier": "lottery"}, "expected one of topk, rcd, none"),
         ({"grad_rms": "never"}, "grad_rms"),
         ({"dense_parameters": "*.bias"}, "dense_parameters"),
         ({"optim": "adafactor"}, "optim='adafactor'"),
