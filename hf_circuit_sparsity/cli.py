@@ -5,9 +5,11 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from transformers import HfArgumentParser
 
 from .circuits import PruningConfig
+from .commands.benchmark import run_benchmark
 from .commands.console import say
 from .commands.prune import print_prune_summary, run_prune
 from .commands.quickstart import QuickstartSettings, run_quickstart
@@ -62,6 +64,12 @@ def build_parser() -> argparse.ArgumentParser:
                 default=option.default,
                 help="(default: %(default)s)",
             )
+
+    bench = commands.add_parser("benchmark", help="run every benchmark and write one report")
+    bench.add_argument("--output", default="benchmark.md", help="(default: %(default)s)")
+    bench.add_argument("--quick", action="store_true", help="small sizes, to see that all runs")
+    bench.add_argument("--device", help="(default: the accelerator if there is one, else the CPU)")
+    bench.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     return parser
 
 
@@ -86,6 +94,10 @@ def _prune(args: argparse.Namespace) -> None:
     print_prune_summary(circuit, Path(folder))
 
 
+def _benchmark(args: argparse.Namespace) -> None:
+    run_benchmark(args.output, args.quick, args.device, getattr(torch, args.dtype))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
@@ -94,7 +106,8 @@ def main(argv: list[str] | None = None) -> int:
             _train(argv[1:])
         else:
             args = build_parser().parse_args(argv)
-            {"quickstart": _quickstart, "prune": _prune}[args.command](args)
+            run = {"quickstart": _quickstart, "prune": _prune, "benchmark": _benchmark}
+            run[args.command](args)
     except Interrupted as interruption:
         say(f"\n{interruption}; the checkpoint is saved.".capitalize())
         command = " ".join(["hf-circuit-sparsity", *argv])
