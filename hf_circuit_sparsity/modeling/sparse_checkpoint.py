@@ -200,7 +200,6 @@ def fill_from_sparse_file(
         stored = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     dense: dict[str, torch.Tensor] = {}
-    shared: dict[int, nn.Parameter] = {}
     for name, tensor in stored.items():
         if name not in expected:
             raise ValueError(f"{path} has {name!r}, which this config's model does not have.")
@@ -216,6 +215,7 @@ def fill_from_sparse_file(
         row_starts, columns, values = unpack(name, tensor, shape)
         values = nn.Parameter(values.to(dtype))
         owner = name.removesuffix(".weight")
+        shared: dict[int, nn.Parameter] = {}  # per stored matrix: later ones may reuse its id
         for target in (owner, *(t.removesuffix(".weight") for t, s in tied.items() if s == name)):
             module = modules.get(target)
             if type(module) is nn.Embedding:

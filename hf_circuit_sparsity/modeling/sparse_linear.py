@@ -173,7 +173,7 @@ class SparseWeight(nn.Module):
     def weight(self) -> torch.Tensor:
         """The dense matrix, `(rows, width)`, computed anew; its gradient reaches the nonzeros."""
         dense = self.values.new_zeros(self.shape)
-        return dense.index_put((self.row_of(), self.columns.long()), self.values)
+        return dense.index_put_((self.row_of(), self.columns.long()), self.values)
 
     def row_of(self) -> torch.Tensor:
         """The row of every nonzero, `(nonzeros,)` int64."""
@@ -281,7 +281,7 @@ class SparseEmbedding(SparseWeight):
         before = counts.cumsum(0) - counts
         place = torch.arange(len(token), device=ids.device) + (starts - before)[token]
         out = self.values.new_zeros(len(flat), self.embedding_dim)
-        out = out.index_put((token, self.columns[place].long()), self.values[place])
+        out.index_put_((token, self.columns[place].long()), self.values[place])
         return out.view(*ids.shape, self.embedding_dim)
 
 

@@ -268,3 +268,12 @@ def test_what_a_sparse_run_cannot_do_is_said(saved):
     with pytest.raises(ValueError, match=r"device_map='auto' was passed with sparse=True"):
         CircuitGPTForCausalLM.from_pretrained(saved, sparse=True, device_map="auto")
     assert CircuitGPTForCausalLM.from_pretrained(saved, device_map="auto")
+
+
+def test_every_dense_layer_gets_its_own_weight(tiny_model, tmp_path):
+    # Read by their nonzeros, then run dense: the layers on the way are freed, and so are their ids.
+    sparsify(tiny_model, density=0.4).save_pretrained(tmp_path, sparse=True)
+    for _ in range(5):
+        run = CircuitGPTForCausalLM.from_pretrained(tmp_path, sparse=True)
+        for name, tensor in tiny_model.state_dict().items():
+            assert torch.equal(run.state_dict()[name], tensor), name
