@@ -16,10 +16,14 @@ from .tasks import (
     train_tokenizer,
 )
 from .trainer import (
+    PartialGradients,
+    RCDSparseOptimizer,
     SparseTrainer,
     SparseTrainingArguments,
     TopKAdamW,
+    extract_mask,
     sparse_param_groups,
+    sparsify_initialization_,
 )
 
 __version__ = "0.1.0"
@@ -31,18 +35,22 @@ __all__ = [
     "CircuitGPTForCausalLM",
     "CircuitGPTModel",
     "NodeSite",
+    "PartialGradients",
     "PruningConfig",
+    "RCDSparseOptimizer",
     "SparseTrainer",
     "SparseTrainingArguments",
     "TaskNotLearnedError",
     "TopKAdamW",
     "build_corpus",
     "build_task_dataset",
+    "extract_mask",
     "find_circuit",
     "list_tasks",
     "load_task",
     "pack",
     "sparse_param_groups",
+    "sparsify_initialization_",
     "tokenizer_from_openai",
     "train_tokenizer",
 ]

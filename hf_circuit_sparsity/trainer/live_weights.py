@@ -111,14 +111,19 @@ def keep_largest(
     if not min_nonzeros or rows is None or bool((kept == nonzero).all()):
         return kept
     # Rows that come out short are owed their largest entries; only these are sorted.
-    size = int(rows.max()) + 1
-    short = torch.bincount(rows[kept], minlength=size) < min_nonzeros
-    if not short[rows[nonzero]].any():
+    short = torch.bincount(rows[kept], minlength=int(rows.max()) + 1) < min_nonzeros
+    owed = nonzero & ~kept & short[rows]
+    if not owed.any():
         return kept
-    safe = nonzero & (_rank_within_row(rows, values) < min_nonzeros)
+    # Nothing else can be among the largest of its row, or of all once these are safe.
+    listed = (kept | owed).nonzero().flatten()
+    values, rows = values[listed], rows[listed]
+    safe = _rank_within_row(rows, values) < min_nonzeros
     rest = torch.where(safe, 0.0, values)
     project_topk_(rest, min(len(rest), max(0, k - int(safe.sum()))))
-    return safe | (rest != 0)
+    kept = torch.zeros_like(kept)
+    kept[listed] = safe | (rest != 0)
+    return kept
 
 
 def _rank_within_row(rows: Tensor, values: Tensor) -> Tensor:

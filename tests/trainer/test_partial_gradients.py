@@ -3,13 +3,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from hf_circuit_sparsity.trainer import sparse_param_groups
+from hf_circuit_sparsity.trainer import sparse_param_groups, sparsify_initialization_
 from hf_circuit_sparsity.trainer.partial_gradients import PartialGradients
 from hf_circuit_sparsity.trainer.rcd import RCDSparseOptimizer
 from tests.conftest import random_model, sparsify
@@ -265,3 +266,27 @@ def test_bad_input():
     with pytest.raises(ValueError, match="no rule covers the sparse parameters table:"):
         PartialGradients(model, optimizer)
     PartialGradients(model, optimizer, allow_full=["table"]).close()
+
+
+def test_a_loop_of_ones_own_with_accelerate(make_llama, dataset):
+    """Accelerate wraps the optimizer, accumulates gradients and runs in bfloat16."""
+    model = make_llama()
+    sparsify_initialization_(model, 1 / 8)
+    optimizer = optimizer_for(model, target_density=1 / 8, lr=0.03, grad_rms="always")
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    batches = torch.tensor(dataset["input_ids"]).split(8)
+    losses = []
+    with PartialGradients(model, optimizer) as handle:
+        assert len(handle.layers) == 16
+        for batch in batches:
+            with accelerator.accumulate(model):
+                loss = model(input_ids=batch, labels=batch).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+    assert optimizer.optimizer.steps_taken == len(batches) / 2
+    assert sum(losses[-2:]) < sum(losses[:2])
+    assert optimizer.optimizer.density <= 0.3
+    assert all(p.grad is None for p in model.parameters())
