@@ -28,9 +28,11 @@ class _Step:
         if plain:
             self.sparse = [(p, g["min_nonzeros"]) for g in groups for _, p in g["params"]
                            if g["sparse"]]  # fmt: skip
-            self.optimizer = torch.optim.AdamW(
-                model.parameters(), lr=1e-5, betas=(0.9, 0.95), eps=0.1, weight_decay=0.1
-            )
+            decay = [
+                {"params": [p for _, p in g["params"]], "weight_decay": g["weight_decay"]}
+                for g in groups
+            ]
+            self.optimizer = torch.optim.AdamW(decay, lr=1e-5, betas=(0.9, 0.95), eps=0.1)
         else:
             self.optimizer = TopKAdamW(
                 groups, lr=1e-5, target_density=density, anneal_start=0.0, anneal_end=0.0
