@@ -8,7 +8,7 @@ from .plain import project_plain_
 
 
 def run(device: str, dtype: torch.dtype, quick: bool) -> str:
-    """The table; both sides keep the same entries, checked before they are timed."""
+    """The table; that both sides keep the same entries but for ties is checked first."""
     rows, width = (1024, 1024) if quick else (8192, 2048)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, width, generator=generator).to(device=device, dtype=dtype)
@@ -22,10 +22,11 @@ def run(device: str, dtype: torch.dtype, quick: bool) -> str:
             project(scratch, k, minimum)
             return scratch
 
-        if dtype == torch.float32:  # in bfloat16 the k-th magnitude is not unique, any will do
-            expected = projected(project_plain_, 0).clone()
-            if not torch.equal(projected(project_topk_, 0), expected):
-                raise AssertionError(f"the two projections disagree at k={k}")
+        expected = projected(project_plain_, 0).clone()
+        # topk keeps any of several that tie for the last place, ours the first of them.
+        differing = weight[projected(project_topk_, 0) != expected].abs().unique()
+        if len(differing) > 1:
+            raise AssertionError(f"the two projections disagree at k={k}")
         times = interleaved(
             {
                 "plain": lambda: projected(project_plain_, 0),
