@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from .coordinate_blocks import Block, BlockKind, Selection, draw_block
@@ -15,6 +14,7 @@ from .rcd_moves import (
     block_dim,
     learning_rate,
     matrix_shape,
+    move_dense_parameters,
     move_live_coordinates,
     settle_live_coordinates,
     working_dtype,
@@ -261,7 +261,7 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
             counters["skipped_in_a_row"] = 0
             for group in self.param_groups:
                 if not group["sparse"]:
-                    self._step_dense(group, scale)
+                    move_dense_parameters(group, self.state, scale)
             for group, p in self.sparse_parameters():
                 if gradients[p] is not None:
                     move_live_coordinates(
@@ -372,37 +372,6 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
         if rms > 0.0 and (mode == "always" or (mode == "clip" and rms > 1.0)):
             return 1.0 / rms
         return 1.0
-
-    def _step_dense(self, group: dict[str, Any], scale: float) -> None:
-        """Gradient descent or AdamW on parameters as a whole."""
-        params = [p for p in group["params"] if p.grad is not None]
-        lr = learning_rate(group)
-        if group["update"] == "plain":
-            for p in params:
-                p.mul_(1 - lr * group["weight_decay"]).add_(p.grad, alpha=-lr * scale)
-            return
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-        states = [self.state[p] for p in params]
-        adamw(
-            params,
-            [p.grad if scale == 1.0 else p.grad * scale for p in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=all(p.device.type in ("cpu", "cuda") for p in params),
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=lr,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
 
     def _first_not_finite(self, gradients: dict[Tensor, Any]) -> str:
         for number, group in enumerate(self.param_groups):

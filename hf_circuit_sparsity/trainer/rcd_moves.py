@@ -1,6 +1,6 @@
-"""How :class:`RCDSparseOptimizer` moves the coordinates of one parameter.
+"""How :class:`RCDSparseOptimizer` moves coordinates.
 
-Every function costs what the parameter's live coordinates and its block cost.
+Of sparse parameters every function costs what their live coordinates and their block cost.
 """
 
 from functools import cached_property
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from .coordinate_blocks import Block
 from .live_weights import LivePattern, keep_largest
@@ -146,6 +147,45 @@ def _births(
         moments["exp_avg_sq"] = square[place] * (1 - beta2**seen)
         moments["age"] = torch.full_like(place, seen, dtype=torch.int32)
     return wanted.block.index()[place], values[place], moments
+
+
+def move_dense_parameters(
+    group: dict[str, Any], state: dict[Tensor, dict[str, Any]], scale: float
+) -> None:
+    """Gradient descent or AdamW on the parameters of a group as a whole.
+
+    Args:
+        state: of the optimizer.
+        scale: to multiply the gradients by.
+    """
+    params = [p for p in group["params"] if p.grad is not None]
+    lr = learning_rate(group)
+    if group["update"] == "plain":
+        for p in params:
+            p.mul_(1 - lr * group["weight_decay"]).add_(p.grad, alpha=-lr * scale)
+        return
+    for p in params:
+        if not state[p]:
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            state[p].update(step=step, **moments)
+    states = [state[p] for p in params]
+    adamw(
+        params,
+        [p.grad if scale == 1.0 else p.grad * scale for p in params],
+        [own["exp_avg"] for own in states],
+        [own["exp_avg_sq"] for own in states],
+        [],
+        [own["step"] for own in states],
+        fused=all(p.device.type in ("cpu", "cuda") for p in params),
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=lr,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
 
 
 def shrink(x: Tensor, step: Tensor | float, group: dict[str, Any]) -> Tensor:
