@@ -210,14 +210,26 @@ class EncodedPair(NamedTuple):
         return bool(first and second) and first[0] != second[0]
 
 
-def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> list[EncodedPair]:
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], *, equal_only: bool = False
+) -> list[EncodedPair]:
     """Tokenize pairs, without special tokens.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        pairs: Any pairs.
+        equal_only: Leave out those whose prompts differ in length, before the rest is tokenized.
 
     Raises:
         ValueError: An empty prompt.
     """
     examples = [example for pair in pairs for example in pair]
     prompts = _tokenize(tokenizer, [example.prompt for example in examples])
+    if equal_only:
+        kept = [
+            i for i in range(len(examples)) if len(prompts[i]) == len(prompts[i ^ 1])
+        ]  # i ^ 1 is the other side of the pair
+        examples, prompts = [examples[i] for i in kept], [prompts[i] for i in kept]
     wholes = _tokenize(tokenizer, [example.prompt + example.continuation for example in examples])
     encoded = []
     for example, ids, whole in zip(examples, prompts, wholes, strict=True):

@@ -36,9 +36,9 @@ def load_task(
 
     The answer to a prompt is the first token of the code that follows it, tokenized together with
     the prompt: what a model that has read Python through this tokenizer would see there. Prompts
-    have as many tokens as their counterfactuals, unless the task cannot offer that under this
-    tokenizer (`BinaryTask.equal_length` tells). No prompt occurs twice. The same arguments always
-    give the same rows, and a larger `n_train` or `n_test` only adds to them.
+    have as many tokens as their counterfactuals, unless fewer than one pair in twelve offers that
+    under this tokenizer (`BinaryTask.equal_length` tells). No prompt occurs twice. The same
+    arguments always give the same rows, and a larger `n_train` or `n_test` only adds to them.
 
     Args:
         name: One of `list_tasks()`.
@@ -121,8 +121,9 @@ def _draw(
     usable: list[EncodedPair] = []
     seen: set[str] = set()
     # Tokenizing many at once is fast. The first batch has a fixed size because it decides, below,
-    # whether pairs of equal length exist, which must not depend on how many rows are asked for.
-    equal_only = True
+    # whether pairs of equal length are common enough, which must not depend on how many rows are
+    # asked for.
+    equal_only = False
     for batch in range(8 + n_pairs // 16):
         fresh = []
         for _ in range(256):
@@ -133,13 +134,16 @@ def _draw(
                 fresh.append(pair)
         if not fresh:
             break
-        encoded = encode_pairs(tokenizer, fresh)
+        encoded = encode_pairs(tokenizer, fresh, equal_only=equal_only)
         expressible = [pair for pair in encoded if pair.is_expressible]
         if batch == 0:
             if not expressible:
                 check_distinct(definition.name, tokenizer, encoded[0])
-            equal_only = any(pair.is_equal_length for pair in expressible)
-        usable += [pair for pair in expressible if pair.is_equal_length or not equal_only]
+            equal = [pair for pair in expressible if pair.is_equal_length]
+            # The batches allowed, above, are enough for a sixteenth of the pairs.
+            equal_only = len(equal) >= len(fresh) / 12
+            expressible = equal if equal_only else expressible
+        usable += expressible
         if len(usable) >= n_pairs:
             return usable[:n_pairs]
     raise ValueError(

@@ -88,7 +88,7 @@ def test_bad_pairs(openai):
 def test_unknown_tasks(openai):
     with pytest.raises(ValueError, match="did you mean 'bracket_counting'"):
         load_task("bracket_countin", openai)
-    with pytest.raises(ValueError, match="choose from bracket_counting, "):
+    with pytest.raises(ValueError, match="choose from bracket_brace, bracket_counting, "):
         load_task("zzz", openai)
 
 
@@ -114,6 +114,19 @@ def test_more_rows_than_a_task_has(openai, monkeypatch):
         load_task("small", openai, n_train=6)
 
 
+# Both answers begin with the same byte: a bracket, a space, a line end.
+NOT_IN_BYTES = {
+    "bracket_counting",
+    "class_init",
+    "enumerate_range",
+    "if_equals",
+    "indent_for",
+    "var_swap",
+    "with_as",
+    "with_open",
+}
+
+
 def test_a_tokenizer_that_cannot_tell_the_answers_apart(bytes_only):
     with pytest.raises(
         TaskNotExpressibleError,
@@ -122,9 +135,12 @@ def test_a_tokenizer_that_cannot_tell_the_answers_apart(bytes_only):
         load_task("bracket_counting", bytes_only)
     with pytest.raises(TaskNotExpressibleError):
         build_task_dataset(bytes_only, ["bracket_counting"])
-    with pytest.warns(UserWarning, match="Left out: Task 'bracket_counting'"):
+    with pytest.warns(UserWarning) as warned:
         tasks = build_task_dataset(bytes_only, n_train=4, n_test=2)
-    assert set(tasks) == set(list_tasks()) - {"bracket_counting"}
+    assert set(tasks) == set(list_tasks()) - NOT_IN_BYTES
+    assert len(warned) == len(NOT_IN_BYTES)
+    for warning, name in zip(warned, sorted(NOT_IN_BYTES), strict=True):
+        assert str(warning.message).startswith(f"Left out: Task '{name}': its candidates are not")
 
 
 def test_unequal_lengths_where_the_tokenizer_leaves_no_choice(bytes_only):
@@ -142,10 +158,22 @@ def test_unequal_lengths_where_the_tokenizer_leaves_no_choice(bytes_only):
 def test_build_task_dataset(openai):
     tasks = build_task_dataset(openai, n_train=20, n_test=10, seed=3)
     assert list(tasks) == list_tasks()
-    for name, splits in tasks.items():
+    for name in ("bracket_counting", "with_open"):
         task = load_task(name, openai, n_train=20, n_test=10, seed=3)
-        assert splits["train"].to_dict() == task.train.to_dict()
-        assert splits["test"].to_dict() == task.test.to_dict()
+        assert tasks[name]["train"].to_dict() == task.train.to_dict()
+        assert tasks[name]["test"].to_dict() == task.test.to_dict()
     assert list(build_task_dataset(openai, ["while_return_true"], n_train=2, n_test=2)) == [
         "while_return_true"
     ]
+
+
+def test_a_few_pairs_of_equal_length_are_not_enough_to_ask_for_them(openai, monkeypatch):
+    def one_in_a_hundred(rng, split):
+        name, other = rng.sample(range(10**6), 2)
+        longer = "" if other % 100 == 0 else " x"
+        return Example(f"{name:07} = 'a", "' "), Example(f'{name:07} ={longer} "a', '" ')
+
+    definition = TaskDefinition("rare", "Rarely of equal length.", one_in_a_hundred)
+    monkeypatch.setitem(DEFINITIONS, "rare", definition)
+    task = load_task("rare", openai, n_train=1000, n_test=512)
+    assert task.train.num_rows == 1000 and not task.equal_length

@@ -1,164 +1,231 @@
-"""Data tests: for each task, the answer follows from the prompt by a rule written here."""
+"""Data tests: for each task, the answer follows from the prompt by a rule in rules.py."""
 
 import builtins
 import keyword
 import re
+from collections import Counter
+from typing import NamedTuple
 
 import pytest
 
-from hf_circuit_sparsity.tasks import list_tasks, load_task
+from hf_circuit_sparsity.tasks import BinaryTask, list_tasks, load_task
 from hf_circuit_sparsity.tasks.definitions import words
 from hf_circuit_sparsity.tasks.definitions.base import define
 from hf_circuit_sparsity.tasks.definitions.words import Bank
+from tests.tasks.rules import GRAMMAR_LEAVES_OPEN, RULES, last_line, open_quote, parses
 
-TASKS = ["bracket_counting", "single_double_quote", "while_return_true"]
+
+class Loaded(NamedTuple):
+    """A task and its rows as plain dictionaries, which are read many times."""
+
+    task: BinaryTask
+    train: list[dict]
+    test: list[dict]
+
+    @property
+    def rows(self) -> list[dict]:
+        return self.train + self.test
 
 
 @pytest.fixture(scope="module")
 def tasks(tokenizer):
-    return {name: load_task(name, tokenizer) for name in TASKS}
+    loaded = {}
+    for name in list_tasks():
+        task = load_task(name, tokenizer)
+        loaded[name] = Loaded(task, task.train.to_list(), task.test.to_list())
+    return loaded
 
 
-@pytest.fixture(params=TASKS)
+@pytest.fixture(params=list_tasks())
 def task(request, tasks):
     return tasks[request.param]
 
 
-def rows(task):
-    return [*task.train, *task.test]
-
-
-def open_quote(code):
-    """The quote of the string that is open at the end of the code, or None."""
-    quote = None
-    for character in code:
-        if character == quote:
-            quote = None
-        elif quote is None and character in "'\"":
-            quote = character
-    return quote
-
-
-def open_brackets(code):
-    """How many square brackets are open at the end of the code."""
-    return code.count("[") - code.count("]")
-
-
-# What Python goes on with after the prompt.
-RULES = {
-    "single_double_quote": lambda prompt: open_quote(prompt) + " ",
-    "bracket_counting": lambda prompt: "]" * open_brackets(prompt) + "\n",
-    "while_return_true": lambda prompt: {"while": ":\n", "return": "\n"}[prompt.split()[-2]],
-}
-
-
 def test_every_task_has_a_rule():
-    assert list_tasks() == TASKS == sorted(RULES)
+    assert list_tasks() == sorted(RULES) and len(RULES) == 20
 
 
 def test_the_answer_follows_from_the_prompt(task, tokenizer):
-    for row in rows(task):
-        answers = []
-        for prompt, ids in (
-            (row["prompt"], row["input_ids"]),
-            (row["counterfactual_prompt"], row["counterfactual_input_ids"]),
-        ):
-            whole = tokenizer(prompt + RULES[task.name](prompt))["input_ids"]
-            assert whole[: len(ids)] == ids == tokenizer(prompt)["input_ids"]
-            answers.append(whole[len(ids)])
-        assert answers == [row["target_id"], row["counterfactual_target_id"]]
-        assert answers[0] != answers[1]
-        assert tokenizer.decode(answers) == row["target"] + row["counterfactual_target"]
+    rule = RULES[task.task.name]
+    prompts = [row["prompt"] for row in task.rows]
+    completed = tokenizer([prompt + rule(prompt) for prompt in prompts])["input_ids"]
+    answers = {}
+    for row, whole in zip(task.rows, completed, strict=True):
+        ids = row["input_ids"]
+        assert whole[: len(ids)] == ids
+        assert whole[len(ids)] == row["target_id"]
+        assert tokenizer.decode([row["target_id"]]) == row["target"]
+        answers[row["prompt"]] = row["target_id"]
+    for row in task.rows:
+        assert row["counterfactual_target_id"] == answers[row["counterfactual_prompt"]]
+        assert row["counterfactual_target_id"] != row["target_id"]
+
+
+def test_the_other_answer_is_no_python(task):
+    rule = RULES[task.task.name]
+    leaves_open = GRAMMAR_LEAVES_OPEN.get(task.task.name, lambda prompt: False)
+    for row in task.train[:600] + task.test:
+        prompt = row["prompt"]
+        assert parses(prompt + rule(prompt)), prompt
+        if not leaves_open(prompt):
+            assert not parses(prompt + rule(row["counterfactual_prompt"])), prompt
+
+
+# The two answers, where they are the same in all pairs and under both tokenizers.
+CANDIDATES = {
+    "bracket_brace": {"]\n", "}"},
+    "bracket_counting": {"]\n", "]"},
+    "enumerate_range": {" en", " range"},
+    "final_kwarg": {")\n", ","},
+    "for_while": {" in", ":\n"},
+    "fstring_brace": {"}", ")"},
+    "if_equals": {" ==", " ="},
+    "if_ternary": {" else", ":\n"},
+    "lambda_func": {":", ")\n"},
+    "set_or_string": {".add", " +="},
+    "set_or_string_fixedvarname": {".add", " +="},
+    "single_double_quote": {"'", '"'},
+    "var_if": {":\n", " ="},
+    "while_return_true": {":\n", "\n"},
+    "with_as": {")", "):\n"},
+    "with_open": {")", ")\n"},
+}
 
 
 def test_the_candidates(tasks):
-    expected = {
-        "single_double_quote": {"'", '"'},
-        "bracket_counting": {"]\n", "]"},
-        "while_return_true": {":\n", "\n"},
-    }
     for name, task in tasks.items():
-        assert set(task.train["target"]) == set(task.test["target"]) == expected[name]
+        for split in (task.train, task.test):
+            targets = Counter(row["target"] for row in split)
+            assert targets == Counter(row["counterfactual_target"] for row in split)
+            if name in CANDIDATES:
+                assert set(targets) == CANDIDATES[name]
+                assert set(targets.values()) == {len(split) // 2}
+    # Names are cut differently by the two tokenizers, but are never a bare space.
+    for row in tasks["class_init"].rows:
+        assert row["target"] in (" __", " w", " wr", " wrap", " wrapper")
+    for row in tasks["else_elif"].rows:
+        assert row["target"] == ":\n" or re.fullmatch(" [a-z]+", row["target"])
+    for row in tasks["var_swap"].rows:
+        assert re.fullmatch(" [a-z]+", row["target"])
+    # One level of indentation between the two, less the space that belongs to the next word.
+    for row in tasks["indent_for"].rows:
+        depths = {len(row["target"]), len(row["counterfactual_target"])}
+        assert depths in ({3, 7}, {7, 11}) and not row["target"].strip()
+
+
+# How many tokens of a prompt its counterfactual may lack: 1 where nothing else is said.
+REPLACED = {
+    "bracket_counting": 2,  # the digit in place of a bracket may be merged with the next
+    "class_init": 12,  # the head, of which the names may be several tokens
+    "enumerate_range": 0,  # the second variable has gone elsewhere
+    "final_kwarg": 4,  # the stars and the name, of up to three tokens
+    "if_equals": 4,  # here and below: the start of a line, or another line, of several tokens
+    "if_ternary": 6,
+    "indent_for": 6,
+    "lambda_func": 6,
+    "set_or_string": 2,  # ` set()`, ` ""` and the line end
+    "set_or_string_fixedvarname": 2,
+    "var_if": 6,
+    "var_swap": 4,
+    "with_open": 6,
+}
 
 
 def test_pairs_differ_only_in_what_decides_the_answer(task):
-    assert task.equal_length
-    for row in rows(task):
+    assert task.task.equal_length
+    limit = REPLACED.get(task.task.name, 1)
+    for row in task.rows:
         ids, other = row["input_ids"], row["counterfactual_input_ids"]
-        # The digit in place of a bracket may be merged with the next, and so change two tokens.
-        limit = 2 if task.name == "bracket_counting" else 1
-        assert 1 <= sum(a != b for a, b in zip(ids, other, strict=True)) <= limit
+        assert len(ids) == len(other) and ids != other
+        assert sum((Counter(ids) - Counter(other)).values()) <= limit, row
 
 
-def test_bracket_depth_and_open_quotes(tasks):
-    depths = {open_brackets(row["prompt"]) for row in rows(tasks["bracket_counting"])}
-    assert depths == {1, 2}
-    assert all(open_quote(row["prompt"]) for row in rows(tasks["single_double_quote"]))
-    # Elsewhere, nothing is left open that would have to be closed first.
-    for row in rows(tasks["bracket_counting"]):
-        assert open_quote(row["prompt"]) is None
-        assert row["prompt"].count("(") == row["prompt"].count(")")
+def test_nothing_is_left_open_that_would_have_to_be_closed_first(tasks):
+    for name, task in tasks.items():
+        if name not in ("single_double_quote", "fstring_brace"):
+            assert all(open_quote(row["prompt"]) is None for row in task.rows)
 
 
-def test_size_balance_and_lengths(task):
-    assert task.train.num_rows == 2000 and task.test.num_rows == 512
+def test_size_and_lengths(task):
+    assert len(task.train) == 2000 and len(task.test) == 512
     for split in (task.train, task.test):
-        targets = split["target"][:]
-        assert {targets.count(target) for target in set(targets)} == {len(targets) // 2}
-        lengths = [len(ids) for ids in split["input_ids"]]
+        lengths = [len(row["input_ids"]) for row in split]
         assert max(lengths) < 64
-        assert min(lengths) < 16
+        assert min(lengths) <= 25
         assert len(set(lengths)) >= 10
-        prompts = split["prompt"][:]
-        assert len(set(prompts)) == len(prompts)
+        assert len({row["prompt"] for row in split}) == len(split)
 
 
-SHARED = {*keyword.kwlist, *dir(builtins), "self"}
+# What both splits may hold: the language, and what a task's definition fixes.
+SHARED = {*keyword.kwlist, *dir(builtins), "self", "current", "key"}
 
 
 def names(prompts):
-    prompts = [re.sub("%[sd]", "", prompt) for prompt in prompts]
+    prompts = [re.sub(r"%[sd]|\bf(?=['\"])", "", prompt) for prompt in prompts]
     return {name for prompt in prompts for name in re.findall(r"[A-Za-z_]\w*", prompt)}
 
 
 def skeleton(prompt):
     """A prompt without its names, values and string contents."""
-    prompt = re.sub(r"""(['"]).*$""", "S", prompt)
+    prompt = re.sub(r"""f?(['"])\1""", "E", prompt)
+    prompt = re.sub(r"""f?(['"]).*$""", "S", prompt)
     prompt = re.sub(
         r"[A-Za-z_]\w*", lambda m: m[0] if m[0] in SHARED else "N", prompt.replace("-", "")
     )
     prompt = re.sub(r"\d+(\.\d+)?", "0", prompt)
-    return re.sub(r"\[+(0|N)(, (0|N))*$", "LIST", prompt)
+    return re.sub(r"[\[{]+(0|N)(, (0|N))*$", "LIST", prompt)
+
+
+# In these the last line is given by the task, and the templates are what stands before it.
+ONE_LAST_LINE = {
+    "class_init",
+    "else_elif",
+    "enumerate_range",
+    "for_while",
+    "set_or_string",
+    "set_or_string_fixedvarname",
+    "var_swap",
+    "while_return_true",
+}
 
 
 def test_train_and_test_share_no_prompt_no_name_and_no_template(task):
-    train, test = task.train["prompt"][:], task.test["prompt"][:]
+    train, test = ([row["prompt"] for row in split] for split in (task.train, task.test))
     assert set(train).isdisjoint(test)
     assert (names(train) - SHARED).isdisjoint(names(test) - SHARED)
     train_skeletons, test_skeletons = ({skeleton(p) for p in split} for split in (train, test))
     assert train_skeletons.isdisjoint(test_skeletons)
     assert len(train_skeletons) >= 7 and len(test_skeletons) >= 6
-    if task.name != "while_return_true":  # whose last line is given by its name
-        last = [{s.split("\n")[-1].strip() for s in k} for k in (train_skeletons, test_skeletons)]
+    if task.task.name not in ONE_LAST_LINE:
+        last = [{last_line(s).strip() for s in k} for k in (train_skeletons, test_skeletons)]
         assert last[0].isdisjoint(last[1])
+        assert min(map(len, last)) >= 4
 
 
-def test_deterministic_from_the_seed(openai):
-    for name in TASKS:
-        first, second, other = (
-            load_task(name, openai, n_train=50, n_test=20, seed=seed) for seed in (0, 0, 1)
-        )
-        more = load_task(name, openai, n_train=600, n_test=400)
-        for split in ("train", "test"):
-            one, two, three, many = (getattr(t, split) for t in (first, second, other, more))
-            assert one.to_dict() == two.to_dict()
-            assert one["prompt"][:] != three["prompt"][:]
-            assert many.select(range(len(one))).to_dict() == one.to_dict()
+def test_the_fixed_name_is_fixed_and_the_free_one_is_not(tasks):
+    fixed, free = (
+        {last_line(row["prompt"]).strip() for row in tasks[name].rows}
+        for name in ("set_or_string_fixedvarname", "set_or_string")
+    )
+    assert fixed == {"current"} and len(free) >= 60
+
+
+def test_the_same_seed_gives_the_same_rows_however_many_are_asked_for(task, tokenizer):
+    name = task.task.name
+    again = load_task(name, tokenizer, n_train=50, n_test=20)
+    assert again.train.to_list() == task.train[:50] and again.test.to_list() == task.test[:20]
+
+
+def test_another_seed_gives_other_rows(tasks, tokenizer):
+    for name in list_tasks()[::4]:
+        other = load_task(name, tokenizer, n_train=50, n_test=20, seed=1)
+        assert other.train["prompt"][:] != [row["prompt"] for row in tasks[name].train[:50]]
+        assert other.test["prompt"][:] != [row["prompt"] for row in tasks[name].test[:20]]
 
 
 def test_the_word_lists_hold_nothing_twice_and_nothing_that_decides_an_answer():
     banks = [bank for bank in vars(words).values() if isinstance(bank, Bank)]
-    assert len(banks) == 6
+    assert len(banks) == 14
     train = {entry for bank in banks for entry in bank.train}
     test = {entry for bank in banks for entry in bank.test}
     assert train.isdisjoint(test)

@@ -1,6 +1,15 @@
 """The tasks as text: one file per family. Importing this package registers them all."""
 
-from . import brackets, keywords, quotes
+from . import (
+    blocks,
+    brackets,
+    calls,
+    conditions,
+    containers,
+    keywords,
+    quotes,
+    variables,
+)
 from .base import DEFINITIONS, Example, Pair, Split, TaskDefinition
 
 __all__ = [
@@ -9,7 +18,12 @@ __all__ = [
     "Pair",
     "Split",
     "TaskDefinition",
+    "blocks",
     "brackets",
+    "calls",
+    "conditions",
+    "containers",
     "keywords",
     "quotes",
+    "variables",
 ]

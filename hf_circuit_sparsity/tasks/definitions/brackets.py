@@ -38,7 +38,27 @@ def _element(rng: random.Random, split: Split) -> str:
     if kind < 0.7:
         return _number(rng)
     if kind < 0.8:
-        return f"-{_number(rng)}"
+        number = _number(rng)
+        return number if number == "0" else f"-{number}"
     if kind < 0.9:
         return f"{rng.randrange(10)}.{rng.randrange(10)}"
     return VARIABLES.choice(rng, split)
+
+
+# Up to the bracket that opens a list or a set.
+_OPENED: dict[Split, tuple[str, ...]] = {
+    "train": ("{v} = ", "return ", "self.{attr} = ", "{v}.{attr} = ", "return {v} in "),
+    "test": ("{v} = {w} = ", "yield ", "assert {v} in ", "self.{attr} = {v} or ", "assert {v} == "),
+}
+
+
+@define(
+    "bracket_brace",
+    "Close a list with ] and a set with }. The answers are the first tokens of ']\\n' and of "
+    "'}\\n'.",
+)
+def bracket_brace(rng: random.Random, split: Split) -> Pair:
+    template, names = surround(rng, split, rng.choice(_OPENED[split]))
+    opened = template.format(**names)
+    elements = ", ".join(_element(rng, split) for _ in range(rng.randrange(2, 8)))
+    return Example(f"{opened}[{elements}", "]\n"), Example(f"{opened}{{{elements}", "}\n")

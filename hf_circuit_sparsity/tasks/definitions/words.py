@@ -83,6 +83,46 @@ MODULES = Bank(
     test=("math", "socket", "string", "shutil", "signal", "errno", "copy", "pickle", "codecs"),
 )
 
+# Names that are answers: behind a space they are one token under OpenAI's tokenizer and under the
+# one that is trained on the standard library, or begin with one that tells them apart.
+ANSWERS = Bank(
+    train=_entries("a b x y i k n p s t first last start end left parent child value key width"),
+    test=_entries("c d e f g m r w j lo hi source target token number prefix header new old"),
+)
+
+# Functions whose result is worth a `with` as well as an `if`.
+MANAGERS = Bank(
+    train=_entries("open_file urlopen get_lock get_connection start_session load_page lock_path"),
+    test=_entries("fetch connect open_socket acquire begin send_request new_cursor"),
+)
+
+# Modules that have a function `open`.
+OPENERS = Bank(train=("io", "gzip", "lzma"), test=("codecs", "tarfile", "bz2", "wave"))
+
+# What is opened.
+PATHS = Bank(
+    train=_entries("path file name src dst infile log_file file_path config_file data_path"),
+    test=_entries("filename source target fname location outfile archive report manifest"),
+)
+
+# What counts from zero.
+INDICES = Bank(train=("i", "k", "n", "index", "pos"), test=("j", "m", "idx", "num"))
+
+# A decorator's argument.
+CALLABLES = Bank(
+    train=("func", "fn", "callback", "fun", "meth"),
+    test=("function", "method", "wrapped", "coro", "decorated"),
+)
+
+# What takes the rest of the arguments: after one star, and after two.
+STARRED = Bank(
+    train=("args", "vals", "values", "items"), test=("argv", "parts", "fields", "rest", "bits")
+)
+DOUBLE_STARRED = Bank(
+    train=("kwargs", "options", "params", "config"),
+    test=("kwds", "kws", "attrs", "defaults", "meta"),
+)
+
 # What stands inside string literals. Lower-case words of letters only: what follows the last one
 # then starts a token of its own.
 WORDS = Bank(
@@ -158,3 +198,29 @@ def surround(rng: random.Random, split: Split, code: str) -> tuple[str, dict[str
     names["attr"] = ATTRIBUTES.choice(rng, split)
     names["module"] = MODULES.choice(rng, split)
     return before + code, names
+
+
+def more_names(rng: random.Random, split: Split, names: dict[str, str]) -> dict[str, str]:
+    """What `surround` drew, and more: `x`, `y` (variables), `h` (function), `attr2`, `digit`.
+
+    Each is another name than those of its kind that `names` holds; `digit` is a small number.
+    """
+    used = set(names.values())
+    x, y = [name for name in VARIABLES.sample(rng, split, 5) if name not in used][:2]
+    h = next(name for name in FUNCTIONS.sample(rng, split, 3) if name not in used)
+    attr2 = next(name for name in ATTRIBUTES.sample(rng, split, 2) if name not in used)
+    return {**names, "x": x, "y": y, "h": h, "attr2": attr2, "digit": str(rng.randrange(10))}
+
+
+def with_answers(rng: random.Random, split: Split, names: dict[str, str]) -> dict[str, str]:
+    """As `more_names`, but `v` and `w`, which are to be answers, come from `ANSWERS`."""
+    v, w = ANSWERS.sample(rng, split, 2)
+    others = [name for name in VARIABLES.sample(rng, split, 6) if name not in (v, w)]
+    u, x, y = others[:3]
+    return {**more_names(rng, split, names), "u": u, "v": v, "w": w, "x": x, "y": y}
+
+
+def indentation(template: str) -> str:
+    """The white space that the last line of a text begins with."""
+    line = template[template.rfind("\n") + 1 :]
+    return line[: len(line) - len(line.lstrip(" "))]
