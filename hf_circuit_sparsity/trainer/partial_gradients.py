@@ -49,6 +49,7 @@ class PartialGradients:
         model: any module.
         optimizer: may be wrapped by Accelerate.
         threshold: layers with at most this share of live coordinates run on them, in [0, 1].
+        min_entries: weights with fewer entries are multiplied as they are in any case.
         allow_full: names of sparse parameters, not the weight of any such layer, that may be given
             a full gradient.
 
@@ -64,6 +65,7 @@ class PartialGradients:
         optimizer: Any,
         *,
         threshold: float = MAX_DENSITY,
+        min_entries: int = 1 << 16,
         allow_full: tuple[str, ...] | list[str] = (),
     ) -> None:
         inner = getattr(optimizer, "optimizer", optimizer)
@@ -96,7 +98,8 @@ class PartialGradients:
                 "name them in allow_full to compute their full gradient."
             )
         for layer in self.layers:
-            layer.forward = _Forward(layer, inner, threshold)
+            pays = layer.weight.numel() >= min_entries
+            layer.forward = _Forward(layer, inner, threshold if pays else -1.0)
 
     def close(self) -> None:
         """Give the layers back their own forward and backward passes. Does no harm twice."""

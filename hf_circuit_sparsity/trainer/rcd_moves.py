@@ -102,8 +102,7 @@ def settle_live_coordinates(
         budget = nonzero_budget(p.numel(), group["target_density"])
         minimum = group["min_nonzeros"] if p.ndim > 1 else 0
     if minimum:
-        width = wanted.shape[1]
-        rows = index // width if group["row_dim"] == 0 else index % width
+        rows = _rows(index, wanted, group)
     kept = keep_largest(values, budget, rows, minimum)
     if len(index) == len(live) and bool(kept.all()):
         return  # nothing was born, nothing died, and what is known of the pattern still holds
@@ -133,12 +132,20 @@ def _births(
         count = max(1, round(len(mean) * group["greedy_fraction"]))
         values = torch.where(keep_largest(mean * (values != 0), count), values, 0.0)
     chosen = values != 0
-    if group["target_density"] is not None and not group["min_nonzeros"]:
-        budget = nonzero_budget(p.numel(), group["target_density"])
-        if len(live_values) >= budget:
-            # What is not larger than the smallest live coordinate cannot take its place.
-            chosen &= values.abs() > live_values.abs().min()
     place = chosen.nonzero().flatten()
+    alive = live_values != 0
+    if group["target_density"] is not None:
+        budget = nonzero_budget(p.numel(), group["target_density"])
+        if int(alive.sum()) >= budget:
+            # What is not larger than the smallest live coordinate cannot take its place, unless
+            # its row is owed some.
+            hopeful = values[place].abs() > live_values[alive].abs().min()
+            if group["min_nonzeros"] and p.ndim > 1:
+                rows = _rows(state["live"][alive], wanted, group)
+                counts = torch.bincount(rows, minlength=wanted.shape[group["row_dim"]])
+                short = counts < group["min_nonzeros"]
+                hopeful |= short[_rows(wanted.block.index()[place], wanted, group)]
+            place = place[hopeful]
     moments = {}
     if group["update"] == "adam":
         # What Adam would hold, had it seen the mean of these gradients so often.
@@ -147,6 +154,12 @@ def _births(
         moments["exp_avg_sq"] = square[place] * (1 - beta2**seen)
         moments["age"] = torch.full_like(place, seen, dtype=torch.int32)
     return wanted.block.index()[place], values[place], moments
+
+
+def _rows(index: Tensor, wanted: Coordinates, group: dict[str, Any]) -> Tensor:
+    """The output neurons that coordinates belong to."""
+    width = wanted.shape[1]
+    return index // width if group["row_dim"] == 0 else index % width
 
 
 def move_dense_parameters(

@@ -27,7 +27,7 @@ def optimizer_for(model, **settings):
 def gradients_of(model, optimizer, run):
     """Name → (gradient at the live coordinates, at the block) as the optimizer would get them."""
     names = {p: name for name, p in model.named_parameters()}
-    with PartialGradients(model, optimizer):
+    with PartialGradients(model, optimizer, min_entries=0):  # small ones too, as these are
         run(model)
     found = {names[p]: gradient for p, gradient in optimizer._partial.items()}
     assert all(names[p] in found for _, p in optimizer.sparse_parameters() if p.ndim > 1)

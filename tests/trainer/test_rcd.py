@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_circuit_sparsity.trainer import TopKAdamW, nonzero_budget
+from hf_circuit_sparsity.trainer import TopKAdamW, nonzero_budget, project_topk_reference_
 from hf_circuit_sparsity.trainer.rcd import RCDSparseOptimizer
 
 PENALTY = 0.1
@@ -220,6 +220,40 @@ def test_budget_is_kept_and_newcomers_replace_the_smallest():
         born += int((after & ~before).sum())
     assert born > 10
     assert optimizer.density == 0.1
+
+
+@pytest.mark.parametrize(("minimum", "row_dim"), [(0, 0), (2, 0), (3, 1)])
+def test_steps_are_those_of_a_plain_dense_reference(minimum, row_dim):
+    """Dense moments, dense masks and a sort, against what touches live coordinates and block."""
+    g = torch.Generator().manual_seed(0)
+    lr, beta1, beta2, eps, budget = 0.5, 0.8, 0.9, 0.1, 72
+    x = torch.randn(24, 30, generator=g, dtype=torch.float64)
+    # Columns and rows of unequal size, so that some fall short of the minimum.
+    x *= torch.logspace(-2, 0, 24, dtype=torch.float64)[:, None]
+    x *= torch.rand(24, 30, generator=g) < 0.15
+    first, second, age = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(x)
+    weight = nn.Parameter(x.clone())
+    optimizer = RCDSparseOptimizer(
+        [weight], lr=lr, betas=(beta1, beta2), eps=eps, block_fraction=1 / 6, row_dim=row_dim,
+        target_density=0.1, min_nonzeros=minimum,
+    )  # fmt: skip
+    for _ in range(25):
+        gradient = torch.randn(24, 30, generator=g, dtype=torch.float64)
+        in_block = torch.zeros(24, 30, dtype=torch.bool)
+        in_block.index_fill_(row_dim, optimizer.coordinates(weight).block.ids, True)
+        moving = in_block | (x != 0)
+        first = torch.where(moving, beta1 * first + (1 - beta1) * gradient, 0.0)
+        second = torch.where(moving, beta2 * second + (1 - beta2) * gradient**2, 0.0)
+        age = torch.where(moving, age + 1, 0.0)
+        direction = first / (1 - beta1**age) / ((second / (1 - beta2**age)).sqrt() + eps)
+        x = torch.where(moving, x - lr * direction, x)
+        project_topk_reference_(x, budget, minimum, row_dim)
+        first, second, age = (torch.where(x != 0, t, 0.0) for t in (first, second, age))
+
+        weight.grad = gradient
+        optimizer.step()
+        assert torch.equal(weight != 0, x != 0)
+        torch.testing.assert_close(weight.detach(), x, rtol=1e-5, atol=1e-6)
 
 
 def test_clip_threshold_empties_what_is_small():
