@@ -226,9 +226,8 @@ def encode_pairs(
     examples = [example for pair in pairs for example in pair]
     prompts = _tokenize(tokenizer, [example.prompt for example in examples])
     if equal_only:
-        kept = [
-            i for i in range(len(examples)) if len(prompts[i]) == len(prompts[i ^ 1])
-        ]  # i ^ 1 is the other side of the pair
+        # i ^ 1 is the other side of the pair.
+        kept = [i for i in range(len(examples)) if len(prompts[i]) == len(prompts[i ^ 1])]
         examples, prompts = [examples[i] for i in kept], [prompts[i] for i in kept]
     wholes = _tokenize(tokenizer, [example.prompt + example.continuation for example in examples])
     encoded = []
@@ -275,6 +274,8 @@ def _spell(tokenizer: PreTrainedTokenizerBase, side: EncodedExample) -> str:
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    if not texts:  # of which transformers makes an IndexError
+        return []
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 

@@ -9,6 +9,7 @@ from hf_circuit_sparsity.tasks import (
     list_tasks,
     load_task,
 )
+from hf_circuit_sparsity.tasks.binary_task import encode_pairs
 from hf_circuit_sparsity.tasks.definitions import DEFINITIONS, Example, TaskDefinition
 
 PAIRS = [
@@ -165,6 +166,17 @@ def test_build_task_dataset(openai):
     assert list(build_task_dataset(openai, ["while_return_true"], n_train=2, n_test=2)) == [
         "while_return_true"
     ]
+
+
+def test_pairs_of_unequal_length_can_be_left_out(openai):
+    equal, unequal = (
+        (Example("x = 'a", "' "), Example(f'x = "{text}', '" ')) for text in ("a", "a b c")
+    )
+    assert len(encode_pairs(openai, [equal, unequal])) == 2
+    assert encode_pairs(openai, [unequal, equal, unequal], equal_only=True) == encode_pairs(
+        openai, [equal]
+    )
+    assert encode_pairs(openai, [unequal], equal_only=True) == []
 
 
 def test_a_few_pairs_of_equal_length_are_not_enough_to_ask_for_them(openai, monkeypatch):
