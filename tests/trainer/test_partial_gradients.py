@@ -4,6 +4,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -270,6 +271,7 @@ def test_bad_input():
 
 def test_a_loop_of_ones_own_with_accelerate(make_llama, dataset):
     """Accelerate wraps the optimizer, accumulates gradients and runs in bfloat16."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's precision
     model = make_llama()
     sparsify_initialization_(model, 1 / 8)
     optimizer = optimizer_for(model, target_density=1 / 8, lr=0.03, grad_rms="always")
