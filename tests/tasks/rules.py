@@ -52,7 +52,8 @@ def parses(code: str) -> bool:
 
 def close_quote(prompt: str) -> str:
     quote = open_quote(prompt)
-    brackets = ")" * open_brackets(prompt.split(quote)[0]).count("(")
+    closing = {"(": ")", "[": "]", "{": "}"}
+    brackets = "".join(closing[b] for b in reversed(open_brackets(prompt.split(quote)[0])))
     end = BLOCK if first_word(prompt) in ("if", "while") else "\n"
     return f"{quote} % x{brackets}{end}"
 
