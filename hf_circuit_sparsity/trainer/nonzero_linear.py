@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from ..modeling.sparse_linear import sparse_matmul
 
-# Up to this share of nonzeros, and from so many tokens and entries on, the nonzeros are faster. On a
-# CPU in float32 a 4096 × 1024 layer with 256 tokens takes a sixth of the dense time at 1/64, a half
-# at 1/8, and all of it at 1/4 (`benchmarks.sparse_execution`); finding the nonzeros comes on top.
+# Up to this share of nonzeros, and from so many tokens and entries on, the nonzeros are faster. On
+# a CPU in float32 a 4096 × 1024 layer with 256 tokens takes a sixth of the dense time at 1/64, half
+# of it at 1/8, all of it at 1/4 (`benchmarks.sparse_execution`); finding the nonzeros adds to that.
 MAX_DENSITY = 1 / 10
 _MIN_ENTRIES = 1 << 18
 _MIN_TOKENS = 32
