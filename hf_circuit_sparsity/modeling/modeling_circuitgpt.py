@@ -305,14 +305,20 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
         """Positions `(B or 1, T)` of the tokens embedded in `x`; padding does not count."""
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         length = x.shape[1]
+        needed = past + length
+        positions = None
         if attention_mask is not None and attention_mask.dim() == 2:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        if past + length > self.config.block_size:
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            if needed > self.config.block_size:  # rarely; padding may be all that is too long
+                needed = int(positions.max()) + 1
+        if needed > self.config.block_size:
             raise ValueError(
-                f"The sequence has {past + length} tokens, but this model reads at most "
+                f"The sequence has {needed} tokens, but this model reads at most "
                 f"block_size={self.config.block_size}; shorten it."
             )
-        return torch.arange(past, past + length, device=x.device)[None]
+        if positions is None:
+            positions = torch.arange(past, past + length, device=x.device)[None]
+        return positions
 
     @can_return_tuple
     def forward(

@@ -219,6 +219,11 @@ def test_node_sites_are_named_and_hooked_in_order(tiny_model):
 def test_bad_input(tiny_model):
     with pytest.raises(ValueError, match="40 tokens, but this model reads at most block_size=32"):
         tiny_model(torch.zeros(1, 40, dtype=torch.long))
+    ids, mask = torch.zeros(1, 40, dtype=torch.long), torch.ones(1, 40, dtype=torch.long)
+    with pytest.raises(ValueError, match="40 tokens, but this model reads at most block_size=32"):
+        tiny_model(ids, attention_mask=mask)
+    mask[:, :10] = 0  # the tokens themselves fit
+    assert tiny_model(ids, attention_mask=mask).logits.shape == (1, 40, 64)
     with pytest.raises(ValueError, match="pass input_ids"):
         tiny_model(inputs_embeds=torch.zeros(1, 4, 32))
     with pytest.raises(ValueError, match="neither"):
