@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             run = {"quickstart": _quickstart, "prune": _prune, "benchmark": _benchmark}
             run[args.command](args)
     except Interrupted as interruption:
-        say(f"\n{interruption}; the checkpoint is saved.".capitalize())
+        say(f"\n{str(interruption).capitalize()}; the checkpoint is saved.")
         command = " ".join(["hf-circuit-sparsity", *argv])
         if argv[:1] == ["train"] and "--resume_from_checkpoint" not in argv:
             command += " --resume_from_checkpoint last"
