@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..modeling.fingerprint import model_fingerprint
-from .ablation import hooked_sites, mean_ablated, node_sites
+from .ablation import mean_ablated
 from .edges import Edge, circuit_edges
 from .task_loss import Calibration
 
@@ -253,6 +253,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise ValueError(f"{path}: nodes[{site!r}] must be a list of integers.")
     return content
-
-
-__all__ = ["Circuit", "hooked_sites", "node_sites"]

@@ -26,7 +26,7 @@ BATCH_SIZE = 16
 DENSITY = 0.05
 STEPS = 2500
 # Twice the recipe's: at this size it reaches a lower loss in the same steps (validation loss 3.87
-# against 3.96 nats after 1,250 of them).
+# against 3.96 nats after 1,250 of them, one run each).
 LEARNING_RATE = 2e-2
 SETTINGS_NAME = "quickstart.json"
 
