@@ -1,26 +1,21 @@
 """A circuit: which nodes of a model carry a behaviour, and how to run the model on them alone."""
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..modeling.checked_files import ArtifactError
 from ..modeling.fingerprint import model_fingerprint
-from .ablation import mean_ablated
+from .ablation import mean_ablated, node_sites
+from .circuit_file import JSON_NAME, read_circuit, write_circuit
 from .edges import Edge, circuit_edges
 from .task_loss import Calibration
-
-FORMAT_VERSION = 1
-JSON_NAME = "circuit.json"
-TENSORS_NAME = "circuit.safetensors"
 
 
 @dataclass
@@ -91,6 +86,28 @@ class Circuit:
                 f"{known}, but the model passed is {fingerprint}; load that model, or find the "
                 "circuit anew in this one."
             )
+        self._check_fits(model)
+
+    def _check_fits(self, model: nn.Module) -> None:
+        # A file may claim any fingerprint.
+        widths = {site: module.width for site, module in node_sites(model).items()}
+        for site in {**widths, **self.means}:
+            mean, width = len(self.means.get(site, ())), widths.get(site, 0)
+            if mean != width:
+                raise ValueError(
+                    f"means[{site!r}] has {mean} entries, but the model has {width} nodes there; "
+                    "the circuit was made by other code or is damaged, find it anew."
+                )
+        vocabulary = model.get_input_embeddings().num_embeddings
+        example = self.example
+        tokens = [*self.calibration.shift, *example.get("token_ids", [])]
+        tokens += example.get("counterfactual_token_ids", [])
+        tokens += [example[n] for n in ("target_id", "counterfactual_target_id") if n in example]
+        if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            raise ValueError(
+                f"The circuit names token {max(tokens)}, but the model's vocabulary has "
+                f"{vocabulary}; the circuit is damaged, find it anew."
+            )
 
     @contextmanager
     def apply(
@@ -138,30 +155,18 @@ class Circuit:
         return plot_circuit(self, path, model, tokenizer)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write `circuit.json` and `circuit.safetensors` into a folder, each moved into place."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write `circuit.json` and `circuit.safetensors` into a folder, each moved into place.
+
+        Raises:
+            ArtifactError: (a `ValueError`) a field that could not be read back, as a number that is
+                not finite; nothing is written.
+        """
         tensors = {f"means.{site}": mean.contiguous() for site, mean in self.means.items()}
         tensors |= {f"scores.{site}": s.contiguous() for site, s in self.scores.items()}
-        temporary = folder / f".{TENSORS_NAME}.tmp"
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        os.replace(temporary, folder / TENSORS_NAME)
-        temporary = folder / f".{JSON_NAME}.tmp"
         shift = {str(token): value for token, value in self.calibration.shift.items()}
-        content = {
-            "format_version": FORMAT_VERSION,
-            "task": self.task,
-            "model_name": self.model_name,
-            "model_fingerprint": self.model_fingerprint,
-            "nodes": self.nodes,
-            "calibration": {"scale": self.calibration.scale, "shift": shift},
-            "metrics": self.metrics,
-            "config": self.config,
-            "example": self.example,
-        }
-        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, folder / JSON_NAME)
+        fields = {name: getattr(self, name) for name in _STORED}
+        fields["calibration"] = {"scale": self.calibration.scale, "shift": shift}
+        write_circuit(save_directory, fields, tensors)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> "Circuit":
@@ -169,87 +174,22 @@ class Circuit:
 
         Raises:
             FileNotFoundError: one of its two files is missing.
-            ValueError: a file is damaged or does not hold a circuit; names the file and the field.
+            ArtifactError: (a `ValueError`) a file is damaged or does not hold a circuit; names the
+                file and the field.
         """
-        folder = Path(directory)
-        for name in (JSON_NAME, TENSORS_NAME):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"{folder / name} was not found; a circuit is a folder with {JSON_NAME} and "
-                    f"{TENSORS_NAME}."
-                )
-        content = _read_json(folder / JSON_NAME)
-        try:
-            tensors = load_file(folder / TENSORS_NAME)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{folder / TENSORS_NAME} is damaged ({error}); copy or download it again."
-            ) from error
-        by_kind: dict[str, dict[str, torch.Tensor]] = {"means": {}, "scores": {}}
-        for key, tensor in tensors.items():
-            kind, _, site = key.partition(".")
-            if kind not in by_kind or tensor.dim() != 1 or tensor.dtype != torch.float32:
-                raise ValueError(
-                    f"{folder / TENSORS_NAME} has {key!r} of dtype {tensor.dtype} and shape "
-                    f"{tuple(tensor.shape)}, expected float32 vectors named means.* and scores.*."
-                )
-            by_kind[kind][site] = tensor
-        calibration = content["calibration"]
-        try:
-            return cls(
-                nodes=content["nodes"],
-                calibration=Calibration(
-                    float(calibration["scale"]),
-                    {int(t): float(v) for t, v in calibration["shift"].items()},
-                ),
-                **by_kind,
-                **{
-                    name: content[name]
-                    for name in (
-                        "task",
-                        "model_name",
-                        "model_fingerprint",
-                        "metrics",
-                        "config",
-                        "example",
-                    )
-                },
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{folder / JSON_NAME} does not hold a circuit: {error}") from error
-
-
-_FIELD_TYPES: Mapping[str, type] = {
-    "task": str,
-    "model_name": str,
-    "model_fingerprint": str,
-    "nodes": dict,
-    "calibration": dict,
-    "metrics": dict,
-    "config": dict,
-    "example": dict,
-}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The content of `circuit.json`, each field of the type it must have."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); copy it again.") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format_version {version!r}, but this library reads {FORMAT_VERSION}; "
-            "update the library or make the circuit anew."
+        content, tensors = read_circuit(directory)
+        shift = content["calibration"]["shift"]
+        calibration = Calibration(
+            float(content["calibration"]["scale"]), {int(t): float(v) for t, v in shift.items()}
         )
-    for name, kind in _FIELD_TYPES.items():
-        if not isinstance(content.get(name), kind):
-            raise ValueError(
-                f"{path}: {name} must be of type {kind.__name__}, but it is "
-                f"{type(content.get(name)).__name__}."
-            )
-    for site, ids in content["nodes"].items():
-        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            raise ValueError(f"{path}: nodes[{site!r}] must be a list of integers.")
-    return content
+        fields = {name: content[name] for name in _STORED}
+        try:
+            return cls(calibration=calibration, **tensors, **fields)
+        except ValueError as error:
+            raise ArtifactError(
+                Path(directory) / JSON_NAME, f" does not hold a circuit: {error}"
+            ) from error
+
+
+# The fields that are stored in circuit.json as they are.
+_STORED = ("task", "model_name", "model_fingerprint", "nodes", "metrics", "config", "example")

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,12 +176,12 @@ def test_damaged_artifacts_are_refused_by_name(circuit, tmp_path):
 
     for changes, message in [
         ({"format_version": 99}, "format_version 99"),
-        ({"nodes": []}, "nodes must be of type dict"),
-        ({"nodes": {"h.0.attn.v": ["0"]}}, r"nodes\['h.0.attn.v'\] must be a list of integers"),
+        ({"nodes": []}, "nodes must be an object"),
+        ({"nodes": {"h.0.attn.v": ["0"]}}, r"nodes\['h.0.attn.v'\]\[0\] must be an integer"),
         ({"nodes": {"h.0.attn.v": [99]}}, "distinct indices from 0 to 7"),
         ({"nodes": {"h.9.attn.v": [0]}}, r"'h\.9\.attn\.v'"),
-        ({"task": 3}, "task must be of type str"),
-        ({"calibration": {"scale": "x", "shift": {}}}, "does not hold a circuit"),
+        ({"task": 3}, "task must be a string"),
+        ({"calibration": {"scale": "x", "shift": {}}}, r"calibration\['scale'\] must be a number"),
     ]:
         edited(**changes)
         with pytest.raises(ValueError, match=message):
@@ -217,3 +218,33 @@ def test_an_empty_circuit_is_a_circuit(model, circuit, tmp_path):
     empty.save_pretrained(tmp_path)
     assert len(Circuit.from_pretrained(tmp_path)) == 0
     empty.plot(tmp_path / "empty.png", model)
+
+
+def test_what_could_not_be_read_back_is_not_written(circuit, tmp_path):
+    for changes, message in [
+        (
+            {"metrics": {"circuit_loss": float("nan")}},
+            r"metrics\['circuit_loss'\] must be a finite",
+        ),
+        ({"task": "../../etc"}, "task must be a name, and no path"),
+        ({"task": "a\nb"}, "task must be one line"),
+        ({"means": circuit.means | {"h.0.attn.q": torch.full((8,), torch.inf)}}, r"q\[0\] must be"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            replace(circuit, **changes).save_pretrained(tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_circuit_that_lies_about_its_model_is_refused(model, circuit):
+    means = circuit.means
+    fewer = {site: mean for site, mean in means.items() if site != "h.1.attn.q"}
+    wider = means | {"h.1.attn.q": torch.zeros(9)}
+    for changes, message in [
+        ({"means": fewer}, r"means\['h\.1\.attn\.q'\] has 0 entries, but the model has 8"),
+        ({"means": wider}, r"means\['h\.1\.attn\.q'\] has 9 entries, but the model has 8"),
+        ({"means": means | {"h.9.q": torch.zeros(8)}}, r"'h\.9\.q'\] has 8 entries, .* has 0"),
+        ({"calibration": Calibration(1.0, {16: 1.0})}, "names token 16, but .* has 16"),
+        ({"example": {"target_id": 99}}, "names token 99"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            replace(circuit, **changes).edges(model)

@@ -1,0 +1,139 @@
+"""How a circuit is stored: `circuit.json` and `circuit.safetensors`, checked on both ways.
+
+What is written passes the same checks as what is read, so what could be written can be read.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..modeling.checked_files import ArtifactError, Field, check_vector, read_json, read_tensors
+
+FORMAT_VERSION = 1
+JSON_NAME = "circuit.json"
+TENSORS_NAME = "circuit.safetensors"
+# No field may ask for more; far above any model's.
+MAX_INDEX = 2**31 - 1
+_SITE = r"[A-Za-z0-9_]{1,60}(\.[A-Za-z0-9_]{1,60}){0,8}"
+
+
+def check_content(content: Field) -> None:
+    """Check every field of `circuit.json`.
+
+    Raises:
+        ArtifactError: names the file and the field.
+    """
+    content["task"].name_of_folder()
+    content["model_name"].line()
+    content["model_fingerprint"].matching("[0-9a-f]{16}", "16 hexadecimal digits")
+    for site, ids in content["nodes"].items():
+        _check_site(site, content.path, "nodes")
+        ids.integers(0, MAX_INDEX)
+    content["calibration"]["scale"].number()
+    for token, value in content["calibration"]["shift"].items():
+        Field(token, content.path, "a token in calibration['shift']").matching(
+            "0|[1-9][0-9]{0,8}", "a token id in decimal digits"
+        )
+        value.number()
+    for _, value in content["metrics"].items():
+        value.number()
+    for _, value in content["config"].items():
+        value.plain()
+    _check_example(content["example"])
+
+
+def _check_site(site: str, path: str | os.PathLike, where: str) -> None:
+    Field(site, path, f"a site in {where}").matching(_SITE, "names joined by dots")
+
+
+def _check_example(example: Field) -> None:
+    for name, value in example.items():
+        if name.endswith("token_ids"):
+            value.integers(0, MAX_INDEX)
+        elif name.endswith("target_id"):
+            value.integer(0, MAX_INDEX)
+        else:
+            value.text()
+
+
+def write_circuit(
+    folder: str | os.PathLike, fields: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Write both files, each to a temporary name first and then moved into place.
+
+    Args:
+        folder: made if it is not there.
+        fields: of `circuit.json`, as [`read_circuit`] returns them.
+        tensors: `means.SITE` and `scores.SITE`, float32 `(width,)`.
+
+    Raises:
+        ArtifactError: something could not be read back; nothing is written.
+    """
+    folder = Path(folder)
+    content = {"format_version": FORMAT_VERSION, **fields}
+    check_content(Field(content, folder / JSON_NAME))
+    _check_tensors(tensors, folder / TENSORS_NAME)
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{TENSORS_NAME}.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, folder / TENSORS_NAME)
+    temporary = folder / f".{JSON_NAME}.tmp"
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, folder / JSON_NAME)
+
+
+def read_circuit(
+    folder: str | os.PathLike,
+) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
+    """The fields of `circuit.json`, and the tensors as `{"means": {site: …}, "scores": {…}}`.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ArtifactError: a file is damaged or does not hold a circuit; names the file and the field.
+    """
+    folder = Path(folder)
+    for name in (JSON_NAME, TENSORS_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} was not found; a circuit is a folder with {JSON_NAME} and "
+                f"{TENSORS_NAME}."
+            )
+    content = read_json(folder / JSON_NAME)
+    version = content.value.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ArtifactError(
+            content.path,
+            f" has format_version {version!r:.40}, but this library reads {FORMAT_VERSION}; update "
+            "the library or make the circuit anew.",
+        )
+    check_content(content)
+    tensors = read_tensors(folder / TENSORS_NAME)
+    return content.value, _check_tensors(tensors, folder / TENSORS_NAME)
+
+
+def _check_tensors(
+    tensors: dict[str, torch.Tensor], path: Path
+) -> dict[str, dict[str, torch.Tensor]]:
+    by_kind: dict[str, dict[str, torch.Tensor]] = {"means": {}, "scores": {}}
+    for name, tensor in tensors.items():
+        kind, _, site = name.partition(".")
+        if kind not in by_kind:
+            raise ArtifactError(
+                path, f" has {name[:80]!r}, expected vectors named means.* and scores.*."
+            )
+        _check_site(site, path, kind)
+        by_kind[kind][site] = check_vector(path, name, tensor)
+    for site, scores in by_kind["scores"].items():
+        mean = by_kind["means"].get(site)
+        if mean is None or len(mean) != len(scores):
+            raise ArtifactError(
+                path,
+                f": scores.{site} has {len(scores)} entries, but means.{site} has "
+                f"{0 if mean is None else len(mean)}; they must be as many.",
+            )
+    return by_kind
