@@ -3,7 +3,7 @@
 Importing this package registers CircuitGPT with transformers' Auto classes.
 """
 
-from .circuits import Circuit, PruningConfig, TaskNotLearnedError, find_circuit
+from .circuits import Circuit, PruningConfig, TaskNotLearnedError, evaluate_tasks, find_circuit
 from .modeling import CircuitGPTConfig, CircuitGPTForCausalLM, CircuitGPTModel, NodeSite
 from .tasks import (
     BinaryTask,
@@ -44,6 +44,7 @@ __all__ = [
     "TopKAdamW",
     "build_corpus",
     "build_task_dataset",
+    "evaluate_tasks",
     "extract_mask",
     "find_circuit",
     "list_tasks",

@@ -11,6 +11,7 @@ from transformers import HfArgumentParser
 from .circuits import PruningConfig
 from .commands.benchmark import run_benchmark
 from .commands.console import say
+from .commands.evaluate import run_evaluate
 from .commands.prune import print_prune_summary, run_prune
 from .commands.quickstart import QuickstartSettings, run_quickstart
 from .commands.train import (
@@ -65,6 +66,17 @@ def build_parser() -> argparse.ArgumentParser:
                 help="(default: %(default)s)",
             )
 
+    evaluate = commands.add_parser("evaluate", help="accuracy and loss of a model on every task")
+    evaluate.add_argument("--model", required=True, help="folder or Hub id, with its tokenizer")
+    evaluate.add_argument(
+        "--task", action="append", choices=list_tasks(), help="may be repeated (default: all)"
+    )
+    evaluate.add_argument("--output", help="JSON file (default: MODEL/task_evaluation.json)")
+    evaluate.add_argument(
+        "--prompts", type=int, default=512, help="per task, an even number (default: %(default)s)"
+    )
+    evaluate.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+
     bench = commands.add_parser("benchmark", help="run every benchmark and write one report")
     bench.add_argument("--output", default="benchmark.md", help="(default: %(default)s)")
     bench.add_argument("--quick", action="store_true", help="small sizes, to see that all runs")
@@ -94,6 +106,10 @@ def _prune(args: argparse.Namespace) -> None:
     print_prune_summary(circuit, Path(folder))
 
 
+def _evaluate(args: argparse.Namespace) -> None:
+    run_evaluate(args.model, args.task, args.output, prompts=args.prompts, seed=args.seed)
+
+
 def _benchmark(args: argparse.Namespace) -> None:
     run_benchmark(args.output, args.quick, args.device, getattr(torch, args.dtype))
 
@@ -106,7 +122,12 @@ def main(argv: list[str] | None = None) -> int:
             _train(argv[1:])
         else:
             args = build_parser().parse_args(argv)
-            run = {"quickstart": _quickstart, "prune": _prune, "benchmark": _benchmark}
+            run = {
+                "quickstart": _quickstart,
+                "prune": _prune,
+                "evaluate": _evaluate,
+                "benchmark": _benchmark,
+            }
             run[args.command](args)
     except Interrupted as interruption:
         say(f"\n{str(interruption).capitalize()}; the checkpoint is saved.")

@@ -7,6 +7,7 @@ from .edges import Edge
 from .faithfulness import evaluate_circuit
 from .pruning import PruningConfig, TaskNotLearnedError, find_circuit
 from .task_loss import Calibration, binary_accuracy, binary_loss
+from .task_scores import TaskScore, evaluate_tasks
 
 __all__ = [
     "Calibration",
@@ -14,9 +15,11 @@ __all__ = [
     "Edge",
     "PruningConfig",
     "TaskNotLearnedError",
+    "TaskScore",
     "binary_accuracy",
     "binary_loss",
     "evaluate_circuit",
+    "evaluate_tasks",
     "find_circuit",
     "mean_ablated",
     "mean_activations",

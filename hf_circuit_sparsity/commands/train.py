@@ -3,12 +3,13 @@
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling import CircuitGPTConfig, CircuitGPTForCausalLM
@@ -103,11 +104,13 @@ def train_model(
     *,
     resume_from_checkpoint: str | None = None,
     measure: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train one model from scratch or from a checkpoint, evaluate it and save it.
 
     Args:
         measure: called with the model at every log; returns cells for the progress lines.
+        callbacks: more callbacks for the Trainer.
 
     Returns:
         Loss, perplexity, density, nonzeros, tokens per second, and where the model is.
@@ -127,7 +130,8 @@ def train_model(
         trainer, tokens_per_step, None if measure is None else lambda: measure(model)
     )
     interrupt = InterruptCallback()
-    trainer.add_callback(interrupt)
+    for callback in (*callbacks, interrupt):
+        trainer.add_callback(callback)
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
@@ -136,7 +140,7 @@ def train_model(
     seconds = time.perf_counter() - started
     if interrupt.interrupted:
         raise Interrupted(f"stopped at step {trainer.state.global_step}")
-    steps = trainer.state.max_steps
+    steps = trainer.state.global_step
     metrics = trainer.evaluate()
     trainer.save_model()
     last = next((log for log in reversed(trainer.state.log_history) if "nonzeros" in log), {})

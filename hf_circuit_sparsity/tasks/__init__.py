@@ -1,6 +1,6 @@
 """Data: the corpus, its tokenizer, packing into blocks, and the binary tasks."""
 
-from .binary_task import BinaryTask, TaskNotExpressibleError
+from .binary_task import BinaryTask, TaskNotExpressibleError, TaskTooLongError
 from .corpus import build_corpus
 from .load import build_task_dataset, list_tasks, load_task
 from .packing import pack
@@ -9,6 +9,7 @@ from .tokenizer import decode_bytes, encode_bytes, tokenizer_from_openai, train_
 __all__ = [
     "BinaryTask",
     "TaskNotExpressibleError",
+    "TaskTooLongError",
     "build_corpus",
     "build_task_dataset",
     "decode_bytes",

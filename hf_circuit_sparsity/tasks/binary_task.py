@@ -28,6 +28,10 @@ class TaskNotExpressibleError(ValueError):
     """The tokenizer has no single tokens that tell the task's two answers apart."""
 
 
+class TaskTooLongError(ValueError):
+    """A prompt of the task has more tokens than the model can take."""
+
+
 @dataclass(frozen=True)
 class BinaryTask:
     """A binary next-token task: after `prompt`, `target` is right and `counterfactual_target` not.
@@ -81,7 +85,8 @@ class BinaryTask:
         Raises:
             TaskNotExpressibleError: A target is not exactly one token after its prompt, or the two
                 targets of a pair are the same token.
-            ValueError: No pairs, an empty prompt, or one longer than `max_length`.
+            ValueError: No pairs, or an empty prompt.
+            TaskTooLongError: (a `ValueError`) A prompt longer than `max_length`.
         """
         splits = []
         for split, given in (("train", train_pairs), ("test", test_pairs)):
@@ -110,7 +115,7 @@ class BinaryTask:
         """A task of pairs that `encode_pairs` made and the caller has checked.
 
         Raises:
-            ValueError: A prompt longer than `max_length` tokens.
+            TaskTooLongError: (a `ValueError`) A prompt longer than `max_length` tokens.
         """
         if max_length is not None:
             longest = max(
@@ -118,7 +123,7 @@ class BinaryTask:
                 key=lambda side: len(side.input_ids),
             )
             if len(longest.input_ids) > max_length:
-                raise ValueError(
+                raise TaskTooLongError(
                     f"Task {name!r}: the prompt {longest.prompt!r} is {len(longest.input_ids)} "
                     f"tokens long under this tokenizer, but max_length is {max_length}; use a "
                     "model with a longer context or a tokenizer with longer tokens."

@@ -49,8 +49,9 @@ def load_task(
         max_length: The longest prompt that the model can take, in tokens.
 
     Raises:
-        ValueError: An unknown task, an odd or non-positive number of rows, more rows than the task
-            has, or a prompt longer than `max_length`.
+        ValueError: An unknown task, an odd or non-positive number of rows, or more rows than the
+            task has.
+        TaskTooLongError: (a `ValueError`) A prompt longer than `max_length`.
         TaskNotExpressibleError: (a `ValueError`) The two answers are not different single tokens
             under this tokenizer.
     """

@@ -1,0 +1,85 @@
+"""`hf-circuit-sparsity evaluate`: which tasks has a model learned?"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ..circuits import TaskScore, evaluate_tasks
+from ..modeling.fingerprint import model_fingerprint
+from .console import columns, quiet_libraries, say
+from .prune import load_model
+from .train import write_json
+
+FILE_NAME = "task_evaluation.json"
+LEARNED_LOSS = 0.15  # the loss that a circuit is asked to reach
+
+
+def run_evaluate(
+    model: str,
+    tasks: Sequence[str] | None = None,
+    output: str | None = None,
+    *,
+    prompts: int = 512,
+    seed: int = 0,
+) -> list[TaskScore]:
+    """Measure a saved model on the tasks, print a table and write the numbers as JSON.
+
+    Args:
+        model: folder or Hub id of a CircuitGPT with its tokenizer.
+        tasks: all if not given.
+        output: JSON file; `task_evaluation.json` beside the model if not given and the model is a
+            folder.
+        prompts: held-out prompts per task, and training prompts for the calibration.
+        seed: of the prompts.
+
+    Raises:
+        ValueError: no such model or task, or `output` is a folder.
+    """
+    quiet_libraries()
+    if output is not None and Path(output).is_dir():
+        raise ValueError(f"{output} is a folder; pass the path of a JSON file to write.")
+    loaded, tokenizer = load_model(model)
+    scores = evaluate_tasks(loaded, tokenizer, tasks, n_train=prompts, n_test=prompts, seed=seed)
+    say(scores_table(scores))
+    if output is None and Path(model).is_dir():
+        output = str(Path(model) / FILE_NAME)
+    if output is not None:
+        path = Path(output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "model": model,
+            "model_fingerprint": model_fingerprint(loaded),
+            "seed": seed,
+            "tasks": [asdict(score) for score in scores],
+        }
+        write_json(path, content)
+        say(f"\nWritten to {path}")
+    return scores
+
+
+def scores_table(scores: Sequence[TaskScore]) -> str:
+    """The tasks that could be asked, best first, and below them those that could not."""
+    asked = sorted((s for s in scores if not s.problem), key=lambda s: s.calibrated_loss)
+    parts = []
+    if asked:
+        rows = [
+            (
+                s.task,
+                f"{s.accuracy:.1%}",
+                f"{s.loss:.3f}",
+                f"{s.calibrated_loss:.3f}",
+                "yes" if s.calibrated_loss <= LEARNED_LOSS else "no",
+            )
+            for s in asked
+        ]
+        parts.append(columns(("task", "accuracy", "loss", "calibrated", "learned"), rows))
+        learned = sum(row[-1] == "yes" for row in rows)
+        parts.append(
+            f"{learned} of {len(asked)} learned: a calibrated loss of at most {LEARNED_LOSS} nats, "
+            f"so that a circuit can reach it.\nOn {asked[0].prompts} held-out prompts each; "
+            "guessing is 50 % and 0.693 nats."
+        )
+    refused = [s for s in scores if s.problem]
+    if refused:
+        parts.append("Could not be asked:\n" + "\n".join(f"  {s.problem}" for s in refused))
+    return "\n\n".join(parts)

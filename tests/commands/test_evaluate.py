@@ -1,0 +1,78 @@
+"""`hf-circuit-sparsity evaluate`, at the size of a test."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from hf_circuit_sparsity import CircuitGPTConfig, CircuitGPTForCausalLM, train_tokenizer
+from hf_circuit_sparsity.circuits import evaluate_tasks
+from hf_circuit_sparsity.cli import main
+from hf_circuit_sparsity.tasks import build_corpus
+from tests.circuits.planted import planted_model, word_tokenizer
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """An untrained model with a tokenizer of Python, and a context too short for some tasks."""
+    corpus = build_corpus()["train"].select(range(0, 700, 20))
+    tokenizer = train_tokenizer(corpus, vocab_size=600)
+    folder = tmp_path_factory.mktemp("model")
+    config = CircuitGPTConfig(
+        d_model=16, n_layer=1, d_mlp=16, block_size=64, vocab_size=len(tokenizer), n_head=2,
+        d_head=8,
+    )  # fmt: skip
+    CircuitGPTForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_table_and_json(saved, capsys):
+    tasks = ["while_return_true", "single_double_quote"]
+    options = [part for task in tasks for part in ("--task", task)]
+    assert main(["evaluate", "--model", str(saved), *options, "--prompts", "32"]) == 0
+    printed = capsys.readouterr().out
+    content = json.loads((saved / "task_evaluation.json").read_text())
+    assert [score["task"] for score in content["tasks"]] == tasks
+    for score in content["tasks"]:
+        # An untrained model guesses.
+        assert score["loss"] == pytest.approx(0.693, abs=0.05) and score["prompts"] == 32
+        assert score["task"] in printed and f"{score['loss']:.3f}" in printed
+    assert "0 of 2 learned" in printed and len(content["model_fingerprint"]) == 16
+
+
+def test_tasks_that_cannot_be_asked_say_why(saved):
+    model = CircuitGPTForCausalLM.from_pretrained(saved)
+    model.config.block_size = 20
+    (score,) = evaluate_tasks(
+        model,
+        AutoTokenizer.from_pretrained(saved),
+        names=["single_double_quote"],
+        n_train=64,
+        n_test=64,
+        progress=False,
+    )
+    assert score.accuracy is None and "max_length is 20" in score.problem
+    # A tokenizer of whole words has one token for everything it does not know.
+    (score,) = evaluate_tasks(
+        planted_model(), word_tokenizer(), ["while_return_true"], progress=False
+    )
+    assert score.loss is None and "while_return_true" in score.problem
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nowhere"], "'nowhere' is neither a folder"),
+        (["--model", "nowhere", "--task", "no_task"], "no_task"),
+        (["--model", "{saved}", "--prompts", "7"], "n_train is 7"),
+        (["--model", "{saved}", "--output", "{saved}"], "is a folder"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, message, saved, capsys):
+    try:
+        status = main(["evaluate", *(a.format(saved=saved) for a in arguments)])
+    except SystemExit as stop:  # argparse's own refusals
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and message in error and "Traceback" not in error
