@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -142,17 +142,24 @@ class Circuit:
                 if handle is not None:
                     handle.remove()
 
-    def plot(self, path: str | os.PathLike, model: nn.Module, tokenizer: Any = None) -> Path:
+    def plot(
+        self,
+        path: str | os.PathLike,
+        model: nn.Module,
+        tokenizer: Any = None,
+        column: Literal["single", "double"] = "double",
+    ) -> Path:
         """Draw the circuit as a layered graph into a PNG, SVG or PDF file (needs matplotlib).
 
         Args:
             path: where to; its ending says the format.
             model: the model the circuit was cut out of; its weights are the edges.
             tokenizer: names the tokens at both ends, if given.
+            column: fits one column of a two-column page (3.25 inches) or both (6.75 inches).
         """
         from .plot import plot_circuit
 
-        return plot_circuit(self, path, model, tokenizer)
+        return plot_circuit(self, path, model, tokenizer, column)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `circuit.json` and `circuit.safetensors` into a folder, each moved into place.

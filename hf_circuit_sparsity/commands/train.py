@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling import CircuitGPTConfig, CircuitGPTForCausalLM
 from ..tasks import build_corpus, pack, train_tokenizer
-from ..trainer import InterruptCallback, SparseTrainer, SparseTrainingArguments
+from ..trainer import (
+    InterruptCallback,
+    SparseTrainer,
+    SparseTrainingArguments,
+    plot_training_curves,
+)
 from .console import TrainingDisplay, quiet_libraries, say, table
 
 
@@ -143,6 +149,11 @@ def train_model(
     steps = trainer.state.global_step
     metrics = trainer.evaluate()
     trainer.save_model()
+    trainer.save_state()
+    picture = Path(args.output_dir) / "training.png"
+    # Pictures are an extra, and a short run may have logged nothing to draw.
+    with suppress(ImportError, ValueError):
+        plot_training_curves(args.output_dir, picture)
     last = next((log for log in reversed(trainer.state.log_history) if "nonzeros" in log), {})
     done = {
         "parameters": model.num_parameters(),

@@ -1,6 +1,7 @@
 """Training of weight-sparse models: the optimizer, and the Hugging Face Trainer around it."""
 
 from .callbacks import InterruptCallback
+from .curves import plot_training_curves
 from .forward_gradients import add_forward_gradients, directional_derivative
 from .mask_graph import MaskGraph, extract_mask
 from .nonzero_linear import on_nonzeros
@@ -30,6 +31,7 @@ __all__ = [
     "extract_mask",
     "nonzero_budget",
     "on_nonzeros",
+    "plot_training_curves",
     "project_topk_",
     "project_topk_reference_",
     "sharkfin",

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -206,10 +207,28 @@ def test_plot(model, circuit, tmp_path, ending):
     if ending == "png":
         assert content.startswith(b"\x89PNG") and len(content) > 10_000
     else:
-        # Text is drawn as shapes, but matplotlib leaves each string as a comment.
-        text = content.decode()
+        # Text stays text: it can be searched and edited.
+        text = "".join(ElementTree.fromstring(content.decode()).itertext())
         for expected in ("on_off: 6 nodes, 4 edges", "+2.00", "+3.00", "head 1", "yes", "neuron"):
             assert expected in text
+
+
+@pytest.mark.parametrize(("column", "points"), [("single", 234), ("double", 486)])
+def test_plot_fits_a_paper_column(model, circuit, tmp_path, column, points):
+    path = circuit.plot(tmp_path / "c.svg", model, column=column)
+    assert ElementTree.parse(path).getroot().get("width") == f"{points}pt"
+    first = path.read_bytes()
+    assert circuit.plot(tmp_path / "c.svg", model, column=column).read_bytes() == first
+
+
+def test_plot_takes_any_text_and_refuses_unknown_columns(model, circuit, tmp_path):
+    circuit.task = "<script>$x_{$"
+    circuit.example["prompt"] = "$\\frac{" * 3000
+    text = circuit.plot(tmp_path / "c.svg", model).read_text()
+    assert "&lt;script&gt;$x_{$" in text and len(text) < 100_000
+    with pytest.raises(ValueError, match="column='wide'"):
+        circuit.plot(tmp_path / "d.svg", model, column="wide")
+    assert not (tmp_path / "d.svg").exists()
 
 
 def test_an_empty_circuit_is_a_circuit(model, circuit, tmp_path):
