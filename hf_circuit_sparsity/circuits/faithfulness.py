@@ -4,9 +4,12 @@ from typing import Any
 
 from torch import nn
 
+from ..metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
+from ..metrics.circuit_size.geometric_mean import shares
+from ..metrics.task_loss.pair_loss import task_accuracy, task_loss
 from .circuit import Circuit
 from .edges import site_weights
-from .task_loss import all_pair_logits, binary_accuracy, binary_loss, fit_calibration
+from .task_loss import all_pair_logits, fit_calibration
 
 
 def evaluate_circuit(circuit: Circuit, model: nn.Module, task: Any) -> dict[str, float]:
@@ -21,30 +24,41 @@ def evaluate_circuit(circuit: Circuit, model: nn.Module, task: Any) -> dict[str,
         `ablated_loss`, `ablated_accuracy`: with the circuit mean-ablated and everything else kept
         (necessity; ln 2 ≈ 0.69 is guessing).
         `train_circuit_loss`: sufficiency on the prompts it was found with.
-        Losses are mean cross-entropy on the two candidate tokens, in nats.
+        `agreement`: share of prompts on which the circuit prefers the candidate that the model
+        prefers; `kl`: mean KL(model ‖ circuit) over the two candidates; both against the
+        calibrated model.
+        Losses are mean cross-entropy on the two candidate tokens, and KL too is in nats. All are
+        computed by the functions of `hf_circuit_sparsity.metrics`.
     """
     model.eval()
     test, train = task.tensors("test"), task.tensors("train")
     whole = all_pair_logits(model, test)
     calibration = fit_calibration(all_pair_logits(model, train), train)
+    calibrated = calibration.pairs(whole, test).numpy()
     with circuit.apply(model):
         alone, alone_train = all_pair_logits(model, test), all_pair_logits(model, train)
     with circuit.apply(model, inverse=True):
         without = all_pair_logits(model, test)
-    nodes = sum(len(mean) for mean in circuit.means.values())
-    weights = sum(int((weight != 0).sum()) for _, _, weight in site_weights(model))
-    edges = len(circuit.edges(model))
+    nodes, edges = len(circuit), len(circuit.edges(model))
+    all_nodes = sum(len(mean) for mean in circuit.means.values())
+    all_edges = sum(int((weight != 0).sum()) for _, _, weight in site_weights(model))
+    node_share, edge_share = shares([nodes, edges], [all_nodes, all_edges]).tolist()
+    whole, alone, without, alone_train = (
+        pairs.numpy() for pairs in (whole, alone, without, alone_train)
+    )
     return {
-        "nodes": len(circuit),
+        "nodes": nodes,
         "edges": edges,
-        "node_share": len(circuit) / nodes,
-        "edge_share": edges / max(1, weights),
-        "model_loss": binary_loss(whole).item(),
-        "model_accuracy": binary_accuracy(whole),
-        "calibrated_model_loss": binary_loss(calibration.pairs(whole, test)).item(),
-        "circuit_loss": binary_loss(alone).item(),
-        "circuit_accuracy": binary_accuracy(alone),
-        "ablated_loss": binary_loss(without).item(),
-        "ablated_accuracy": binary_accuracy(without),
-        "train_circuit_loss": binary_loss(alone_train).item(),
+        "node_share": node_share,
+        "edge_share": edge_share,
+        "model_loss": task_loss(whole),
+        "model_accuracy": task_accuracy(whole),
+        "calibrated_model_loss": task_loss(calibrated),
+        "circuit_loss": task_loss(alone),
+        "circuit_accuracy": task_accuracy(alone),
+        "ablated_loss": task_loss(without),
+        "ablated_accuracy": task_accuracy(without),
+        "train_circuit_loss": task_loss(alone_train),
+        "agreement": agreement(alone, calibrated),
+        "kl": pair_kl(alone, calibrated),
     }

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..metrics.task_loss.pair_loss import task_accuracy
+
 TaskTensors = Mapping[str, torch.Tensor]
 
 
@@ -55,13 +57,16 @@ def all_pair_logits(model: nn.Module, tensors: TaskTensors, batch_size: int = 12
 
 
 def binary_loss(pairs: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy on the two candidates: mean over rows of -log p(right), in nats."""
+    """Cross-entropy on the two candidates: mean over rows of -log p(right), in nats.
+
+    What is optimised; `task_loss` of the metric of that name is the same number for reports.
+    """
     return F.softplus(pairs[:, 1] - pairs[:, 0]).mean()
 
 
 def binary_accuracy(pairs: torch.Tensor) -> float:
     """Share of rows in which the right candidate has the larger logit."""
-    return (pairs[:, 0] > pairs[:, 1]).float().mean().item()
+    return task_accuracy(pairs.numpy(force=True))
 
 
 @dataclass(frozen=True)
