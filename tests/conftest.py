@@ -10,13 +10,25 @@ import pytest
 import torch
 from torch import nn
 
+from hf_circuit_sparsity.kernels import load_kernels
 from hf_circuit_sparsity.modeling import CircuitGPTConfig, CircuitGPTForCausalLM
+from hf_circuit_sparsity.modeling.kernel_slot import fill_slot
 
 # Test models are tiny: a second thread costs more than it brings, and several test runs beside each
 # other would wait for each other's threads.
 torch.set_num_threads(1)
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(params=["kernels", "torch and numpy"])
+def either_path(request):
+    """Runs a test twice: with the compiled kernels, and with what runs where there are none."""
+    if request.param == "kernels" and load_kernels() is None:
+        pytest.skip("no C compiler was found, or it is switched off")
+    fill_slot(load_kernels if request.param == "kernels" else None)
+    yield request.param
+    fill_slot(load_kernels)
 
 
 @pytest.fixture

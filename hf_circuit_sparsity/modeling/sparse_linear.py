@@ -6,8 +6,9 @@ like the dense layer: `weight` is the dense matrix, computed when asked for, and
 its name and values.
 
 The nonzeros are stored row by row (CSR): `values` and `columns`, `(nonzeros,)`, and `row_starts`,
-`(rows + 1,)`, which says where each row begins. The product is the vendor's (MKL, cuSPARSE) through
-`torch.sparse`; [`sparse_matmul_reference`] is the plain path beside it.
+`(rows + 1,)`, which says where each row begins. The product is a compiled kernel's where there is
+one, else the vendor's (MKL, cuSPARSE) through `torch.sparse`; [`sparse_matmul_reference`] is the
+plain path beside them.
 """
 
 import warnings
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from .kernel_slot import kernels_for
 
 # Tokens multiplied at a time on the CPU: the piece of the output that is transposed into place then
 # still lies in the cache. With 2048 tokens and 4096 outputs that is twice as fast as at once.
@@ -59,6 +62,8 @@ def sparse_matmul(
     Returns:
         `(tokens, rows)`, contiguous, in the dtype of `x`.
     """
+    if kernels := kernels_for(x, values):
+        return kernels.sparse_linear(x, row_starts, columns, values, rows, bias)
     on_cpu = x.device.type == "cpu"
     if on_cpu and not torch.backends.mkl.is_available():
         y = sparse_matmul_reference(x, row_starts, columns, values, rows)
@@ -135,6 +140,8 @@ class _SparseMatmul(torch.autograd.Function):
 
 def _gradient_at(layer: "SparseLinear", grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """`grad.T @ x` at the nonzeros of the weight only."""
+    if kernels := kernels_for(grad, x):
+        return kernels.gradient_at(layer.row_starts, layer.columns, grad, x)
     if x.device.type == "cpu":
         if not torch.backends.mkl.is_available():
             return (grad[:, layer.row_of()] * x[:, layer.columns]).sum(0)

@@ -1,9 +1,12 @@
 """AbsTopK, the activation sparsity of the model, with a plain reference path beside it."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch.autograd import forward_ad
 
+from .kernel_slot import kernels_for
 from .worker_threads import map_pieces
 
 # Magnitudes of floats are ordered as the integers of the same bits are, NaN above everything, and
@@ -44,8 +47,12 @@ def abs_topk(x: torch.Tensor, k: int) -> torch.Tensor:
     """
     if k >= x.shape[-1]:
         return x
-    # In forward-mode AD numpy would lose the derivative.
+    # In forward-mode AD kernels and numpy would lose the derivative.
     plain = not torch.compiler.is_compiling() and forward_ad._current_level < 0
+    if plain and k > 0 and x.numel() and (kernels := kernels_for(x)):
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _AbsTopK.apply(x, k, kernels)
+        return kernels.abs_topk(x, k, want_mask=False)[0]
     if x.device.type == "cpu" and x.dtype in _BITS and plain:
         if torch.is_grad_enabled() and x.requires_grad:
             # A product with bytes is several times as fast as one with booleans, or as a choice
@@ -54,6 +61,24 @@ def abs_topk(x: torch.Tensor, k: int) -> torch.Tensor:
         return _topk_cpu(x, k, masks_only=False)
     kept = x.abs().topk(k, dim=-1, sorted=False).indices
     return torch.zeros_like(x).scatter(-1, kept, x.gather(-1, kept))
+
+
+class _AbsTopK(torch.autograd.Function):
+    """AbsTopK by the compiled kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, k: int, kernels: Any) -> torch.Tensor:
+        ctx.kernels = kernels
+        out, mask = kernels.abs_topk(x, k, want_mask=True)
+        ctx.save_for_backward(mask)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (mask,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or not kernels_for(grad):  # a gradient of the gradient is wanted
+            return grad * mask, None, None
+        return ctx.kernels.masked(grad, mask), None, None
 
 
 def topk_mask_cpu(x: torch.Tensor, k: int) -> torch.Tensor:

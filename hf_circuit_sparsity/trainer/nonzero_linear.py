@@ -1,9 +1,12 @@
-"""Linear layers of a model in training that multiply only the nonzeros of their weight.
+"""Linear layers of a model in training that multiply only nonzeros: of weights, or of activations.
 
-Top-k AdamW keeps dense weights and moments, because any entry may come back; but forward and
-input gradient need the nonzeros alone. Within [`on_nonzeros`] every `nn.Linear` runs that way once
-its weight is sparse enough for it to pay, and as ever before that. The gradient of the weight stays
-dense: it decides which entries grow back.
+Top-k AdamW keeps dense weights and moments, because any entry may come back; but once few weights
+are left, forward and input gradient need these alone. The gradient of the weight stays dense: it
+decides which entries grow back. AbsTopK helps there, and while the weights are still dense: it
+leaves a quarter of the activations at a layer's input, and of the gradients at its output, so that
+each of the three products of a layer has an operand with many zeros.
+
+Within [`on_nonzeros`] every `nn.Linear` runs that way where it pays, and as ever elsewhere.
 """
 
 from collections.abc import Iterator
@@ -15,28 +18,36 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..kernels import CpuKernels
+from ..modeling.kernel_slot import kernels_for
 from ..modeling.sparse_linear import sparse_matmul
 
-# Up to this share of nonzeros, and from so many tokens and entries on, the nonzeros are faster. On
-# a CPU in float32 a 4096 × 1024 layer with 256 tokens takes a sixth of the dense time at 1/64, half
-# of it at 1/8, all of it at 1/4 (`benchmarks.sparse_execution`); finding the nonzeros adds to that.
+# Up to this share of nonzero weights, and from so many tokens and entries on, products with them
+# are faster. On a CPU in float32 a 4096 × 1024 layer with 256 tokens takes an eighth of the dense
+# time at 1/64, a third at 1/8, all of it at 1/3 (`benchmarks.sparse_execution`).
 MAX_DENSITY = 1 / 10
+# The like for nonzero activations, which takes the compiled kernels: at a quarter the product takes
+# half of the dense time, at a half all of it (`benchmarks.training_step`).
+MAX_ACTIVE = 0.4
 _MIN_ENTRIES = 1 << 18
 _MIN_TOKENS = 32
 
 
 class NonzeroLinear(nn.Linear):
-    """`nn.Linear` with the same parameters that multiplies its nonzeros if they are few.
+    """`nn.Linear` with the same parameters that multiplies nonzeros if they are few.
 
-    It looks for them in every forward pass. That is a hundredth of the work, and nothing that
-    changes the weight, in whichever way, can go unnoticed.
+    It looks for them in every pass. That is a hundredth of the work, and nothing that changes the
+    weight, in whichever way, can go unnoticed.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        nonzeros = _Nonzeros.of(self.weight.detach()) if self._may_be_sparse(x) else None
-        if nonzeros is None:
+        if not self._may_be_sparse(x):
             return F.linear(x, self.weight, self.bias)
-        return _LinearOnNonzeros.apply(x, self.weight, self.bias, nonzeros)
+        kernels = kernels_for(x, self.weight)
+        weight = _Nonzeros.of(self.weight.detach(), kernels)
+        if weight is None and kernels is None:
+            return F.linear(x, self.weight, self.bias)
+        return _LinearOnNonzeros.apply(x, self.weight, self.bias, weight, kernels)
 
     def _may_be_sparse(self, x: torch.Tensor) -> bool:
         return (
@@ -45,42 +56,52 @@ class NonzeroLinear(nn.Linear):
             and x.dtype in (torch.float32, torch.float64)
             and self.weight.numel() >= _MIN_ENTRIES
             and x.numel() >= _MIN_TOKENS * self.in_features
-            and torch.backends.mkl.is_available()
+            and (torch.backends.mkl.is_available() or kernels_for(x) is not None)
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
         )
 
 
 class _Nonzeros:
-    """A matrix by its nonzeros, and the like for its transpose."""
+    """A matrix by its nonzeros row by row, and the like for its transpose."""
 
-    def __init__(self, flat: np.ndarray, weight: torch.Tensor):
-        self.rows, self.width = weight.shape
-        self.row, self.column = np.divmod(flat, self.width)
-        self.values = weight.reshape(-1)[torch.from_numpy(flat)]
+    def __init__(
+        self, row_starts: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, width: int
+    ):
+        self.row_starts, self.columns, self.values = row_starts, columns, values
+        self.rows, self.width = len(row_starts) - 1, width
 
     @classmethod
-    def of(cls, weight: torch.Tensor) -> "_Nonzeros | None":
+    def of(cls, weight: torch.Tensor, kernels: CpuKernels | None) -> "_Nonzeros | None":
         """None if there are too many for this to pay."""
+        if kernels is not None:
+            found = kernels.compress(weight, MAX_DENSITY)
+            return found and cls(found.row_starts, found.columns, found.values, found.width)
         kept = (weight != 0).view(-1).numpy()
         if np.count_nonzero(kept) > MAX_DENSITY * kept.size:
             return None
-        return cls(np.flatnonzero(kept), weight)
+        flat = np.flatnonzero(kept)
+        row, column = np.divmod(flat, weight.shape[1])
+        values = weight.reshape(-1)[torch.from_numpy(flat)]
+        columns = torch.from_numpy(column.astype(np.int32))
+        return cls(_starts(row, len(weight)), columns, values, weight.shape[1])
 
-    def times(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def times(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x @ weight.T + bias`."""
-        columns = torch.from_numpy(self.column.astype(np.int32))
-        starts = _starts(self.row, self.rows)
-        return sparse_matmul(x, starts, columns, self.values, self.rows, bias)
+        return sparse_matmul(x, self.row_starts, self.columns, self.values, self.rows, bias)
 
-    def transpose_times(self, grad: torch.Tensor) -> torch.Tensor:
-        """`grad @ weight`."""
+    def transposed(self, kernels: CpuKernels | None) -> "_Nonzeros":
+        """The transposed matrix."""
+        if kernels is not None:
+            turned = kernels.transpose(self)
+            return _Nonzeros(turned.row_starts, turned.columns, turned.values, turned.width)
+        column = self.columns.numpy()
         # Sorting 16-bit numbers takes numpy a fraction of the time.
-        small = self.column.astype(np.uint16) if self.width <= 1 << 16 else self.column
+        small = column.astype(np.uint16) if self.width <= 1 << 16 else column
         order = np.argsort(small, kind="stable")
-        columns = torch.from_numpy(self.row[order].astype(np.int32))
-        values = self.values[torch.from_numpy(order)]
-        return sparse_matmul(grad, _starts(self.column, self.width), columns, values, self.width)
+        row = np.repeat(np.arange(self.rows, dtype=np.int32), np.diff(self.row_starts.numpy()))
+        columns, values = torch.from_numpy(row[order]), self.values[torch.from_numpy(order)]
+        return _Nonzeros(_starts(column, self.width), columns, values, self.rows)
 
 
 def _starts(row: np.ndarray, rows: int) -> torch.Tensor:
@@ -96,27 +117,56 @@ class _LinearOnNonzeros(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        nonzeros: _Nonzeros,
+        nonzeros: _Nonzeros | None,
+        kernels: CpuKernels | None,
     ) -> torch.Tensor:
-        flat = x.reshape(-1, nonzeros.width)
-        ctx.save_for_backward(flat)
-        ctx.nonzeros, ctx.shape = nonzeros, x.shape
-        return nonzeros.times(flat, bias).view(*x.shape[:-1], nonzeros.rows)
+        flat = x.reshape(-1, x.shape[-1])
+        ctx.nonzeros, ctx.kernels, ctx.shape = nonzeros, kernels, x.shape
+        if nonzeros is not None:
+            ctx.save_for_backward(flat)
+            y = nonzeros.times(flat, bias)
+        else:
+            ctx.save_for_backward(flat, weight)
+            active = kernels.list_nonzeros(flat, MAX_ACTIVE)
+            if active is None:
+                y = F.linear(flat, weight, bias)
+            else:
+                y = kernels.product(active, weight, transpose=True)
+                if bias is not None:
+                    y += bias
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        nonzeros = ctx.nonzeros
-        grad = grad.reshape(-1, nonzeros.rows)
+        x, *weight = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = nonzeros.transpose_times(grad).view(ctx.shape)
+            if ctx.nonzeros is not None:
+                grad_x = ctx.nonzeros.transposed(ctx.kernels).times(grad)
+            else:
+                active = ctx.kernels.list_nonzeros(grad, MAX_ACTIVE)
+                product = ctx.kernels.product
+                grad_x = grad @ weight[0] if active is None else product(active, weight[0])
+            grad_x = grad_x.view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            grad_weight = grad.t() @ x
+            grad_weight = _weight_gradient(grad, x, ctx.kernels)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0)
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _weight_gradient(
+    grad: torch.Tensor, x: torch.Tensor, kernels: CpuKernels | None
+) -> torch.Tensor:
+    """`grad.T @ x`, on the nonzeros of whichever has few."""
+    if kernels is not None:
+        if active := kernels.list_nonzeros(grad, MAX_ACTIVE, transpose=True):
+            return kernels.product(active, x)
+        if active := kernels.list_nonzeros(x, MAX_ACTIVE, transpose=True):
+            return kernels.product(active, grad).t().contiguous()
+    return grad.t() @ x
 
 
 @contextmanager

@@ -197,6 +197,7 @@ def test_loads_by_remote_code_where_the_package_is_not_installed(tiny_model, tmp
     tiny_model.save_pretrained(folder, sparse=sparse)
     assert {p.name for p in folder.glob("*.py")} == {
         "configuration_circuitgpt.py",
+        "kernel_slot.py",
         "modeling_circuitgpt.py",
         "sink_attention.py",
         "sparse_checkpoint.py",

@@ -21,6 +21,8 @@ from hf_circuit_sparsity.modeling.sparse_linear import (
 from tests.circuits.planted import PLANTED_EDGES, PLANTED_NODES, planted_model
 from tests.conftest import random_model, sparsify
 
+pytestmark = pytest.mark.usefixtures("either_path")
+
 IDS = torch.arange(24).reshape(2, 12)
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -7,6 +7,8 @@ import torch
 from hf_circuit_sparsity.modeling import sparse_ops, worker_threads
 from hf_circuit_sparsity.modeling.sparse_ops import abs_topk, abs_topk_reference
 
+pytestmark = pytest.mark.usefixtures("either_path")
+
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS = {
     "plain": torch.randn(5, 7, 64, generator=GENERATOR),

@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from hf_circuit_sparsity.modeling import CircuitGPTConfig, CircuitGPTForCausalLM
+from hf_circuit_sparsity.modeling.sparse_ops import abs_topk
 from hf_circuit_sparsity.trainer import TopKAdamW, nonzero_linear, on_nonzeros, project_topk_
 from hf_circuit_sparsity.trainer.nonzero_linear import NonzeroLinear
+
+pytestmark = pytest.mark.usefixtures("either_path")
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +32,16 @@ def sparse_calls(monkeypatch):
 
     monkeypatch.setattr(nonzero_linear, "sparse_matmul", counted)
     return calls
+
+
+def _graph(y):
+    """The names of what computed `y`."""
+    names, nodes = [], [y.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.append(node.name())
+        nodes += [n for n, _ in node.next_functions if n is not None]
+    return " ".join(names)
 
 
 def layer(density, bias=True, seed=0):
@@ -58,6 +71,26 @@ def test_layer_gives_the_same_output_and_gradients(density, bias, sparse_calls):
     for ours, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert torch.count_nonzero(got[1]) == got[1].numel()  # dense: zeros may grow back
+
+
+@pytest.mark.parametrize("sparse_input", [True, False])
+@pytest.mark.parametrize("sparse_grad", [True, False])
+@pytest.mark.parametrize("density", [0.05, 1.0])
+def test_few_active_inputs_or_gradients_give_the_same(
+    density, sparse_input, sparse_grad, either_path
+):
+    module = layer(density).float()
+    x = (abs_topk(torch.randn(2, 40, 24), 6 if sparse_input else 24)).requires_grad_()
+    up = abs_topk(torch.randn(2, 40, 36), 9 if sparse_grad else 36)
+    inputs = [x, *module.parameters()]
+    wanted = [module(x), *torch.autograd.grad((module(x) * up).sum(), inputs)]
+    with on_nonzeros(module):
+        y = module(x)
+        got = [y, *torch.autograd.grad((y * up).sum(), inputs)]
+    ours_ran = density < 1 or either_path == "kernels"
+    assert ("_LinearOnNonzeros" in _graph(y)) == ours_ran
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_dense_layers_and_half_precision_are_computed_as_ever(sparse_calls):

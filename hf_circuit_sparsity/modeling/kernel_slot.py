@@ -1,0 +1,41 @@
+"""The slot into which the package around this folder puts its compiled CPU kernels.
+
+This folder travels to the Hub and runs there on torch and numpy alone; nothing is compiled for a
+model that is only loaded. With the package installed `kernels/` fills the slot, and the operations
+of this folder ask it first.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_load: Callable[[], Any] | None = None
+
+
+def fill_slot(load: Callable[[], Any] | None) -> None:
+    """Say where kernels come from.
+
+    Args:
+        load: gives the kernels, or None where there are none; called when first needed. None
+            empties the slot.
+    """
+    global _load
+    _load = load
+
+
+def kernels_for(*tensors: torch.Tensor) -> Any:
+    """The kernels, if there are some and they can work on these: plain float32 tensors on the CPU.
+
+    Everything a kernel returns is without gradient; who asks for it takes care of that.
+    """
+    if _load is None or torch.compiler.is_compiling():
+        return None
+    for x in tensors:
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            return None
+        if type(x) not in (torch.Tensor, torch.nn.Parameter):  # fake or distributed
+            return None
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):  # within torch.func
+            return None
+    return _load()
