@@ -5,7 +5,13 @@ Importing this package registers CircuitGPT with transformers' Auto classes.
 
 from . import kernels  # noqa: F401  fills the slot that `modeling` asks for faster loops
 from .circuits import Circuit, PruningConfig, TaskNotLearnedError, evaluate_tasks, find_circuit
-from .modeling import CircuitGPTConfig, CircuitGPTForCausalLM, CircuitGPTModel, NodeSite
+from .modeling import (
+    BridgedCausalLM,
+    CircuitGPTConfig,
+    CircuitGPTForCausalLM,
+    CircuitGPTModel,
+    NodeSite,
+)
 from .tasks import (
     BinaryTask,
     build_corpus,
@@ -31,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BinaryTask",
+    "BridgedCausalLM",
     "Circuit",
     "CircuitGPTConfig",
     "CircuitGPTForCausalLM",

@@ -187,17 +187,30 @@ class CircuitGPTBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x, weights = self.after_attention(x, positions, attention_mask, past_key_values, **kwargs)
+        return self.after_mlp(x, positions), weights
+
+    def after_attention(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The residual stream after the attention, from the one before it; and the weights."""
         read = self.ln_1(x)
         if self.concatenates_positions:
             read = torch.cat([read, self.ln_p1(positions).expand(len(x), -1, -1)], dim=-1)
         delta, weights = self.attn(read, attention_mask, past_key_values, **kwargs)
-        x = self.resid_post_attn(self.residual_act(x + delta))
+        return self.resid_post_attn(self.residual_act(x + delta)), weights
 
+    def after_mlp(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """The residual stream after the MLP, from the one before it."""
         read = self.ln_2(x)
         if self.concatenates_positions:
             read = torch.cat([read, self.ln_p2(positions).expand(len(x), -1, -1)], dim=-1)
-        x = self.resid_post_mlp(self.residual_act(x + self.mlp(read)))
-        return x, weights
+        return self.resid_post_mlp(self.residual_act(x + self.mlp(read)))
 
 
 class SinusoidalPositions(nn.Embedding):
@@ -320,6 +333,37 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
             positions = torch.arange(past, past + length, device=x.device)[None]
         return positions
 
+    def embedded(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """What the first block gets for token embeddings `x` `(B, T, D)`.
+
+        Returns:
+            The residual stream `(B, T, D)`, concatenated positions (`None` where they are added),
+            and the attention mask in the form that the attention implementation wants.
+        """
+        config = self.config
+        if position_ids is None:
+            position_ids = self.position_ids_for(x, attention_mask, past_key_values)
+        positions = self.wpe(position_ids).to(x.device)
+        if config.d_pos_emb is None:
+            x, positions = x + positions, None
+        elif config.dropout_cat_pos_emb:
+            positions = self.drop(positions)
+        x = self.drop(x)
+        mask = create_causal_mask(
+            config=config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        return x, positions, mask
+
     @can_return_tuple
     def forward(
         self,
@@ -361,22 +405,7 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
-        if position_ids is None:
-            position_ids = self.position_ids_for(x, attention_mask, past_key_values)
-        positions = self.wpe(position_ids).to(x.device)
-        if config.d_pos_emb is None:
-            x, positions = x + positions, None
-        elif config.dropout_cat_pos_emb:
-            positions = self.drop(positions)
-        x = self.drop(x)
-
-        mask = create_causal_mask(
-            config=config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        x, positions, mask = self.embedded(x, attention_mask, position_ids, past_key_values)
         hidden_states = []
         attentions = []
         for block in self.h:
@@ -455,6 +484,14 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
             self.bigram_table = resized(self.bigram_table)
         return embedding
 
+    def unembed(self, hidden: torch.Tensor, input_ids: torch.LongTensor | None) -> torch.Tensor:
+        """Logits `(B, T, V)` from the output of the final norm, `(B, T, D)`, and its tokens."""
+        logits = self.lm_head(hidden) + self.final_logits_bias.to(hidden.dtype)
+        if self.bigram_table is not None:
+            bigrams = F.embedding(input_ids.to(self.bigram_table.device), self.bigram_table)
+            logits = logits + bigrams.to(device=logits.device, dtype=logits.dtype)
+        return logits
+
     @can_return_tuple
     def forward(
         self,
@@ -494,15 +531,11 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
             return_dict=True,
             **{k: v for k, v in kwargs.items() if k not in ("num_items_in_batch", "shift_labels")},
         )
-        hidden = outputs.last_hidden_state
         keep = logits_to_keep
         if isinstance(keep, int):
             keep = slice(-keep, None) if keep else slice(None)
-        logits = self.lm_head(hidden[:, keep]) + self.final_logits_bias.to(hidden.dtype)
-        if self.bigram_table is not None:
-            tokens = input_ids[:, keep].to(self.bigram_table.device)
-            bigrams = F.embedding(tokens, self.bigram_table)
-            logits = logits + bigrams.to(device=logits.device, dtype=logits.dtype)
+        hidden = outputs.last_hidden_state[:, keep]
+        logits = self.unembed(hidden, None if input_ids is None else input_ids[:, keep])
 
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
