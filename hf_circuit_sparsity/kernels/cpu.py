@@ -68,6 +68,8 @@ class CpuKernels:
     def __init__(self, library: ctypes.CDLL):
         self._abs_topk = _declare(library.abs_topk, "piiiipp")
         self._masked = _declare(library.masked, "ppip")
+        self._list_range = _declare(library.list_range, "piiuuiipppp", _INT)
+        self._zero_below = _declare(library.zero_below, "piu")
         self._list_nonzeros = _declare(library.list_nonzeros, "piiifipppp", _INT)
         self._product = _declare(library.product, "pppiipifiippi")
         self._compress = _declare(library.compress, "piiiippp", _INT)
@@ -119,6 +121,46 @@ class CpuKernels:
 
         _in_pieces(work, x.numel(), _PIECE)
         return out
+
+    def list_range(
+        self, bits: np.ndarray, width: int, low: int, high: int, first: int, count_rows: bool
+    ) -> tuple[np.ndarray, np.ndarray, int, np.ndarray | None]:
+        """Entries whose magnitude is in [low, high).
+
+        Args:
+            bits: `(n,)` int32, bit patterns of floats; contiguous, n a multiple of `width`.
+            width: entries in a row.
+            low, high: bit patterns of magnitudes, up to that of infinity.
+            first: what to count positions from.
+            count_rows: also count the entries at or above `high` of each row.
+
+        Returns:
+            positions (int64) and magnitudes (int32) of the entries, ascending; how many others are
+            at or above `high`, altogether and by row.
+
+        Raises:
+            FloatingPointError: with the position, counted from 0, of an entry that is not finite.
+        """
+        n = len(bits)
+        at, magnitude = np.empty(n + _LANES, np.int64), np.empty(n + _LANES, np.int32)
+        above = ctypes.c_int64()
+        by_row = np.empty(n // width, np.int64) if count_rows else None
+        listed = self._list_range(
+            bits.ctypes.data, n, width, low, high, first, n, at.ctypes.data, magnitude.ctypes.data,
+            ctypes.addressof(above), None if by_row is None else by_row.ctypes.data,
+        )  # fmt: skip
+        if listed < 0:
+            raise FloatingPointError(-2 - listed)
+        return at[:listed].copy(), magnitude[:listed].copy(), above.value, by_row
+
+    def zero_below(self, x: Tensor, threshold: int) -> None:
+        """Zero, in place, what is smaller in magnitude than the float of this bit pattern."""
+        n = x.numel()
+
+        def work(piece: range) -> None:
+            self._zero_below(x.data_ptr() + 4 * piece.start, len(piece), threshold)
+
+        _in_pieces(work, n, _PIECE)
 
     def list_nonzeros(
         self, a: Tensor, max_density: float, transpose: bool = False
@@ -277,8 +319,8 @@ def load_kernels() -> CpuKernels | None:
 
 
 def _declare(function: Callable, arguments: str, result: type | None = None) -> Callable:
-    """Say what a C function takes: pointers, integers and flags."""
-    kinds = {"p": _POINTER, "i": _INT, "f": _FLAG}
+    """Say what a C function takes: pointers, integers, bit patterns and flags."""
+    kinds = {"p": _POINTER, "i": _INT, "u": ctypes.c_uint32, "f": _FLAG}
     function.argtypes = [kinds[kind] for kind in arguments]
     function.restype = result
     return function

@@ -164,6 +164,71 @@ void masked(const float *grad, const uint8_t *mask, int64_t n, float *out) {
     for (int64_t j = 0; j < n; j++) out[j] = mask[j] ? grad[j] : 0;
 }
 
+/* ---------------------------------------------------------------- the projection's passes */
+
+/* Lists the entries of `a` whose magnitude is in [low, high): where they are, counted from `first`,
+ * and the magnitude's bits. LANES places behind the `room` for them may be written.
+ * above: how many entries are at or above `high`; by_row: the same of each `width` entries, or NULL.
+ * Returns the number listed, -1 if there is no room for them, or -2 - i where entry i is NaN or
+ * infinite. n is a multiple of width. */
+int64_t list_range(const float *a, int64_t n, int64_t width, uint32_t low, uint32_t high,
+                   int64_t first, int64_t room, int64_t *at, uint32_t *magnitude, int64_t *above,
+                   int64_t *by_row) {
+    const uint32_t *bits = (const uint32_t *)a;
+    int64_t listed = 0;
+    *above = 0;
+    for (int64_t start = 0; start < n; start += width) {
+        const int64_t end = start + width;
+        int64_t over = 0, j = start;
+#ifdef __AVX512F__
+        const __m512i sign = _mm512_set1_epi32(MAGNITUDE), top = _mm512_set1_epi32(INFINITE);
+        const __m512i from = _mm512_set1_epi32((int)low), upto = _mm512_set1_epi32((int)high);
+        const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        for (; j + LANES <= end; j += LANES) {
+            const __m512i m = _mm512_and_si512(_mm512_loadu_si512(bits + j), sign);
+            const __mmask16 reach = _mm512_cmpge_epu32_mask(m, from);
+            if (!reach) continue;
+            if (_mm512_mask_cmpge_epu32_mask(reach, m, top)) break; /* looked at one by one */
+            const __mmask16 beyond = _mm512_mask_cmpge_epu32_mask(reach, m, upto);
+            over += __builtin_popcount(beyond);
+            const __mmask16 in = reach & ~beyond;
+            if (!in) continue;
+            if (listed > room) return -1;
+            const __m512i place = _mm512_maskz_compress_epi32(in, lanes);
+            const __m512i base = _mm512_set1_epi64(first + j);
+            _mm512_storeu_si512(magnitude + listed, _mm512_maskz_compress_epi32(in, m));
+            _mm512_storeu_si512(at + listed,
+                                _mm512_add_epi64(base, _mm512_cvtepu32_epi64(
+                                                           _mm512_castsi512_si256(place))));
+            _mm512_storeu_si512(at + listed + 8,
+                                _mm512_add_epi64(base, _mm512_cvtepu32_epi64(
+                                                           _mm512_extracti64x4_epi64(place, 1))));
+            listed += __builtin_popcount(in);
+        }
+#endif
+        for (; j < end; j++) {
+            const uint32_t m = bits[j] & MAGNITUDE;
+            if (m < low) continue;
+            if (m >= INFINITE) return -2 - j;
+            if (m >= high) {
+                over++;
+                continue;
+            }
+            if (listed > room) return -1;
+            at[listed] = first + j, magnitude[listed++] = m;
+        }
+        *above += over;
+        if (by_row) by_row[start / width] = over;
+    }
+    return listed > room ? -1 : listed;
+}
+
+/* Zeroes what is below the threshold. */
+void zero_below(float *a, int64_t n, uint32_t threshold) {
+    uint32_t *bits = (uint32_t *)a;
+    for (int64_t j = 0; j < n; j++) bits[j] = (bits[j] & MAGNITUDE) >= threshold ? bits[j] : 0;
+}
+
 /* ---------------------------------------------------------------- transposing */
 
 /* Rows i and i + 8 of a square, interleaved; four times over, that transposes it. */

@@ -13,11 +13,14 @@ floats, for every float type alike, and NaN and infinity sort above all numbers.
 
 import math
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels import CpuKernels
+from ..modeling.kernel_slot import kernels_for
 from ..modeling.worker_threads import map_pieces
 
 INTEGER_VIEW: dict[torch.dtype, torch.dtype] = {
@@ -58,6 +61,7 @@ class _Matrix:
     row_dim: int
     min_nonzeros: int
     top: int  # bit pattern of infinity: the open upper end of every bracket
+    kernels: CpuKernels | None
 
     @property
     def n_rows(self) -> int:
@@ -96,7 +100,7 @@ def project_cpu_(weight: Tensor, k: int, min_nonzeros: int, row_dim: int) -> Non
     """Project a contiguous 2-D CPU tensor in place; see ``project_topk_`` for the definition."""
     bits = weight.view(-1).view(INTEGER_VIEW[weight.dtype]).numpy()
     top = infinity_bits(weight.dtype)
-    matrix = _Matrix(bits, weight.shape[1], row_dim, min_nonzeros, top)
+    matrix = _Matrix(bits, weight.shape[1], row_dim, min_nonzeros, top, kernels_for(weight))
     sample = _sample(matrix)
     for reach in (1, 8, 64, math.inf):
         scan = _scan(matrix, *_bracket(matrix, sample, k, reach))
@@ -105,7 +109,7 @@ def project_cpu_(weight: Tensor, k: int, min_nonzeros: int, row_dim: int) -> Non
         plan = _plan(matrix, scan, k)
         if plan is not None:
             break
-    _write(weight.view(-1), bits, plan)
+    _write(weight.view(-1), matrix, plan)
 
 
 def _sample(matrix: _Matrix) -> np.ndarray | None:
@@ -153,22 +157,35 @@ def _scan(matrix: _Matrix, low: int, high: int) -> _Scan:
     mask, low_bits, high_bits = integer(np.iinfo(bits.dtype).max), integer(low), integer(high)
     piece = max(1, _PIECE // width) * width if matrix.min_nonzeros else _PIECE
 
+    count_rows = bool(matrix.min_nonzeros) and high < top
+
+    def refuse(place: int) -> NoReturn:
+        row, column = divmod(place, width)
+        raise ValueError(
+            f"a weight of shape {(bits.size // width, width)} holds NaN or infinity (row "
+            f"{row}, column {column}), which cannot be ranked: find the step that produced it "
+            "(a lower learning rate or float32 usually helps)."
+        )
+
+    def scan_by_kernel(start: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray | None]:
+        part = bits[start : start + piece]
+        row = width if matrix.min_nonzeros else part.size
+        try:
+            return matrix.kernels.list_range(part, row, low, high, start, count_rows)
+        except FloatingPointError as error:
+            refuse(start + error.args[0])
+
     def scan(start: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray | None]:
         a = bits[start : start + piece] & mask
         if a.max() >= top:
-            row, column = divmod(start + int(a.argmax()), width)
-            raise ValueError(
-                f"a weight of shape {(bits.size // width, width)} holds NaN or infinity (row "
-                f"{row}, column {column}), which cannot be ranked: find the step that produced it "
-                "(a lower learning rate or float32 usually helps)."
-            )
+            refuse(start + int(a.argmax()))
         listed = a >= low_bits
         above, row_above = 0, None
         if high < top:
             over = a >= high_bits
             np.logical_xor(listed, over, out=listed)
             above = int(np.count_nonzero(over))
-            if matrix.min_nonzeros:
+            if count_rows:
                 grid = over.view(np.uint8).reshape(-1, width)
                 axis = 1 if matrix.row_dim == 0 else 0
                 row_above = grid.sum(axis=axis, dtype=np.uint32)
@@ -177,7 +194,9 @@ def _scan(matrix: _Matrix, low: int, high: int) -> _Scan:
         found += start
         return found, magnitude, above, row_above
 
-    parts = map_pieces(scan, range(0, bits.size, piece))
+    by_column = count_rows and matrix.row_dim == 1
+    scanner = scan if matrix.kernels is None or by_column else scan_by_kernel
+    parts = map_pieces(scanner, range(0, bits.size, piece))
     row_above = np.zeros(matrix.n_rows if matrix.min_nonzeros else 0, np.int64)
     by_row = [part[3] for part in parts if part[3] is not None]
     if by_row:
@@ -323,16 +342,24 @@ def _smallest_spare(
         looked_at *= 4
 
 
-def _write(flat: Tensor, bits: np.ndarray, plan: _Plan) -> None:
-    """Carry out the plan on a 1-D tensor, ``bits`` being the same memory."""
+def _write(flat: Tensor, matrix: _Matrix, plan: _Plan) -> None:
+    """Carry out the plan on a 1-D tensor, the same memory as the matrix."""
+    bits = matrix.bits
     if plan.keep is not None:
         values = bits[plan.keep]
         flat.zero_()
         bits[plan.keep] = values
         return
     values = bits[plan.restore]
-    below = torch.tensor(plan.threshold - 1, dtype=INTEGER_VIEW[flat.dtype]).view(flat.dtype).item()
-    for piece in flat.split(_PIECE):
-        piece.copy_(torch.nn.functional.hardshrink(piece, below))  # keeps what is larger than below
+    if matrix.kernels is not None:
+        matrix.kernels.zero_below(flat, plan.threshold)
+    else:
+        _zero_below(flat, plan.threshold)
     bits[plan.drop] = 0
     bits[plan.restore] = values
+
+
+def _zero_below(flat: Tensor, threshold: int) -> None:
+    below = torch.tensor(threshold - 1, dtype=INTEGER_VIEW[flat.dtype]).view(flat.dtype).item()
+    for piece in flat.split(_PIECE):
+        piece.copy_(torch.nn.functional.hardshrink(piece, below))  # keeps what is larger than below

@@ -12,6 +12,8 @@ from hf_circuit_sparsity.trainer import (
 )
 from hf_circuit_sparsity.trainer.projection import project_bisection_
 
+pytestmark = pytest.mark.usefixtures("either_path")
+
 
 @pytest.fixture
 def small_pieces(monkeypatch):
@@ -109,7 +111,7 @@ def test_a_sample_that_misleads_costs_time_not_exactness(small_pieces, hidden, m
     g = torch.Generator().manual_seed(2)
     w = torch.rand(90, 70, generator=g) + 1.0
     bits = w.view(-1).view(torch.int32).numpy()
-    matrix = projection_cpu._Matrix(bits, 70, 0, 0, projection_cpu.infinity_bits(w.dtype))
+    matrix = projection_cpu._Matrix(bits, 70, 0, 0, projection_cpu.infinity_bits(w.dtype), None)
     seen = projection_cpu._sample(matrix)
     stride = next(s for s in range(2, 999) if np.array_equal(bits[::s] & 0x7FFFFFFF, seen))
     reaches, bracket = [], projection_cpu._bracket
