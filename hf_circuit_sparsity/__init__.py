@@ -23,6 +23,8 @@ from .tasks import (
     train_tokenizer,
 )
 from .trainer import (
+    BridgeTrainer,
+    BridgeTrainingArguments,
     PartialGradients,
     RCDSparseOptimizer,
     SparseTrainer,
@@ -37,6 +39,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BinaryTask",
+    "BridgeTrainer",
+    "BridgeTrainingArguments",
     "BridgedCausalLM",
     "Circuit",
     "CircuitGPTConfig",

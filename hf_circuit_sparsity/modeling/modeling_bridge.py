@@ -334,14 +334,12 @@ class BridgedCausalLM(PreTrainedModel):
         decoded = {i: self.decode(x, i) for i, x in enumerate(sparse_run)}
         encode_nmse = [normalized_mse(encoded[i], x, real) for i, x in enumerate(sparse_run)]
         decode_nmse = [normalized_mse(decoded[i], x, real) for i, x in enumerate(dense_run)]
-        out = BridgeOutput(
-            kl=mean_kl(dense_logits, sparse_logits, real),
-            encode_nmse=torch.stack(encode_nmse),
-            decode_nmse=torch.stack(decode_nmse),
-            sparse_logits=sparse_logits,
-            dense_logits=dense_logits,
-        )
-        out.nmse = (out.encode_nmse + out.decode_nmse).mean()
+        found = {
+            "kl": mean_kl(dense_logits, sparse_logits, real),
+            "encode_nmse": torch.stack(encode_nmse),
+            "decode_nmse": torch.stack(decode_nmse),
+        }
+        found["nmse"] = (found["encode_nmse"] + found["decode_nmse"]).mean()
         for stream, context, starts, places, term in (
             (sparse, sparse_context, encoded, enter_at, "dense_to_sparse"),
             (dense, dense_context, decoded, leave_at, "sparse_to_dense"),
@@ -352,16 +350,15 @@ class BridgedCausalLM(PreTrainedModel):
             for location in places:
                 x = stream.run(starts[self.check_location(location)], context, location)[-1]
                 kls.append(mean_kl(dense_logits, stream.logits(x, context), real))
-            out[f"{term}_kl"] = torch.stack(kls)
-            out[term] = out[f"{term}_kl"].mean()
+            found[f"{term}_kl"] = torch.stack(kls)
+            found[term] = found[f"{term}_kl"].mean()
         if labels is not None:
-            out.lm = F.cross_entropy(
+            found["lm"] = F.cross_entropy(
                 sparse_logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
             )
             weights = {name: 1.0 for name in LOSS_TERMS} | dict(loss_weights or {})
-            terms = {name: out[name] for name in LOSS_TERMS if out.get(name) is not None}
-            out.loss = sum(weights[name] * term for name, term in terms.items())
-        return out
+            found["loss"] = sum(weights[name] * found[name] for name in LOSS_TERMS if name in found)
+        return BridgeOutput(**found, sparse_logits=sparse_logits, dense_logits=dense_logits)
 
     def steer(
         self,

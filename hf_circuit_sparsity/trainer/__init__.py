@@ -1,5 +1,7 @@
 """Training of weight-sparse models: the optimizer, and the Hugging Face Trainer around it."""
 
+from .bridge_config import BridgeTrainingArguments
+from .bridge_trainer import BridgeTrainer
 from .callbacks import InterruptCallback
 from .curves import plot_training_curves
 from .forward_gradients import add_forward_gradients, directional_derivative
@@ -17,6 +19,8 @@ from .sparsity_monitor import SparsityMonitor
 from .topk import TopKAdamW
 
 __all__ = [
+    "BridgeTrainer",
+    "BridgeTrainingArguments",
     "DensitySchedule",
     "InterruptCallback",
     "MaskGraph",
