@@ -1,18 +1,21 @@
-"""What tests of several rooms share: small models, and OpenAI's reference files."""
+"""What tests of several rooms share: small models, OpenAI's reference files, a Hub on loopback."""
 
-import os
+# Before anything that imports huggingface_hub: the only Hub that tests can reach is this one.
+from tests.hub_server import session  # isort: skip
+
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-
-# Nothing here may reach the network; set before huggingface_hub reads its environment.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from huggingface_hub import HfFileSystem
 from torch import nn
 
 from hf_circuit_sparsity.kernels import load_kernels
 from hf_circuit_sparsity.modeling import CircuitGPTConfig, CircuitGPTForCausalLM
 from hf_circuit_sparsity.modeling.kernel_slot import fill_slot
+from tests.hub_server import HubServer
 
 # Test models are tiny: a second thread costs more than it brings, and several test runs beside each
 # other would wait for each other's threads.
@@ -29,6 +32,22 @@ def either_path(request):
     fill_slot(load_kernels if request.param == "kernels" else None)
     yield request.param
     fill_slot(load_kernels)
+
+
+@pytest.fixture
+def hub_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """An empty Hub, and clients with empty caches that are signed in as `ada`.
+
+    In this process the clients find it by themselves. For a process of its own, pass
+    `env=os.environ`, which has all that it needs; `HF_TOKEN` says who it is.
+    """
+    server = session.SERVER
+    with server.emptied():
+        shutil.rmtree(session.CLIENT_HOME, ignore_errors=True)
+        HfFileSystem.clear_instance_cache()
+        monkeypatch.setenv("HF_TOKEN", server.add_user("ada"))
+        yield server
+        assert not server.unknown_paths(), "a client asked for what the server does not know"
 
 
 @pytest.fixture
