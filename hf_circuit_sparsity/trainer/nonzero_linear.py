@@ -22,15 +22,16 @@ from ..kernels import CpuKernels
 from ..modeling.kernel_slot import kernels_for
 from ..modeling.sparse_linear import sparse_matmul
 
-# Up to this share of nonzero weights, and from so many tokens and entries on, products with them
-# are faster. On a CPU in float32 a 4096 × 1024 layer with 256 tokens takes an eighth of the dense
-# time at 1/64, a third at 1/8, all of it at 1/3 (`benchmarks.sparse_execution`).
+# Up to this share of nonzero weights products with them are faster. On a CPU in float32 a
+# 4096 × 1024 layer with 256 tokens takes a twentieth of the dense time at 1/64, a third at 1/8, all
+# of it at 1/3 (`benchmarks.sparse_execution`); finding the nonzeros adds to that.
 MAX_DENSITY = 1 / 10
 # The like for nonzero activations, which takes the compiled kernels: at a quarter the product takes
 # half of the dense time, at a half all of it (`benchmarks.training_step`).
 MAX_ACTIVE = 0.4
-_MIN_ENTRIES = 1 << 18
-_MIN_TOKENS = 32
+# A product below so many multiplications is faster as it is: with the kernels, and without them.
+_MIN_WORK = 1 << 24
+_MIN_WORK_WITHOUT_KERNELS = 1 << 26
 
 
 class NonzeroLinear(nn.Linear):
@@ -41,22 +42,22 @@ class NonzeroLinear(nn.Linear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._may_be_sparse(x):
-            return F.linear(x, self.weight, self.bias)
         kernels = kernels_for(x, self.weight)
+        if not self._may_be_sparse(x, kernels):
+            return F.linear(x, self.weight, self.bias)
         weight = _Nonzeros.of(self.weight.detach(), kernels)
         if weight is None and kernels is None:
             return F.linear(x, self.weight, self.bias)
         return _LinearOnNonzeros.apply(x, self.weight, self.bias, weight, kernels)
 
-    def _may_be_sparse(self, x: torch.Tensor) -> bool:
+    def _may_be_sparse(self, x: torch.Tensor, kernels: CpuKernels | None) -> bool:
+        enough = _MIN_WORK_WITHOUT_KERNELS if kernels is None else _MIN_WORK
         return (
             x.device.type == "cpu"
             and x.dtype == self.weight.dtype
             and x.dtype in (torch.float32, torch.float64)
-            and self.weight.numel() >= _MIN_ENTRIES
-            and x.numel() >= _MIN_TOKENS * self.in_features
-            and (torch.backends.mkl.is_available() or kernels_for(x) is not None)
+            and x.numel() * self.out_features >= enough
+            and (kernels is not None or torch.backends.mkl.is_available())
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
         )

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("either_path")
 
 @pytest.fixture(autouse=True)
 def no_layer_is_too_small(monkeypatch):
-    monkeypatch.setattr(nonzero_linear, "_MIN_ENTRIES", 1)
-    monkeypatch.setattr(nonzero_linear, "_MIN_TOKENS", 1)
+    monkeypatch.setattr(nonzero_linear, "_MIN_WORK", 1)
+    monkeypatch.setattr(nonzero_linear, "_MIN_WORK_WITHOUT_KERNELS", 1)
 
 
 @pytest.fixture
