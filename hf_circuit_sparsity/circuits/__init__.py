@@ -6,6 +6,7 @@ from .circuit import Circuit
 from .edges import Edge
 from .faithfulness import evaluate_circuit
 from .pruning import PruningConfig, TaskNotLearnedError, find_circuit
+from .steering import SteeringCandidate, SteeringSweep, steering_candidates, steering_sweep
 from .task_loss import Calibration, binary_accuracy, binary_loss
 from .task_scores import TaskScore, evaluate_tasks
 
@@ -14,6 +15,8 @@ __all__ = [
     "Circuit",
     "Edge",
     "PruningConfig",
+    "SteeringCandidate",
+    "SteeringSweep",
     "TaskNotLearnedError",
     "TaskScore",
     "binary_accuracy",
@@ -24,4 +27,6 @@ __all__ = [
     "mean_ablated",
     "mean_activations",
     "model_fingerprint",
+    "steering_candidates",
+    "steering_sweep",
 ]
