@@ -10,6 +10,7 @@ from transformers import HfArgumentParser
 
 from .circuits import PruningConfig
 from .commands.benchmark import run_benchmark
+from .commands.bridge import BridgeModelArguments, print_bridge_summary, run_bridge
 from .commands.console import say
 from .commands.evaluate import run_evaluate
 from .commands.prune import print_prune_summary, run_prune
@@ -22,13 +23,13 @@ from .commands.train import (
     run_train,
 )
 from .tasks import list_tasks
-from .trainer import SparseTrainingArguments
+from .trainer import BridgeTrainingArguments, SparseTrainingArguments
 
 PRUNING_OPTIONS = ("target_loss", "steps", "batch_size", "k_coef", "learning_rate", "seed")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of everything but `train`, whose options are `SparseTrainingArguments`."""
+    """The parser of everything but `train` and `bridge`, whose options are training arguments."""
     parser = argparse.ArgumentParser(
         prog="hf-circuit-sparsity",
         description="Train weight-sparse transformers and cut circuits out of them.",
@@ -51,6 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     # Listed for --help only; its arguments go to HfArgumentParser as they are.
     commands.add_parser("train", help="train a model; see train --help", add_help=False)
+
+    commands.add_parser(
+        "bridge", help="train a sparse twin for a dense model; see bridge --help", add_help=False
+    )
 
     prune = commands.add_parser("prune", help="cut a task's circuit out of a trained model")
     prune.add_argument("model", help="folder or Hub id of a model with its tokenizer")
@@ -99,6 +104,15 @@ def _train(argv: list[str]) -> None:
     print_train_summary(run_train(*parser.parse_args_into_dataclasses(argv)))
 
 
+def _bridge(argv: list[str]) -> None:
+    parser = HfArgumentParser(
+        (BridgeModelArguments, BridgeTrainingArguments),
+        prog="hf-circuit-sparsity bridge",
+        description="Train a sparse twin for a dense model. Beside the options of `train`:",
+    )
+    print_bridge_summary(run_bridge(*parser.parse_args_into_dataclasses(argv)))
+
+
 def _prune(args: argparse.Namespace) -> None:
     config = PruningConfig(**{name: getattr(args, name) for name in PRUNING_OPTIONS})
     circuit = run_prune(args.model, args.task, args.output_dir, config, args.corpus)
@@ -120,6 +134,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[:1] == ["train"]:
             _train(argv[1:])
+        elif argv[:1] == ["bridge"]:
+            _bridge(argv[1:])
         else:
             args = build_parser().parse_args(argv)
             run = {
@@ -132,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as interruption:
         say(f"\n{str(interruption).capitalize()}; the checkpoint is saved.")
         command = " ".join(["hf-circuit-sparsity", *argv])
-        if argv[:1] == ["train"] and "--resume_from_checkpoint" not in argv:
+        if argv[0] in ("train", "bridge") and "--resume_from_checkpoint" not in argv:
             command += " --resume_from_checkpoint last"
         say(f"To go on: {command}")
         return 130

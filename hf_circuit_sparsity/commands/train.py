@@ -71,12 +71,7 @@ def run_train(
     quiet_libraries()
     # One tokenizer for one model is decided by the corpus; a bad corpus ends here.
     corpus = build_corpus(data.corpus)
-    output = Path(args.output_dir)
-    resume = args.resume_from_checkpoint
-    if resume in ("last", "true", "True", True):
-        resume = get_last_checkpoint(args.output_dir) if output.is_dir() else None
-        if resume is None:
-            raise ValueError(f"There is no checkpoint in {output}; start without resuming.")
+    resume = checkpoint_to_resume(args)
     tokenizer, blocks = prepare_data(
         corpus, model_arguments.block_size, data.tokenizer, data.vocab_size
     )
@@ -85,6 +80,17 @@ def run_train(
         **vars(model_arguments), vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id
     )
     return train_model(config, tokenizer, blocks, args, resume_from_checkpoint=resume)
+
+
+def checkpoint_to_resume(args: SparseTrainingArguments) -> str | None:
+    """The folder that `--resume_from_checkpoint` means, where "last" is the run's last one."""
+    resume = args.resume_from_checkpoint
+    if resume in ("last", "true", "True", True):
+        output = Path(args.output_dir)
+        resume = get_last_checkpoint(args.output_dir) if output.is_dir() else None
+        if resume is None:
+            raise ValueError(f"There is no checkpoint in {output}; start without resuming.")
+    return resume
 
 
 def prepare_data(
@@ -126,26 +132,16 @@ def train_model(
         model=model,
         args=args,
         train_dataset=blocks["train"],
-        eval_dataset=_sample(blocks["validation"], 512),
+        eval_dataset=spread_sample(blocks["validation"], 512),
         processing_class=tokenizer,
     )
-    tokens_per_step = (
-        args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    ) * config.block_size
-    TrainingDisplay.attach(
-        trainer, tokens_per_step, None if measure is None else lambda: measure(model)
+    tokens_per_step, seconds = fit(
+        trainer,
+        config.block_size,
+        resume_from_checkpoint,
+        None if measure is None else lambda: measure(model),
+        callbacks,
     )
-    interrupt = InterruptCallback()
-    for callback in (*callbacks, interrupt):
-        trainer.add_callback(callback)
-    started = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    finally:
-        interrupt.restore()
-    seconds = time.perf_counter() - started
-    if interrupt.interrupted:
-        raise Interrupted(f"stopped at step {trainer.state.global_step}")
     steps = trainer.state.global_step
     metrics = trainer.evaluate()
     trainer.save_model()
@@ -168,6 +164,39 @@ def train_model(
     }
     write_json(Path(args.output_dir) / "training_summary.json", done)
     return done
+
+
+def fit(
+    trainer: SparseTrainer,
+    block_size: int,
+    resume_from_checkpoint: str | None = None,
+    measure: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> tuple[int, float]:
+    """Train with the commands' own display, stopping after a step and a checkpoint on Ctrl-C.
+
+    Returns:
+        Tokens per step, and the seconds it took.
+
+    Raises:
+        Interrupted: Ctrl-C came.
+    """
+    args = trainer.args
+    tokens_per_step = (
+        args.train_batch_size * args.gradient_accumulation_steps * args.world_size * block_size
+    )
+    TrainingDisplay.attach(trainer, tokens_per_step, measure)
+    interrupt = InterruptCallback()
+    for callback in (*callbacks, interrupt):
+        trainer.add_callback(callback)
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    finally:
+        interrupt.restore()
+    if interrupt.interrupted:
+        raise Interrupted(f"stopped at step {trainer.state.global_step}")
+    return tokens_per_step, time.perf_counter() - started
 
 
 def training_rows(done: dict[str, Any]) -> list[tuple[str, str]]:
@@ -195,7 +224,7 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
-def _sample(split: Dataset, most: int) -> Dataset:
+def spread_sample(split: Dataset, most: int) -> Dataset:
     """Rows spread evenly over the split: neighbouring blocks come from the same file."""
     step = max(1, len(split) // most)
     return split.select(range(0, len(split), step))

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,22 +19,6 @@ TRAINING = [
     "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "8",
     "--report_to", "none", "--target_density", "0.2", "--use_cpu", "--logging_steps", "5",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    """A folder of Python in which quotes close as they were opened, and little else happens."""
-    folder = tmp_path_factory.mktemp("corpus")
-    names = ["alpha", "beta", "gamma", "delta", "omega", "sigma"]
-    for number in range(12):
-        lines = []
-        for i in range(120):
-            quote = "\"'"[(i * 7 + number) % 2]
-            a, b = names[(i + number) % 6], names[(i * 5 + 1) % 6]
-            lines.append(f"{a} = {quote}{b} {a}{quote} + {b}")
-            lines.append(f"if {a} == {i}:\n    return True\nwhile True:\n    {b}({a}, [{i}, 2])")
-        (folder / f"module_{number}.py").write_text("\n".join(lines) + "\n")
-    return folder
 
 
 def train(corpus, output, *more):

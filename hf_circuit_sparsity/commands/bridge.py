@@ -1,0 +1,174 @@
+"""`hf-circuit-sparsity bridge`: train a sparse twin for a dense model."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+
+from ..modeling import BridgedCausalLM, default_twin
+from ..modeling.bridge_checkpoint import load_dense
+from ..tasks import build_corpus, pack
+from ..trainer import BridgeTrainer, BridgeTrainingArguments
+from .console import columns, quiet_libraries, say, table
+from .prune import load_model
+from .train import checkpoint_to_resume, fit, spread_sample, write_json
+
+SUMMARY_NAME = "bridge_summary.json"
+# Column of the progress lines → name in the log.
+SHOWN_TERMS = {
+    "lm": "lm",
+    "kl": "kl",
+    "nmse": "nmse",
+    "to sparse": "dense_to_sparse",
+    "to dense": "sparse_to_dense",
+}
+
+
+@dataclass
+class BridgeModelArguments:
+    """Which models are bridged, and how."""
+
+    dense_model: str = field(metadata={"help": "Folder or Hub id of the dense model."})
+    sparse_model: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of a CircuitGPT to start from; a fresh one if not."},
+    )
+    d_model: int | None = field(
+        default=None, metadata={"help": "Width of a fresh twin; the dense model's if not given."}
+    )
+    afrac: float | None = field(
+        default=0.25, metadata={"help": "Share of activations AbsTopK keeps in a fresh twin."}
+    )
+    encoder_afrac: float | None = field(
+        default=0.25, metadata={"help": "Share of sparse channels an encoder keeps."}
+    )
+    corpus: str | None = field(
+        default=None,
+        metadata={"help": "Folder of Python files; the standard library if not given."},
+    )
+    block_size: int | None = field(
+        default=None, metadata={"help": "Context, in tokens; at most 128 if not given."}
+    )
+
+
+def run_bridge(model_arguments: BridgeModelArguments, args: BridgeTrainingArguments) -> dict:
+    """Train, evaluate and save a bridge into `args.output_dir`, and the twin beside it.
+
+    Returns:
+        The numbers of the summary.
+
+    Raises:
+        Interrupted: after Ctrl-C, with a checkpoint to resume from in `args.output_dir`.
+        ValueError, OSError: models that are not there or do not fit, or a bad corpus.
+    """
+    quiet_libraries()
+    corpus = build_corpus(model_arguments.corpus)
+    resume = checkpoint_to_resume(args)
+    set_seed(args.seed)
+    bridged, tokenizer = build_bridge(model_arguments)
+    longest = min(bridged.dense.config.max_position_embeddings, bridged.sparse.config.block_size)
+    block_size = model_arguments.block_size or min(128, longest)
+    if block_size > longest:
+        raise ValueError(
+            f"block_size={block_size} was passed, but the two models read at most {longest} tokens."
+        )
+    blocks = {name: pack(split, tokenizer, block_size) for name, split in corpus.items()}
+    trainer = BridgeTrainer(
+        bridged,
+        args,
+        train_dataset=blocks["train"],
+        eval_dataset=spread_sample(blocks["validation"], 256),
+        processing_class=tokenizer,
+    )
+
+    def newest_terms() -> dict[str, str]:
+        log = trainer.state.log_history[-1]
+        return {name: f"{log[key]:.3f}" for name, key in SHOWN_TERMS.items() if key in log}
+
+    tokens_per_step, seconds = fit(trainer, block_size, resume, newest_terms)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    folder = Path(args.output_dir)
+    bridged.sparse.save_pretrained(folder / "sparse")
+    tokenizer.save_pretrained(folder / "sparse")
+    done = {
+        "bridge": str(folder),
+        "dense_model": model_arguments.dense_model,
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.global_step * tokens_per_step,
+        "train_seconds": seconds,
+        **{name.removeprefix("eval_"): v for name, v in metrics.items() if name != "epoch"},
+    }
+    write_json(folder / SUMMARY_NAME, done)
+    return done
+
+
+def build_bridge(
+    arguments: BridgeModelArguments,
+) -> tuple[BridgedCausalLM, PreTrainedTokenizerBase]:
+    """Fresh bridges between the models asked for, and the dense one's tokenizer."""
+    dense = load_dense(arguments.dense_model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.dense_model)
+    except OSError as error:
+        raise OSError(
+            f"{arguments.dense_model} has no tokenizer, which the sparse twin must read with too; "
+            "save it beside the model."
+        ) from error
+    if arguments.sparse_model is None:
+        fields: dict[str, Any] = {"afrac": arguments.afrac}
+        if arguments.d_model is not None:
+            fields["d_model"] = arguments.d_model
+        sparse = default_twin(dense, **fields)
+    else:
+        sparse, other = load_model(arguments.sparse_model)
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"{arguments.dense_model} and {arguments.sparse_model} have different tokenizers, "
+                "but bridged models must read the same tokens; train the sparse one with "
+                f"--tokenizer {arguments.dense_model}."
+            )
+    bridged = BridgedCausalLM.from_models(dense, sparse, encoder_afrac=arguments.encoder_afrac)
+    return bridged, tokenizer
+
+
+def location_name(location: int) -> str:
+    """What a residual location is called in tables."""
+    if location == 0:
+        return "embedding"
+    layer, part = divmod(location - 1, 2)
+    return f"layer {layer} {'MLP' if part else 'attention'}"
+
+
+def location_table(figures: dict[str, float]) -> str:
+    """Errors and divergences of every location, from the numbers of a summary."""
+    names = ("encode_nmse", "decode_nmse", "dense_to_sparse_kl", "sparse_to_dense_kl")
+    rows = []
+    while f"encode_nmse_{len(rows)}" in figures:
+        i = len(rows)
+        rows.append([location_name(i), *(f"{figures[f'{name}_{i}']:.3f}" for name in names)])
+    header = ("after", "NMSE encoding", "decoding", "KL dense→sparse", "sparse→dense")
+    return columns(header, rows)
+
+
+def print_bridge_summary(done: dict[str, Any]) -> None:
+    """What `hf-circuit-sparsity bridge` prints at its end."""
+    say("\n" + location_table(done))
+    rows = [
+        ("sparse twin", f"{done['lm']:.3f} nats per token on validation text"),
+        ("KL(dense ‖ twin)", f"{done['kl']:.3f} nats per token"),
+        ("tokens/s", f"{done['tokens'] / done['train_seconds']:,.0f}"),
+        ("bridge", done["bridge"]),
+        ("sparse twin", str(Path(done["bridge"]) / "sparse")),
+    ]
+    say("\n" + table(rows))
+    say("\nNMSE is the share of variance missed; KL is of the hybrid run, in nats per token.")
+    say(f"Next: hf-circuit-sparsity prune {done['bridge']}/sparse --task single_double_quote")
+
+
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    """The numbers that `run_bridge` left in a folder."""
+    return json.loads((Path(folder) / SUMMARY_NAME).read_text(encoding="utf-8"))

@@ -1,0 +1,84 @@
+"""`hf-circuit-sparsity bridge` as a person calls it, at the size of a test."""
+
+import json
+
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hf_circuit_sparsity import (
+    BridgedCausalLM,
+    CircuitGPTConfig,
+    CircuitGPTForCausalLM,
+    build_corpus,
+    train_tokenizer,
+)
+from hf_circuit_sparsity.cli import main
+
+
+@pytest.fixture(scope="module")
+def dense(corpus, tmp_path_factory):
+    """A folder with a GPT-2 and its tokenizer."""
+    folder = tmp_path_factory.mktemp("dense")
+    tokenizer = train_tokenizer(build_corpus(corpus)["train"], vocab_size=400)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=64,
+            n_embd=16,
+            n_layer=1,
+            n_head=2,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def bridge(dense, corpus, output, *more):
+    return main([
+        "bridge", "--dense_model", str(dense), "--output_dir", str(output), "--corpus",
+        str(corpus), "--block_size", "64", "--per_device_train_batch_size", "4",
+        "--per_device_eval_batch_size", "8", "--report_to", "none", "--target_density", "0.2",
+        "--use_cpu", "--logging_steps", "5", "--max_steps", "10", *more,
+    ])  # fmt: skip
+
+
+def test_bridge_writes_a_bridge_and_its_twin(dense, corpus, tmp_path, capsys):
+    folder = tmp_path / "bridge"
+    assert bridge(dense, corpus, folder, "--d_model", "32") == 0
+    printed = capsys.readouterr().out
+    for expected in ("to dense", "layer 0 attention", "KL dense→sparse", "Next:", str(folder)):
+        assert expected in printed
+    bridged = BridgedCausalLM.from_pretrained(folder)
+    assert bridged.config.base_model_name_or_path == str(dense)
+    assert bridged.sparse.config.d_model == 32
+    twin = CircuitGPTForCausalLM.from_pretrained(folder / "sparse")
+    weight = twin.transformer.h[0].mlp.c_fc.weight
+    assert (weight != 0).sum() == round(0.2 * weight.numel())
+    assert weight.equal(bridged.sparse.transformer.h[0].mlp.c_fc.weight)
+    summary = json.loads((folder / "bridge_summary.json").read_text())
+    assert summary["steps"] == 10 and f"nmse {summary['encode_nmse_2']:.3f}"
+    assert f"{summary['encode_nmse_2']:.3f}" in printed
+
+
+def test_models_that_do_not_fit_are_refused(dense, corpus, tmp_path, capsys):
+    out = tmp_path / "out"
+
+    def refusal(*more):
+        assert bridge(dense, corpus, out, *more) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "Traceback" not in error
+        assert not out.exists()
+        return error
+
+    assert "'nowhere' was not found" in refusal("--dense_model", "nowhere")
+    assert "block_size=65" in refusal("--block_size", "65")
+    sparse = tmp_path / "sparse"
+    tokenizer = train_tokenizer(build_corpus(corpus)["train"], vocab_size=390)
+    model = CircuitGPTForCausalLM(CircuitGPTConfig(n_layer=1, d_model=16, vocab_size=390))
+    model.save_pretrained(sparse)
+    tokenizer.save_pretrained(sparse)
+    assert "different tokenizers" in refusal("--sparse_model", str(sparse))
+    assert "There is no checkpoint" in refusal("--resume_from_checkpoint", "last")
