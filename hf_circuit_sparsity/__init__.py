@@ -4,7 +4,14 @@ Importing this package registers CircuitGPT with transformers' Auto classes.
 """
 
 from . import kernels  # noqa: F401  fills the slot that `modeling` asks for faster loops
-from .circuits import Circuit, PruningConfig, TaskNotLearnedError, evaluate_tasks, find_circuit
+from .circuits import (
+    Circuit,
+    PruningConfig,
+    TaskNotLearnedError,
+    evaluate_tasks,
+    find_circuit,
+    search_circuit,
+)
 from .modeling import (
     BridgedCausalLM,
     CircuitGPTConfig,
@@ -62,6 +69,7 @@ __all__ = [
     "list_tasks",
     "load_task",
     "pack",
+    "search_circuit",
     "sparse_param_groups",
     "sparsify_initialization_",
     "tokenizer_from_openai",

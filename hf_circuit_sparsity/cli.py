@@ -25,7 +25,13 @@ from .commands.train import (
 from .tasks import list_tasks
 from .trainer import BridgeTrainingArguments, SparseTrainingArguments
 
-PRUNING_OPTIONS = ("target_loss", "steps", "batch_size", "k_coef", "learning_rate", "seed")
+PRUNING_OPTIONS = (
+    "target_loss", "steps", "batch_size", "k_coef", "learning_rate", "seed", "seeds"
+)  # fmt: skip
+PRUNING_SWITCHES = {
+    "prune_edges": "also drop single weights between the nodes",
+    "token_nodes": "also ask which tokens' embeddings are needed",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,6 +77,16 @@ def build_parser() -> argparse.ArgumentParser:
                 help="(default: %(default)s)",
             )
 
+    for name, text in PRUNING_SWITCHES.items():
+        prune.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    prune.add_argument(
+        "--trials",
+        type=int,
+        default=1,
+        help="search so many settings for the smallest circuit; the same command goes on after "
+        "Ctrl-C (default: %(default)s, no search)",
+    )
+
     evaluate = commands.add_parser("evaluate", help="accuracy and loss of a model on every task")
     evaluate.add_argument("--model", required=True, help="folder or Hub id, with its tokenizer")
     evaluate.add_argument(
@@ -114,8 +130,9 @@ def _bridge(argv: list[str]) -> None:
 
 
 def _prune(args: argparse.Namespace) -> None:
-    config = PruningConfig(**{name: getattr(args, name) for name in PRUNING_OPTIONS})
-    circuit = run_prune(args.model, args.task, args.output_dir, config, args.corpus)
+    names = (*PRUNING_OPTIONS, *PRUNING_SWITCHES)
+    config = PruningConfig(**{name: getattr(args, name) for name in names})
+    circuit = run_prune(args.model, args.task, args.output_dir, config, args.corpus, args.trials)
     folder = args.output_dir or Path(args.model) / "circuits" / args.task
     print_prune_summary(circuit, Path(folder))
 

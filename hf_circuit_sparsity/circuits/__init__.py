@@ -5,13 +5,17 @@ from .ablation import mean_ablated, mean_activations
 from .circuit import Circuit
 from .edges import Edge
 from .faithfulness import evaluate_circuit
-from .pruning import PruningConfig, TaskNotLearnedError, find_circuit
+from .pruning import TaskNotLearnedError, find_circuit, find_circuits, find_frontier
+from .pruning_config import PruningConfig
+from .search import search_circuit
 from .steering import SteeringCandidate, SteeringSweep, steering_candidates, steering_sweep
 from .task_loss import Calibration, binary_accuracy, binary_loss
 from .task_scores import TaskScore, evaluate_tasks
+from .verification import Check, Verification
 
 __all__ = [
     "Calibration",
+    "Check",
     "Circuit",
     "Edge",
     "PruningConfig",
@@ -19,14 +23,18 @@ __all__ = [
     "SteeringSweep",
     "TaskNotLearnedError",
     "TaskScore",
+    "Verification",
     "binary_accuracy",
     "binary_loss",
     "evaluate_circuit",
     "evaluate_tasks",
     "find_circuit",
+    "find_circuits",
+    "find_frontier",
     "mean_ablated",
     "mean_activations",
     "model_fingerprint",
+    "search_circuit",
     "steering_candidates",
     "steering_sweep",
 ]

@@ -1,10 +1,15 @@
 """Mean ablation: run a model with some of its nodes fixed at their average (METHOD section 2)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
+
+TOKENS = "wte"
+"""Where masks and means have a place for token embeddings: one node per vocabulary entry, whose
+mean is the mean embedding, `(d_model,)`. It is no node site."""
 
 
 def node_sites(model: nn.Module) -> dict[str, nn.Module]:
@@ -20,52 +25,91 @@ def node_sites(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def hooked_sites(model: nn.Module, hooks: Mapping[str, object]) -> Iterator[None]:
-    """Attach forward hooks to node sites by name, and take them off again."""
-    sites = node_sites(model)
+    """Attach forward hooks to node sites (or the token embedding) by name, and take them off."""
+    sites = {**node_sites(model), TOKENS: model.get_input_embeddings()}
+    with hooked([(sites[name], hook) for name, hook in hooks.items()]):
+        yield
+
+
+@contextmanager
+def hooked(hooks: list[tuple[nn.Module, Callable]]) -> Iterator[None]:
+    """Attach forward hooks to modules, and take them off again."""
     handles = []
     try:
-        for name, hook in hooks.items():
-            handles.append(sites[name].register_forward_hook(hook))
+        for module, hook in hooks:
+            handles.append(module.register_forward_hook(hook))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
+class ReferenceMeans(NamedTuple):
+    """Averages over the pretraining distribution, float32."""
+
+    nodes: dict[str, torch.Tensor]
+    """Site → `(width,)`."""
+    attended: dict[str, torch.Tensor]
+    """Site of values, as `h.0.attn.v` → `(width,)`: what attention makes of them, which is what the
+    output projection reads."""
+    token: torch.Tensor
+    """`(d_model,)`, the mean embedding."""
+
+
 @torch.no_grad()
-def mean_activations(
+def reference_means(
     model: nn.Module, input_ids: torch.Tensor, batch_size: int = 32
-) -> dict[str, torch.Tensor]:
-    """Average activation of every node over all tokens of `input_ids`.
+) -> ReferenceMeans:
+    """Averages over all tokens of `input_ids`.
 
     Args:
         model: has `node_sites()`.
         input_ids: `(n, length)` token ids, a sample of the pretraining distribution, unpadded.
         batch_size: sequences per forward pass.
-
-    Returns:
-        Site name → float32 `(width,)`.
     """
-    sums: dict[str, torch.Tensor] = {}
+    sums: dict[tuple[str, str], torch.Tensor] = {}
 
-    def adder(name: str):
+    def adder(kind: str, name: str) -> Callable:
         def hook(module, args, output):
-            total = output.double().sum(dim=(0, 1))
-            sums[name] = total if name not in sums else sums[name] + total
+            seen = args[0] if kind == "attended" else output
+            total = seen.double().sum(dim=(0, 1))
+            sums[kind, name] = sums.get((kind, name), 0) + total
 
         return hook
 
+    transformer = getattr(model, "transformer", model)
+    hooks = [(site, adder("nodes", name)) for name, site in node_sites(model).items()]
+    hooks += [
+        (block.attn.c_proj, adder("attended", f"h.{i}.attn.v"))
+        for i, block in enumerate(transformer.h)
+    ]
+    hooks.append((model.get_input_embeddings(), adder("token", TOKENS)))
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    with hooked_sites(model, {name: adder(name) for name in node_sites(model)}):
+    with hooked(hooks):
         for batch in input_ids.split(batch_size):
             model(batch.to(device), use_cache=False, logits_to_keep=1)
     model.train(was_training)
-    return {name: (total / input_ids.numel()).float() for name, total in sums.items()}
+    means = {key: (total / input_ids.numel()).float() for key, total in sums.items()}
+
+    def of_kind(kind: str) -> dict[str, torch.Tensor]:
+        return {name: mean for (k, name), mean in means.items() if k == kind}
+
+    return ReferenceMeans(of_kind("nodes"), of_kind("attended"), means["token", TOKENS])
 
 
-def ablation_hook(keep: torch.Tensor, mean: torch.Tensor):
+def mean_activations(
+    model: nn.Module, input_ids: torch.Tensor, batch_size: int = 32
+) -> dict[str, torch.Tensor]:
+    """Average activation of every node over all tokens of `input_ids`: site → float32 `(width,)`.
+
+    The arguments are those of [`reference_means`].
+    """
+    return reference_means(model, input_ids, batch_size).nodes
+
+
+def ablation_hook(keep: torch.Tensor, mean: torch.Tensor) -> Callable:
     """A forward hook that lets the kept nodes through and fixes the others at their mean.
 
     Args:
@@ -81,6 +125,21 @@ def ablation_hook(keep: torch.Tensor, mean: torch.Tensor):
     return hook
 
 
+def token_ablation_hook(keep: torch.Tensor, mean: torch.Tensor) -> Callable:
+    """A forward hook on the token embedding that replaces the tokens not kept by the mean.
+
+    Args:
+        keep: bool `(vocab_size,)`.
+        mean: `(d_model,)`.
+    """
+
+    def hook(module, args, output):
+        kept = keep.to(output.device)[args[0]].unsqueeze(-1)
+        return torch.where(kept, output, mean.to(device=output.device, dtype=output.dtype))
+
+    return hook
+
+
 @contextmanager
 def mean_ablated(
     model: nn.Module, keep: Mapping[str, torch.Tensor], means: Mapping[str, torch.Tensor]
@@ -89,9 +148,13 @@ def mean_ablated(
 
     Args:
         model: has `node_sites()`.
-        keep: site → bool `(width,)`; sites that are not named run untouched.
-        means: site → `(width,)`, from [`mean_activations`].
+        keep: site → bool `(width,)`, and optionally `TOKENS` → bool `(vocab_size,)`; sites that
+            are not named run untouched.
+        means: site → `(width,)`, and `TOKENS` → `(d_model,)`, from [`reference_means`].
     """
-    hooks = {name: ablation_hook(mask, means[name]) for name, mask in keep.items()}
+    hooks = {
+        name: (token_ablation_hook if name == TOKENS else ablation_hook)(mask, means[name])
+        for name, mask in keep.items()
+    }
     with hooked_sites(model, hooks):
         yield

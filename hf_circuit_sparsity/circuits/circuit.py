@@ -5,17 +5,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from ..modeling.checked_files import ArtifactError
 from ..modeling.fingerprint import model_fingerprint
-from .ablation import mean_ablated, node_sites
+from .ablation import TOKENS, hooked, mean_ablated, node_sites
 from .circuit_file import JSON_NAME, read_circuit, write_circuit
+from .edge_ablation import edge_hooks, edge_name
 from .edges import Edge, circuit_edges
 from .task_loss import Calibration
+
+if TYPE_CHECKING:
+    from .verification import Verification
 
 
 @dataclass
@@ -35,6 +39,13 @@ class Circuit:
         example: a prompt of the task, its counterfactual and the answers, for pictures: `prompt`,
             `target`, `token_ids`, `target_id`, and the same names with `counterfactual_`.
         scores: site → float32 `(width,)`, the learned mask parameters; empty if it was not learned.
+        kept_edges: source site, index, target site, index of the weights that are left between the
+            nodes, where edges were pruned too; None where all of them are.
+        edge_offsets: target site → index → what the pruned edges add to it on average.
+        tokens: ids of the tokens whose embeddings are kept, where those were pruned too; None where
+            all of them are.
+        token_mean: float32 `(d_model,)`, the embedding that stands in for the other tokens'.
+        verification: what [`Circuit.verify`] measured, check by check; empty before.
     """
 
     nodes: dict[str, list[int]]
@@ -47,6 +58,11 @@ class Circuit:
     config: dict[str, Any] = field(default_factory=dict)
     example: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, torch.Tensor] = field(default_factory=dict)
+    kept_edges: list[tuple[str, int, str, int]] | None = None
+    edge_offsets: dict[str, dict[int, float]] = field(default_factory=dict)
+    tokens: list[int] | None = None
+    token_mean: torch.Tensor | None = None
+    verification: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.nodes = {site: sorted(ids) for site, ids in self.nodes.items() if ids}
@@ -59,6 +75,16 @@ class Circuit:
                     f"nodes[{site!r}] must be distinct indices from 0 to {width - 1}, but it is "
                     f"{ids[:5]}{'…' if len(ids) > 5 else ''}."
                 )
+        for edge in self.kept_edges or ():
+            for site, index in (edge[:2], edge[2:]):
+                if index not in self.nodes.get(site, ()):
+                    raise ValueError(f"kept_edges names {site}.{index}, which is not in nodes.")
+        for site, at in self.edge_offsets.items():
+            for index in at:
+                if index not in self.nodes.get(site, ()):
+                    raise ValueError(f"edge_offsets names {site}.{index}, which is not in nodes.")
+        if (self.tokens is None) != (self.token_mean is None):
+            raise ValueError("tokens and token_mean belong together, but one of them is missing.")
 
     def __len__(self) -> int:
         return sum(len(ids) for ids in self.nodes.values())
@@ -72,9 +98,20 @@ class Circuit:
         return masks
 
     def edges(self, model: nn.Module) -> list[Edge]:
-        """The nonzero weights of `model` between two of the circuit's nodes."""
+        """The nonzero weights of `model` between the circuit's nodes, without pruned ones."""
         self.check_model(model)
-        return circuit_edges(model, self.nodes)
+        return self.split_edges(model)[0]
+
+    def split_edges(self, model: nn.Module) -> tuple[list[Edge], list[Edge]]:
+        """The circuit's edges, and those between its nodes that were pruned."""
+        edges = circuit_edges(model, self.nodes)
+        if self.kept_edges is None:
+            return edges, []
+        kept = set(self.kept_edges)
+        return (
+            [e for e in edges if edge_name(e) in kept],
+            [e for e in edges if edge_name(e) not in kept],
+        )
 
     def check_model(self, model: nn.Module) -> None:
         """Raise a `ValueError` if `model` is not the one this circuit was cut out of."""
@@ -98,9 +135,15 @@ class Circuit:
                     f"means[{site!r}] has {mean} entries, but the model has {width} nodes there; "
                     "the circuit was made by other code or is damaged, find it anew."
                 )
+        width = model.get_input_embeddings().embedding_dim
+        if self.token_mean is not None and len(self.token_mean) != width:
+            raise ValueError(
+                f"token.mean has {len(self.token_mean)} entries, but the model's embeddings have "
+                f"{width}; the circuit was made by other code or is damaged, find it anew."
+            )
         vocabulary = model.get_input_embeddings().num_embeddings
         example = self.example
-        tokens = [*self.calibration.shift, *example.get("token_ids", [])]
+        tokens = [*self.calibration.shift, *(self.tokens or ()), *example.get("token_ids", [])]
         tokens += example.get("counterfactual_token_ids", [])
         tokens += [example[n] for n in ("target_id", "counterfactual_target_id") if n in example]
         if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
@@ -118,21 +161,36 @@ class Circuit:
         Args:
             model: the model this circuit was cut out of.
             calibrated: also scale and shift the logits as fitted. Never done for the inverse.
-            inverse: ablate the circuit instead, and keep everything else (a test of necessity).
+            inverse: ablate the circuit instead, and keep everything else (a test of necessity):
+                its nodes, and its tokens' embeddings where it names any.
 
         Raises:
             ValueError: the circuit was made for another model.
         """
         self.check_model(model)
-        masks = self.masks()
+        with self.applied(model, calibrated=calibrated, inverse=inverse):
+            yield model
+
+    @contextmanager
+    def applied(
+        self, model: nn.Module, *, calibrated: bool = True, inverse: bool = False
+    ) -> Iterator[nn.Module]:
+        """As [`Circuit.apply`] for a model that was checked before: checking hashes all weights."""
+        masks, means = self.masks(), dict(self.means)
+        if self.tokens is not None:
+            vocabulary = model.get_input_embeddings().num_embeddings
+            masks[TOKENS] = torch.zeros(vocabulary, dtype=torch.bool)
+            masks[TOKENS][self.tokens] = True
+            means[TOKENS] = self.token_mean
         if inverse:
             masks = {site: ~mask for site, mask in masks.items()}
+        cut = [] if inverse else edge_hooks(model, self.split_edges(model)[1], self.edge_offsets)
 
         def calibrate(module, args, output):
             output.logits = self.calibration.logits(output.logits)
             return output
 
-        with mean_ablated(model, masks, self.means):
+        with mean_ablated(model, masks, means), hooked(cut):
             handle = None
             if calibrated and not inverse:
                 handle = model.register_forward_hook(calibrate)
@@ -141,6 +199,43 @@ class Circuit:
             finally:
                 if handle is not None:
                     handle.remove()
+
+    def verify(self, model: nn.Module, tokenizer: Any, task: Any, **options: Any) -> "Verification":
+        """Check the circuit on held-out prompts, beside random circuits of equal size.
+
+        The numbers are kept in `.verification`, and so in `circuit.json` once saved.
+
+        Args:
+            model: the model this circuit was cut out of.
+            tokenizer: the model's.
+            task: the `BinaryTask` it was found for; its test split shares no template and no name
+                with the prompts it was found with.
+            prompts (int): held-out prompts, and training prompts for calibrations (256).
+            random_circuits (int): of equal size at every site, for the controls (2).
+            subsets (int): random halves of the circuit, for completeness (6).
+            stability_seeds (int): circuits to find from other seeds, as this one was found (2).
+            reference: see [`find_circuit`]; used for those.
+            others (list[Circuit]): circuits of other seeds, if they are there already.
+            adversarial (dict[str, BinaryTask]): prompts the mechanism may stumble over; those of
+                `load_adversarial_tasks` if not given.
+            seed (int): of whatever is drawn (0).
+            progress (bool): show progress bars.
+
+        Returns:
+            A [`Verification`]: `.passed`, `.table()`, and `[name]` for one check with its value,
+            control and threshold. The checks: sufficiency, necessity, completeness, transfer,
+            pair KL, vocabulary KL, interchange (where prompts are as long as their
+            counterfactuals), stability, adversarial (where there are such prompts).
+
+        Raises:
+            TaskNotLearnedError: the model does not solve the task, so there is nothing to check.
+            ValueError: an empty circuit, one of another model, or prompts longer than the context.
+        """
+        from .verification import verify_circuit
+
+        verification = verify_circuit(self, model, tokenizer, task, **options)
+        self.verification = verification.numbers()
+        return verification
 
     def plot(
         self,
@@ -171,8 +266,16 @@ class Circuit:
         tensors = {f"means.{site}": mean.contiguous() for site, mean in self.means.items()}
         tensors |= {f"scores.{site}": s.contiguous() for site, s in self.scores.items()}
         shift = {str(token): value for token, value in self.calibration.shift.items()}
+        if self.token_mean is not None:
+            tensors["token.mean"] = self.token_mean.contiguous()
         fields = {name: getattr(self, name) for name in _STORED}
         fields["calibration"] = {"scale": self.calibration.scale, "shift": shift}
+        if self.kept_edges is not None:
+            fields["kept_edges"] = [list(edge) for edge in self.kept_edges]
+        fields["edge_offsets"] = {
+            site: {str(index): value for index, value in at.items()}
+            for site, at in self.edge_offsets.items()
+        }
         write_circuit(save_directory, fields, tensors)
 
     @classmethod
@@ -189,9 +292,21 @@ class Circuit:
         calibration = Calibration(
             float(content["calibration"]["scale"]), {int(t): float(v) for t, v in shift.items()}
         )
-        fields = {name: content[name] for name in _STORED}
+        fields = {name: content[name] for name in _STORED if name in content}
+        if fields.get("kept_edges") is not None:
+            fields["kept_edges"] = [tuple(edge) for edge in fields["kept_edges"]]
+        fields["edge_offsets"] = {
+            site: {int(index): float(value) for index, value in at.items()}
+            for site, at in content.get("edge_offsets", {}).items()
+        }
         try:
-            return cls(calibration=calibration, **tensors, **fields)
+            return cls(
+                calibration=calibration,
+                means=tensors["means"],
+                scores=tensors["scores"],
+                token_mean=tensors["token"].get("mean"),
+                **fields,
+            )
         except ValueError as error:
             raise ArtifactError(
                 Path(directory) / JSON_NAME, f" does not hold a circuit: {error}"
@@ -199,4 +314,7 @@ class Circuit:
 
 
 # The fields that are stored in circuit.json as they are.
-_STORED = ("task", "model_name", "model_fingerprint", "nodes", "metrics", "config", "example")
+_STORED = (
+    "task", "model_name", "model_fingerprint", "nodes", "metrics", "config", "example",
+    "kept_edges", "tokens", "verification",
+)  # fmt: skip

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from ..modeling.checked_files import ArtifactError, Field, check_vector, read_json, read_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = (1, 2)  # 1 had neither pruned edges, pruned tokens nor a verification
 JSON_NAME = "circuit.json"
 TENSORS_NAME = "circuit.safetensors"
 # No field may ask for more; far above any model's.
@@ -44,6 +45,32 @@ def check_content(content: Field) -> None:
     for _, value in content["config"].items():
         value.plain()
     _check_example(content["example"])
+    _check_pruned(content)
+    if content.has("verification"):
+        for _, check in content["verification"].items():
+            for _, value in check.items():
+                value.number()
+
+
+def _check_pruned(content: Field) -> None:
+    if content.has("kept_edges") and content["kept_edges"].value is not None:
+        for edge in content["kept_edges"].elements():
+            parts = list(edge.elements())
+            if len(parts) != 4:
+                edge.fail("a site, an index, a site and an index")
+            for site, index in (parts[:2], parts[2:]):
+                site.matching(_SITE, "names joined by dots")
+                index.integer(0, MAX_INDEX)
+    if content.has("edge_offsets"):
+        for site, at in content["edge_offsets"].items():
+            _check_site(site, content.path, "edge_offsets")
+            for index, value in at.items():
+                Field(index, content.path, f"an index in edge_offsets[{site!r}]").matching(
+                    "0|[1-9][0-9]{0,8}", "an index in decimal digits"
+                )
+                value.number()
+    if content.has("tokens") and content["tokens"].value is not None:
+        content["tokens"].integers(0, MAX_INDEX)
 
 
 def _check_site(site: str, path: str | os.PathLike, where: str) -> None:
@@ -68,7 +95,7 @@ def write_circuit(
     Args:
         folder: made if it is not there.
         fields: of `circuit.json`, as [`read_circuit`] returns them.
-        tensors: `means.SITE` and `scores.SITE`, float32 `(width,)`.
+        tensors: `means.SITE` and `scores.SITE`, float32 `(width,)`, and `token.mean`.
 
     Raises:
         ArtifactError: something could not be read back; nothing is written.
@@ -90,7 +117,8 @@ def write_circuit(
 def read_circuit(
     folder: str | os.PathLike,
 ) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
-    """The fields of `circuit.json`, and the tensors as `{"means": {site: …}, "scores": {…}}`.
+    """The fields of `circuit.json`, and the tensors as `{"means": {site: …}, "scores": {…}}` and,
+    where tokens were pruned, `"token": {"mean": …}`.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -105,11 +133,11 @@ def read_circuit(
             )
     content = read_json(folder / JSON_NAME)
     version = content.value.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in _READABLE:
         raise ArtifactError(
             content.path,
-            f" has format_version {version!r:.40}, but this library reads {FORMAT_VERSION}; update "
-            "the library or make the circuit anew.",
+            f" has format_version {version!r:.40}, but this library reads "
+            f"{' and '.join(map(str, _READABLE))}; update the library or make the circuit anew.",
         )
     check_content(content)
     tensors = read_tensors(folder / TENSORS_NAME)
@@ -119,12 +147,13 @@ def read_circuit(
 def _check_tensors(
     tensors: dict[str, torch.Tensor], path: Path
 ) -> dict[str, dict[str, torch.Tensor]]:
-    by_kind: dict[str, dict[str, torch.Tensor]] = {"means": {}, "scores": {}}
+    by_kind: dict[str, dict[str, torch.Tensor]] = {"means": {}, "scores": {}, "token": {}}
     for name, tensor in tensors.items():
         kind, _, site = name.partition(".")
-        if kind not in by_kind:
+        if kind not in by_kind or (kind == "token" and site != "mean"):
             raise ArtifactError(
-                path, f" has {name[:80]!r}, expected vectors named means.* and scores.*."
+                path,
+                f" has {name[:80]!r}, expected vectors named means.*, scores.* and token.mean.",
             )
         _check_site(site, path, kind)
         by_kind[kind][site] = check_vector(path, name, tensor)

@@ -21,21 +21,31 @@ class Edge(NamedTuple):
     weight: float
 
 
+def site_linears(model: nn.Module) -> list[tuple[nn.Module, str, list[tuple[str, slice]]]]:
+    """Every linear layer between node sites: the layer, the site it reads, and the sites it writes
+    to, each with its rows of the layer's output."""
+    transformer = getattr(model, "transformer", model)
+    linears = []
+    for i, block in enumerate(transformer.h):
+        attn, mlp = f"h.{i}.attn", f"h.{i}.mlp"
+        inner = block.attn.v.width
+        parts = [(f"{attn}.{p}", slice(n * inner, (n + 1) * inner)) for n, p in enumerate("qkv")]
+        linears += [
+            (block.attn.c_attn, f"{attn}.act_in", parts),
+            # Attention mixes positions, not channels: what c_proj reads on a channel is v's.
+            (block.attn.c_proj, f"{attn}.v", [(f"{attn}.resid_delta", slice(0, None))]),
+            (block.mlp.c_fc, f"{mlp}.act_in", [(f"{mlp}.post_act", slice(0, None))]),
+            (block.mlp.c_proj, f"{mlp}.post_act", [(f"{mlp}.resid_delta", slice(0, None))]),
+        ]
+    return linears
+
+
 def site_weights(model: nn.Module) -> list[tuple[str, str, torch.Tensor]]:
     """Every weight matrix between two node sites: source site, target site, `(target, source)`."""
-    transformer = getattr(model, "transformer", model)
     matrices = []
-    for i, block in enumerate(transformer.h):
-        site = f"h.{i}"
-        attn, mlp = block.attn, block.mlp
-        for part, weight in zip("qkv", attn.c_attn.weight.chunk(3, dim=0), strict=True):
-            matrices.append((f"{site}.attn.act_in", f"{site}.attn.{part}", weight))
-        matrices += [
-            # Attention mixes positions, not channels: what c_proj reads on a channel is v's.
-            (f"{site}.attn.v", f"{site}.attn.resid_delta", attn.c_proj.weight),
-            (f"{site}.mlp.act_in", f"{site}.mlp.post_act", mlp.c_fc.weight),
-            (f"{site}.mlp.post_act", f"{site}.mlp.resid_delta", mlp.c_proj.weight),
-        ]
+    for linear, source, targets in site_linears(model):
+        weight = linear.weight  # a sparse layer makes it anew each time
+        matrices += [(source, target, weight[rows]) for target, rows in targets]
     return matrices
 
 

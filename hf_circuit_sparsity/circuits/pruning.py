@@ -2,108 +2,40 @@
 
 One mask parameter τ per node is trained so that the model, with every node of τ ≤ 0 fixed at its
 mean, still solves the task with as few nodes as possible. Then nodes are ranked by τ, the smallest
-number of them that reaches the target loss is found by bisection, and nodes that turn out not to be
-needed are dropped one by one.
+number of them that reaches the target loss is found by bisection, and what turns out not to be
+needed is dropped one by one. With several seeds the smallest circuit wins.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import combinations
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..modeling.fingerprint import model_fingerprint
-from .ablation import hooked_sites, mean_ablated, mean_activations, node_sites
+from .ablation import TOKENS, ReferenceMeans, node_sites, reference_means
 from .circuit import Circuit
-from .edges import site_weights
+from .edge_ablation import cut_offsets, edge_name
+from .edges import circuit_edges
 from .faithfulness import evaluate_circuit
+from .mask_learning import Masks, learn_masks
+from .pruning_config import PruningConfig
 from .reference_tokens import ReferenceTokens, reference_input_ids
-from .task_loss import (
-    Calibration,
-    TaskTensors,
-    all_pair_logits,
-    binary_loss,
-    fit_calibration,
-    pair_logits,
-    trimmed,
-)
-
-Masks = dict[str, torch.Tensor]
+from .selection import Selector, bisect, drop_edges, drop_unconnected, drop_unneeded
+from .task_loss import TaskTensors, all_pair_logits, binary_loss, fit_calibration
 
 
 class TaskNotLearnedError(ValueError):
     """The model itself does not reach the loss that a circuit of it was asked to reach."""
 
 
-@dataclass(frozen=True)
-class PruningConfig:
-    """How [`find_circuit`] looks. The defaults are the centres of the paper's search (A.5)."""
+class PruningInputs(NamedTuple):
+    """What a search needs to know about the model once, whatever it tries."""
 
-    target_loss: float = 0.15
-    """Task loss, in nats, that the circuit must reach; ln 2 ≈ 0.69 is guessing."""
-    steps: int = 400
-    """Mask updates; 0 ranks nodes by their initial noise only."""
-    batch_size: int = 64
-    """Prompt pairs per update; each brings two sequences."""
-    k_coef: float = 1e-4
-    """Price of one open node, in nats."""
-    init_mean: float = 0.1
-    """Mean of the initial mask parameters."""
-    init_std: float = 0.01
-    """Standard deviation of the initial mask parameters."""
-    temperature: float = 1.0
-    """Of the sigmoid whose derivative stands in for the step function's."""
-    learning_rate: float = 3e-3
-    """Initial; decays linearly to zero."""
-    beta2: float = 0.95
-    """AdamW's second moment decay."""
-    weight_decay: float = 1e-3
-    """AdamW's, pulls mask parameters to the threshold."""
-    max_grad_norm: float = 1.0
-    """Gradient norm above which the gradient is scaled down."""
-    calibration_steps: int = 16
-    """L-BFGS steps for the scale and shift of the logits."""
-    selection_margin: float = 0.8
-    """Circuits are selected at this fraction of the target loss on training prompts, so that
-    held-out prompts, which may be harder, stay within the target."""
-    selection_prompts: int = 1024
-    """Training prompts on which candidate circuits are compared."""
-    cleanup: bool = True
-    """Drop, one by one, kept nodes without which the circuit still reaches the target."""
-    reference_tokens: int = 65536
-    """Tokens of the pretraining distribution over which means are taken."""
-    seed: int = 0
-    """Of the initial noise and of the batches."""
-
-    def __post_init__(self) -> None:
-        for name in ("target_loss", "temperature", "learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} was passed, but it must be > 0.")
-        for name in ("batch_size", "selection_prompts", "reference_tokens", "calibration_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} was passed, but it must be ≥ 1.")
-        if not 0 < self.selection_margin <= 1:
-            raise ValueError(
-                f"selection_margin={self.selection_margin} was passed, but it must be in (0, 1]."
-            )
-
-
-class _Gate(torch.autograd.Function):
-    """Heaviside forward; the derivative of a sigmoid with a temperature backward."""
-
-    @staticmethod
-    def forward(ctx: Any, tau: torch.Tensor, temperature: float) -> torch.Tensor:
-        ctx.save_for_backward(tau)
-        ctx.temperature = temperature
-        return (tau > 0).to(tau.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (tau,) = ctx.saved_tensors
-        s = torch.sigmoid(tau / ctx.temperature)
-        return grad * s * (1 - s) / ctx.temperature, None
+    means: ReferenceMeans
+    fingerprint: str
 
 
 def find_circuit(
@@ -128,59 +60,164 @@ def find_circuit(
         progress: show a progress bar.
 
     Returns:
-        The circuit, with losses on training and held-out prompts in `.metrics`.
+        The circuit, with losses on training and held-out prompts in `.metrics`; with several seeds
+        also `seed_jaccard`, how much the seeds' circuits have in common.
 
     Raises:
         TaskNotLearnedError: the model itself does not reach `config.target_loss`; says what it
             reaches.
+        ValueError: a prompt is longer than the model's context.
+    """
+    circuits = find_circuits(model, tokenizer, task, config, reference=reference, progress=progress)
+    best = min(circuits, key=circuit_size)
+    if len(circuits) > 1:
+        best.metrics["seed_jaccard"] = mean_jaccard(circuits)
+    return best
+
+
+def find_circuits(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Any,
+    config: PruningConfig | None = None,
+    *,
+    reference: ReferenceTokens = None,
+    progress: bool = True,
+    inputs: PruningInputs | None = None,
+) -> list[Circuit]:
+    """As [`find_circuit`], but the circuits of all seeds, in the order of the seeds.
+
+    Args:
+        inputs: from [`pruning_inputs`], to compute them once for many calls; `reference` is not
+            looked at then.
     """
     config = config or PruningConfig()
+    (circuits,) = find_frontier(
+        model,
+        tokenizer,
+        task,
+        [config.target_loss],
+        config,
+        reference=reference,
+        progress=progress,
+        inputs=inputs,
+    )
+    return circuits
+
+
+def find_frontier(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Any,
+    targets: Sequence[float],
+    config: PruningConfig | None = None,
+    *,
+    reference: ReferenceTokens = None,
+    progress: bool = True,
+    inputs: PruningInputs | None = None,
+) -> list[list[Circuit]]:
+    """Circuits for several target losses: masks are learned once, and each next target starts from
+    the circuit of the one before.
+
+    Args:
+        targets: losses in nats, ascending; `config.target_loss` is not looked at.
+        The others are those of [`find_circuits`].
+
+    Returns:
+        For every target, the circuits of all seeds.
+
+    Raises:
+        TaskNotLearnedError: the model itself does not reach the first target.
+        ValueError: no targets or not ascending ones, or a prompt longer than the model's context.
+    """
+    config = config or PruningConfig()
+    if not targets or list(targets) != sorted(targets):
+        raise ValueError(f"targets={list(targets)} was passed, expected ascending losses.")
+    configs = [replace(config, target_loss=target) for target in targets]
     node_sites(model)  # fails early on models that have none
     was_training = model.training
     model.eval()
     try:
-        train = _sample_rows(task.tensors("train"), config)
+        check_prompts_fit(model, task)
+        train = _sample_rows(task.tensors("train"), config.seed)
         selection = {k: v[: config.selection_prompts] for k, v in train.items()}
-        target = config.target_loss * config.selection_margin
-        _check_learned(model, task, selection, target, config)
-
-        input_ids = reference_input_ids(model, tokenizer, reference, config.reference_tokens)
-        means = mean_activations(model, input_ids)
-        scores = _learn_masks(model, train, means, config, progress)
-        loss_of = _selector(model, selection, means, config)
-        keep = _bisect(scores, target, loss_of)
-        keep = _drop_unconnected(model, keep, target, loss_of)
-        if config.cleanup:
-            keep = _drop_unneeded(keep, scores, target, loss_of, progress)
-        _, calibration = loss_of(keep)
-
-        circuit = Circuit(
-            nodes={site: mask.nonzero()[:, 0].tolist() for site, mask in keep.items()},
-            means={site: mean.cpu() for site, mean in means.items()},
-            scores={site: score.cpu() for site, score in scores.items()},
-            calibration=calibration,
-            task=task.name,
-            model_fingerprint=model_fingerprint(model),
-            model_name=getattr(getattr(model, "config", None), "_name_or_path", "") or "",
-            config=asdict(config),
-            example=_example(task),
-        )
-        circuit.metrics = evaluate_circuit(circuit, model, task)
-        return circuit
+        _check_learned(model, task, selection, configs[0])
+        if inputs is None:
+            inputs = pruning_inputs(model, tokenizer, config, reference)
+        means = dict(inputs.means.nodes)
+        if config.token_nodes:
+            means[TOKENS] = inputs.means.token
+        seeds = range(config.seed, config.seed + config.seeds)
+        frontier: list[list[Circuit]] = [[] for _ in targets]
+        for seed, scores in zip(
+            seeds, learn_masks(model, train, means, config, seeds, progress), strict=True
+        ):
+            keep = None
+            for at_target, circuits in zip(configs, frontier, strict=True):
+                selector = Selector(model, selection, inputs.means, at_target)
+                keep = bisect(scores, selector) if keep is None else keep
+                keep = drop_unconnected(model, keep, selector)
+                if config.cleanup:
+                    keep = drop_unneeded(keep, selector, progress)
+                circuit = _circuit(model, task, keep, scores, selector, inputs, progress)
+                circuit.config = {**asdict(at_target), "seed": seed}
+                circuit.metrics = evaluate_circuit(circuit, model, task)
+                circuits.append(circuit)
+        return frontier
     finally:
         model.train(was_training)
 
 
-def _sample_rows(tensors: TaskTensors, config: PruningConfig) -> dict[str, torch.Tensor]:
+def pruning_inputs(
+    model: nn.Module, tokenizer: Any, config: PruningConfig, reference: ReferenceTokens = None
+) -> PruningInputs:
+    """Means over the reference distribution, and which model this is."""
+    input_ids = reference_input_ids(model, tokenizer, reference, config.reference_tokens)
+    return PruningInputs(reference_means(model, input_ids), model_fingerprint(model))
+
+
+def circuit_size(circuit: Circuit) -> tuple[float, ...]:
+    """What makes a circuit smaller than another: edges, then nodes, then tokens, then loss."""
+    m = circuit.metrics
+    return (m["edges"], m["nodes"], m.get("token_nodes", 0), m["train_circuit_loss"])
+
+
+def jaccard(first: Circuit, second: Circuit) -> float:
+    """Share of the nodes of either circuit that both have; 1 for two empty ones."""
+    nodes = [{(s, i) for s, ids in c.nodes.items() for i in ids} for c in (first, second)]
+    union = nodes[0] | nodes[1]
+    return len(nodes[0] & nodes[1]) / len(union) if union else 1.0
+
+
+def mean_jaccard(circuits: Sequence[Circuit]) -> float:
+    """Mean of [`jaccard`] over all pairs."""
+    pairs = list(combinations(circuits, 2))
+    return sum(jaccard(a, b) for a, b in pairs) / len(pairs)
+
+
+def check_prompts_fit(model: nn.Module, task: Any) -> None:
+    """Raise a `ValueError` if a prompt of the task is longer than the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    longest = max(task.tensors(split)["input_ids"].shape[1] for split in ("train", "test"))
+    if context is not None and longest > context:
+        raise ValueError(
+            f"The task {task.name!r} has a prompt of {longest} tokens, but the model reads at most "
+            f"{context}; make the task with max_length={context} to see which, and use shorter "
+            "prompts or a model with a longer context."
+        )
+
+
+def _sample_rows(tensors: TaskTensors, seed: int) -> dict[str, torch.Tensor]:
     """The split's rows in a seeded order, so that any prefix of them is a fair sample."""
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(tensors["target_ids"]), generator=generator)
     return {k: v[order] for k, v in tensors.items()}
 
 
 def _check_learned(
-    model: nn.Module, task: Any, tensors: TaskTensors, target: float, config: PruningConfig
+    model: nn.Module, task: Any, tensors: TaskTensors, config: PruningConfig
 ) -> None:
+    target = config.target_loss * config.selection_margin
     pairs = all_pair_logits(model, tensors)
     loss = binary_loss(
         fit_calibration(pairs, tensors, config.calibration_steps).pairs(pairs, tensors)
@@ -194,154 +231,43 @@ def _check_learned(
         )
 
 
-def _learn_masks(
-    model: nn.Module, train: TaskTensors, means: Masks, config: PruningConfig, progress: bool
-) -> Masks:
-    """Train one mask parameter per node and return them, site → `(width,)`."""
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(config.seed)
-    taus = {
-        site: (config.init_mean + config.init_std * torch.randn(len(mean), generator=generator))
-        .clamp(-1, 1)
-        .to(device)
-        .requires_grad_()
-        for site, mean in means.items()
-    }
-    parameters = list(taus.values())
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(0.9, config.beta2),
-        weight_decay=config.weight_decay,
+def _circuit(
+    model: nn.Module,
+    task: Any,
+    keep: Masks,
+    scores: Masks,
+    selector: Selector,
+    inputs: PruningInputs,
+    progress: bool,
+) -> Circuit:
+    """The circuit of these nodes, its edges pruned if that is asked for."""
+    config = selector.config
+    cut = []
+    if config.prune_edges:
+        keep, cut = drop_edges(model, keep, selector, progress)
+    _, calibration = selector.loss(keep, cut)
+
+    nodes = {s: mask.nonzero()[:, 0].tolist() for s, mask in keep.items() if s != TOKENS}
+    pruned: dict[str, Any] = {}
+    if config.prune_edges:
+        gone = {edge_name(edge) for edge in cut}
+        names = [edge_name(edge) for edge in circuit_edges(model, nodes)]
+        pruned["kept_edges"] = [name for name in names if name not in gone]
+        pruned["edge_offsets"] = cut_offsets(cut, inputs.means)
+    if config.token_nodes:
+        pruned["tokens"] = keep[TOKENS].nonzero()[:, 0].tolist()
+        pruned["token_mean"] = inputs.means.token.cpu()
+    return Circuit(
+        nodes=nodes,
+        means={site: mean.cpu() for site, mean in inputs.means.nodes.items()},
+        scores={site: score.cpu() for site, score in scores.items() if site != TOKENS},
+        calibration=calibration,
+        task=task.name,
+        model_fingerprint=inputs.fingerprint,
+        model_name=getattr(getattr(model, "config", None), "_name_or_path", "") or "",
+        example=_example(task),
+        **pruned,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 1 - step / max(1, config.steps)
-    )
-    gates: Masks = {}
-
-    def gate_hook(site: str) -> Callable:
-        def hook(module, args, output):
-            gate, mean = gates[site].to(output.dtype), means[site].to(output)
-            return mean + gate * (output - mean)
-
-        return hook
-
-    weights_need_grad = [p for p in model.parameters() if p.requires_grad]
-    bar = tqdm(total=config.steps, desc="learning masks", disable=not progress, leave=False)
-    n = len(train["target_ids"])
-    try:
-        for p in weights_need_grad:
-            p.requires_grad_(False)
-        with hooked_sites(model, {site: gate_hook(site) for site in taus}):
-            for _ in range(config.steps):
-                rows = torch.randint(n, (2 * config.batch_size,), generator=generator)
-                batch = trimmed({k: v[rows] for k, v in train.items()})
-                for site, tau in taus.items():
-                    gates[site] = _Gate.apply(tau, config.temperature)
-                loss = binary_loss(pair_logits(model, batch))
-                open_nodes = sum(gate.sum() for gate in gates.values())
-                optimizer.zero_grad()
-                (loss + config.k_coef * open_nodes).backward()
-                torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-                optimizer.step()
-                schedule.step()
-                with torch.no_grad():
-                    for tau in parameters:
-                        tau.clamp_(-1, 1)
-                bar.update()
-                bar.set_postfix(loss=f"{loss.item():.3f}", nodes=int(open_nodes), refresh=False)
-    finally:
-        bar.close()
-        for p in weights_need_grad:
-            p.requires_grad_(True)
-    return {site: tau.detach() for site, tau in taus.items()}
-
-
-LossOf = Callable[[Masks], tuple[float, Calibration]]
-
-
-def _selector(
-    model: nn.Module, selection: TaskTensors, means: Masks, config: PruningConfig
-) -> LossOf:
-    """Loss, after calibration, of the model cut down to the given nodes."""
-
-    def loss_of(keep: Masks) -> tuple[float, Calibration]:
-        with mean_ablated(model, keep, means):
-            pairs = all_pair_logits(model, selection)
-        calibration = fit_calibration(pairs, selection, config.calibration_steps)
-        return binary_loss(calibration.pairs(pairs, selection)).item(), calibration
-
-    return loss_of
-
-
-def _bisect(scores: Masks, target: float, loss_of: LossOf) -> Masks:
-    """The fewest nodes, in order of their scores, that reach the target loss."""
-    flat = torch.cat(list(scores.values()))
-    order = flat.argsort(descending=True, stable=True)
-
-    def best(k: int) -> Masks:
-        kept = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
-        kept[order[:k]] = True
-        parts = kept.split([len(score) for score in scores.values()])
-        return dict(zip(scores, parts, strict=True))
-
-    low, high = 0, len(flat)  # the target is reached at high, not at low
-    while high - low > 1:
-        middle = (low + high) // 2
-        if loss_of(best(middle))[0] <= target:
-            high = middle
-        else:
-            low = middle
-    return best(high)
-
-
-def _drop_unconnected(model: nn.Module, keep: Masks, target: float, loss_of: LossOf) -> Masks:
-    """Drop kept nodes that no kept node reads or writes, where that does not cost the target.
-
-    Queries and keys need no reader: the attention scores read them.
-    """
-    connected = {site: mask.clone() for site, mask in keep.items()}
-    changed = True
-    while changed:
-        changed = False
-        reads = {site: torch.zeros_like(mask) for site, mask in connected.items()}
-        writes = {site: torch.zeros_like(mask) for site, mask in connected.items()}
-        for source, destination, weight in site_weights(model):
-            live = weight != 0
-            live = live & connected[destination][:, None] & connected[source][None, :]
-            reads[source] |= live.any(0)
-            writes[destination] |= live.any(1)
-        for site, mask in connected.items():
-            needed = mask.clone()
-            if not site.endswith((".q", ".k", ".resid_delta")):
-                needed &= reads[site]
-            if not site.endswith(".act_in"):
-                needed &= writes[site]
-            if not torch.equal(needed, mask):
-                connected[site], changed = needed, True
-    return connected if loss_of(connected)[0] <= target else keep
-
-
-def _drop_unneeded(
-    keep: Masks, scores: Masks, target: float, loss_of: LossOf, progress: bool
-) -> Masks:
-    """Drop nodes one by one, cheapest first, as long as the target loss is still reached."""
-    keep = {site: mask.clone() for site, mask in keep.items()}
-    while True:
-        nodes = [(site, i) for site, mask in keep.items() for i in mask.nonzero()[:, 0].tolist()]
-        losses = {}
-        for site, i in tqdm(nodes, desc="dropping nodes", disable=not progress, leave=False):
-            keep[site][i] = False
-            losses[site, i] = loss_of(keep)[0]
-            keep[site][i] = True
-        droppable = sorted((n for n in nodes if losses[n] <= target), key=losses.__getitem__)
-        if not droppable:
-            return keep
-        # In order of what each costs alone; what it costs beside the others is measured again.
-        for site, i in droppable:
-            keep[site][i] = False
-            if loss_of(keep)[0] > target:
-                keep[site][i] = True
 
 
 def _example(task: Any) -> dict[str, Any]:

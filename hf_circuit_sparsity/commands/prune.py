@@ -6,14 +6,19 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..circuits import Circuit, PruningConfig, find_circuit
+from ..circuits import Circuit, PruningConfig, find_circuit, search_circuit
 from ..modeling import CircuitGPTForCausalLM
 from ..tasks import build_corpus, load_task, pack
 from .console import quiet_libraries, say, table
 
 
 def run_prune(
-    model: str, task: str, output_dir: str | None, config: PruningConfig, corpus: str | None = None
+    model: str,
+    task: str,
+    output_dir: str | None,
+    config: PruningConfig,
+    corpus: str | None = None,
+    trials: int = 1,
 ) -> Circuit:
     """Find, save and draw the circuit of a task in a saved model.
 
@@ -24,6 +29,8 @@ def run_prune(
         config: how to look for it.
         corpus: folder of Python over which nodes' means are taken; the standard library if not
             given.
+        trials: settings of mask learning to try; above 1 they are searched, with the state of the
+            search in `<output_dir>/search`.
     """
     quiet_libraries()
     loaded, tokenizer = load_model(model)
@@ -31,7 +38,7 @@ def run_prune(
     if corpus is not None:
         reference = pack(build_corpus(corpus)["train"], tokenizer, loaded.config.block_size)
     folder = Path(output_dir) if output_dir else Path(model) / "circuits" / task
-    return prune_model(loaded, tokenizer, task, folder, config, reference)
+    return prune_model(loaded, tokenizer, task, folder, config, reference, trials)
 
 
 def load_model(model: str) -> tuple[CircuitGPTForCausalLM, PreTrainedTokenizerBase]:
@@ -57,12 +64,24 @@ def prune_model(
     folder: Path,
     config: PruningConfig,
     reference: Any = None,
+    trials: int = 1,
 ) -> Circuit:
     """Find the circuit of a task, then write it and its picture into `folder`."""
     task = load_task(
         task_name, tokenizer, seed=config.seed, max_length=model.config.max_position_embeddings
     )
-    circuit = find_circuit(model, tokenizer, task, config, reference=reference)
+    if trials > 1:
+        circuit = search_circuit(
+            model,
+            tokenizer,
+            task,
+            config,
+            trials=trials,
+            folder=folder / "search",
+            reference=reference,
+        )
+    else:
+        circuit = find_circuit(model, tokenizer, task, config, reference=reference)
     circuit.save_pretrained(folder)
     circuit.plot(folder / "circuit.png", model, tokenizer)
     return circuit
@@ -71,9 +90,15 @@ def prune_model(
 def circuit_rows(circuit: Circuit) -> list[tuple[str, str]]:
     """The summary table's rows about a circuit."""
     m = circuit.metrics
+    extra = []
+    if circuit.tokens is not None:
+        extra.append(("its tokens", f"{m['token_nodes']}, {m['token_edges']} edges from them"))
+    if "seed_jaccard" in m:
+        extra.append(("nodes that two seeds share", f"{m['seed_jaccard']:.0%} on average"))
     return [
         ("task", circuit.task),
         ("circuit", f"{m['nodes']} nodes, {m['edges']} edges"),
+        *extra,
         ("its share", f"{m['node_share']:.2%} of the nodes, {m['edge_share']:.3%} of the edges"),
         ("loss, whole model", f"{m['model_loss']:.3f}, accuracy {m['model_accuracy']:.1%}"),
         ("  its logits calibrated", f"{m['calibrated_model_loss']:.3f}"),

@@ -1,5 +1,6 @@
 """Data: the corpus, its tokenizer, packing into blocks, and the binary tasks."""
 
+from .adversarial import load_adversarial_tasks
 from .binary_task import BinaryTask, TaskNotExpressibleError, TaskTooLongError
 from .corpus import build_corpus
 from .load import build_task_dataset, list_tasks, load_task
@@ -15,6 +16,7 @@ __all__ = [
     "decode_bytes",
     "encode_bytes",
     "list_tasks",
+    "load_adversarial_tasks",
     "load_task",
     "pack",
     "tokenizer_from_openai",

@@ -9,7 +9,7 @@ from hf_circuit_sparsity.circuits import (
     find_circuit,
     mean_activations,
 )
-from hf_circuit_sparsity.circuits.pruning import _Gate
+from hf_circuit_sparsity.circuits.mask_learning import Gate
 from tests.circuits.planted import (
     NO,
     PLANTED_EDGES,
@@ -61,7 +61,7 @@ def test_masks_alone_open_the_planted_nodes_and_hardly_another():
 
 def test_gate_is_a_step_forward_and_a_sigmoid_backward():
     tau = torch.tensor([-1.0, -0.1, 0.0, 0.1, 1.0], requires_grad=True)
-    gate = _Gate.apply(tau, 0.5)
+    gate = Gate.apply(tau, 0.5)
     assert gate.tolist() == [0, 0, 0, 1, 1]
     gate.sum().backward()
     smooth = tau.detach().clone().requires_grad_()
@@ -116,11 +116,18 @@ def test_bad_settings():
         ({"target_loss": 0.0}, "target_loss=0.0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"selection_margin": 1.5}, "selection_margin=1.5"),
+        ({"seeds": 0}, "seeds=0"),
+        ({"memory_gb": 0.0}, "memory_gb=0.0"),
+        ({"screen_prompts": -1}, "screen_prompts=-1"),
     ]:
         with pytest.raises(ValueError, match=message):
             PruningConfig(**settings)
     with pytest.raises(TypeError, match=r"Linear has no node_sites"):
         find_circuit(torch.nn.Linear(2, 2), None, None)
+    model = planted_model()
+    model.config.block_size = 5
+    with pytest.raises(ValueError, match=r"a prompt of 9 tokens, but the model reads at most 5"):
+        find(model)
     with pytest.raises(ValueError, match=r"shape \(5,\)"):
         find_circuit(
             planted_model(), word_tokenizer(), on_off_task(), QUICK, reference=torch.arange(5)

@@ -6,7 +6,7 @@ from .base import Example, Pair, Split, define
 from .words import VARIABLES, surround
 
 # Code up to the bracket that opens the list. `]` or `]]`, and then the line ends.
-_TEMPLATES: dict[Split, tuple[str, ...]] = {
+TEMPLATES: dict[Split, tuple[str, ...]] = {
     "train": ("{v} = [", "return [", "self.{attr} = [", "{v}.{attr} = [", "{v} = {w} or ["),
     "test": ("{v} += [", "yield [", "{v} = {w} + [", "self.{attr} += [", "assert {v} == ["),
 }
@@ -19,7 +19,7 @@ _TEMPLATES: dict[Split, tuple[str, ...]] = {
     "of ']]\\n': a bracket that ends the line against one that is followed by another.",
 )
 def bracket_counting(rng: random.Random, split: Split) -> Pair:
-    template, names = surround(rng, split, rng.choice(_TEMPLATES[split]))
+    template, names = surround(rng, split, rng.choice(TEMPLATES[split]))
     opened = template.format(**names)
     numbers = ", ".join([_number(rng), *(_element(rng, split) for _ in range(rng.randrange(1, 7)))])
     # The flat list has a digit where the nested one has its second bracket: the prompts then differ

@@ -1,0 +1,77 @@
+"""The settings of [`find_circuit`]."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """How [`find_circuit`] looks. The defaults are the centres of the paper's search (A.5)."""
+
+    target_loss: float = 0.15
+    """Task loss, in nats, that the circuit must reach; ln 2 ≈ 0.69 is guessing."""
+    steps: int = 400
+    """Mask updates; 0 ranks nodes by their initial noise only."""
+    batch_size: int = 64
+    """Prompt pairs per update; each brings two sequences."""
+    k_coef: float = 1e-4
+    """Price of one open node, in nats."""
+    init_mean: float = 0.1
+    """Mean of the initial mask parameters."""
+    init_std: float = 0.01
+    """Standard deviation of the initial mask parameters."""
+    temperature: float = 1.0
+    """Of the sigmoid whose derivative stands in for the step function's."""
+    learning_rate: float = 3e-3
+    """Initial; decays linearly to zero."""
+    beta2: float = 0.95
+    """AdamW's second moment decay."""
+    weight_decay: float = 1e-3
+    """AdamW's, pulls mask parameters to the threshold."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which the gradient is scaled down."""
+    calibration_steps: int = 16
+    """L-BFGS steps for the scale and shift of the logits."""
+    selection_margin: float = 0.8
+    """Circuits are selected at this fraction of the target loss on training prompts, so that
+    held-out prompts, which may be harder, stay within the target."""
+    selection_prompts: int = 1024
+    """Training prompts on which candidate circuits are compared."""
+    cleanup: bool = True
+    """Drop, one by one, kept nodes without which the circuit still reaches the target."""
+    screen_prompts: int = 128
+    """Prompts on which the clean-up first tries what it may drop; what looks hopeless there is not
+    tried on all. 0 tries everything on all of them."""
+    prune_edges: bool = False
+    """Also drop single weights between kept nodes, as long as the target is reached."""
+    token_nodes: bool = False
+    """Also ask which tokens' embeddings are needed; the others are fixed at the mean embedding."""
+    reference_tokens: int = 65536
+    """Tokens of the pretraining distribution over which means are taken."""
+    seed: int = 0
+    """Of the initial noise and of the batches."""
+    seeds: int = 1
+    """Masks are learned from this many seeds, `seed` onwards; the smallest circuit wins."""
+    memory_gb: float = 4.0
+    """Activations that learning masks may hold, in GB, roughly; the masks of as many seeds as fit
+    are learned together in one forward pass."""
+
+    def __post_init__(self) -> None:
+        for name in ("target_loss", "temperature", "learning_rate", "max_grad_norm", "memory_gb"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} was passed, but it must be > 0.")
+        for name in (
+            "batch_size",
+            "selection_prompts",
+            "reference_tokens",
+            "calibration_steps",
+            "seeds",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} was passed, but it must be ≥ 1.")
+        for name in ("steps", "screen_prompts", "k_coef", "weight_decay", "init_std"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} was passed, but it must be ≥ 0.")
+        if not 0 < self.selection_margin <= 1:
+            raise ValueError(
+                f"selection_margin={self.selection_margin} was passed, but it must be in (0, 1]."
+            )

@@ -1,0 +1,396 @@
+"""Checks that would catch a wrong circuit, each beside random circuits of equal size.
+
+Sufficiency, necessity and the sizes are Gao et al. 2025 (METHOD section 2); completeness is that of
+Wang et al. 2022 (arXiv 2211.00593, section 4); interchange is the intervention of Geiger et al.
+2021 (arXiv 2106.02997).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ..metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
+from ..tasks import load_adversarial_tasks
+from .ablation import hooked_sites, mean_ablated
+from .circuit import Circuit
+from .pruning import TaskNotLearnedError, check_prompts_fit, find_circuits, jaccard
+from .pruning_config import PruningConfig
+from .reference_tokens import ReferenceTokens
+from .task_loss import (
+    Calibration,
+    TaskTensors,
+    all_pair_logits,
+    binary_accuracy,
+    binary_loss,
+    fit_calibration,
+    pair_logits,
+)
+
+GUESSING = 0.6931  # nats; ln 2
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number about a circuit, and what it would have to be.
+
+    Attributes:
+        name: of the check.
+        value: the circuit's.
+        control: the mean over random circuits of equal size.
+        threshold: what the value must reach; None for a number that is only reported.
+        at_least: whether it must be at least the threshold, or at most.
+        meaning: what is measured, in a few words.
+    """
+
+    name: str
+    value: float
+    control: float
+    threshold: float | None
+    at_least: bool
+    meaning: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value reaches the threshold and is better than the control."""
+        if self.threshold is None:
+            return True
+        sign = 1 if self.at_least else -1
+        return sign * (self.value - self.threshold) >= 0 and sign * (self.value - self.control) > 0
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of [`Circuit.verify`]."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def __getitem__(self, name: str) -> Check:
+        return next(check for check in self.checks if check.name == name)
+
+    def table(self) -> str:
+        """All checks as a Markdown table."""
+        lines = ["| check | circuit | random | must be | | what it is |", "| --- " * 6 + "|"]
+        for c in self.checks:
+            bound, verdict = "", "–"
+            if c.threshold is not None:
+                bound = f"{'≥' if c.at_least else '≤'} {c.threshold:g}"
+                verdict = "pass" if c.passed else "FAIL"
+            lines.append(
+                f"| {c.name} | {c.value:.3f} | {c.control:.3f} | {bound} | {verdict} | "
+                f"{c.meaning} |"
+            )
+        return "\n".join(lines)
+
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """Check by check, as `circuit.json` stores it."""
+        stored = {}
+        for check in self.checks:
+            fields = {k: v for k, v in asdict(check).items() if k not in ("name", "meaning")}
+            fields = {k: float(v) for k, v in fields.items() if v is not None}
+            stored[check.name] = {**fields, "passed": float(check.passed)}
+        return stored
+
+
+def verify_circuit(
+    circuit: Circuit,
+    model: nn.Module,
+    tokenizer: Any,
+    task: Any,
+    *,
+    prompts: int = 256,
+    random_circuits: int = 2,
+    subsets: int = 6,
+    stability_seeds: int = 2,
+    reference: ReferenceTokens = None,
+    others: Sequence[Circuit] | None = None,
+    adversarial: dict[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Verification:
+    """See [`Circuit.verify`]."""
+    if not len(circuit):
+        raise ValueError(
+            f"The circuit for {circuit.task!r} has no nodes, so there is nothing to verify; find "
+            "one with a lower target_loss."
+        )
+    circuit.check_model(model)
+    check_prompts_fit(model, task)
+    was_training = model.training
+    model.eval()
+    try:
+        if others is None:
+            others = _other_seeds(
+                circuit, model, tokenizer, task, stability_seeds, reference, progress
+            )
+        if adversarial is None:
+            adversarial = load_adversarial_tasks(
+                task.name,
+                tokenizer,
+                n=prompts,
+                seed=seed,
+                max_length=getattr(model.config, "max_position_embeddings", None),
+            )
+        suite = _Suite(model, task, prompts, subsets, seed, others, adversarial)
+        target = circuit.config.get("target_loss", 0.15)
+        generator = torch.Generator().manual_seed(seed)
+        candidates = [circuit]
+        candidates += [random_circuit(circuit, generator) for _ in range(random_circuits)]
+        measured = [
+            suite.measure(candidate, real=candidate is circuit)
+            for candidate in tqdm(candidates, "verifying", disable=not progress, leave=False)
+        ]
+    finally:
+        model.train(was_training)
+    checks = []
+    for name, value in measured[0].items():
+        control = sum(m[name] for m in measured[1:]) / max(1, random_circuits)
+        threshold, at_least, meaning = _meaning(name, target)
+        checks.append(Check(name, value, control, threshold, at_least, meaning))
+    return Verification(tuple(checks))
+
+
+def random_circuit(circuit: Circuit, generator: torch.Generator) -> Circuit:
+    """As many nodes at every site, drawn at random; no edges are pruned."""
+    nodes = {
+        site: torch.randperm(len(circuit.means[site]), generator=generator)[: len(ids)].tolist()
+        for site, ids in circuit.nodes.items()
+    }
+    return Circuit(
+        nodes=nodes,
+        means=circuit.means,
+        task=circuit.task,
+        model_fingerprint=circuit.model_fingerprint,
+        config=dict(circuit.config),
+        tokens=circuit.tokens,
+        token_mean=circuit.token_mean,
+    )
+
+
+def _other_seeds(
+    circuit: Circuit,
+    model: nn.Module,
+    tokenizer: Any,
+    task: Any,
+    count: int,
+    reference: ReferenceTokens,
+    progress: bool,
+) -> list[Circuit]:
+    """Circuits found as this one was, from other seeds."""
+    if count < 1:
+        return []
+    known = {k: v for k, v in circuit.config.items() if k in PruningConfig.__dataclass_fields__}
+    config = PruningConfig(**{**known, "seeds": count, "seed": int(known.get("seed", 0)) + 1000})
+    return find_circuits(model, tokenizer, task, config, reference=reference, progress=progress)
+
+
+def _meaning(name: str, target: float) -> tuple[float | None, bool, str]:
+    """Threshold, direction and meaning of a check."""
+    kind, _, detail = name.partition(": ")
+    about = {
+        "sufficiency": (target, False, "loss of the circuit alone, nats"),
+        "necessity": (0.5, True, "share of the model's skill that goes with the circuit"),
+        "completeness": (0.2, False, "loss of circuit and model without random parts, difference"),
+        "interchange": (
+            0.75,
+            True,
+            "answers that turn when only its nodes are from the other prompt",
+        ),
+        "transfer": (0.9, True, "skill on unseen templates, as a share of the model's"),
+        "pair KL": (target, False, "model's answer against the circuit's, of the two candidates"),
+        "vocabulary KL": (None, False, "model's next token against the circuit's"),
+        "stability": (0.5, True, "nodes shared with circuits of other seeds (Jaccard)"),
+        "adversarial": (0.75, True, "agreement with the model where " + detail.replace("_", " ")),
+    }
+    return about[kind]
+
+
+class _Suite:
+    """What every candidate is measured on; the whole model is measured once."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Any,
+        prompts: int,
+        subsets: int,
+        seed: int,
+        others: Sequence[Circuit],
+        adversarial: dict[str, Any],
+    ):
+        self.model = model
+        self.subsets = subsets
+        self.seed = seed
+        self.others = others
+        generator = torch.Generator().manual_seed(seed)
+        self.train = _some(task.tensors("train"), prompts, generator)
+        self.test = _some(task.tensors("test"), prompts, generator)
+        self.swaps = _equally_long(task, prompts)
+        self.model_pairs = all_pair_logits(model, self.test)
+        self.model_calibration = self._calibration()
+        self.model_loss = self._loss(self.model_pairs, self.model_calibration)
+        self.model_accuracy = binary_accuracy(self.model_pairs)
+        if self.model_loss > 0.9 * GUESSING or self.model_accuracy <= 0.5:
+            raise TaskNotLearnedError(
+                f"The whole model reaches a loss of {self.model_loss:.3f} and an accuracy of "
+                f"{self.model_accuracy:.1%} on the task {task.name!r}, hardly more than "
+                "guessing, so no circuit of it can be checked; train the model longer."
+            )
+        self.vocabulary = _next_token(model, self.test)
+        self.adversarial = {
+            kind: (tensors := adverse.tensors("test"), all_pair_logits(model, tensors))
+            for kind, adverse in adversarial.items()
+        }
+
+    def _calibration(self) -> Calibration:
+        return fit_calibration(all_pair_logits(self.model, self.train), self.train)
+
+    def _loss(self, pairs: torch.Tensor, calibration: Calibration) -> float:
+        return binary_loss(calibration.pairs(pairs, self.test)).item()
+
+    def measure(self, circuit: Circuit, real: bool) -> dict[str, float]:
+        """All numbers of one candidate. Random ones are calibrated here, as found ones were."""
+        model, test = self.model, self.test
+        with circuit.applied(model, calibrated=False):
+            calibration = circuit.calibration if real else self._calibration()
+            pairs = all_pair_logits(model, test)
+            next_token = _next_token(model, test, calibration)
+            adverse = {k: all_pair_logits(model, t) for k, (t, _) in self.adversarial.items()}
+        with circuit.applied(model, inverse=True):
+            # Calibrated anew: that the answers are merely shifted is not a loss of skill.
+            without = self._loss(all_pair_logits(model, test), self._calibration())
+        alone = calibration.pairs(pairs, test)
+        whole = self.model_calibration.pairs(self.model_pairs, test)
+        numbers = {
+            "sufficiency": binary_loss(alone).item(),
+            "necessity": (without - self.model_loss) / (GUESSING - self.model_loss),
+            "completeness": self._incompleteness(circuit),
+            "transfer": (binary_accuracy(alone) - 0.5) / (self.model_accuracy - 0.5),
+            "pair KL": pair_kl(alone.numpy(), whole.numpy()),
+            "vocabulary KL": _kl(self.vocabulary, next_token),
+        }
+        if self.swaps is not None:
+            numbers["interchange"] = self._interchange(circuit)
+        if self.others:
+            numbers["stability"] = self._stability(circuit, real)
+        for kind, (tensors, whole_pairs) in self.adversarial.items():
+            here = calibration.pairs(adverse[kind], tensors)
+            there = self.model_calibration.pairs(whole_pairs, tensors)
+            numbers[f"adversarial: {kind}"] = agreement(here.numpy(), there.numpy())
+        return numbers
+
+    def _incompleteness(self, circuit: Circuit) -> float:
+        """Mean |loss(circuit without K) − loss(model without K)| over random halves K of it."""
+        generator = torch.Generator().manual_seed(self.seed)
+        masks = circuit.masks()
+        gaps = []
+        for _ in range(self.subsets):
+            removed = {
+                site: mask & (torch.rand(len(mask), generator=generator) < 0.5)
+                for site, mask in masks.items()
+            }
+            losses = []
+            for keep in (
+                {site: masks[site] & ~gone for site, gone in removed.items()},
+                {site: ~gone for site, gone in removed.items()},
+            ):
+                with mean_ablated(self.model, keep, circuit.means):
+                    pairs = all_pair_logits(self.model, self.test)
+                calibration = fit_calibration(pairs, self.test)
+                losses.append(self._loss(pairs, calibration))
+            gaps.append(abs(losses[0] - losses[1]))
+        return sum(gaps) / max(1, len(gaps))
+
+    @torch.no_grad()
+    def _interchange(self, circuit: Circuit) -> float:
+        """Share of prompts that get the other answer when the circuit's nodes are the other's.
+
+        The prompts of a pair are equally long; everything outside the circuit sees its own prompt.
+        """
+        own, other = self.swaps
+        turned = []
+        for rows in torch.arange(len(own["target_ids"])).split(128):
+            here, there = ({k: v[rows] for k, v in part.items()} for part in (own, other))
+            seen: dict[str, torch.Tensor] = {}
+            with hooked_sites(self.model, {s: _recorder(seen, s) for s in circuit.nodes}):
+                pair_logits(self.model, there)
+            swap = {s: _swapper(seen[s], ids) for s, ids in circuit.nodes.items()}
+            with hooked_sites(self.model, swap):
+                pairs = pair_logits(self.model, here).cpu()
+            turned.append(self.model_calibration.pairs(pairs, here))
+        pairs = torch.cat(turned)
+        return (pairs[:, 1] > pairs[:, 0]).float().mean().item()
+
+    def _stability(self, circuit: Circuit, real: bool) -> float:
+        pairs = [(circuit, other) for other in self.others]
+        if real:
+            pairs += list(combinations(self.others, 2))
+        return sum(jaccard(a, b) for a, b in pairs) / len(pairs)
+
+
+def _some(tensors: TaskTensors, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    rows = torch.randperm(len(tensors["target_ids"]), generator=generator)[:count]
+    return {k: v[rows] for k, v in tensors.items()}
+
+
+def _equally_long(task: Any, count: int) -> tuple[TaskTensors, TaskTensors] | None:
+    """Held-out prompts and their counterfactuals, row by row; None if none are equally long."""
+    tensors = task.tensors("test")
+    lengths = tensors["attention_mask"].sum(1)
+    other = torch.arange(len(lengths)) ^ 1  # rows 2k and 2k+1 are a pair
+    rows = (lengths == lengths[other]).nonzero()[:, 0][:count]
+    if not len(rows):
+        return None
+    return {k: v[rows] for k, v in tensors.items()}, {k: v[other[rows]] for k, v in tensors.items()}
+
+
+def _recorder(seen: dict[str, torch.Tensor], site: str) -> Callable:
+    def hook(module, args, output):
+        seen[site] = output
+
+    return hook
+
+
+def _swapper(seen: torch.Tensor, ids: Sequence[int]) -> Callable:
+    def hook(module, args, output):
+        return output.index_copy(-1, torch.tensor(ids, device=output.device), seen[..., ids])
+
+    return hook
+
+
+@torch.no_grad()
+def _next_token(
+    model: nn.Module, tensors: TaskTensors, calibration: Calibration | None = None
+) -> torch.Tensor:
+    """Logits `(n, vocabulary)` after each prompt."""
+    device = next(model.parameters()).device
+    parts = []
+    for ids, mask in zip(
+        tensors["input_ids"].split(128), tensors["attention_mask"].split(128), strict=True
+    ):
+        output = model(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            use_cache=False,
+            logits_to_keep=1,
+        )
+        logits = output.logits[:, -1].float().cpu()
+        parts.append(logits if calibration is None else calibration.logits(logits))
+    return torch.cat(parts)
+
+
+def _kl(model: torch.Tensor, circuit: torch.Tensor) -> float:
+    """Mean KL(model ‖ circuit) of the distributions that rows of logits give, in nats."""
+    return F.kl_div(
+        circuit.log_softmax(-1), model.log_softmax(-1), log_target=True, reduction="batchmean"
+    ).item()

@@ -1,0 +1,48 @@
+"""Adversarial prompts: the answer still follows from the prompt, by the rules."""
+
+import pytest
+
+from hf_circuit_sparsity.tasks import build_corpus, load_adversarial_tasks, train_tokenizer
+from hf_circuit_sparsity.tasks.adversarial import ADVERSARIES
+from tests.tasks.rules import open_brackets, open_quote
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(build_corpus()["train"].select(range(0, 700, 10)), vocab_size=1000)
+
+
+def test_strings_with_the_other_quote_inside(tokenizer):
+    task = load_adversarial_tasks("single_double_quote", tokenizer)["other_quote_inside"]
+    for row in task.test:
+        quote = open_quote(row["prompt"])
+        other = {"'": '"', '"': "'"}[quote]
+        assert row["target"].startswith(quote) and other in row["prompt"]
+        assert row["counterfactual_target"].startswith(other)
+        assert len(row["input_ids"]) == len(row["counterfactual_input_ids"])
+
+
+def test_long_lists(tokenizer):
+    task = load_adversarial_tasks("bracket_counting", tokenizer, max_length=128)["long_list"]
+    for row in task.test:
+        assert row["prompt"].count(",") >= 11 and len(row["input_ids"]) <= 128
+        nested = open_brackets(row["prompt"]).endswith("[[")
+        assert (row["target"].count("]") == 2) == nested
+
+
+@pytest.mark.parametrize("name", sorted(ADVERSARIES))
+def test_the_other_answer_stands_before(name, tokenizer):
+    tasks = load_adversarial_tasks(name, tokenizer, n=64, max_length=128)
+    again = load_adversarial_tasks(name, tokenizer, n=64, max_length=128)
+    task = tasks["other_answer_before"]
+    assert 32 <= len(task.test) <= 64 and task.name == f"{name}/other_answer_before"
+    assert task.test["prompt"] == again["other_answer_before"].test["prompt"]
+    for row in task.test:
+        assert row["target_id"] != row["counterfactual_target_id"]
+        if name == "single_double_quote":
+            assert row["target"].startswith(open_quote(row["prompt"]))
+            assert {"'", '"'} <= set(row["prompt"])
+
+
+def test_tasks_without_adversaries_have_none(tokenizer):
+    assert load_adversarial_tasks("enumerate_range", tokenizer) == {}
