@@ -107,9 +107,10 @@ def test_bad_input(model):
     with pytest.raises(ValueError, match="was cut out of the model"):
         verify(planted_circuit(unable), model)
     short = planted_model()
+    circuit = planted_circuit(short)
     short.config.block_size = 5
     with pytest.raises(ValueError, match="but the model reads at most 5"):
-        verify(planted_circuit(short), short)
+        circuit.verify(short, word_tokenizer(), on_off_task(), others=[], progress=False)
     # Made for a wider model, but with this one's fingerprint.
     wide = planted_circuit(model)
     wide.means["h.0.attn.v"] = torch.zeros(99)

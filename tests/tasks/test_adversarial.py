@@ -24,10 +24,13 @@ def test_strings_with_the_other_quote_inside(tokenizer):
 
 def test_long_lists(tokenizer):
     task = load_adversarial_tasks("bracket_counting", tokenizer, max_length=128)["long_list"]
+    answers = {True: set(), False: set()}
     for row in task.test:
         assert row["prompt"].count(",") >= 11 and len(row["input_ids"]) <= 128
-        nested = open_brackets(row["prompt"]).endswith("[[")
-        assert (row["target"].count("]") == 2) == nested
+        answers[open_brackets(row["prompt"]).endswith("[[")].add(row["target"])
+    # One bracket that ends the line, against one that another follows.
+    (flat,), (nested,) = answers[False], answers[True]
+    assert flat != nested and flat.startswith("]") and nested.startswith("]")
 
 
 @pytest.mark.parametrize("name", sorted(ADVERSARIES))

@@ -1,0 +1,189 @@
+"""What the scripts about findings share: circuits of trained models, found once and kept.
+
+A script that was stopped goes on: models, circuits and figures that are in the folder are not made
+again.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..circuits import Circuit, PruningConfig, TaskNotLearnedError, evaluate_tasks, find_frontier
+from ..circuits.pruning import PruningInputs, pruning_inputs
+from ..circuits.reference_tokens import reference_input_ids
+from ..commands.console import quiet_libraries, say
+from ..commands.train import write_json
+from ..metrics.circuit_size.geometric_mean import geometric_mean
+from ..modeling import CircuitGPTForCausalLM
+from ..tasks import BinaryTask, load_task
+from .trained_models import FOLDER, load_trained
+
+RESULTS = Path("benchmarks/results")
+TARGETS = (0.15, 0.3, 0.5)
+LEARNED = 0.12  # what circuits are selected at for the first target
+# Fewer updates and prompts than the defaults, so that the whole of it runs on two CPU cores.
+CONFIG = PruningConfig(
+    steps=200,
+    batch_size=24,
+    learning_rate=6e-3,
+    selection_prompts=384,
+    screen_prompts=96,
+    reference_tokens=32768,
+    seeds=2,
+)
+
+
+class Loaded(NamedTuple):
+    """A trained model and what pruning needs to know about it."""
+
+    model: CircuitGPTForCausalLM
+    tokenizer: Any
+    inputs: PruningInputs
+
+
+@lru_cache(maxsize=2)
+def loaded(name: str, folder: Path = FOLDER) -> Loaded:
+    """A model of `trained_models.RECIPES`, trained first where it is not there yet."""
+    model, tokenizer = load_trained(name, folder)
+    stored = folder / "reference_tokens.npy"
+    if not stored.is_file():  # tokenizing the corpus takes longer than all that uses it
+        ids = reference_input_ids(model, tokenizer, None, CONFIG.reference_tokens)
+        partial = stored.with_name("partial.npy")
+        np.save(partial, ids.numpy().astype(np.int32))
+        partial.replace(stored)
+    reference = torch.from_numpy(np.load(stored)).long()
+    return Loaded(model, tokenizer, pruning_inputs(model, tokenizer, CONFIG, reference))
+
+
+@lru_cache(maxsize=8)
+def task_for(name: str, task: str, folder: Path = FOLDER) -> BinaryTask:
+    """A task under a model's tokenizer."""
+    model, tokenizer, _ = loaded(name, folder)
+    return load_task(task, tokenizer, n_train=1024, max_length=model.config.max_position_embeddings)
+
+
+def kept(path: Path, compute: Callable[[], Any]) -> Any:
+    """What `compute` returned when it was called for this file first; JSON values only."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, compute())
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def task_losses(name: str, folder: Path = FOLDER) -> dict[str, dict[str, float]]:
+    """Task → accuracy, loss and calibrated loss of a trained model, for tasks it can be asked."""
+
+    def compute() -> dict[str, Any]:
+        say(f"Measuring {name} on the tasks")
+        model, tokenizer, _ = loaded(name, folder)
+        scores = evaluate_tasks(model, tokenizer, n_train=256, n_test=256)
+        return {score.task: asdict(score) for score in scores if not score.problem}
+
+    return kept(folder / "measured" / name / "tasks.json", compute)
+
+
+def learned_tasks(name: str, folder: Path = FOLDER) -> list[str]:
+    """The tasks of which the whole model, calibrated, reaches `LEARNED` on held-out prompts."""
+    scores = task_losses(name, folder)
+    return sorted(task for task, s in scores.items() if s["calibrated_loss"] <= LEARNED)
+
+
+def circuit_folder(name: str, task: str, target: float, seed: int, folder: Path = FOLDER) -> Path:
+    """Where the circuit of a model is kept."""
+    return folder / "circuits" / name / task / f"loss-{target:g}-seed{seed}"
+
+
+def frontier(
+    name: str, task: str, folder: Path = FOLDER, targets: Sequence[float] = TARGETS
+) -> list[dict[str, Any]]:
+    """The circuits of a model for a task, one row for every target and seed.
+
+    Rows have `target`, `seed` and the metrics of [`evaluate_circuit`]; targets that the whole model
+    does not reach have none.
+    """
+
+    def compute() -> list[dict[str, Any]]:
+        say(f"Looking for circuits: {name}, {task}")
+        model, tokenizer, inputs = loaded(name, folder)
+        for first in range(len(targets)):
+            try:
+                found = find_frontier(
+                    model,
+                    tokenizer,
+                    task_for(name, task, folder),
+                    targets[first:],
+                    CONFIG,
+                    inputs=inputs,
+                )
+            except TaskNotLearnedError:
+                continue
+            break
+        else:
+            return []
+        rows = []
+        for target, circuits in zip(targets[first:], found, strict=True):
+            for circuit in circuits:
+                seed = circuit.config["seed"]
+                circuit.save_pretrained(circuit_folder(name, task, target, seed, folder))
+                rows.append({"target": target, "seed": seed, **circuit.metrics})
+        return rows
+
+    return kept(folder / "measured" / name / "frontier" / f"{task}.json", compute)
+
+
+def stored_circuits(name: str, task: str, target: float, folder: Path = FOLDER) -> list[Circuit]:
+    """The circuits of all seeds that [`frontier`] found."""
+    rows = [row for row in frontier(name, task, folder) if row["target"] == target]
+    return [
+        Circuit.from_pretrained(circuit_folder(name, task, target, row["seed"], folder))
+        for row in rows
+    ]
+
+
+def smallest(rows: Sequence[dict[str, Any]], target: float) -> dict[str, Any] | None:
+    """The row with the fewest edges at a target."""
+    at = [row for row in rows if row["target"] == target]
+    return min(at, key=lambda row: (row["edges"], row["nodes"]), default=None)
+
+
+def edges_mean(values: Sequence[float]) -> float:
+    """Geometric mean; a circuit without edges counts as one of one edge."""
+    return geometric_mean([max(1.0, value) for value in values]) if values else math.nan
+
+
+def write_report(results: Path, name: str, text: str) -> None:
+    """Print a report and write it as `<name>.md`."""
+    results.mkdir(parents=True, exist_ok=True)
+    partial = results / f".{name}.md.partial"
+    partial.write_text(text.rstrip() + "\n", encoding="utf-8")
+    partial.replace(results / f"{name}.md")
+    print(text)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, moved into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, dpi=150, format="png")
+    partial.replace(path)
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """The options of every findings script."""
+    quiet_libraries()
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--folder", type=Path, default=FOLDER, help="models and circuits (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="report and pictures (default: %(default)s)"
+    )
+    return parser.parse_args()

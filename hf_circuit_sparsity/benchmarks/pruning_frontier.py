@@ -1,0 +1,111 @@
+"""Loss against nodes and edges for one task, and the seconds it takes.
+
+Masks of several seeds are learned together in one forward pass, and one after the other.
+"""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..circuits.ablation import mean_ablated
+from ..circuits.mask_learning import learn_masks
+from ..circuits.pruning import find_frontier
+from ..circuits.task_loss import all_pair_logits, binary_loss, fit_calibration
+from .findings import CONFIG, arguments, loaded, save_figure, task_for, write_report
+from .measure import machine, table
+from .trained_models import FOLDER
+
+MODEL, TASK = "topk-128-seed0", "single_double_quote"
+TARGETS = (0.15, 0.2, 0.3, 0.4, 0.5, 0.6)
+STEPS_TIMED = 15
+SEEDS_TIMED = 3
+
+
+def run(folder: Path = FOLDER, results: Path = Path("benchmarks/results")) -> str:
+    """Find the circuits, time the parts, draw the plot; returns the report."""
+    model, tokenizer, inputs = loaded(MODEL, folder)
+    task = task_for(MODEL, TASK, folder)
+    train = task.tensors("train")
+    timed = replace(CONFIG, steps=STEPS_TIMED)
+    seconds = {}
+    for how, memory in (("together", 64.0), ("one by one", 1e-6)):
+        start = time.process_time()
+        config = replace(timed, memory_gb=memory)
+        learn_masks(model, train, inputs.means.nodes, config, range(SEEDS_TIMED), progress=False)
+        seconds[how] = (time.process_time() - start) / STEPS_TIMED / SEEDS_TIMED
+
+    start = time.process_time()
+    one = replace(CONFIG, seeds=1)
+    found = find_frontier(model, tokenizer, task, TARGETS, one, inputs=inputs)
+    whole = time.process_time() - start
+    ranked = _by_rank(model, task, inputs, found[0][0].scores)
+
+    lines = [
+        (f"{target:g}", c.metrics["nodes"], c.metrics["edges"],
+         f"{c.metrics['train_circuit_loss']:.3f}", f"{c.metrics['circuit_loss']:.3f}")
+        for target, (c,) in zip(TARGETS, found, strict=True)
+    ]  # fmt: skip
+    _draw(found, ranked, results / "pruning_frontier.png")
+    header = ("target loss", "nodes", "edges", "loss, training prompts", "loss, held-out prompts")
+    return "\n\n".join(
+        [
+            "# Loss against the size of the circuit",
+            f"{MODEL}, {TASK}. {machine('cpu')}; CPU seconds.",
+            table(header, lines),
+            "![Loss against nodes and edges](pruning_frontier.png)",
+            "Before the clean-up, keeping the nodes of largest mask parameter:",
+            table(("nodes", "loss, training prompts"), [(k, f"{v:.3f}") for k, v in ranked]),
+            f"All of it took {whole:.0f} s ({CONFIG.steps} mask updates of {CONFIG.batch_size} "
+            f"pairs, {CONFIG.selection_prompts} prompts to select on, {len(TARGETS)} targets).",
+            table(
+                ("masks of " + str(SEEDS_TIMED) + " seeds", "seconds per update and seed"),
+                [(how, f"{s:.3f}") for how, s in seconds.items()],
+            ),
+        ]
+    )
+
+
+def _by_rank(model, task, inputs, scores) -> list[tuple[int, float]]:
+    """Nodes kept, in order of their mask parameters, and the calibrated loss."""
+    rows = {k: v[: CONFIG.selection_prompts] for k, v in task.tensors("train").items()}
+    order = torch.cat(list(scores.values())).argsort(descending=True)
+    result = []
+    for k in (5, 10, 15, 20, 30, 50, 100, 200, 400):
+        kept = torch.zeros(len(order), dtype=torch.bool)
+        kept[order[:k]] = True
+        masks = dict(zip(scores, kept.split([len(s) for s in scores.values()]), strict=True))
+        with mean_ablated(model, masks, inputs.means.nodes):
+            pairs = all_pair_logits(model, rows)
+        result.append((k, binary_loss(fit_calibration(pairs, rows).pairs(pairs, rows)).item()))
+    return result
+
+
+def _draw(found, ranked, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(8, 3.6), sharey=True, layout="constrained"
+    )
+    metrics = [circuits[0].metrics for circuits in found]
+    losses = [m["train_circuit_loss"] for m in metrics]
+    left.plot([k for k, _ in ranked], [v for _, v in ranked], "C7--o", label="by rank alone")
+    left.plot([max(1, m["nodes"]) for m in metrics], losses, "C0-o", label="cleaned up")
+    right.plot([max(1, m["edges"]) for m in metrics], losses, "C0-o", label="cleaned up")
+    for axes, what in ((left, "nodes"), (right, "edges")):
+        axes.axhline(0.693, color="C7", linewidth=0.8, linestyle=":")
+        axes.set(xscale="log", xlabel=what)
+        axes.legend()
+    left.set_ylabel("task loss (nats), training prompts")
+    figure.suptitle(f"{TASK}: loss against the size of the circuit")
+    save_figure(figure, path)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    args = arguments(__doc__)
+    write_report(args.results, "pruning_frontier", run(args.folder, args.results))

@@ -1,0 +1,134 @@
+"""Circuits of a sparse and of a dense model of equal pretraining loss (Gao et al. 2025, Figure 2).
+
+Same data, architecture and tokenizer; the dense model stops at the sparse one's validation loss. Of
+the tasks that both learned: edges of the smallest circuit found, their geometric mean and ratio.
+"""
+
+from pathlib import Path
+
+from .findings import (
+    CONFIG,
+    TARGETS,
+    arguments,
+    edges_mean,
+    frontier,
+    learned_tasks,
+    save_figure,
+    smallest,
+    task_losses,
+    write_report,
+)
+from .measure import table
+from .trained_models import FOLDER, RECIPES, training_summary
+
+SPARSE, DENSE = "topk-128-seed0", "dense-128-seed0"
+
+
+def run(folder: Path = FOLDER, results: Path = Path("benchmarks/results")) -> str:
+    """Train, prune and compare what is not there yet; returns the report."""
+    learned = {name: set(learned_tasks(name, folder)) for name in (SPARSE, DENSE)}
+    tasks = sorted(learned[SPARSE] & learned[DENSE])
+    rows = {name: {task: frontier(name, task, folder) for task in tasks} for name in learned}
+    tasks = [t for t in tasks if all(smallest(rows[n][t], TARGETS[0]) for n in learned)]
+    parts = ["# Sparse against dense at equal pretraining loss", __doc__.split("\n\n")[1]]
+    parts.append(_models(folder))
+    parts.append(_by_task(tasks, rows))
+    parts.append(_by_target(tasks, rows, results))
+    alone = {name: sorted(learned[name] - set(tasks)) for name in learned}
+    parts.append(
+        f"Learned by the sparse model alone: {', '.join(alone[SPARSE]) or 'none'}. "
+        f"By the dense model alone: {', '.join(alone[DENSE]) or 'none'}. Masks: {CONFIG.steps} "
+        f"updates, {CONFIG.seeds} seeds, the smaller circuit counts; edges are the nonzero weights "
+        "between kept nodes."
+    )
+    return "\n\n".join(parts)
+
+
+def _models(folder: Path) -> str:
+    lines = []
+    for name in (SPARSE, DENSE):
+        summary = training_summary(name, folder)
+        scores = task_losses(name, folder)
+        mean = sum(s["calibrated_loss"] for s in scores.values()) / len(scores)
+        lines.append(
+            (
+                name,
+                RECIPES[name].d_model,
+                f"{summary['loss']:.3f}",
+                f"{summary['nonzeros']:,}",
+                f"{summary['tokens']:,}",
+                f"{mean:.3f}",
+            )
+        )
+    header = ("model", "d_model", "validation loss", "nonzeros", "tokens", "mean task loss")
+    return table(header, lines)
+
+
+def _by_task(tasks: list[str], rows: dict) -> str:
+    target = TARGETS[0]
+    lines = []
+    best: dict[str, list[float]] = {SPARSE: [], DENSE: []}
+    for task in tasks:
+        cells = [task]
+        for name in (SPARSE, DENSE):
+            row = smallest(rows[name][task], target)
+            every = [r["edges"] for r in rows[name][task] if r["target"] == target]
+            best[name].append(row["edges"])
+            cells += [row["nodes"], f"{row['edges']} ({', '.join(map(str, every))})"]
+            cells.append(f"{row['circuit_loss']:.3f}")
+        ratio = max(1, best[DENSE][-1]) / max(1, best[SPARSE][-1])
+        lines.append((*cells, f"{ratio:.1f} ×"))
+    means = {name: edges_mean(edges) for name, edges in best.items()}
+    ratio = means[DENSE] / means[SPARSE]
+    lines.append(
+        ("**geometric mean**", "", f"**{means[SPARSE]:.1f}**", "", "", f"**{means[DENSE]:.1f}**",
+         "", f"**{ratio:.1f} ×**")
+    )  # fmt: skip
+    header = (
+        "task", "sparse: nodes", "edges (every seed)", "held-out loss", "dense: nodes",
+        "edges (every seed)", "held-out loss", "dense / sparse",
+    )  # fmt: skip
+    return f"At a target loss of {target:g} nats:\n\n" + table(header, lines)
+
+
+def _by_target(tasks: list[str], rows: dict, results: Path) -> str:
+    lines = []
+    curves: dict[str, list[float]] = {SPARSE: [], DENSE: []}
+    for target in TARGETS:
+        for name in curves:
+            curves[name].append(
+                edges_mean([smallest(rows[name][task], target)["edges"] for task in tasks])
+            )
+        sparse, dense = curves[SPARSE][-1], curves[DENSE][-1]
+        lines.append((f"{target:g}", f"{sparse:.1f}", f"{dense:.1f}", f"{dense / sparse:.1f} ×"))
+    _draw(tasks, rows, curves, results / "sparse_against_dense.png")
+    header = ("target loss", "sparse: edges", "dense: edges", "dense / sparse")
+    return (
+        "Geometric means over the tasks:\n\n"
+        + table(header, lines)
+        + "\n\n![Edges against target loss](sparse_against_dense.png)"
+    )
+
+
+def _draw(tasks: list[str], rows: dict, curves: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5.5, 4), layout="constrained")
+    for name, colour, label in ((SPARSE, "C0", "sparse"), (DENSE, "C3", "dense")):
+        for task in tasks:
+            edges = [max(1, smallest(rows[name][task], t)["edges"]) for t in TARGETS]
+            axes.plot(TARGETS, edges, colour, linewidth=0.7, alpha=0.4)
+        axes.plot(TARGETS, curves[name], f"{colour}-o", label=f"{label}, geometric mean")
+    axes.set(yscale="log", xlabel="target loss (nats; guessing is 0.69)", ylabel="edges in circuit")
+    axes.set_title(f"Circuits of {len(tasks)} tasks at equal pretraining loss")
+    axes.legend()
+    save_figure(figure, path)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    args = arguments(__doc__)
+    write_report(args.results, "sparse_against_dense", run(args.folder, args.results))

@@ -1,0 +1,106 @@
+"""Width at a fixed number of nonzeros: capability and size of circuits (Gao et al. 2025, Figure 3).
+
+Models of several widths with as many nonzeros among their sparse weights, trained alike.
+"""
+
+import math
+from pathlib import Path
+
+from .findings import (
+    CONFIG,
+    TARGETS,
+    arguments,
+    edges_mean,
+    frontier,
+    learned_tasks,
+    save_figure,
+    smallest,
+    task_losses,
+    write_report,
+)
+from .measure import table
+from .trained_models import FOLDER, RECIPES, training_summary
+
+MODELS = ("topk-32-seed0", "topk-64-seed0", "topk-128-seed0", "topk-256-seed0")
+
+
+def run(folder: Path = FOLDER, results: Path = Path("benchmarks/results")) -> str:
+    """Measure those of `MODELS` that are trained (at least three); returns the report."""
+    names = [name for name in MODELS if training_summary(name, folder)]
+    if len(names) < 3:
+        names = list(MODELS[:3])
+    learned = {name: learned_tasks(name, folder) for name in names}
+    common = sorted(set.intersection(*(set(tasks) for tasks in learned.values())))
+    rows = {name: {task: frontier(name, task, folder) for task in common} for name in names}
+    target = TARGETS[0]
+    common = [t for t in common if all(smallest(rows[n][t], target) for n in names)]
+    lines, points = [], []
+    for name in names:
+        summary = training_summary(name, folder)
+        scores = task_losses(name, folder)
+        mean = sum(s["calibrated_loss"] for s in scores.values()) / len(scores)
+        edges = edges_mean([smallest(rows[name][t], target)["edges"] for t in common])
+        points.append((RECIPES[name].d_model, summary["loss"], edges))
+        lines.append(
+            (
+                RECIPES[name].d_model,
+                f"{RECIPES[name].density:.4f}",
+                f"{summary['nonzeros']:,}",
+                f"{summary['loss']:.3f}",
+                f"{mean:.3f}",
+                len(learned[name]),
+                f"{edges:.1f}",
+            )
+        )
+    _draw(points, results / "width_frontier.png")
+    header = (
+        "d_model", "density", "nonzeros", "validation loss", "mean task loss", "tasks learned",
+        f"edges, geometric mean over {len(common)} tasks",
+    )  # fmt: skip
+    by_task = [
+        (task, *(smallest(rows[name][task], target)["edges"] for name in names)) for task in common
+    ]
+    return "\n\n".join(
+        [
+            "# Width at a fixed number of nonzeros",
+            __doc__.split("\n\n")[1] + " One training run each.",
+            table(header, lines),
+            "![Validation loss and edges against width](width_frontier.png)",
+            f"Edges of the smallest circuit at a target loss of {target:g}, {CONFIG.seeds} pruning "
+            "seeds, on the tasks that all widths learned:",
+            table(("task", *(f"d_model {RECIPES[n].d_model}" for n in names)), by_task),
+            "Learned: "
+            + "; ".join(f"d_model {RECIPES[n].d_model}: {', '.join(learned[n])}" for n in names)
+            + ".",
+        ]
+    )
+
+
+def _draw(points: list[tuple[int, float, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
+    losses = [loss for _, loss, _ in points]
+    edges = [size for _, _, size in points]
+    axes.plot(edges, losses, "C0-o")
+    for width, loss, size in points:
+        if math.isfinite(size):
+            axes.annotate(
+                f"d_model {width}", (size, loss), xytext=(6, 4), textcoords="offset points"
+            )
+    axes.set(
+        xlabel="edges in circuit, geometric mean (smaller is better)",
+        ylabel="validation loss, nats (lower is better)",
+        title="Width at a fixed number of nonzeros",
+    )
+    axes.margins(0.2)
+    save_figure(figure, path)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    args = arguments(__doc__)
+    write_report(args.results, "width_frontier", run(args.folder, args.results))
