@@ -5,6 +5,7 @@ from tests.hub_server import session  # isort: skip
 
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 from hf_circuit_sparsity.kernels import load_kernels
 from hf_circuit_sparsity.modeling import CircuitGPTConfig, CircuitGPTForCausalLM
-from hf_circuit_sparsity.modeling.kernel_slot import fill_slot
+from hf_circuit_sparsity.modeling.kernel_slot import without_kernels
 from tests.hub_server import HubServer
 
 # Test models are tiny: a second thread costs more than it brings, and several test runs beside each
@@ -29,9 +30,8 @@ def either_path(request):
     """Runs a test twice: with the compiled kernels, and with what runs where there are none."""
     if request.param == "kernels" and load_kernels() is None:
         pytest.skip("no C compiler was found, or it is switched off")
-    fill_slot(load_kernels if request.param == "kernels" else None)
-    yield request.param
-    fill_slot(load_kernels)
+    with nullcontext() if request.param == "kernels" else without_kernels():
+        yield request.param
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import transformers
 
+from ..kernels import load_kernels
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -69,10 +71,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def machine(device: str) -> str:
     """What the figures were measured on, in one line."""
+    kernels = "with" if load_kernels() else "without"
     chip = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
     return (
         f"{chip}, {torch.get_num_threads()} CPU thread(s), torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, numpy {np.__version__}"
+        f"transformers {transformers.__version__}, numpy {np.__version__}, {kernels} "
+        "compiled CPU kernels"
     )
 
 

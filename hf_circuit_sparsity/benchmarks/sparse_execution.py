@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..modeling import CircuitGPTConfig, CircuitGPTForCausalLM
+from ..modeling.kernel_slot import without_kernels
 from ..modeling.modeling_circuitgpt import AbsTopK, CircuitGPTAttention
 from ..modeling.sparse_linear import SparseWeight, nonzeros_of, sparse_matmul
 from .measure import Timing, interleaved, main, ratio, table
@@ -43,12 +44,17 @@ def _forward(dense: CircuitGPTForCausalLM, sparse: CircuitGPTForCausalLM, quick:
         with plainly(dense):
             return dense(ids).logits
 
+    def run_without_kernels() -> torch.Tensor:
+        with without_kernels():
+            return sparse(ids).logits
+
     apart = float((dense(ids).logits - sparse(ids).logits).abs().max())
     times = interleaved(
         {
             "plain": run_plain,
             "ours, dense": lambda: dense(ids),
             "ours, on the nonzeros": lambda: sparse(ids),
+            "the same without kernels": run_without_kernels,
         },
         rounds=3 if quick else 5,
         device=device,
@@ -59,6 +65,10 @@ def _forward(dense: CircuitGPTForCausalLM, sparse: CircuitGPTForCausalLM, quick:
                       ratio(times["ours, dense"], times[name]), _shares(model, ids)))  # fmt: skip
     with plainly(dense):
         share = _shares(dense, ids)
+    with without_kernels():
+        name = "the same without kernels"
+        lines.append((name, times[name], ratio(times["plain"], times[name]),
+                      ratio(times["ours, dense"], times[name]), _shares(sparse, ids)))  # fmt: skip
     lines.insert(0, ("plain", times["plain"], "1.0 ×", "", share))
     return (
         f"Forward of 256 tokens: {config.n_layer} layers, d_model {config.d_model}, d_mlp "

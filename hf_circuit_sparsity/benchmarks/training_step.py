@@ -7,7 +7,8 @@ from contextlib import nullcontext
 
 import torch
 
-from ..modeling import CircuitGPTConfig
+from ..modeling import CircuitGPTConfig, CircuitGPTForCausalLM
+from ..modeling.kernel_slot import without_kernels
 from ..trainer import TopKAdamW, sparse_param_groups
 from ..trainer.nonzero_linear import on_nonzeros
 from ..trainer.projection import nonzero_budget
@@ -20,7 +21,16 @@ PARTS = ("forward", "backward", "AdamW", "projection")
 class _Step:
     """One step of training, with the time each part takes."""
 
-    def __init__(self, model, batch: torch.Tensor, density: float, plain: bool, nonzeros: bool):
+    def __init__(
+        self,
+        model: CircuitGPTForCausalLM,
+        batch: torch.Tensor,
+        density: float,
+        plain: bool = False,
+        nonzeros: bool = True,
+        kernels: bool = True,
+    ):
+        self.around = nullcontext if kernels else without_kernels
         self.model, self.batch = model.train(), batch
         self.density, self.plain, self.nonzeros = density, plain, nonzeros
         self.parts: dict[str, list[float]] = {part: [] for part in PARTS}
@@ -39,6 +49,10 @@ class _Step:
             )
 
     def __call__(self) -> None:
+        with self.around():
+            self._step()
+
+    def _step(self) -> None:
         self.model.zero_grad(set_to_none=True)
         plain = plainly(self.model) if self.plain else nullcontext()
         with plain, on_nonzeros(self.model) if self.nonzeros else nullcontext():
@@ -93,11 +107,12 @@ def run(device: str, dtype: torch.dtype, quick: bool) -> str:
         model = random_sparse_model(config, density, device, dtype)
         sides = {
             "plain": _Step(copy.deepcopy(model), tokens, density, plain=True, nonzeros=False),
-            "ours, dense": _Step(copy.deepcopy(model), tokens, density, False, False),
-            "ours": _Step(copy.deepcopy(model), tokens, density, False, True),
+            "ours, every product dense": _Step(
+                copy.deepcopy(model), tokens, density, nonzeros=False
+            ),
+            "ours": _Step(copy.deepcopy(model), tokens, density),
+            "ours without kernels": _Step(copy.deepcopy(model), tokens, density, kernels=False),
         }
-        if density > 0.1:
-            del sides["ours, dense"]  # at this density ours computes densely by itself
         times = interleaved(sides, rounds=3, device=device)
         for name, step in sides.items():
             faster = ratio(times["plain"], times[name])

@@ -5,7 +5,8 @@ model that is only loaded. With the package installed `kernels/` fills the slot,
 of this folder ask it first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,17 @@ def fill_slot(load: Callable[[], Any] | None) -> None:
     """
     global _load
     _load = load
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Within it, everything runs on torch and numpy; for tests and comparisons."""
+    filled = _load
+    fill_slot(None)
+    try:
+        yield
+    finally:
+        fill_slot(filled)
 
 
 def kernels_for(*tensors: torch.Tensor) -> Any:
