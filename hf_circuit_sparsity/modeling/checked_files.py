@@ -111,6 +111,12 @@ class Field:
             self.fail(f"an integer from {low} to {high}")
         return self.value
 
+    def boolean(self) -> bool:
+        """True or false."""
+        if not isinstance(self.value, bool):
+            self.fail("true or false")
+        return self.value
+
     def integers(self, low: int, high: int) -> list[int]:
         """A list of such integers."""
         return [element.integer(low, high) for element in self.elements()]

@@ -4,9 +4,13 @@ The field names are those of OpenAI's released checkpoints, so that a released c
 config here; `attribute_map` gives them the ecosystem's names as well.
 """
 
+import copy
+import os
 from typing import Any
 
 from transformers import PreTrainedConfig
+
+from .checked_files import ArtifactError, Field, read_json
 
 # Every place where AbsTopK may act, by OpenAI's name for it (METHOD: "activation sparsity").
 ACTIVATION_SITES = (
@@ -22,6 +26,10 @@ ACTIVATION_SITES = (
     "resid_post_mlp",
 )
 PAPER_ACTIVATION_SITES = ",".join(ACTIVATION_SITES[:8])
+
+# Far above any such model; what a file claims beyond costs minutes or overflows.
+MAX_LAYERS = 1024
+MAX_WIDTH = 1 << 24
 
 
 class CircuitGPTConfig(PreTrainedConfig):
@@ -59,7 +67,8 @@ class CircuitGPTConfig(PreTrainedConfig):
         initializer_range (`float`): standard deviation of the initial weights.
 
     Raises:
-        ValueError: a field outside its range, or heads that do not divide `d_model`.
+        ValueError: a field of another type or outside its range, or heads that do not divide
+            `d_model`; from a file, an `ArtifactError` that also names the file.
 
     Fields of a released config that are not listed here are kept as attributes.
     """
@@ -114,15 +123,65 @@ class CircuitGPTConfig(PreTrainedConfig):
                 setattr(self, name, kwargs.pop(alias))
         if isinstance(self.afrac_loctypes, (list, tuple)):
             self.afrac_loctypes = ",".join(self.afrac_loctypes)
+        self._check_types()
         self._derive_widths()
         self._validate()
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        content = cls._decode_special_floats(read_json(json_file).value)
+        field = Field(content, json_file)
+        for name in ("dtype", "torch_dtype"):
+            if content.get(name) is not None:
+                field[name].matching("(torch.)?b?float(16|32|64)", "the name of a float dtype")
+        if field.has("model_type"):
+            field["model_type"].line()
+        if content.get("architectures") is not None:
+            for architecture in field["architectures"].elements():
+                architecture.line()
+        try:
+            cls.from_dict(copy.deepcopy(content))
+        except Exception as error:  # transformers raises all kinds on values it does not expect
+            reason = str(error).removeprefix(f"{cls.__name__}: ")
+            raise ArtifactError(json_file, f": {reason:.500}") from error
+        return content
+
+    def _check_types(self) -> None:
+        def field(name: str) -> Field:
+            return Field(getattr(self, name), type(self).__name__, name)
+
+        field("n_layer").integer(1, MAX_LAYERS)
+        for name in ("d_model", "block_size", "vocab_size"):
+            field(name).integer(1, MAX_WIDTH)
+        for name in ("n_head", "d_head", "d_mlp", "d_pos_emb"):
+            if getattr(self, name) is not None:
+                field(name).integer(1, MAX_WIDTH)
+        for name in (
+            "rms_norm", "bias", "ln_bias", "tied_unembed", "sink", "enable_bigram_table",
+            "learnable_bigram_table", "dropout_cat_pos_emb", "sinusoidal_cat_pos_emb",
+            "use_cache",
+        ):  # fmt: skip
+            field(name).boolean()
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if isinstance(getattr(self, name), list) and name == "eos_token_id":
+                field(name).integers(-1, MAX_WIDTH)
+            elif getattr(self, name) is not None:
+                field(name).integer(-1, MAX_WIDTH)
+        for name in ("afrac_loctypes", "activation_type", "residual_activation_type"):
+            field(name).text()
+        for name in (
+            "dropout",
+            "initializer_range",
+            *(("afrac",) if self.afrac is not None else ()),
+        ):
+            field(name).number()
+        if not 0 <= self.dropout <= 1:
+            field("dropout").fail("from 0 to 1")
+        if self.initializer_range < 0:
+            field("initializer_range").fail("at least 0")
+
     def _derive_widths(self) -> None:
-        for name in ("d_model", "n_head", "d_head"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} was passed, but it must be at least 1.")
         if self.d_head is None and self.n_head is None:
             self.d_head = 16
         if self.d_head is None:
@@ -141,11 +200,13 @@ class CircuitGPTConfig(PreTrainedConfig):
             self.n_head = self.d_model // self.d_head
         if self.d_mlp is None:
             self.d_mlp = 4 * self.d_model
+        if self.n_head * self.d_head > MAX_WIDTH:
+            raise ValueError(
+                f"n_head={self.n_head} heads of d_head={self.d_head} were passed, but together "
+                f"they must be at most {MAX_WIDTH} wide."
+            )
 
     def _validate(self) -> None:
-        for name in ("n_layer", "d_mlp", "block_size", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} was passed, but it must be ≥ 1.")
         if self.activation_type not in ("gelu", "relu"):
             raise ValueError(
                 f'activation_type={self.activation_type!r} is not known; use "gelu" or "relu".'

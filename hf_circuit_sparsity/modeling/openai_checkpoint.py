@@ -1,14 +1,13 @@
 """Reads OpenAI's release layout, a folder with `beeg_config.json` and `final_model.pt`."""
 
-import json
 import os
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .checked_files import ArtifactError, read_json
 from .configuration_circuitgpt import CircuitGPTConfig
 from .modeling_circuitgpt import CircuitGPTForCausalLM
 
@@ -39,7 +38,7 @@ def read_openai_checkpoint(
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: a file cannot be read, or the weights do not fit the config.
+        ArtifactError: (a `ValueError`) a file cannot be read, or the weights do not fit the config.
     """
     config_path = Path(folder) / "beeg_config.json"
     weights_path = Path(folder) / "final_model.pt"
@@ -49,19 +48,19 @@ def read_openai_checkpoint(
                 f"{path} was not found; OpenAI's layout is a folder with beeg_config.json and "
                 "final_model.pt."
             )
+    fields = read_json(config_path).value
     try:
-        fields = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config_path} is not valid JSON ({error}); fetch it again.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{config_path} holds {type(fields).__name__}, expected an object.")
-    config = CircuitGPTConfig(**{**OPENAI_DEFAULTS, **fields, **config_overrides})
+        config = CircuitGPTConfig(**{**OPENAI_DEFAULTS, **fields, **config_overrides})
+    except Exception as error:  # transformers raises all kinds on values it does not expect
+        reason = str(error).removeprefix("CircuitGPTConfig: ")
+        raise ArtifactError(config_path, f": {reason:.500}") from error
 
     try:
         weights = torch.load(weights_path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{weights_path} is not a readable PyTorch checkpoint of plain tensors; fetch it again."
+    except Exception as error:  # a damaged archive or pickle ends in any of them
+        raise ArtifactError(
+            weights_path,
+            " is not a readable PyTorch checkpoint of plain tensors; fetch it again.",
         ) from error
     return config, _fitted(config, weights, weights_path)
 
@@ -70,25 +69,34 @@ def _fitted(
     config: CircuitGPTConfig, weights: dict[str, torch.Tensor], path: Path
 ) -> dict[str, torch.Tensor]:
     """The weights by our names, complete and of the right shapes, or a `ValueError`."""
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise ArtifactError(
+            path, f" holds {type(weights).__name__}, expected a dict of tensors by their names."
+        )
+    weights = {name.removeprefix("circuit_model."): tensor for name, tensor in weights.items()}
     with torch.device("meta"):
         expected = CircuitGPTForCausalLM(config).state_dict()
-    if not isinstance(weights, dict):
-        raise ValueError(f"{path} holds {type(weights).__name__}, expected a dict of tensors.")
-    weights = {name.removeprefix("circuit_model."): tensor for name, tensor in weights.items()}
     ignored = CircuitGPTForCausalLM._keys_to_ignore_on_load_unexpected
     for name in set(weights) - set(expected):
         if not any(re.search(pattern, name) for pattern in ignored):
-            raise ValueError(f"{path} has {name!r}, which this config's model does not have.")
+            raise ArtifactError(
+                path, f" has {name[:200]!r}, which this config's model does not have."
+            )
         del weights[name]
     weights.setdefault("final_logits_bias", torch.zeros(config.vocab_size))
     if config.tied_unembed and "lm_head.weight" in weights:
         weights.setdefault("transformer.wte.weight", weights["lm_head.weight"])
     for name, tensor in expected.items():
         if name not in weights:
-            raise ValueError(f"{path} lacks {name!r}, which this config's model needs.")
-        if weights[name].shape != tensor.shape:
-            raise ValueError(
-                f"{path} has {name!r} of shape {tuple(weights[name].shape)}, but this config "
-                f"needs {tuple(tensor.shape)}."
+            raise ArtifactError(path, f" lacks {name!r}, which this config's model needs.")
+        found = weights[name]
+        if not isinstance(found, torch.Tensor) or not found.is_floating_point():
+            kind = found.dtype if isinstance(found, torch.Tensor) else type(found).__name__
+            raise ArtifactError(path, f" has {name!r} of {kind}, expected a tensor of floats.")
+        if found.shape != tensor.shape:
+            raise ArtifactError(
+                path,
+                f" has {name!r} of shape {tuple(found.shape)}, but this config needs "
+                f"{tuple(tensor.shape)}.",
             )
     return weights

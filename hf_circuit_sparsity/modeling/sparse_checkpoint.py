@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.utils import cached_file
 
+from .checked_files import ArtifactError, read_tensors, tensor_shapes
 from .sparse_execution import dense_layer, replace_module
 from .sparse_linear import SparseEmbedding, SparseLinear, SparseWeight, nonzeros_of
 
@@ -32,6 +32,8 @@ _HUB_OPTIONS = (
     "subfolder",
 )
 _UNSIGNED = (np.uint8, np.uint16, np.uint32)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.int64)
 
 
 def hub_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -44,6 +46,9 @@ def sparse_weights_file(source: str | os.PathLike | None, options: dict[str, Any
 
     Args:
         options: the keyword arguments of `from_pretrained`.
+
+    Raises:
+        ArtifactError: the weights are in one safetensors file whose header is damaged.
     """
     if source is None or options.get("use_safetensors") is False:
         return None
@@ -58,8 +63,7 @@ def sparse_weights_file(source: str | os.PathLike | None, options: dict[str, Any
     )
     if path is None:
         return None
-    with safe_open(path, framework="pt") as file:
-        return path if any(name.endswith(PARTS) for name in file.keys()) else None  # noqa: SIM118
+    return path if any(name.endswith(PARTS) for name in tensor_shapes(path)) else None
 
 
 @torch.no_grad()
@@ -122,58 +126,60 @@ def _smallest_unsigned(count: int) -> np.dtype:
 
 
 def unpack(
-    name: str, parts: dict[str, torch.Tensor], shape: tuple[int, int]
+    path: str, name: str, parts: dict[str, torch.Tensor], shape: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`row_starts`, `columns` (int32) and `values` of a stored matrix.
 
     Args:
-        name: of the matrix, for the error.
+        path, name: of the file and of the matrix, for the error.
         parts: its three tensors by their endings.
         shape: rows and width that the model expects.
 
     Raises:
-        ValueError: a part is missing or of another length than the others say, or columns are out
-            of range, out of order or repeated.
+        ArtifactError: a part is missing, of another dtype, or of another length than the others
+            say, or columns are out of range, out of order or repeated.
     """
+
+    def refusal(what: str) -> ArtifactError:
+        return ArtifactError(
+            path,
+            f": the sparse tensor {name!r} {what}; the file is damaged, fetch or save it again.",
+        )
+
+    if len(shape) != 2:
+        raise refusal(f"is stored by its nonzeros, but the model needs the shape {shape}")
     rows, width = shape
     for ending in PARTS:
         part = parts.get(ending)
         if part is None:
-            raise ValueError(_refusal(name, f"lacks {name}{ending}"))
-        if part.dim() != 1 or part.is_floating_point() != (ending == VALUES):
+            raise refusal(f"lacks {name}{ending}")
+        if part.dim() != 1 or part.dtype not in (_FLOATS if ending == VALUES else _INTEGERS):
             kind = f"{str(part.dtype).removeprefix('torch.')} of shape {tuple(part.shape)}"
             wanted = "floats" if ending == VALUES else "integers"
-            raise ValueError(_refusal(name, f"{name}{ending} is {kind}, expected {wanted}, flat"))
+            raise refusal(f"{name}{ending} is {kind}, expected {wanted}, flat")
     values = parts[VALUES]
     counts = parts[ROW_COUNTS].numpy().astype(np.int64)
     columns = parts[COLUMNS].numpy().astype(np.int64)
     if counts.size != rows:
-        raise ValueError(_refusal(name, f"counts {counts.size} rows, the model has {rows}"))
+        raise refusal(f"counts {counts.size} rows, the model has {rows}")
     if counts.min(initial=0) < 0 or not counts.sum() == columns.size == len(values):
-        raise ValueError(
-            _refusal(
-                name,
-                f"counts {counts.sum()} nonzeros but lists {columns.size} columns and "
-                f"{len(values)} values",
-            )
+        raise refusal(
+            f"counts {counts.sum()} nonzeros but lists {columns.size} columns and "
+            f"{len(values)} values"
         )
     if columns.size and not (columns.min() >= 0 and columns.max() < width):
         wrong = columns[(columns < 0) | (columns >= width)][0]
-        raise ValueError(_refusal(name, f"lists column {wrong}, the matrix has {width}"))
+        raise refusal(f"lists column {wrong}, the matrix has {width}")
     # One number per entry that must grow throughout: it repeats or falls where columns do.
     flat = np.repeat(np.arange(rows), counts) * width + columns
     steps = np.diff(flat)
     if steps.size and steps.min() <= 0:
         row = int(flat[1 + int(steps.argmin())] // width)
         what = "twice the same column" if steps.min() == 0 else "columns out of order"
-        raise ValueError(_refusal(name, f"lists {what} in row {row}"))
+        raise refusal(f"lists {what} in row {row}")
     row_starts = torch.zeros(rows + 1, dtype=torch.int32)
     row_starts[1:] = torch.from_numpy(counts.cumsum())
     return row_starts, torch.from_numpy(columns.astype(np.int32)), values
-
-
-def _refusal(name: str, what: str) -> str:
-    return f"The sparse tensor {name!r} {what}; the file is damaged, fetch or save it again."
 
 
 def fill_from_sparse_file(
@@ -188,7 +194,8 @@ def fill_from_sparse_file(
         dtype: what floats are converted to; None leaves them as stored.
 
     Raises:
-        ValueError: a tensor is damaged, lacking, surplus, or of another shape than the model's.
+        ArtifactError: a tensor is damaged, lacking, surplus, or of another dtype or shape than the
+            model's.
     """
     modules = dict(model.named_modules())
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -202,17 +209,23 @@ def fill_from_sparse_file(
     dense: dict[str, torch.Tensor] = {}
     for name, tensor in stored.items():
         if name not in expected:
-            raise ValueError(f"{path} has {name!r}, which this config's model does not have.")
+            raise ArtifactError(
+                path, f" has {name[:200]!r}, which this config's model does not have."
+            )
         if isinstance(tensor, torch.Tensor):
             if tuple(tensor.shape) != expected[name]:
-                raise ValueError(
-                    f"{path} has {name!r} of shape {tuple(tensor.shape)}, but this config needs "
-                    f"{expected[name]}."
+                raise ArtifactError(
+                    path,
+                    f" has {name!r} of shape {tuple(tensor.shape)}, but this config needs "
+                    f"{expected[name]}.",
                 )
-            dense[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            if tensor.dtype not in _FLOATS:
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ArtifactError(path, f" has {name!r} of dtype {kind}, expected floats.")
+            dense[name] = tensor.to(dtype)
             continue
         shape = expected[name]
-        row_starts, columns, values = unpack(name, tensor, shape)
+        row_starts, columns, values = unpack(path, name, tensor, shape)
         values = nn.Parameter(values.to(dtype))
         owner = name.removesuffix(".weight")
         shared: dict[int, nn.Parameter] = {}  # per stored matrix: later ones may reuse its id
@@ -234,15 +247,17 @@ def fill_from_sparse_file(
 
 def _read(path: str) -> dict[str, torch.Tensor | dict[str, torch.Tensor]]:
     """All tensors of a file; those of one stored matrix together under its name."""
-    tensors: dict[str, torch.Tensor | dict[str, torch.Tensor]] = {}
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (it is no dict)
-            owner, _, ending = name.rpartition(".")
-            if f".{ending}" in PARTS:
-                tensors.setdefault(owner, {})[f".{ending}"] = file.get_tensor(name)
-            else:
-                tensors[name] = file.get_tensor(name)
-    return tensors
+    whole: dict[str, torch.Tensor] = {}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in read_tensors(path).items():
+        owner, _, ending = name.rpartition(".")
+        if f".{ending}" in PARTS:
+            parts.setdefault(owner, {})[f".{ending}"] = tensor
+        else:
+            whole[name] = tensor
+    for name in whole.keys() & parts.keys():
+        raise ArtifactError(path, f" has {name[:200]!r} both whole and by its nonzeros.")
+    return {**whole, **parts}
 
 
 def _assign(
@@ -261,7 +276,7 @@ def _assign(
                 dense[target] = dense[source]
     for name in expected:
         if name not in stored:
-            raise ValueError(f"{path} lacks {name!r}, which this config's model needs.")
+            raise ArtifactError(path, f" lacks {name!r}, which this config's model needs.")
     placed: dict[int, nn.Parameter] = {}
     for name, tensor in dense.items():
         owner, _, attribute = name.rpartition(".")

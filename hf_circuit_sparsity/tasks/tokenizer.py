@@ -191,14 +191,15 @@ def _texts(texts: Iterable[str] | Dataset | DatasetDict) -> Iterable[str]:
 def _read_encoder(file: Path) -> dict[str, int]:
     try:
         vocab = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+    except (ValueError, RecursionError) as error:  # JSON's and Unicode's errors are ValueErrors
         raise ValueError(f"{str(file)!r} is not JSON ({error}); download it again.") from None
     if not isinstance(vocab, dict):
         raise ValueError(f"{str(file)!r} must hold one JSON object of tokens and their ids.")
     for token, index in vocab.items():
         if type(index) is not int:
             raise ValueError(
-                f"{str(file)!r}: the id of token {token!r} is {index!r}, but must be an integer."
+                f"{str(file)!r}: the id of token {token[:80]!r} is {index!r:.80}, but must be an "
+                "integer."
             )
     if sorted(vocab.values()) != list(range(len(vocab))):
         raise ValueError(
@@ -219,7 +220,7 @@ def _read_merges(file: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
         lines = file.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(file)!r} is not UTF-8 ({error}); download it again.") from None
-    merges = []
+    merges: dict[tuple[str, str], int] = {}
     for number, line in enumerate(lines, start=1):
         if not line or (number == 1 and line.startswith("#version")):
             continue
@@ -236,8 +237,12 @@ def _read_merges(file: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
                     f"{str(file)!r}, line {number}: the token {token[:80]!r} is not in "
                     "encoder.json; the two files must come from the same tokenizer."
                 )
-        merges.append((left, right))
-    return merges
+        if (first := merges.setdefault((left, right), number)) != number:
+            raise ValueError(
+                f"{str(file)!r}, line {number}: the merge {line[:80]!r} is in line {first} too; "
+                "download it again."
+            )
+    return list(merges)
 
 
 def _byte_symbols() -> list[str]:

@@ -196,6 +196,7 @@ def test_loads_by_remote_code_where_the_package_is_not_installed(tiny_model, tmp
         sparsify(tiny_model)
     tiny_model.save_pretrained(folder, sparse=sparse)
     assert {p.name for p in folder.glob("*.py")} == {
+        "checked_files.py",
         "configuration_circuitgpt.py",
         "kernel_slot.py",
         "modeling_circuitgpt.py",
@@ -235,7 +236,13 @@ def test_config_refuses_what_cannot_be_built():
         ({"afrac_loctypes": "attn_in,elsewhere"}, "names elsewhere"),
         ({"activation_type": "swish"}, "'swish' is not known"),
         ({"residual_activation_type": "tanh"}, "'tanh' is not known"),
-        ({"n_layer": 0}, "n_layer=0"),
+        ({"n_layer": 0}, "n_layer must be an integer from 1 to 1024, but it is 0"),
+        ({"n_layer": 10**9}, "n_layer must be an integer from 1 to 1024"),
+        ({"d_model": "32"}, r"d_model must be an integer .* '32' \(str\)"),
+        ({"dropout": float("nan")}, "dropout must be a finite number"),
+        ({"dropout": 2}, "dropout must be from 0 to 1"),
+        ({"sink": "yes"}, "sink must be true or false"),
+        ({"n_head": 2**20, "d_head": 2**20}, "together"),
         ({"sinusoidal_cat_pos_emb": True}, "without d_pos_emb"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,77 @@
+"""Damaged model checkpoints that hold only the nonzeros."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from hf_circuit_sparsity.modeling import CircuitGPTConfig, CircuitGPTForCausalLM
+from hf_circuit_sparsity.modeling.checked_files import ArtifactError
+from tests.conftest import random_model, sparsify
+
+from .harness import fuzz
+
+DTYPES = {"F32": "<f4", "U8": "u1", "U16": "<u2", "U32": "<u4", "I32": "<i4", "I8": "i1"}
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    config = CircuitGPTConfig(
+        n_layer=1, n_head=2, d_head=4, d_model=16, d_mlp=16, block_size=8, vocab_size=24
+    )
+    sparsify(random_model(config)).save_pretrained(tmp_path / "model", sparse=True)
+    return tmp_path / "model"
+
+
+def plain_weights(path):
+    """The weights in a sparse file, dense or as rows, columns and values, read by NumPy alone."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    header.pop("__metadata__", None)
+    stored = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        flat = np.frombuffer(body[start:end], DTYPES[entry["dtype"]])
+        stored[name] = flat.reshape(entry["shape"])
+    weights = {}
+    for name, tensor in stored.items():
+        if name.endswith((".columns", ".row_counts")):
+            continue
+        if not name.endswith(".values"):
+            weights[name] = tensor
+            continue
+        owner = name.removesuffix(".values")
+        counts, columns = stored[f"{owner}.row_counts"], stored[f"{owner}.columns"]
+        rows = np.repeat(np.arange(len(counts)), counts)
+        weights[owner] = rows, columns, tensor
+    return weights
+
+
+def check(model, folder):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name in ("n_layer", "n_head", "d_model", "d_head", "d_mlp", "block_size", "vocab_size"):
+        assert name not in config or getattr(model.config, name) == config[name], name
+    weights, loaded = plain_weights(folder / "model.safetensors"), model.state_dict()
+    assert set(weights) == set(loaded)
+    for name, expected in weights.items():
+        tensor = loaded[name].float().numpy()
+        if isinstance(expected, tuple):
+            rows, columns, values = expected
+            expected = np.zeros(tensor.shape, values.dtype)
+            expected[rows, columns] = values
+        assert np.array_equal(tensor, expected, equal_nan=True), name
+    model(torch.arange(4)[None])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_fuzz(artifact, tmp_path, file, sparse):
+    def load(folder):
+        return CircuitGPTForCausalLM.from_pretrained(folder, sparse=sparse)
+
+    (tmp_path / "work").mkdir()
+    outcome = fuzz(artifact, [file], load, check, ArtifactError, tmp_path / "work", mutations=110)
+    assert outcome["refused"] > 50 and outcome["loaded"] > 5, outcome
