@@ -3,7 +3,10 @@
 Importing this package registers CircuitGPT with transformers' Auto classes.
 """
 
-from . import kernels  # noqa: F401  fills the slot that `modeling` asks for faster loops
+from . import (
+    adapters,  # noqa: F401  registers our PEFT methods
+    kernels,  # noqa: F401  fills the slot that `modeling` asks for faster loops
+)
 from .circuits import (
     Circuit,
     PruningConfig,

@@ -1,0 +1,153 @@
+"""Training the weights of one circuit, and no others."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch.nn import functional as F
+
+from hf_circuit_sparsity.adapters import CircuitPeftConfig
+from hf_circuit_sparsity.circuits import Circuit, mean_activations, model_fingerprint
+from hf_circuit_sparsity.circuits.task_loss import pair_logits
+from tests.circuits.planted import (
+    NO,
+    PLANTED_EDGES,
+    PLANTED_NODES,
+    YES,
+    on_off_task,
+    planted_model,
+    reference_ids,
+)
+
+IDS = reference_ids()[:4]
+
+
+def planted_circuit(model) -> Circuit:
+    means = mean_activations(model, reference_ids())
+    return Circuit(PLANTED_NODES, means, "on_off", model_fingerprint(model))
+
+
+@pytest.fixture
+def model():
+    return planted_model()
+
+
+@pytest.fixture
+def config(model) -> CircuitPeftConfig:
+    return CircuitPeftConfig.from_circuit(planted_circuit(model), model)
+
+
+def shaken(peft_model):
+    """Give every trainable value something to do."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    return peft_model
+
+
+def test_it_is_the_circuits_edges_that_are_trained(model, config):
+    before = copy.deepcopy(model.state_dict())
+    peft_model = get_peft_model(model, config)
+    trainable = [p for p in peft_model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trainable) == len(PLANTED_EDGES)
+    with torch.no_grad():
+        whole = planted_model()(IDS).logits
+        assert torch.equal(peft_model(IDS).logits, whole)  # nothing is changed at first
+        # By hand: add to the very weights that were planted.
+        plain = planted_model()
+        t = plain.transformer
+        v_row = 2 * 8 + 5
+        for weight, row, column in [
+            (t.h[0].attn.c_attn.weight, v_row, 0),
+            (t.h[0].attn.c_proj.weight, 3, 5),
+            (t.h[1].mlp.c_fc.weight, 7, 3),
+            (t.h[1].mlp.c_proj.weight, 4, 7),
+        ]:
+            weight[row, column] += 0.5
+        for parameter in trainable:
+            parameter.fill_(0.5)
+        torch.testing.assert_close(peft_model(IDS).logits, plain(IDS).logits)
+        assert not torch.allclose(plain(IDS).logits, whole)
+        with peft_model.disable_adapter():
+            assert torch.equal(peft_model(IDS).logits, whole)
+        merged = peft_model.merge_and_unload()
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], tensor)
+    assert before.keys() == merged.state_dict().keys()
+
+
+def test_merging_is_undone(model, config):
+    peft_model = shaken(get_peft_model(model, config))
+    with torch.no_grad():
+        adapted = peft_model(IDS).logits
+        peft_model.merge_adapter()
+        torch.testing.assert_close(peft_model(IDS).logits, adapted)
+        peft_model.unmerge_adapter()
+        torch.testing.assert_close(peft_model(IDS).logits, adapted)
+
+
+def test_it_is_saved_in_a_few_kilobytes_and_comes_back(model, config, tmp_path):
+    peft_model = shaken(get_peft_model(model, config))
+    peft_model.save_pretrained(str(tmp_path))
+    size = sum(path.stat().st_size for path in tmp_path.glob("adapter*"))
+    assert size < 4096
+    again = PeftModel.from_pretrained(planted_model(), str(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, peft_model(IDS).logits)
+
+
+def test_it_learns_the_opposite_answer(model):
+    config = CircuitPeftConfig.from_circuit(planted_circuit(model), model, tokens=[YES, NO])
+    assert sum(map(len, config.edges.values())) == len(PLANTED_EDGES) + 4
+    peft_model = get_peft_model(model, config)
+    train, test = on_off_task().tensors("train"), on_off_task().tensors("test")
+
+    def opposite_loss(tensors):
+        pairs = pair_logits(peft_model, tensors)
+        return F.softplus(pairs[:, 0] - pairs[:, 1]).mean()
+
+    with torch.no_grad():
+        assert opposite_loss(test) > 2
+    optimizer = torch.optim.Adam([p for p in peft_model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(80):
+        optimizer.zero_grad()
+        opposite_loss(train).backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert opposite_loss(test) < 0.3
+
+
+def test_two_adapters(model, config, tmp_path):
+    peft_model = shaken(get_peft_model(model, config))
+    peft_model.save_pretrained(str(tmp_path))
+    with torch.no_grad():
+        first = peft_model(IDS).logits
+        peft_model.add_adapter("second", config)
+        peft_model.set_adapter("second")
+        assert torch.equal(peft_model(IDS).logits, planted_model()(IDS).logits)
+        peft_model.load_adapter(str(tmp_path), "third")
+        peft_model.set_adapter("third")
+        assert torch.equal(peft_model(IDS).logits, first)
+
+
+def test_what_does_not_fit_is_refused(model, config):
+    with pytest.raises(ValueError, match=r"circuit for 'on_off' of the model \w+, but the model"):
+        get_peft_model(planted_model(seed=1), config)
+    for edges, message in [
+        ({"transformer.h.9.mlp.c_fc": [[0, 0]]}, "'transformer.h.9.mlp.c_fc', which is not there"),
+        ({"transformer.h.0.ln_1": [[0, 0]]}, "which is RMSNorm"),
+        (
+            {"lm_head": [[99, 0]]},
+            r"the weight \[99, 0\] of lm_head, .* \[16, 16\]",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(planted_model(), CircuitPeftConfig(edges=edges))
+    with pytest.raises(ValueError, match=r"edges\['lm_head'\] must be a list of different"):
+        CircuitPeftConfig(edges={"lm_head": [[1, 2], [1, 2]]})
+    circuit = Circuit({}, planted_circuit(model).means, "on_off", model_fingerprint(model))
+    with pytest.raises(ValueError, match="has no edge"):
+        CircuitPeftConfig.from_circuit(circuit, model)
