@@ -2,7 +2,7 @@
 
 import logging
 import math
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class SparseTrainer(Trainer):
         self._partial: PartialGradients | None = None
         self._monitor: SparsityMonitor | None = None
         self._planned_steps = 0
+        self._training: ExitStack | None = None
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
@@ -86,14 +87,23 @@ class SparseTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as ``Trainer`` does, computing on the nonzeros once that is faster."""
-        computing = on_nonzeros(self.model) if self._may_use_nonzeros() else nullcontext()
         try:
-            with computing:
+            with ExitStack() as self._training:
+                if self._may_use_nonzeros():
+                    self._training.enter_context(on_nonzeros(self.model))
                 return super().train(*args, **kwargs)
         finally:
+            self._training = None
             if self._partial is not None:
                 self._partial.close()
                 self._partial = None
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A new model, which `train` makes if there is a `model_init`; see ``Trainer``."""
+        model = super().call_model_init(trial)
+        if self._training is not None and self._may_use_nonzeros():
+            self._training.enter_context(on_nonzeros(model))
+        return model
 
     def _may_use_nonzeros(self) -> bool:
         # Partial gradients bring their own way of doing so.

@@ -71,7 +71,7 @@ def dataset():
 
 @pytest.fixture
 def make_trainer(tmp_path, dataset):
-    def make(model, callbacks=None, name="run", **arguments):
+    def make(model, callbacks=None, name="run", model_init=None, **arguments):
         settings = {
             "output_dir": str(tmp_path / name),
             "max_steps": 12,
@@ -92,6 +92,7 @@ def make_trainer(tmp_path, dataset):
             train_dataset=dataset,
             eval_dataset=dataset.select(range(16)),
             callbacks=callbacks,
+            model_init=model_init,
         )
 
     return make

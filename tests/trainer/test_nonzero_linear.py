@@ -194,3 +194,12 @@ def test_trainer_computes_on_nonzeros_and_says_so_in_its_arguments(
         assert not any(isinstance(m, NonzeroLinear) for m in trainer.model.modules())
         runs.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
     assert runs[0] == pytest.approx(runs[1], abs=2e-4)
+
+
+def test_model_made_by_the_trainer_is_computed_so_too(make_trainer, make_llama, sparse_calls):
+    trainer = make_trainer(
+        None, model_init=lambda: make_llama(), target_density=0.05, min_nonzeros=0
+    )
+    trainer.train()
+    assert sparse_calls
+    assert not any(isinstance(m, NonzeroLinear) for m in trainer.model.modules())
