@@ -13,7 +13,6 @@ from .circuits import (
     TaskNotLearnedError,
     evaluate_tasks,
     find_circuit,
-    list_circuits,
     search_circuit,
 )
 from .modeling import (
@@ -70,7 +69,6 @@ __all__ = [
     "evaluate_tasks",
     "extract_mask",
     "find_circuit",
-    "list_circuits",
     "list_tasks",
     "load_task",
     "pack",

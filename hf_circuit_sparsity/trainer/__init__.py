@@ -13,7 +13,7 @@ from .projection import nonzero_budget, project_topk_, project_topk_reference_
 from .rcd import RCDSparseOptimizer
 from .schedules import DensitySchedule, sharkfin
 from .sparse_config import SparseTrainingArguments
-from .sparse_start import sparsify_initialization_
+from .sparse_start import sparse_from_config, sparsify_initialization_
 from .sparse_trainer import SparseTrainer
 from .sparsity_monitor import SparsityMonitor
 from .topk import TopKAdamW
@@ -39,6 +39,7 @@ __all__ = [
     "project_topk_",
     "project_topk_reference_",
     "sharkfin",
+    "sparse_from_config",
     "sparse_param_groups",
     "sparsify_initialization_",
 ]

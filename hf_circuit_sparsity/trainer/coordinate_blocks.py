@@ -73,6 +73,8 @@ class Block:
         """
         width = self.shape[1]
         if self.dim is None:
+            if not len(self.ids):
+                return torch.zeros_like(index, dtype=torch.bool), index[:0]
             place = torch.searchsorted(self.ids, index).clamp_(max=len(self.ids) - 1)
             inside = self.ids[place] == index
             return inside, place[inside]
@@ -87,8 +89,8 @@ class Block:
 
 
 def block_size(size: int, fraction: float) -> int:
-    """How many of ``size`` rows, columns or entries a block holds: at least one."""
-    return max(1, round(size * fraction))
+    """How many of ``size`` rows, columns or entries a block holds: at least one, if any."""
+    return max(1, round(size * fraction)) if fraction else 0
 
 
 def draw_block(
@@ -115,13 +117,15 @@ def draw_block(
     Args:
         shape: of the matrix as stored.
         dim: see :class:`Block`.
-        fraction: share of the matrix, in (0, 1].
+        fraction: share of the matrix, in [0, 1]; 0 for an empty block.
         number: how many blocks have been drawn before; places the cyclic ones.
         generator: on the CPU.
         live, values: flat positions, ascending, and values of the nonzeros.
     """
     size = shape[0] * shape[1] if dim is None else shape[dim]
     count = block_size(size, fraction)
+    if count == 0:
+        return Block(shape, dim, live.new_empty(0))
     if selection == "cyclic":
         ids = (number * count + torch.arange(count)) % size
     elif selection == "magnitude" and len(live):

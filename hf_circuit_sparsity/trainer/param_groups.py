@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..modeling.sparse_linear import SparseEmbedding, SparseLinear, SparseWeight
+
 # Dense even if a model builds them from a Linear or an Embedding: the bigram table exists so that
 # sparse weights need not spend themselves on bigrams, and a sink is one number per head.
 ALWAYS_DENSE = ("*bigram_table*", "*sink_logit*")
@@ -27,6 +29,10 @@ def sparse_param_groups(
     biases of the first two (Gao et al. 2025, section 2). Everything else is dense: norms of any
     class, bigram tables, attention sinks. A tied weight appears once and follows the rule for
     embeddings. Frozen parameters (``requires_grad=False``) are left out.
+
+    The nonzeros of a layer that holds nothing else (``SparseLinear``, ``SparseEmbedding``) follow
+    the rule for its weight, in groups of their own marked ``nonzeros=True``, which
+    :class:`RCDSparseOptimizer` trains.
 
     Args:
         model: any module; a ``PreTrainedModel`` also tells which matrix is its unembedding.
@@ -59,27 +65,31 @@ def sparse_param_groups(
     kinds = _kinds(model)
     groups: dict[tuple, dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        kind, row_dim = kinds.get(id(parameter), ("other", 0))
+        kind, row_dim, nonzeros = kinds.get(id(parameter), ("other", 0, False))
         sparse = (
             kind == "weight"
             or (kind == "embedding" and sparse_embeddings)
             or (kind == "bias" and sparse_biases)
         ) and not _matches(name, ALWAYS_DENSE)
         sparse = (sparse or _matches(name, include)) and not _matches(name, exclude)
-        has_rows = sparse and kind in ("weight", "other") and parameter.ndim > 1
+        is_matrix = nonzeros or parameter.ndim > 1
+        has_rows = sparse and kind in ("weight", "other") and is_matrix
         key = (
             sparse,
             min_nonzeros if has_rows else 0,
             row_dim if has_rows else 0,
-            weight_decay if parameter.ndim > 1 else 0.0,
+            weight_decay if is_matrix else 0.0,
+            nonzeros and sparse,
         )
         group = groups.setdefault(
             key,
             dict(
-                zip(("sparse", "min_nonzeros", "row_dim", "weight_decay"), key, strict=True),
+                zip(("sparse", "min_nonzeros", "row_dim", "weight_decay"), key[:4], strict=True),
                 params=[],
             ),
         )
+        if key[4]:
+            group["nonzeros"] = True
         group["params"].append((name, parameter))
     if not any(group["sparse"] for group in groups.values()):
         raise ValueError(
@@ -90,21 +100,29 @@ def sparse_param_groups(
     return list(groups.values())
 
 
-def _kinds(model: nn.Module) -> dict[int, tuple[str, int]]:
-    """For each parameter owned by a layer we know: what it is there, and its row dimension."""
-    kinds: dict[int, tuple[str, int]] = {}
+def _kinds(model: nn.Module) -> dict[int, tuple[str, int, bool]]:
+    """For each parameter owned by a layer we know: what it is there, its row dimension, and whether
+    it holds the nonzeros alone."""
+    kinds: dict[int, tuple[str, int, bool]] = {}
+
+    def weight(module: nn.Module) -> tuple[int, bool]:
+        nonzeros = isinstance(module, SparseWeight)
+        return id(module.values if nonzeros else module.weight), nonzeros
+
     for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Linear | Conv1D | SparseLinear):
             row_dim = 1 if isinstance(module, Conv1D) else 0
-            kinds.setdefault(id(module.weight), ("weight", row_dim))
+            identity, nonzeros = weight(module)
+            kinds.setdefault(identity, ("weight", row_dim, nonzeros))
             if module.bias is not None:
-                kinds[id(module.bias)] = ("bias", 0)
+                kinds[id(module.bias)] = ("bias", 0, False)
     # Last, so that a weight tied to an embedding counts as one.
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | SparseEmbedding)]
     unembedding = getattr(model, "get_output_embeddings", lambda: None)()
     for module in [*embeddings, unembedding]:
         if module is not None:
-            kinds[id(module.weight)] = ("embedding", 0)
+            identity, nonzeros = weight(module)
+            kinds[identity] = ("embedding", 0, nonzeros)
     return kinds
 
 

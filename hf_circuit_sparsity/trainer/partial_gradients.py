@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..modeling.sparse_linear import sparse_matmul
+from ..modeling.sparse_linear import SparseEmbedding, SparseLinear, SparseWeight
 from .coordinate_blocks import Block
 from .live_weights import LivePattern
 from .nonzero_linear import MAX_DENSITY
@@ -23,13 +23,14 @@ from .rcd import RCDSparseOptimizer
 class PartialGradients:
     """Lets the layers of a model hand an :class:`RCDSparseOptimizer` the gradients it will use.
 
-    While attached, ``nn.Linear``, transformers' ``Conv1D`` and ``nn.Embedding`` layers whose weight
-    is one of the optimizer's sparse parameters compute its gradient at the live coordinates and in
-    the current block, add it to what the optimizer holds for its next step, and leave ``.grad`` of
-    the weight None. The full gradient never exists. Their forward passes and input gradients run on
-    the live coordinates where these are few. Everything else (biases, norms, other modules) has an
-    ordinary ``.grad``; so has a weight that is also used outside of such layers, for that use, and
-    the optimizer adds the two. Layers that share a weight add up.
+    While attached, ``nn.Linear``, transformers' ``Conv1D`` and ``nn.Embedding`` layers, and those
+    that take the place of the first and last in ``model.to_sparse()``, whose weight is one of the
+    optimizer's sparse parameters compute its gradient at the live coordinates and in the current
+    block, add it to what the optimizer holds for its next step, and leave ``.grad`` of the weight
+    None. The full gradient never exists. Their forward passes and input gradients run on the live
+    coordinates where these are few. Everything else (biases, norms, other modules) has an ordinary
+    ``.grad``; so has a weight that is also used outside of such layers, for that use, and the
+    optimizer adds the two. Layers that share a weight add up.
 
     As the block stays until the optimizer's step, gradients of several backward passes accumulate.
     The gradient of an embedding is first summed over equal tokens of the batch, which takes no more
@@ -78,7 +79,7 @@ class PartialGradients:
             raise ValueError(f"threshold={threshold} is outside [0, 1]: pass a share of nonzeros.")
         sparse = {id(p): p for _, p in inner.sparse_parameters()}
         self.layers: list[nn.Module] = [
-            m for m in model.modules() if _supported(m) and id(m.weight) in sparse
+            m for m in model.modules() if _supported(m) and id(_trained(m)) in sparse
         ]
         if not self.layers:
             raise ValueError(
@@ -86,7 +87,7 @@ class PartialGradients:
                 "a sparse parameter of the optimizer: build the optimizer from this model's "
                 "parameters, or use it without PartialGradients."
             )
-        covered = {id(m.weight) for m in self.layers}
+        covered = {id(_trained(m)) for m in self.layers}
         names = {id(p): name for name, p in model.named_parameters()}
         bare = [names.get(i, "one of another model") for i, p in sparse.items()
                 if i not in covered and p.ndim > 1]  # fmt: skip
@@ -97,8 +98,9 @@ class PartialGradients:
                 "nn.Linear, Conv1D or nn.Embedding; put them into a group with sparse=False, or "
                 "name them in allow_full to compute their full gradient."
             )
+        inner.train_nonzeros(m for m in self.layers if isinstance(m, SparseWeight))
         for layer in self.layers:
-            pays = layer.weight.numel() >= min_entries
+            pays = isinstance(layer, SparseWeight) or layer.weight.numel() >= min_entries
             layer.forward = _Forward(layer, inner, threshold if pays else -1.0)
 
     def close(self) -> None:
@@ -137,12 +139,19 @@ def block_gradient(block: Block, left: Tensor, right: Tensor) -> Tensor:
 def _supported(module: nn.Module) -> bool:
     """Whether the layer does what we put in its place; a subclass may do something else."""
     own = type(module).forward
+    if isinstance(module, SparseWeight):
+        return own in (SparseLinear.forward, SparseEmbedding.forward)
     if isinstance(module, nn.Embedding):
         plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
         return own is nn.Embedding.forward and plain
     if isinstance(module, nn.Linear):
         return own is nn.Linear.forward
     return isinstance(module, Conv1D) and own is Conv1D.forward
+
+
+def _trained(layer: nn.Module) -> nn.Parameter:
+    """The parameter in which a layer's weight is trained: the matrix, or its nonzeros."""
+    return layer.values if isinstance(layer, SparseWeight) else layer.weight
 
 
 class _Forward:
@@ -154,28 +163,26 @@ class _Forward:
         self.threshold = threshold
 
     def __call__(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        if isinstance(layer, nn.Embedding):
-            return _EmbeddingFunction.apply(x, layer.weight, self)
+        layer, weight = self.layer, _trained(self.layer)
+        if isinstance(layer, nn.Embedding | SparseEmbedding):
+            return _EmbeddingFunction.apply(x, weight, self)
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        y = _LinearFunction.apply(x.reshape(-1, x.shape[-1]), layer.weight, self)
+        y = _LinearFunction.apply(x.reshape(-1, x.shape[-1]), weight, self)
         if layer.bias is not None:
             y = y + layer.bias.to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def product(self, x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
         """``x @ weight.T``, or ``x @ weight`` with ``transpose``, on the nonzeros if it pays."""
-        live = self.optimizer.coordinates(self.layer.weight).live
-        if len(live.live) > self.threshold * weight.numel():
+        live = self.optimizer.coordinates(_trained(self.layer)).live
+        whole = not isinstance(self.layer, SparseWeight)
+        if whole and len(live.live) > self.threshold * weight.numel():
             weight = weight.to(x.dtype)
             return x @ weight if transpose else x @ weight.t()
-        values = weight.view(-1)[live.live]
-        if transpose:
-            starts, columns, order = live.transposed
-            return sparse_matmul(x, starts, columns, values[order], live.shape[1])
-        return sparse_matmul(x, live.row_starts, live.columns, values, live.shape[0])
+        values = weight.view(-1)[live.live] if whole else weight
+        return live.product(x, values, transpose)
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -199,7 +206,7 @@ class _LinearFunction(torch.autograd.Function):
                 grad_x = use.product(grad, weight, transpose=not stored_transposed)
             if ctx.needs_input_grad[1]:
                 # What was saved is another object under gradient checkpointing.
-                parameter = use.layer.weight
+                parameter = _trained(use.layer)
                 wanted = use.optimizer.coordinates(parameter)
                 left, right = (x, grad) if stored_transposed else (grad, x)
                 live = wanted.live.sampled_product(left, right) if wanted.move_live else None
@@ -215,6 +222,8 @@ class _EmbeddingFunction(torch.autograd.Function):
     def forward(ctx: Any, ids: Tensor, weight: Tensor, use: _Forward) -> Tensor:
         ctx.use = use
         ctx.save_for_backward(ids)
+        if isinstance(use.layer, SparseEmbedding):
+            return type(use.layer).forward(use.layer, ids)
         return F.embedding(ids, weight)
 
     @staticmethod
@@ -222,9 +231,9 @@ class _EmbeddingFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         if ctx.needs_input_grad[1]:
             (ids,) = ctx.saved_tensors
-            parameter = ctx.use.layer.weight
+            parameter = _trained(ctx.use.layer)
             wanted = ctx.use.optimizer.coordinates(parameter)
-            grad = grad.reshape(-1, parameter.shape[1])
+            grad = grad.reshape(-1, ctx.use.layer.embedding_dim)
             grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
             rows = _TokenGradient(ids.flatten(), grad, ctx.use.layer)
             live = rows.at(wanted.live.live) if wanted.move_live else None
@@ -241,7 +250,7 @@ class _TokenGradient:
         self.rows = grad.new_zeros(len(tokens) + 1, grad.shape[1]).index_add_(0, inverse, grad)
         self.number = torch.full((layer.num_embeddings,), len(tokens), device=ids.device)
         self.number[tokens] = torch.arange(len(tokens), device=ids.device)
-        if layer.padding_idx is not None:
+        if getattr(layer, "padding_idx", None) is not None:
             self.number[layer.padding_idx] = len(tokens)
 
     def at(self, index: Tensor) -> Tensor:

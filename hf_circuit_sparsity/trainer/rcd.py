@@ -1,25 +1,27 @@
 """Random coordinate descent on sparse weights, at the cost of what it touches."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..modeling.sparse_linear import SparseWeight
 from .coordinate_blocks import Block, BlockKind, Selection, draw_block
 from .rcd_moves import (
     Coordinates,
     block_dim,
     learning_rate,
-    matrix_shape,
     move_dense_parameters,
     move_live_coordinates,
     settle_live_coordinates,
     working_dtype,
 )
 from .rcd_settings import check_group
+from .rcd_storage import MatrixStorage, NonzeroStorage, Storage
+from .schedules import scheduled_density
 from .skipped_steps import COUNTERS, count_skipped_step
 from .topk import GRAD_RMS_MODES
 
@@ -68,6 +70,12 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
         l1: weight of an L1 penalty, applied as a proximal step (soft threshold ``lr * l1``).
         target_density: at most this share of each sparse parameter stays nonzero, in (0, 1]; None
             for no such budget.
+        start_density: the budget before the first step, in [``target_density``, 1]; it then falls
+            by equal factors and reaches the target at ``anneal_end``. None: the target all along.
+        anneal_end, explore_end: as fractions of ``total_steps``; from ``explore_end`` on no blocks
+            are drawn, no zeros are looked at, and only what lives moves.
+        total_steps: number of steps of the whole run; needed with a ``start_density``, or an
+            ``explore_end`` below 1.
         min_nonzeros: with a budget, nonzeros that each row of a matrix keeps in any case.
         magnitude_power, magnitude_floor: exponent and evenly spread share of ``"magnitude"``.
         greedy_fraction: of ``"gradient"``, in (0, 1].
@@ -109,6 +117,10 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
         clip_threshold: float = 0.0,
         l1: float = 0.0,
         target_density: float | None = None,
+        start_density: float | None = None,
+        anneal_end: float = 0.5,
+        explore_end: float = 1.0,
+        total_steps: int | None = None,
         min_nonzeros: int = 0,
         magnitude_power: float = 1.0,
         magnitude_floor: float = 0.1,
@@ -137,6 +149,10 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
             "clip_threshold": clip_threshold,
             "l1": l1,
             "target_density": target_density,
+            "start_density": start_density,
+            "anneal_end": anneal_end,
+            "explore_end": explore_end,
+            "total_steps": total_steps,
             "min_nonzeros": min_nonzeros,
             "magnitude_power": magnitude_power,
             "magnitude_floor": magnitude_floor,
@@ -149,14 +165,20 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
         self._forget()
         first = self.param_groups[0]
         first.update(dict.fromkeys(COUNTERS, 0), grad_rms_mode=grad_rms, seed=seed)
+        self._set_densities()
 
     def _forget(self) -> None:
         """Drop what is derived from the state, or belongs to a step under way."""
+        self._storages: dict[Tensor, Storage] = self.__dict__.get("_storages", {})
         self._coordinates: dict[Tensor, Coordinates] = {}
         self._partial: dict[Tensor, tuple[Tensor | None, Tensor]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:  # of a state saved by an older release
+            for name in ("start_density", "anneal_end", "explore_end", "total_steps"):
+                group.setdefault(name, self.defaults[name])
+        self._set_densities()
         self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -192,7 +214,9 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
     def density(self) -> float:
         """Share of the sparse parameters' coordinates that are live."""
         self._prepare()
-        pairs = [(len(self.state[p]["live"]), p.numel()) for _, p in self.sparse_parameters()]
+        pairs = [
+            (len(self.state[p]["live"]), self.storage(p).numel) for _, p in self.sparse_parameters()
+        ]
         return sum(live for live, _ in pairs) / max(1, sum(size for _, size in pairs))
 
     @property
@@ -212,6 +236,40 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
             self._prepare()
             found = self._coordinates[parameter]
         return found
+
+    def storage(self, parameter: Tensor) -> Storage:
+        """Where a sparse parameter's weights lie.
+
+        Raises:
+            ValueError: if they are the nonzeros of layers that :meth:`train_nonzeros` was not told.
+        """
+        found = self._storages.get(parameter)
+        if found is None:
+            if any(g.get("nonzeros") and any(p is parameter for p in g["params"])
+                   for g in self.param_groups):  # fmt: skip
+                raise ValueError(
+                    f"a sparse parameter with {parameter.numel()} entries holds the nonzeros of a "
+                    "layer the optimizer does not know: train with PartialGradients(model, "
+                    "optimizer), or call train_nonzeros(layers) before the first step."
+                )
+            found = self._storages[parameter] = MatrixStorage(parameter)
+        return found
+
+    def train_nonzeros(self, layers: Iterable[SparseWeight]) -> None:
+        """Train layers that hold only their nonzeros; their patterns change as they learn.
+
+        :class:`PartialGradients` does this for the layers of its model.
+
+        Args:
+            layers: those whose ``values`` are sparse parameters of this optimizer; tied ones all.
+        """
+        owners: dict[Tensor, list[SparseWeight]] = {}
+        for layer in layers:
+            owners.setdefault(layer.values, []).append(layer)
+        sparse = {p for _, p in self.sparse_parameters()}
+        for parameter, own in owners.items():
+            if parameter in sparse:
+                self._storages[parameter] = NonzeroStorage(own)
 
     @torch.no_grad()
     def add_gradient(self, parameter: Tensor, live: Tensor | None, block: Tensor) -> None:
@@ -250,6 +308,7 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._prepare()
         counters = self.param_groups[0]
+        self._set_densities()
         counters["steps_taken"] += 1
         gradients = {p: self._gradient(p) for _, p in self.sparse_parameters()}
         self._partial.clear()
@@ -264,13 +323,15 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
                     move_dense_parameters(group, self.state, scale)
             for group, p in self.sparse_parameters():
                 if gradients[p] is not None:
+                    weight, wanted = self.storage(p), self._coordinates[p]
                     move_live_coordinates(
-                        p, group, self.state[p], self._coordinates[p], *gradients[p], scale
+                        weight, group, self.state[p], wanted, *gradients[p], scale
                     )
         for group, p in self.sparse_parameters():
             self.state[p]["stayed"] += 1
             if self.state[p]["stayed"] >= group["block_steps"]:
-                settle_live_coordinates(p, group, self.state[p], self._coordinates[p])
+                weight, wanted = self.storage(p), self._coordinates[p]
+                settle_live_coordinates(weight, group, self.state[p], wanted)
                 self._choose(p, group)
         return loss
 
@@ -287,7 +348,7 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
         for group, p in self.sparse_parameters():
             state = self.state[p]
             if "live" not in state:
-                live = p.flatten().nonzero().flatten()
+                live = self.storage(p).find()
                 state.update(live=live, draws=0)
                 if group["update"] == "adam":
                     moments = torch.zeros(len(live), dtype=working_dtype(p), device=p.device)
@@ -295,25 +356,36 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
                     state["age"] = torch.zeros_like(moments, dtype=torch.int32)
                 self._choose(p, group)
             elif p not in self._coordinates:
-                block = Block(matrix_shape(p), block_dim(p, group), state["block"])
+                weight = self.storage(p)
+                weight.restore(state["live"])
+                block = Block(weight.shape, block_dim(weight, group), state["block"])
                 self._coordinates[p] = Coordinates(state["live"], block, group["move_live"])
+
+    def _set_densities(self) -> None:
+        for group in self.param_groups:
+            group["density"] = scheduled_density(group, self.steps_taken + 1)
 
     def _choose(self, p: Tensor, group: dict[str, Any]) -> None:
         """Draw the next block of a parameter."""
         state = self.state[p]
+        fraction = group["block_fraction"]
+        if group["explore_end"] < 1.0:
+            explored = self.steps_taken >= group["explore_end"] * group["total_steps"]
+            fraction = 0.0 if explored else fraction
         # Every draw has a generator of its own, so that it depends on its number alone and not on
         # what was drawn for other parameters.
         ordinal = next(i for i, q in enumerate(self._parameters()) if q is p)
         key = (self.param_groups[0].get("seed", 0), ordinal, state["draws"])
+        weight = self.storage(p)
         block = draw_block(
-            matrix_shape(p),
-            block_dim(p, group),
-            group["block_fraction"],
+            weight.shape,
+            block_dim(weight, group),
+            fraction,
             group["selection"],
             state["draws"],
             _generator(*key),
             state["live"],
-            p.flatten()[state["live"]],
+            weight.read(state["live"]),
             group["magnitude_power"],
             group["magnitude_floor"],
         )
@@ -346,18 +418,27 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
             if gradient is None:
                 continue
             live, block = gradient
-            wanted = self._coordinates[p]
+            wanted, numel = self._coordinates[p], self.storage(p).numel
             inside = wanted.live_in_block[1]
             in_block = _square(block)
             if live is None:
-                total += in_block * p.numel() / len(block)
+                total += in_block * numel / len(block)
             else:
                 # The block's zeros stand for all zeros; the live coordinates are all there.
-                zeros = len(block) - len(inside)
+                zeros, own = len(block) - len(inside), _square(live)
                 in_block -= _square(block[inside])
-                total += _square(live)
-                total += in_block * (p.numel() - len(live)) / zeros if zeros else 0.0
-            entries += p.numel()
+                state = self.state[p]
+                if zeros and own > 0.0:
+                    ratio = in_block / zeros / own * max(1, len(live))
+                    if math.isfinite(ratio):
+                        state["zeros_ratio"] = 0.9 * state.get("zeros_ratio", ratio) + 0.1 * ratio
+                    total += in_block * (numel - len(live)) / zeros
+                elif len(live):
+                    # No zeros are looked at: their squares are to those of the rest as they were.
+                    mean = own / len(live) * state.get("zeros_ratio", 0.0)
+                    total += mean * (numel - len(live))
+                total += own
+            entries += numel
         for group in self.param_groups:
             for p in [] if group["sparse"] else group["params"]:
                 if p.grad is not None:

@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 from .coordinate_blocks import Block
 from .live_weights import LivePattern, keep_largest
 from .projection import nonzero_budget
+from .rcd_storage import Storage
 from .schedules import sharkfin
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "age")
@@ -41,7 +42,7 @@ class Coordinates:
 
 
 def move_live_coordinates(
-    p: Tensor,
+    weight: Storage,
     group: dict[str, Any],
     state: dict[str, Any],
     wanted: Coordinates,
@@ -52,6 +53,7 @@ def move_live_coordinates(
     """Move what is live, and add the block's gradient to what is remembered of its stay.
 
     Args:
+        state: of the parameter, in the optimizer.
         live_gradient: at the live coordinates; None if only those in the block move.
         block_gradient: at the coordinates of the block.
         scale: to multiply the gradients by.
@@ -60,8 +62,8 @@ def move_live_coordinates(
     if live_gradient is None:
         moving, places = wanted.live_in_block
         live_gradient = block_gradient[places]
-    index = state["live"][moving]
-    gradient = live_gradient.to(working_dtype(p)) * scale
+    dtype = working_dtype(weight.parameter)
+    gradient = live_gradient.to(dtype) * scale
     lr = learning_rate(group)
     step: Tensor | float = lr
     if group["update"] == "adam":
@@ -73,11 +75,11 @@ def move_live_coordinates(
             state[name][moving] = moved
         gradient = first / (1 - beta1**age)
         step = lr / ((second / (1 - beta2**age)).sqrt() + group["eps"])
-    flat = p.view(-1)
-    x = flat[index].to(working_dtype(p)) * (1 - lr * group["weight_decay"]) - step * gradient
-    flat[index] = shrink(x, step, group).to(p.dtype)
+    x = weight.read(state["live"])[moving].to(dtype)
+    x = x * (1 - lr * group["weight_decay"]) - step * gradient
+    weight.write(state["live"], moving, shrink(x, step, group))
 
-    seen = block_gradient.to(working_dtype(p)) * scale
+    seen = block_gradient.to(dtype) * scale
     state["seen"] += 1
     if "block_sum" in state:
         state["block_sum"] += seen
@@ -87,34 +89,49 @@ def move_live_coordinates(
 
 
 def settle_live_coordinates(
-    p: Tensor, group: dict[str, Any], state: dict[str, Any], wanted: Coordinates
+    weight: Storage, group: dict[str, Any], state: dict[str, Any], wanted: Coordinates
 ) -> None:
     """End of a stay: the block's zeros move, then it is settled what is live from now on."""
-    flat, live = p.view(-1), state["live"]
-    values, index = flat[live].to(working_dtype(p)), live
+    live = index = state["live"]
+    values = weight.read(live).to(working_dtype(weight.parameter))
     moments = {name: state[name] for name in _MOMENTS if name in state}
-    if state["seen"]:
-        born, born_values, born_moments = _births(p, group, state, wanted, values)
+    if state["seen"] and wanted.block.numel:
+        born, born_values, born_moments = _births(weight, group, state, wanted, values)
         index, values = torch.cat([live, born]), torch.cat([values, born_values])
         moments = {name: torch.cat([m, born_moments[name]]) for name, m in moments.items()}
     budget, minimum, rows = len(values), 0, None
-    if group["target_density"] is not None:
-        budget = nonzero_budget(p.numel(), group["target_density"])
-        minimum = group["min_nonzeros"] if p.ndim > 1 else 0
+    if group["density"] is not None:
+        budget = nonzero_budget(weight.numel, group["density"])
+        minimum = group["min_nonzeros"] if weight.is_matrix else 0
     if minimum:
         rows = _rows(index, wanted, group)
     kept = keep_largest(values, budget, rows, minimum)
     if len(index) == len(live) and bool(kept.all()):
         return  # nothing was born, nothing died, and what is known of the pattern still holds
-    flat[index] = torch.where(kept, values, 0.0).to(p.dtype)
-    order = kept.nonzero().flatten()
-    order = order[index[order].argsort()]
-    state["live"] = index[order]
+    order = _merged(index, len(live), kept)
+    wanted.live = weight.settle(live, index[order], values[order])
+    state["live"] = wanted.live.live
     state.update({name: m[order] for name, m in moments.items()})
 
 
+def _merged(index: Tensor, n: int, kept: Tensor) -> Tensor:
+    """The places of what is kept in ``index``, whose first ``n`` ascend, and so do the others, in
+    the order in which all ascend."""
+    first, second = kept[:n].nonzero().flatten(), n + kept[n:].nonzero().flatten()
+    if not len(second):
+        return first
+    place = torch.searchsorted(index[first], index[second])
+    place += torch.arange(len(second), device=place.device)
+    order = first.new_empty(len(first) + len(second))
+    others = torch.ones_like(order, dtype=torch.bool)
+    others[place] = False
+    order[place] = second
+    order[others] = first
+    return order
+
+
 def _births(
-    p: Tensor,
+    weight: Storage,
     group: dict[str, Any],
     state: dict[str, Any],
     wanted: Coordinates,
@@ -134,13 +151,13 @@ def _births(
     chosen = values != 0
     place = chosen.nonzero().flatten()
     alive = live_values != 0
-    if group["target_density"] is not None:
-        budget = nonzero_budget(p.numel(), group["target_density"])
+    if group["density"] is not None:
+        budget = nonzero_budget(weight.numel, group["density"])
         if int(alive.sum()) >= budget:
             # What is not larger than the smallest live coordinate cannot take its place, unless
             # its row is owed some.
             hopeful = values[place].abs() > live_values[alive].abs().min()
-            if group["min_nonzeros"] and p.ndim > 1:
+            if group["min_nonzeros"] and weight.is_matrix:
                 rows = _rows(state["live"][alive], wanted, group)
                 counts = torch.bincount(rows, minlength=wanted.shape[group["row_dim"]])
                 short = counts < group["min_nonzeros"]
@@ -213,8 +230,8 @@ def shrink(x: Tensor, step: Tensor | float, group: dict[str, Any]) -> Tensor:
 def learning_rate(group: dict[str, Any]) -> float:
     """The group's, with its sharkfin factor."""
     factor = 1.0
-    if group["sharkfin"] and group["target_density"] is not None:
-        factor = sharkfin(group["target_density"])
+    if group["sharkfin"] and group["density"] is not None:
+        factor = sharkfin(group["density"])
     return float(group["lr"]) * factor
 
 
@@ -223,13 +240,8 @@ def working_dtype(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
-def matrix_shape(p: Tensor) -> tuple[int, int]:
-    """A parameter as a matrix: all but the first dimension flattened, a vector as a column."""
-    return (p.shape[0], p[0].numel()) if p.ndim > 1 else (p.numel(), 1)
-
-
-def block_dim(p: Tensor, group: dict[str, Any]) -> int | None:
+def block_dim(weight: Storage, group: dict[str, Any]) -> int | None:
     """Which dimension of the stored matrix the group's blocks are cut from; see ``Block``."""
-    if group["block"] == "entries" or p.ndim < 2:
+    if group["block"] == "entries" or not weight.is_matrix:
         return None
     return group["row_dim"] if group["block"] == "rows" else 1 - group["row_dim"]

@@ -40,6 +40,41 @@ def check_settings(settings: dict[str, Any], prefix: str = "") -> None:
         raise ValueError(f"{prefix}block_steps={steps!r} is not a whole number >= 1.")
 
 
+def check_schedule(
+    target: float | None,
+    start: float | None,
+    anneal_end: float,
+    explore_end: float,
+    total_steps: int | None,
+    prefix: str = "",
+) -> None:
+    """Check how budget and exploration change over a run.
+
+    Raises:
+        ValueError: one sentence that names the setting.
+    """
+    if start is not None:
+        if target is None:
+            raise ValueError(
+                f"{prefix}start_density={start!r} was passed without a target_density for it to "
+                "fall to: pass both."
+            )
+        if not _is_number(start) or not target <= start <= 1.0:
+            raise ValueError(
+                f"{prefix}start_density={start!r} is not between target_density={target!r} and 1: "
+                "the budget can only fall."
+            )
+    for name, value in (("anneal_end", anneal_end), (f"{prefix}explore_end", explore_end)):
+        if not _is_number(value) or not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name}={value!r} is outside [0, 1]: pass a fraction of the steps.")
+    counted = isinstance(total_steps, int) and not isinstance(total_steps, bool)
+    if (start is not None or explore_end < 1.0) and not (counted and total_steps >= 1):
+        raise ValueError(
+            f"total_steps={total_steps!r} is not a whole number >= 1, but {prefix}start_density "
+            "and explore_end need it: pass the number of steps of the run."
+        )
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Check the settings and the parameters of a parameter group.
 
@@ -53,6 +88,8 @@ def check_group(group: dict[str, Any]) -> None:
             f"target_density={target!r} is outside (0, 1]: pass the share of weights that may be "
             "nonzero, or None for no budget."
         )
+    schedule = ("start_density", "anneal_end", "explore_end", "total_steps")
+    check_schedule(target, *(group[name] for name in schedule))
     for name in ("lr", "eps", "weight_decay"):
         if not 0.0 <= float(group[name]) < math.inf:
             raise ValueError(f"{name}={group[name]!r} is not a finite number >= 0.")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,23 @@ class DensitySchedule:
         if step <= start:
             return 1.0
         return 1.0 + (self.target_density - 1.0) * (step - start) / (end - start)
+
+
+def scheduled_density(group: dict[str, Any], step: int) -> float | None:
+    """The budget of a group of :class:`RCDSparseOptimizer` in step ``step``, counted from 1.
+
+    From ``start_density`` it falls by equal factors to ``target_density`` and gets there at
+    ``anneal_end``: what a step costs falls as fast as the density does.
+
+    Returns:
+        A share in (0, 1], or None where there is no budget.
+    """
+    target, start = group["target_density"], group["start_density"]
+    if target is None or start is None:
+        return target
+    end = group["anneal_end"] * group["total_steps"]
+    share = min(1.0, step / end) if end > 0 else 1.0
+    return start ** (1.0 - share) * target**share if share < 1.0 else target
 
 
 def sharkfin(density: float) -> float:

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from .coordinate_blocks import BlockKind, Selection
-from .rcd_settings import check_settings
+from .rcd_settings import check_schedule, check_settings
 from .schedules import DensitySchedule
 from .sparse_start import SUPPORTS
 from .topk import GRAD_RMS_MODES
@@ -34,7 +34,7 @@ class SparseTrainingArguments(TrainingArguments):
         metadata={
             "help": "What makes the weights sparse: 'topk' keeps the largest weights after every "
             "AdamW step, 'rcd' starts sparse and stays so by random coordinate descent (its "
-            "settings begin with rcd_; the annealing does not apply), 'none' trains a dense model "
+            "settings begin with rcd_; anneal_start does not apply), 'none' trains a dense model "
             "by the same recipe, for comparison."
         },
     )
@@ -107,6 +107,20 @@ class SparseTrainingArguments(TrainingArguments):
     rcd_greedy_fraction: float = field(
         default=1 / 16,
         metadata={"help": "Share of a block's zeros that rcd_selection='gradient' moves."},
+    )
+
+    rcd_start_density: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of nonzeros to start with, from target_density to 1; it falls by equal "
+            "factors until anneal_end. Not given: target_density from the first step."
+        },
+    )
+    rcd_explore_end: float = field(
+        default=1.0,
+        metadata={
+            "help": "From when on no zeros are looked at any more, as a fraction of the steps."
+        },
     )
 
     # --- Which parameters are sparse ---
@@ -202,6 +216,10 @@ class SparseTrainingArguments(TrainingArguments):
                     f"{name}={getattr(self, name)!r} is one string: pass a list of patterns."
                 )
         check_settings(self.rcd_settings(), prefix="rcd_")
+        check_schedule(
+            self.target_density, self.rcd_start_density, self.anneal_end, self.rcd_explore_end, 1,
+            prefix="rcd_",
+        )  # fmt: skip
         if self.rcd_start not in SUPPORTS:
             raise ValueError(
                 f"rcd_start={self.rcd_start!r} is unknown: expected one of {', '.join(SUPPORTS)}."
@@ -218,7 +236,8 @@ class SparseTrainingArguments(TrainingArguments):
     def rcd_settings(self) -> dict[str, Any]:
         """The ``rcd_`` settings as :class:`RCDSparseOptimizer` takes them."""
         names = [f.name for f in fields(self) if f.name.startswith("rcd_")]
-        names.remove("rcd_start")
+        for elsewhere in ("rcd_start", "rcd_start_density", "rcd_explore_end"):
+            names.remove(elsewhere)
         return {name.removeprefix("rcd_"): getattr(self, name) for name in names}
 
     def _check_rcd(self) -> None:

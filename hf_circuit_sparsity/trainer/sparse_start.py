@@ -6,6 +6,10 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from ..modeling.configuration_circuitgpt import CircuitGPTConfig
+from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from ..modeling.sparse_execution import replace_module
+from ..modeling.sparse_linear import SparseEmbedding, SparseLinear
 from .param_groups import sparse_param_groups
 from .projection import nonzero_budget, project_topk_
 
@@ -48,11 +52,7 @@ def sparsify_initialization_(
     Raises:
         ValueError: if a setting is out of range, or nothing would be sparse.
     """
-    if not 0.0 < density <= 1.0:
-        raise ValueError(
-            f"density={density} is outside (0, 1]: pass the share of weights to keep, for example "
-            "1/64."
-        )
+    _check_density(density)
     if support not in SUPPORTS:
         raise ValueError(f"support={support!r} is unknown: expected one of {', '.join(SUPPORTS)}.")
     generator = torch.Generator().manual_seed(seed)
@@ -79,11 +79,119 @@ def sparsify_initialization_(
     return thinned
 
 
+@torch.no_grad()
+def sparse_from_config(
+    config: CircuitGPTConfig,
+    density: float,
+    *,
+    min_nonzeros: int = 4,
+    seed: int = 0,
+    **group_settings: object,
+) -> CircuitGPTForCausalLM:
+    """A fresh CircuitGPT that holds, multiplies and trains only the nonzeros of its weights.
+
+    As a fresh model that :func:`sparsify_initialization_` thinned out (random places, rescaled) and
+    ``to_sparse()`` switched, but no matrix that is to be sparse is ever allocated. Train it with
+    :class:`RCDSparseOptimizer` and :class:`PartialGradients`, or ``sparsifier="rcd"``.
+
+    Args:
+        density: share of each sparse matrix that is not zero, in (0, 1].
+        min_nonzeros: entries that each row of a linear layer has in any case.
+        seed: of places and values; the global generators are not touched.
+        group_settings: which parameters are sparse, as for :func:`sparse_param_groups`.
+
+    Raises:
+        ValueError: if a setting is out of range, or the config ties embedding and unembedding.
+    """
+    _check_density(density)
+    if config.tied_unembed:
+        raise ValueError(
+            "the config has tied_unembed=True, but a sparse embedding and its unembedding are "
+            "drawn one by one: pass tied_unembed=False."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        model = CircuitGPTForCausalLM(config)
+    groups = sparse_param_groups(model, min_nonzeros=min_nonzeros, **group_settings)
+    minima = {name: g["min_nonzeros"] for g in groups if g["sparse"] for name, _ in g["params"]}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, nn.Embedding) and f"{name}.weight" in minima
+    }
+    thin = {id(module.weight) for module in layers.values()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of what stays dense
+        for module in model.modules():
+            for attribute, p in list(module._parameters.items()):
+                if p is not None and id(p) not in thin:
+                    module._parameters[attribute] = nn.Parameter(
+                        torch.empty(p.shape), requires_grad=p.requires_grad
+                    )
+            for attribute, buffer in list(module._buffers.items()):
+                module._buffers[attribute] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+            for p in (p for p in module._parameters.values() if p is not None and not p.is_meta):
+                p.zero_() if p.ndim > 1 else p.fill_(float(not isinstance(module, nn.Linear)))
+            model._init_weights(module)  # does nothing to what is still on the meta device
+    for name, module in layers.items():
+        shape = tuple(module.weight.shape)
+        std = config.initializer_range
+        if name.endswith(".c_proj"):  # see CircuitGPTPreTrainedModel._init_weights
+            std /= math.sqrt(2 * config.n_layer)
+        minimum = min(minima[f"{name}.weight"], shape[1])
+        budget = max(nonzero_budget(shape[0] * shape[1], density), shape[0] * minimum)
+        parts = _random_nonzeros(shape, budget, std, generator)
+        if isinstance(module, nn.Embedding):
+            layer = SparseEmbedding(*parts, shape)
+        else:
+            layer = SparseLinear(*parts, shape, bias=module.bias)
+        replace_module(model, name, layer)
+    return model
+
+
+def _random_nonzeros(
+    shape: tuple[int, int], budget: int, std: float, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``row_starts``, ``columns`` and ``values`` of a matrix with ``budget`` random entries.
+
+    Their sum of squares is about that of a dense matrix with standard deviation ``std``.
+    """
+    rows, width = shape
+    counts = _even_counts(rows, budget, generator)
+    row_starts = torch.zeros(rows + 1, dtype=torch.int32)
+    row_starts[1:] = counts.cumsum(0)
+    columns = []
+    step = max(1, _PIECE // width)
+    for start in range(0, rows, step):
+        wanted = counts[start : start + step]
+        order = torch.rand(len(wanted), width, generator=generator).argsort(dim=1)
+        # The first places of each row's order, as many as it has entries.
+        order = order[:, : int(wanted.max())]
+        order[torch.arange(order.shape[1]) >= wanted[:, None]] = width
+        order = order.sort(dim=1).values
+        columns.append(order[order < width].to(torch.int32))
+    values = torch.randn(budget, generator=generator) * (std * math.sqrt(rows * width / budget))
+    return row_starts, torch.cat(columns), values
+
+
+def _even_counts(rows: int, budget: int, generator: torch.Generator) -> torch.Tensor:
+    counts = torch.full((rows,), budget // rows)
+    counts[torch.randperm(rows, generator=generator)[: budget % rows]] += 1
+    return counts
+
+
+def _check_density(density: float) -> None:
+    if not 0.0 < density <= 1.0:
+        raise ValueError(
+            f"density={density} is outside (0, 1]: pass the share of weights to keep, for example "
+            "1/64."
+        )
+
+
 def _keep_random_(matrix: torch.Tensor, budget: int, generator: torch.Generator) -> None:
     """Keep ``budget`` entries of a matrix, spread evenly over its rows."""
     rows, width = len(matrix), matrix[0].numel()
-    counts = torch.full((rows,), budget // rows)
-    counts[torch.randperm(rows, generator=generator)[: budget % rows]] += 1
+    counts = _even_counts(rows, budget, generator)
     step = max(1, _PIECE // width)
     for start in range(0, rows, step):
         piece = matrix[start : start + step]

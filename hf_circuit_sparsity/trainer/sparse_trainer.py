@@ -2,9 +2,7 @@
 
 import logging
 import math
-import shutil
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +11,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..hub import hub_errors
+from ..modeling.sparse_execution import sparse_layers
+from ..modeling.sparse_pretrained import SparsePreTrainedModel
+from .nonzero_checkpoint import load_nonzeros
 from .nonzero_linear import MAX_DENSITY, on_nonzeros
 from .param_groups import sparse_param_groups
 from .partial_gradients import PartialGradients
@@ -32,7 +32,8 @@ class SparseTrainer(Trainer):
     See :class:`TopKAdamW` for the recipe, and :class:`RCDSparseOptimizer` for
     ``sparsifier="rcd"``, with which the model is thinned out before the first step (see
     :func:`sparsify_initialization_`) and no full gradient of a sparse matrix is computed (see
-    :class:`PartialGradients`).
+    :class:`PartialGradients`). A model of :func:`sparse_from_config`, or one switched by
+    ``to_sparse()``, then trains its nonzeros alone, and checkpoints hold nothing else.
 
     Takes what ``Trainer`` takes, with :class:`SparseTrainingArguments` as ``args``, and any model
     with ``nn.Linear``, ``Conv1D`` or ``nn.Embedding`` layers. The sparsifying is part of the
@@ -113,23 +114,6 @@ class SparseTrainer(Trainer):
         wanted = self.args.compute_on_nonzeros and self.args.sparsifier != "rcd"
         return wanted and isinstance(self.model, nn.Module)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository to push to; see ``Trainer``.
-
-        Raises:
-            HubAccessError: nobody is signed in, or there is no right to write.
-        """
-        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        with hub_errors(name, token=token or self.args.hub_token, writing=True):
-            super().init_hf_repo(token=token, private=private)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer copies what it knows of a checkpoint to where it pushes from; the model's code,
-        # without which nobody loads it, is not among that.
-        for path in Path(checkpoint_folder).glob("*.py"):
-            shutil.copy(path, Path(self.args.output_dir) / path.name)
-        super()._push_from_checkpoint(checkpoint_folder)
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer unless there is one already; see ``Trainer.create_optimizer``."""
         opt_model = self.model if model is None else model
@@ -143,7 +127,9 @@ class SparseTrainer(Trainer):
                 group["total_steps"] = self._training_steps()
         if self._monitor is None:
             groups = [g for g in _param_groups(opt_model, self.args) if g["sparse"]]
-            self._monitor = SparsityMonitor(p for g in groups for _, p in g["params"])
+            owners = {id(layer.values): layer for layer in sparse_layers(opt_model).values()}
+            watched = [owners.get(id(p), p) for g in groups for _, p in g["params"]]
+            self._monitor = SparsityMonitor(watched)
         if isinstance(self._built, RCDSparseOptimizer) and self._partial is None:
             self._partial = PartialGradients(
                 opt_model,
@@ -181,7 +167,7 @@ class SparseTrainer(Trainer):
         # A checkpoint, which is sparse already, goes through unchanged.
         sparsify_initialization_(
             model,
-            args.target_density,
+            args.rcd_start_density or args.target_density,
             support=args.rcd_start,
             rescale=args.rcd_start == "random",
             seed=args.seed,
@@ -193,11 +179,43 @@ class SparseTrainer(Trainer):
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
             target_density=args.target_density,
+            start_density=args.rcd_start_density,
+            anneal_end=args.anneal_end,
+            explore_end=args.rcd_explore_end,
+            total_steps=self._training_steps(),
             sharkfin=args.sharkfin,
             grad_rms=args.grad_rms,
             seed=args.seed,
             **args.rcd_settings(),
         )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # What is held as nonzeros is also written as such: it would not fit into memory otherwise.
+        if state_dict is not None or not self._holds_nonzeros():
+            return super()._save(output_dir, state_dict)
+        self.model._saves_sparse = True
+        try:
+            return super()._save(output_dir)
+        finally:
+            del self.model._saves_sparse
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if model is None and self._holds_nonzeros():
+            load_nonzeros(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._holds_nonzeros():
+            load_nonzeros(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _holds_nonzeros(self) -> bool:
+        is_ours = isinstance(self.model, SparsePreTrainedModel)
+        return is_ours and bool(sparse_layers(self.model))
 
     def _training_steps(self) -> int:
         # Trainer has counted them by the time it builds the optimizer for train().

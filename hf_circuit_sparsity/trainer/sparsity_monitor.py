@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import numpy as np
 from torch import Tensor
 
+from ..modeling.sparse_linear import SparseWeight
+
 # Number of set bits of every byte.
 _BITS_SET = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)
 
@@ -13,15 +15,15 @@ class SparsityMonitor:
     """Counts the nonzeros of parameters and compares their mask with the one of the last call.
 
     Works with any parameters, whatever optimizer trains them. Between calls it holds one bit per
-    entry in main memory.
+    entry in main memory, of layers that hold only their nonzeros eight bytes per nonzero.
 
     Args:
-        parameters: the tensors to watch.
+        parameters: the tensors to watch, or such layers.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor | SparseWeight]) -> None:
         self.parameters = list(parameters)
-        self._masks = [_packed_mask(p) for p in self.parameters]
+        self._masks = [_mask(p) for p in self.parameters]
 
     def measure(self) -> dict[str, float]:
         """What there is now, against the last call (the first time: against the construction).
@@ -30,13 +32,18 @@ class SparsityMonitor:
             ``nonzeros``: number of entries that are not zero. ``nonzero_fraction``: their share, in
             [0, 1]. ``mask_churn``: the share of them that were zero at the last call, in [0, 1].
         """
-        nonzeros, born = 0, 0
+        nonzeros = born = total = 0
         for i, parameter in enumerate(self.parameters):
-            mask = _packed_mask(parameter)
-            nonzeros += _count(mask)
-            born += _count(mask & ~self._masks[i])
+            mask, before = _mask(parameter), self._masks[i]
+            if isinstance(parameter, SparseWeight):
+                nonzeros += len(mask)
+                born += len(mask) - len(np.intersect1d(mask, before, assume_unique=True))
+                total += parameter.shape[0] * parameter.shape[1]
+            else:
+                nonzeros += _count(mask)
+                born += _count(mask & ~before)
+                total += parameter.numel()
             self._masks[i] = mask
-        total = sum(p.numel() for p in self.parameters)
         return {
             "nonzeros": nonzeros,
             "nonzero_fraction": nonzeros / max(1, total),
@@ -44,7 +51,11 @@ class SparsityMonitor:
         }
 
 
-def _packed_mask(parameter: Tensor) -> np.ndarray:
+def _mask(parameter: Tensor | SparseWeight) -> np.ndarray:
+    """One bit per entry, packed; of a layer that holds nonzeros, their flat positions."""
+    if isinstance(parameter, SparseWeight):
+        flat = parameter.row_of() * parameter.shape[1] + parameter.columns
+        return flat[parameter.values.detach() != 0].cpu().numpy()
     return np.packbits((parameter.detach() != 0).cpu().numpy())
 
 

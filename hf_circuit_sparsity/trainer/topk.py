@@ -244,6 +244,11 @@ def _schedule(group: dict[str, Any]) -> DensitySchedule:
 
 def _check_group(group: dict[str, Any]) -> None:
     _schedule(group)
+    if group.get("nonzeros"):
+        raise ValueError(
+            "a group holds layers' nonzeros alone, but top-k needs the whole matrices, as any "
+            "entry may come back: call to_dense() on the model, or use RCDSparseOptimizer."
+        )
     needs_steps = group["target_density"] < 1.0 and group["anneal_end"] > 0.0
     if needs_steps and group["total_steps"] is None:
         raise ValueError(

@@ -185,7 +185,9 @@ SAMPLED = {torch.ops.aten.sparse_sampled_addmm: sampled_flops}
     [("rows", 1 / 16), ("rows", 1 / 4), ("columns", 1 / 16), ("columns", 1 / 4),
      ("entries", 1 / 16)],
 )  # fmt: skip
-def test_weight_gradient_flops_are_the_blocks_share(layer, block, fraction):
+def test_weight_gradient_flops_are_the_blocks_share(layer, block, fraction, monkeypatch):
+    # PyTorch counts what PyTorch computes.
+    monkeypatch.setattr("hf_circuit_sparsity.trainer.live_weights.kernels_for", lambda *_: None)
     tokens, inputs, outputs = 32, 128, 192
     module = nn.Linear(inputs, outputs) if layer == "linear" else Conv1D(outputs, inputs)
     x = torch.randn(tokens, inputs)  # no gradient: what remains is the weight's
@@ -234,9 +236,10 @@ def test_nothing_of_the_weights_size_is_made():
                 model(torch.ones(8, 300)).square().sum().backward()
                 optimizer.step()
     assert len(sizes) > 50
-    # The largest are positions (int64) of the block and of what is live.
+    # The largest are positions (int64) of the block and of what is live, or the activations, which
+    # the kernels pad to 64 tokens.
     block, live = 400 * 300 / 16, 0.02 * 400 * 300
-    assert max(sizes)[0] <= 8 * (block + 1.2 * live), max(sizes)
+    assert max(sizes)[0] <= max(8 * (block + 1.2 * live), 4 * 64 * 400), max(sizes)
     assert max(sizes)[0] < 4 * 400 * 300 / 4
 
 
