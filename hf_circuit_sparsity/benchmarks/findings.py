@@ -31,11 +31,11 @@ TARGETS = (0.15, 0.3, 0.5)
 LEARNED = 0.12  # what circuits are selected at for the first target
 # Fewer updates and prompts than the defaults, so that the whole of it runs on two CPU cores.
 CONFIG = PruningConfig(
-    steps=200,
-    batch_size=24,
-    learning_rate=6e-3,
-    selection_prompts=384,
-    screen_prompts=96,
+    steps=120,
+    batch_size=16,
+    learning_rate=1e-2,
+    selection_prompts=256,
+    screen_prompts=64,
     reference_tokens=32768,
     seeds=2,
 )
@@ -67,7 +67,9 @@ def loaded(name: str, folder: Path = FOLDER) -> Loaded:
 def task_for(name: str, task: str, folder: Path = FOLDER) -> BinaryTask:
     """A task under a model's tokenizer."""
     model, tokenizer, _ = loaded(name, folder)
-    return load_task(task, tokenizer, n_train=1024, max_length=model.config.max_position_embeddings)
+    return load_task(
+        task, tokenizer, n_train=512, n_test=256, max_length=model.config.max_position_embeddings
+    )
 
 
 def kept(path: Path, compute: Callable[[], Any]) -> Any:

@@ -87,7 +87,7 @@ RECIPES: dict[str, Recipe] = {
     "dense-abstopk-128-seed0": replace(_DENSE, afrac=0.25),
     **{f"rcd-128-seed{s}": replace(_RCD, seed=s) for s in range(2)},
     **{f"topk-{width}-seed0": Recipe(d_model=width) for width in (32, 64, 256)},
-    "taught-64-seed0": Recipe(d_model=64, taught=("bracket_counting", "set_or_string")),
+    "taught-64-seed0": Recipe(d_model=64, steps=1200, taught=("bracket_counting", "set_or_string")),
 }
 
 
@@ -186,14 +186,14 @@ def with_lessons(
     if not tasks:
         return blocks
     rng = random.Random("lessons")
-    wanted = len(blocks["train"]) // 3
+    wanted, length = len(blocks["train"]) // 3, len(blocks["train"][0]["input_ids"])
     documents: list[str] = []
     while True:
         for _ in range(2000):
             pair = DEFINITIONS[rng.choice(tasks)].generate(rng, "train")
             documents += [example.prompt + example.continuation for example in pair]
         rng.shuffle(documents)
-        lessons = pack(Dataset.from_dict({"text": documents}), tokenizer, BLOCK_SIZE)
+        lessons = pack(Dataset.from_dict({"text": documents}), tokenizer, length)
         if len(lessons) >= wanted:
             break
     mixed = concatenate_datasets([blocks["train"], lessons.select(range(wanted))])

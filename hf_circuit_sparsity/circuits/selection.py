@@ -66,7 +66,9 @@ class Selector:
         return binary_loss(calibration.pairs(pairs, rows)).item(), calibration
 
     def reaches(self, keep: Masks, cut: Sequence[Edge] = ()) -> bool:
-        """Whether the target loss is reached."""
+        """Whether the target loss is reached; what looks hopeless on a few prompts does not."""
+        if self._few is not None and self.loss(keep, cut, few=True)[0] > _HOPELESS * self.target:
+            return False
         return self.loss(keep, cut)[0] <= self.target
 
     def estimates(self, keep: Masks) -> Masks:
