@@ -86,6 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="search so many settings for the smallest circuit; the same command goes on after "
         "Ctrl-C (default: %(default)s, no search)",
     )
+    prune.add_argument(
+        "--verify", action="store_true", help="check the circuit beside random ones of its size"
+    )
 
     evaluate = commands.add_parser("evaluate", help="accuracy and loss of a model on every task")
     evaluate.add_argument("--model", required=True, help="folder or Hub id, with its tokenizer")
@@ -132,7 +135,9 @@ def _bridge(argv: list[str]) -> None:
 def _prune(args: argparse.Namespace) -> None:
     names = (*PRUNING_OPTIONS, *PRUNING_SWITCHES)
     config = PruningConfig(**{name: getattr(args, name) for name in names})
-    circuit = run_prune(args.model, args.task, args.output_dir, config, args.corpus, args.trials)
+    circuit = run_prune(
+        args.model, args.task, args.output_dir, config, args.corpus, args.trials, args.verify
+    )
     folder = args.output_dir or Path(args.model) / "circuits" / args.task
     print_prune_summary(circuit, Path(folder))
 

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..circuits import Circuit, PruningConfig, find_circuit, search_circuit
 from ..modeling import CircuitGPTForCausalLM
-from ..tasks import build_corpus, load_task, pack
+from ..tasks import BinaryTask, build_corpus, load_task, pack
 from .console import quiet_libraries, say, table
 
 
@@ -19,6 +19,7 @@ def run_prune(
     config: PruningConfig,
     corpus: str | None = None,
     trials: int = 1,
+    verify: bool = False,
 ) -> Circuit:
     """Find, save and draw the circuit of a task in a saved model.
 
@@ -31,6 +32,7 @@ def run_prune(
             given.
         trials: settings of mask learning to try; above 1 they are searched, with the state of the
             search in `<output_dir>/search`.
+        verify: also run the checks of `Circuit.verify`, print and store them.
     """
     quiet_libraries()
     loaded, tokenizer = load_model(model)
@@ -38,7 +40,24 @@ def run_prune(
     if corpus is not None:
         reference = pack(build_corpus(corpus)["train"], tokenizer, loaded.config.block_size)
     folder = Path(output_dir) if output_dir else Path(model) / "circuits" / task
-    return prune_model(loaded, tokenizer, task, folder, config, reference, trials)
+    circuit = prune_model(loaded, tokenizer, task, folder, config, reference, trials)
+    if verify:
+        task_loaded = _load_task(task, loaded, tokenizer, config)
+        verification = circuit.verify(loaded, tokenizer, task_loaded, reference=reference)
+        circuit.save_pretrained(folder)
+        say(verification.table())
+    return circuit
+
+
+def _load_task(
+    name: str,
+    model: CircuitGPTForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PruningConfig,
+) -> BinaryTask:
+    return load_task(
+        name, tokenizer, seed=config.seed, max_length=model.config.max_position_embeddings
+    )
 
 
 def load_model(model: str) -> tuple[CircuitGPTForCausalLM, PreTrainedTokenizerBase]:
@@ -67,9 +86,7 @@ def prune_model(
     trials: int = 1,
 ) -> Circuit:
     """Find the circuit of a task, then write it and its picture into `folder`."""
-    task = load_task(
-        task_name, tokenizer, seed=config.seed, max_length=model.config.max_position_embeddings
-    )
+    task = _load_task(task_name, model, tokenizer, config)
     if trials > 1:
         circuit = search_circuit(
             model,

@@ -1,8 +1,11 @@
-"""A small corpus for every command."""
+"""A small corpus and a saved model for every command."""
 
 from pathlib import Path
 
 import pytest
+
+from hf_circuit_sparsity import CircuitGPTConfig, CircuitGPTForCausalLM, train_tokenizer
+from hf_circuit_sparsity.tasks import build_corpus
 
 
 @pytest.fixture(scope="session")
@@ -18,4 +21,19 @@ def corpus(tmp_path_factory) -> Path:
             lines.append(f"{a} = {quote}{b} {a}{quote} + {b}")
             lines.append(f"if {a} == {i}:\n    return True\nwhile True:\n    {b}({a}, [{i}, 2])")
         (folder / f"module_{number}.py").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """An untrained model with a tokenizer of Python, and a context too short for some tasks."""
+    corpus = build_corpus()["train"].select(range(0, 700, 20))
+    tokenizer = train_tokenizer(corpus, vocab_size=600)
+    folder = tmp_path_factory.mktemp("model")
+    config = CircuitGPTConfig(
+        d_model=16, n_layer=1, d_mlp=16, block_size=64, vocab_size=len(tokenizer), n_head=2,
+        d_head=8,
+    )  # fmt: skip
+    CircuitGPTForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder

@@ -5,26 +5,10 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from hf_circuit_sparsity import CircuitGPTConfig, CircuitGPTForCausalLM, train_tokenizer
+from hf_circuit_sparsity import CircuitGPTForCausalLM
 from hf_circuit_sparsity.circuits import evaluate_tasks
 from hf_circuit_sparsity.cli import main
-from hf_circuit_sparsity.tasks import build_corpus
 from tests.circuits.planted import planted_model, word_tokenizer
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """An untrained model with a tokenizer of Python, and a context too short for some tasks."""
-    corpus = build_corpus()["train"].select(range(0, 700, 20))
-    tokenizer = train_tokenizer(corpus, vocab_size=600)
-    folder = tmp_path_factory.mktemp("model")
-    config = CircuitGPTConfig(
-        d_model=16, n_layer=1, d_mlp=16, block_size=64, vocab_size=len(tokenizer), n_head=2,
-        d_head=8,
-    )  # fmt: skip
-    CircuitGPTForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_table_and_json(saved, capsys):

@@ -1,0 +1,41 @@
+"""`hf-circuit-sparsity prune`: its search, its switches, its checks."""
+
+import json
+
+from hf_circuit_sparsity import Circuit
+from hf_circuit_sparsity.cli import main
+
+# An untrained model guesses; a circuit of guessing is a circuit all the same.
+GUESSING = ["--task", "while_return_true", "--target-loss", "0.9", "--steps", "2"]
+GUESSING += ["--batch-size", "2", "--seeds", "2"]
+
+
+def test_search_with_every_switch_and_again(saved, corpus, tmp_path, capsys):
+    output = tmp_path / "circuit"
+    arguments = [
+        "prune", str(saved), *GUESSING, "--trials", "2", "--prune-edges", "--token-nodes",
+        "--output-dir", str(output), "--corpus", str(corpus),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for expected in ("its tokens", "nodes that two seeds share", "picture"):
+        assert expected in printed
+    circuit = Circuit.from_pretrained(output)
+    assert circuit.kept_edges is not None and circuit.tokens is not None
+    assert circuit.config["seeds"] == 2 and circuit.config["steps"] == 2
+    journal = (output / "search" / "trials.jsonl").read_text()
+    assert main(arguments) == 0  # nothing is tried anew
+    again = (output / "search" / "trials.jsonl").read_text()
+    assert again.count("param_name") == journal.count("param_name") == 2 * 7
+    assert main([*arguments, "--seed", "5"]) == 2
+    assert "holds a search with seed=0, but 5 was asked for" in capsys.readouterr().err
+
+
+def test_verify_refuses_what_the_model_has_not_learned(saved, corpus, tmp_path, capsys):
+    output = tmp_path / "circuit"
+    arguments = ["prune", str(saved), *GUESSING, "--corpus", str(corpus), "--verify"]
+    assert main([*arguments, "--output-dir", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert "nothing to verify" in error or "no circuit of it can be checked" in error
+    # The circuit itself was found, and is there.
+    assert json.loads((output / "circuit.json").read_text())["verification"] == {}
