@@ -22,6 +22,7 @@ from .commands.train import (
     print_train_summary,
     run_train,
 )
+from .commands.view import print_view_summary, run_view
 from .tasks import list_tasks
 from .trainer import BridgeTrainingArguments, SparseTrainingArguments
 
@@ -90,6 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--verify", action="store_true", help="check the circuit beside random ones of its size"
     )
 
+    view = commands.add_parser("view", help="write the page on which a circuit is looked at")
+    view.add_argument("circuit", help="folder of a circuit")
+    view.add_argument("--model", help="folder or Hub id of its model (default: as it says itself)")
+    view.add_argument("--output", help="the page (default: CIRCUIT/index.html)")
+    view.add_argument("--corpus", help="folder of Python for examples (the standard library)")
+
     evaluate = commands.add_parser("evaluate", help="accuracy and loss of a model on every task")
     evaluate.add_argument("--model", required=True, help="folder or Hub id, with its tokenizer")
     evaluate.add_argument(
@@ -142,6 +149,10 @@ def _prune(args: argparse.Namespace) -> None:
     print_prune_summary(circuit, Path(folder))
 
 
+def _view(args: argparse.Namespace) -> None:
+    print_view_summary(run_view(args.circuit, args.model, args.output, args.corpus))
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     run_evaluate(args.model, args.task, args.output, prompts=args.prompts, seed=args.seed)
 
@@ -163,6 +174,7 @@ def main(argv: list[str] | None = None) -> int:
             run = {
                 "quickstart": _quickstart,
                 "prune": _prune,
+                "view": _view,
                 "evaluate": _evaluate,
                 "benchmark": _benchmark,
             }

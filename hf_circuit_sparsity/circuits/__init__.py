@@ -12,6 +12,7 @@ from .steering import SteeringCandidate, SteeringSweep, steering_candidates, ste
 from .task_loss import Calibration, binary_accuracy, binary_loss
 from .task_scores import TaskScore, evaluate_tasks
 from .verification import Check, Verification
+from .viewer import ReportConfig
 
 __all__ = [
     "Calibration",
@@ -19,6 +20,7 @@ __all__ = [
     "Circuit",
     "Edge",
     "PruningConfig",
+    "ReportConfig",
     "SteeringCandidate",
     "SteeringSweep",
     "TaskNotLearnedError",

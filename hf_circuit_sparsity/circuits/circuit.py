@@ -19,7 +19,9 @@ from .edges import Edge, circuit_edges
 from .task_loss import Calibration
 
 if TYPE_CHECKING:
+    from .reference_tokens import ReferenceTokens
     from .verification import Verification
+    from .viewer import ReportConfig
 
 
 @dataclass
@@ -255,6 +257,42 @@ class Circuit:
         from .plot import plot_circuit
 
         return plot_circuit(self, path, model, tokenizer, column)
+
+    def report(
+        self,
+        path: str | os.PathLike,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        task: Any = None,
+        reference: "ReferenceTokens" = None,
+        config: "ReportConfig | None" = None,
+        progress: bool = True,
+    ) -> Path:
+        """Write a page on which a person sees what the circuit does: one HTML file.
+
+        It needs no network and no server, and is a static Space as it is. What it shows is
+        measured anew: ablation effects, activations, attention, the loss of smaller circuits.
+
+        Args:
+            path: where to, e.g. `index.html`.
+            model: the model this circuit was cut out of.
+            tokenizer: the model's.
+            task: the `BinaryTask` it was found for; made anew if it is a built-in one.
+            reference: sample of the pretraining distribution for examples; see [`find_circuit`].
+            config: how many prompts, tokens and examples.
+            progress: show progress bars.
+
+        Raises:
+            ValueError: an empty circuit, one of another model, or of a task that is not built in
+                and was not passed.
+        """
+        from .viewer import write_report
+
+        return write_report(
+            self, path, model, tokenizer,
+            task=task, reference=reference, config=config, progress=progress,
+        )  # fmt: skip
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `circuit.json` and `circuit.safetensors` into a folder, each moved into place.

@@ -89,10 +89,14 @@ def layered_graph(circuit: "Circuit", model: nn.Module) -> LayeredGraph:
 
 
 def deciding_tokens(circuit: "Circuit") -> list[int]:
-    """Tokens in which the example and its counterfactual differ; all tokens if none do."""
+    """Tokens in which the example and its counterfactual differ; all tokens if none do.
+
+    Where tokens were pruned, only those that are kept.
+    """
     here = circuit.example.get("token_ids", [])
     there = circuit.example.get("counterfactual_token_ids", [])
-    return sorted(set(here) ^ set(there)) or sorted(set(here) | set(there))
+    deciding = (set(here) ^ set(there)) or (set(here) | set(there))
+    return sorted(deciding if circuit.tokens is None else deciding & set(circuit.tokens))
 
 
 def answer_tokens(circuit: "Circuit") -> list[int]:

@@ -1,0 +1,261 @@
+"""The page in a real browser: what a person does with it, by mouse, finger and keyboard."""
+
+import copy
+
+import pytest
+
+from hf_circuit_sparsity.circuits.viewer.page import render_page
+
+NEURON = "Neuron 7, layer 1, MLP"
+
+
+@pytest.fixture(scope="module")
+def html(data):
+    return render_page(data)
+
+
+def heading(page):
+    return page.locator("#details h2").inner_text()
+
+
+def slide(page, name, value):
+    page.locator(f"#{name}").evaluate(
+        "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }",
+        value,
+    )
+
+
+def node(page, label):
+    return page.locator(f'.node[aria-label^="{label}"]')
+
+
+def test_it_says_what_the_circuit_does_and_how_well(open_page, html, data):
+    page = open_page(html)
+    assert page.locator("h1").inner_text() == "on_off"
+    assert "208 nodes, 7 (3.37%)" in page.locator("#lead").inner_text()
+    losses = page.locator("#losses").inner_text()
+    for run in data["losses"].values():
+        assert f"{run['loss']:.3f}" in losses
+    assert page.locator(".node").count() == len(data["nodes"])
+    assert page.locator(".link.weight").count() == data["size"]["edges"]
+    # The node that matters most is open, and nothing is dimmed before the first click.
+    assert heading(page) == "Neuron 7" or heading(page) == "Value 5"
+    assert page.locator(".node.far").count() == 0
+
+
+def test_a_node_shows_its_site_weights_effect_and_examples(open_page, html, data):
+    page = open_page(html)
+    node(page, NEURON).click()
+    details = page.locator("#details")
+    text = details.inner_text()
+    assert "h.1.mlp.post_act[7]" in text
+    assert "Reads from 1" in text and "+1.50" in text
+    assert "Writes to 1" in text and "+2.00" in text
+    effect = next(n["effect"] for n in data["nodes"] if n["site"] == "h.1.mlp.post_act")
+    assert f"+{effect:.3f} nats" in text
+    assert page.locator("#details svg.chart rect").count() > 4
+    before = page.locator("#details .examples").first.inner_text()
+    page.get_by_role("button", name="Pretraining text").click()
+    assert page.locator("#details .examples").first.inner_text() != before
+    # Who pressed the button is still on it.
+    assert page.evaluate("document.activeElement.textContent") == "Pretraining text"
+    # A neighbour in the list leads on.
+    page.locator("#details button.row").first.click()
+    assert heading(page) == "Channel 3"
+    page.get_by_role("button", name="Close").click()
+    assert heading(page) == "Nothing selected"
+    assert page.locator(".node.selected").count() == 0
+
+
+def test_a_head_shows_where_it_looks(open_page, html, data):
+    page = open_page(html)
+    page.locator(".head").click()
+    assert heading(page) == "Head 1"
+    tokens = page.locator("#details .tokens button")
+    assert tokens.count() == len(data["heads"]["prompts"][0])
+    assert tokens.last.get_attribute("aria-pressed") == "true"
+    tokens.nth(1).click()
+    assert tokens.nth(1).get_attribute("aria-pressed") == "true"
+    assert "it looks most at" in page.locator("#details").inner_text()
+    page.get_by_role("button", name="Whole model").click()
+    page.get_by_role("button", name="Counterfactual").click()
+    assert tokens.count() == len(data["heads"]["prompts"][1])
+    pattern = data["heads"]["heads"][0]["model"][1]
+    cells = sum(weight >= 10 for weight in pattern)
+    assert page.locator("#details .cell").count() == cells
+
+
+def test_the_sliders_hide_weights_and_nodes(open_page, html, data):
+    page = open_page(html)
+    lines = [abs(weight) for _, _, weight, kind in data["links"] if kind != "residual"]
+    assert f"{len(lines)} of {len(lines)} lines" in page.locator("#strength-value").inner_text()
+    slide(page, "strength", 60)
+    left = sum(weight >= 0.6 * max(lines) for weight in lines)
+    assert 0 < left < len(lines)
+    assert f"{left} of {len(lines)} lines" in page.locator("#strength-value").inner_text()
+    assert page.locator(".link:not(.hidden):not(.residual)").count() == left
+    slide(page, "strength", 0)
+
+    slide(page, "size", 2)
+    curve = data["curve"]
+    shown = f"best 2 of 7: loss {curve['losses'][curve['sizes'].index(2)]:.3f}"
+    assert page.locator("#size-value").inner_text() == shown
+    assert page.locator(".node.cut").count() == 5
+    kept = {tuple(key) for key in curve["order"][:2]}
+    assert {"h.0.attn.act_in", "h.0.attn.v"} == {site for site, _ in kept}
+    # The mark on the curve follows, and a click on the curve moves the slider.
+    mark = page.locator(".here circle")
+    x = float(mark.get_attribute("cx"))
+    page.locator("#curve .catch").click(position={"x": 700, "y": 50})
+    assert page.locator("#size-value").inner_text().startswith("best 7 of 7")
+    assert float(mark.get_attribute("cx")) > x
+    assert page.locator(".node.cut").count() == 0
+
+
+def test_the_keyboard_reaches_everything(open_page, html):
+    page = open_page(html)
+    node(page, "Channel 0").focus()
+    page.keyboard.press("Enter")
+    assert heading(page) == "Channel 0"
+    seen = []
+    for _ in range(12):
+        page.keyboard.press("ArrowRight")
+        seen.append(page.evaluate("document.activeElement.getAttribute('aria-label')"))
+    assert any(label.startswith(NEURON) for label in seen)
+    assert seen[-1].startswith("Answer") and heading(page).startswith("Answer")
+    page.keyboard.press("ArrowLeft")
+    assert heading(page) == "Channel 4"
+    assert node(page, "Channel 4").first.get_attribute("aria-pressed") == "true"
+    page.keyboard.press("Escape")
+    assert heading(page) == "Nothing selected"
+
+    def scale():
+        return page.evaluate("d3.zoomTransform(document.querySelector('svg.graph')).k")
+
+    fit = scale()
+    page.keyboard.press("+")
+    assert scale() > fit
+    page.keyboard.press("0")
+    assert scale() == pytest.approx(fit)
+    page.keyboard.press("-")
+    assert scale() <= fit
+    page.locator(".head").focus()
+    page.keyboard.press("Enter")
+    assert heading(page) == "Head 1"
+    page.locator("#strength").focus()
+    page.keyboard.press("ArrowRight")  # the slider's own key
+    assert page.locator("#strength").input_value() == "1" and heading(page) == "Head 1"
+
+
+def test_channels_show_tokens_and_positions(open_page, html):
+    page = open_page(html)
+    channels = page.locator("#channels")
+    channels.get_by_role("button", name="0", exact=True).click()
+    text = channels.inner_text()
+    assert "+1.50" in text and "−1.50" in text
+    assert channels.locator("svg .stem").count() == 16  # one per position
+    node(page, "Channel 4").first.click()
+    page.get_by_role("button", name="Tokens and positions on channel 4").click()
+    assert "+3.00" in channels.inner_text() and "yes" in channels.inner_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_follow_the_system_and_the_button(open_page, html, scheme):
+    page = open_page(html, color_scheme=scheme)
+
+    def is_dark():
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return sum(int(part) for part in colour.split("(")[1].rstrip(")").split(",")[:3]) < 200
+
+    assert is_dark() == (scheme == "dark")
+    page.locator("#theme").click()
+    assert is_dark() == (scheme == "light")
+    page.locator("#theme").click()
+    assert is_dark() == (scheme == "dark")
+
+
+def test_a_phone_gets_the_graph_from_top_to_bottom(open_page, html):
+    page = open_page(html, viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    first, last = page.locator(".node.token").first, page.locator(".node.token").last
+    assert first.bounding_box()["y"] + 200 < last.bounding_box()["y"]
+    node(page, NEURON).tap()
+    assert heading(page) == "Neuron 7"
+    page.set_viewport_size({"width": 1200, "height": 800})
+    page.wait_for_function("!document.querySelector('#graph').classList.contains('vertical')")
+    assert first.bounding_box()["x"] + 300 < last.bounding_box()["x"]
+
+
+HOSTILE = [
+    "<script>window.hit = 1</script>",
+    "</script><script>window.hit = 2</script>",
+    "<img src=x onerror='window.hit = 3'>",
+    '"\' onmouseover="window.hit = 4" {{SCRIPT}} ${window.hit = 5} $& $\'',
+    "javascript:window.hit = 6",
+    "\u202e\u0000\u2028gnirts",
+    "x" * 10_000,
+]
+
+
+@pytest.mark.parametrize("label", HOSTILE)
+def test_hostile_text_stays_text(open_page, data, label):
+    hostile = copy.deepcopy(data)
+    for name in ("task", "description", "model", "fingerprint"):
+        hostile[name] = label
+    hostile["tokens"] = {token: label for token in hostile["tokens"]}
+    hostile["checks"] = {label: {"value": 1.0, "control": 0.0, "passed": 1.0}}
+    page = open_page(render_page(hostile))
+    for selector in (".node.token >> nth=0", ".head", ".node.v"):
+        page.locator(selector).click()
+        page.locator(selector).hover()
+        page.locator("#details .chip, #details h2").first.hover()
+    assert page.evaluate("window.hit === undefined && document.scripts.length === 3")
+    assert page.evaluate("document.images.length") == 0
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert label[:20].strip() in page.title() or "\u2028" in label
+    # Cut where it is shown, so that the page stays a page.
+    assert page.evaluate("document.body.innerText.length") < 60_000
+    assert page.evaluate("document.documentElement.scrollHeight") < 12_000
+
+
+def test_the_policy_runs_nothing_else(browser, html, tmp_path):
+    """Even text that became HTML by some mistake could run nothing and load nothing."""
+    planted = (
+        "<script>window.hit = 1</script><img src='data:,' onerror='window.hit = 2'>"
+        "<svg onload='window.hit = 3'></svg><img src='http://localhost:9/x.png'></body>"
+    )
+    path = tmp_path / "page.html"
+    path.write_text(html.replace("</body>", planted), encoding="utf-8")
+    context = browser.new_context()
+    page, refused = context.new_page(), []
+    page.on("console", lambda message: refused.append(message.text))
+    page.goto(path.as_uri())
+    page.wait_for_selector("html[data-ready]", state="attached")
+    assert page.evaluate("window.hit === undefined")
+    assert sum("Content Security Policy" in text for text in refused) >= 3
+    assert any("img-src" in text and "localhost:9" in text for text in refused)
+    context.close()
+
+
+def test_a_large_circuit_is_a_small_page(open_page, data):
+    """A hundred nodes with all their examples stay under 3 MB, and nothing is left out."""
+    large = copy.deepcopy(data)
+    pattern = next(n for n in large["nodes"] if n["site"] == "h.1.mlp.post_act")
+    place = large["nodes"].index(pattern)
+    for i in range(110):
+        clone = copy.deepcopy(pattern) | {"index": 100 + i, "row": i - 55}
+        large["nodes"].append(clone)
+        large["curve"]["order"].append([clone["site"], clone["index"]])
+        for source, target, weight, kind in list(large["links"]):
+            if place in (source, target):
+                new = len(large["nodes"]) - 1
+                ends = [new if end == place else end for end in (source, target)]
+                large["links"].append([*ends, weight * (1 - i / 120), kind])
+    large["curve"]["sizes"].append(117)
+    large["curve"]["losses"].append(0.1)
+    html = render_page(large)
+    assert len(html.encode()) < 3_000_000
+    page = open_page(html)
+    assert page.locator(".node").count() == len(large["nodes"])
+    node(page, "Neuron 150").dispatch_event("click")
+    assert heading(page) == "Neuron 150"

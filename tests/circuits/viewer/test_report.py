@@ -1,0 +1,213 @@
+"""What is gathered for a page, held against plain ways to compute it."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+
+from hf_circuit_sparsity.circuits import Circuit, ReportConfig
+from hf_circuit_sparsity.circuits.ablation import hooked_sites, mean_ablated, node_sites
+from hf_circuit_sparsity.circuits.task_loss import all_pair_logits, binary_loss
+from hf_circuit_sparsity.circuits.viewer.activations import (
+    extreme_examples,
+    histogram,
+    record_activations,
+)
+from hf_circuit_sparsity.circuits.viewer.attention import attention_patterns
+from hf_circuit_sparsity.circuits.viewer.embeddings import channel_embeddings
+from hf_circuit_sparsity.circuits.viewer.losses import curve_sizes, node_effects
+from hf_circuit_sparsity.circuits.viewer.page import json_for_html, render_page
+from hf_circuit_sparsity.circuits.viewer.report import report_data
+from tests.circuits.planted import NO, ON, YES, planted_model, reference_ids
+from tests.circuits.viewer.conftest import SMALL
+from tests.conftest import random_model
+
+
+def node_of(data, site, index):
+    return next(n for n in data["nodes"] if (n["site"], n["index"]) == (site, index))
+
+
+def test_effects_are_the_rise_of_the_loss(planted):
+    model, _, task, circuit = planted
+    tensors = task.tensors("test")
+
+    def loss(masks):
+        with mean_ablated(model, masks, circuit.means):
+            pairs = all_pair_logits(model, tensors)
+        return binary_loss(circuit.calibration.pairs(pairs, tensors)).item()
+
+    nodes = [(site, i) for site, ids in circuit.nodes.items() for i in ids]
+    effects = node_effects(circuit, model, tensors, nodes)
+    whole = loss(circuit.masks())
+    for site, index in nodes:
+        masks = circuit.masks()
+        masks[site][index] = False
+        assert effects[site, index] == pytest.approx(loss(masks) - whole, abs=1e-5)
+    assert effects["h.1.mlp.post_act", 7] > 0.5 > abs(effects["h.0.attn.k", 4])
+
+
+def test_curve_starts_at_guessing_and_passes_the_circuit(planted, data):
+    curve, losses = data["curve"], data["losses"]
+    size = data["size"]
+    assert curve["sizes"][0] == 0 and curve["sizes"][-1] == size["modelNodes"]
+    assert curve["losses"][0] == pytest.approx(0.693, abs=0.01)
+    assert curve["losses"][curve["sizes"].index(size["nodes"])] == losses["circuit"]["loss"]
+    assert curve["losses"][-1] == pytest.approx(losses["model"]["loss"], abs=0.1)
+    # By mask score, which falls from site to site.
+    assert [site for site, _ in curve["order"]] == list(planted[3].nodes)
+    assert losses["without"]["loss"] > 0.6 > losses["circuit"]["loss"]
+    assert curve_sizes(3, 100) == sorted({*range(4), *curve_sizes(3, 100)})
+    assert len(curve_sizes(1000, 10**6)) == 33
+
+
+def test_activations_are_those_of_every_sequence_alone(planted):
+    model, _, task, circuit = planted
+    prompts = [list(ids) for ids in task.test["input_ids"][:9]]
+    recorded = record_activations(
+        model, circuit.nodes, prompts, within=lambda: circuit.apply(model), batch_size=4
+    )
+    assert len({len(p) for p in prompts}) > 1  # so that some were padded
+    for site, ids in circuit.nodes.items():
+        seen = {}
+        with (
+            circuit.apply(model),
+            hooked_sites(model, {site: lambda m, a, out, seen=seen: seen.update(x=out)}),
+            torch.no_grad(),
+        ):
+            for i, prompt in enumerate(prompts):
+                model(torch.tensor([prompt]))
+                start, end = recorded.starts[i : i + 2]
+                expected = seen["x"][0, :, ids]
+                assert torch.allclose(recorded.values[site][start:end], expected, atol=1e-5)
+
+
+def test_histogram_and_examples_count_every_token(planted):
+    model, _, _, circuit = planted
+    sequences = reference_ids().tolist()
+    recorded = record_activations(model, circuit.nodes, sequences)
+    column = recorded.values["h.0.attn.v"][:, 0]
+    low, high, mean = column.min().item(), column.max().item(), column.mean().item()
+    assert sum(histogram(column, low, high)["counts"]) == (column != 0).sum()
+    assert histogram(torch.tensor([0.0, 0.0, 1.0, 2.0]), 0, 2)["zero"] == 0.5
+    for sign, extreme in ((1, high), (-1, low)):
+        examples = extreme_examples(recorded, "h.0.attn.v", 0, mean, 4, sign)
+        shown = [e.values[e.at - e.start] for e in examples]
+        assert shown[0] == extreme and shown == sorted(shown, reverse=sign > 0)
+        assert len({e.sequence for e in examples}) == len(examples) == 4
+        # The word that the planted value channel reads.
+        assert sequences[examples[0].sequence][examples[0].at] == (ON if sign > 0 else ON + 1)
+    recorded.values["h.0.attn.v"][:] = 2.0
+    assert extreme_examples(recorded, "h.0.attn.v", 0, 2.0, 4, 1) == []
+
+
+@pytest.mark.parametrize("sink", [True, False])
+def test_attention_patterns_are_the_models_own(tiny_config, sink):
+    tiny_config.sink = sink
+    model = random_model(tiny_config)
+    ids = torch.randint(0, 64, (13,), generator=torch.Generator().manual_seed(0))
+    patterns = attention_patterns(model, ids.tolist(), [0, 1])
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(ids[None], output_attentions=True).attentions
+    for layer in (0, 1):
+        assert torch.allclose(patterns[layer], expected[layer][0], atol=1e-5)
+
+
+def test_channels_name_the_planted_tokens(planted):
+    model, _, _, circuit = planted
+    channels = {entry["channel"]: entry for entry in channel_embeddings(model, circuit.nodes)}
+    assert sorted(channels) == [0, 3, 4]
+    assert channels[0]["embed"]["positive"][0] == (ON, 1.5)
+    assert channels[4]["unembed"]["positive"][0] == (YES, 3.0)
+    assert channels[4]["unembed"]["negative"][0] == (NO, -3.0)
+    assert channels[3]["reads"] == ["h.1.mlp.act_in"]
+    assert channels[3]["writes"] == ["h.0.attn.resid_delta"]
+    wpe = model.transformer.wpe.weight
+    assert channels[0]["position"] == pytest.approx(wpe[:, 0].tolist())
+
+
+def test_concatenated_positions_are_channels_past_the_residual_ones(tiny_config):
+    config = type(tiny_config)(**{**tiny_config.to_dict(), "d_pos_emb": 8})
+    model = random_model(config)
+    (entry,) = channel_embeddings(model, {"h.0.attn.act_in": [config.d_model + 3]})
+    assert "embed" not in entry and "unembed" not in entry
+    assert entry["position"] == pytest.approx(model.transformer.wpe.weight[:, 3].tolist())
+
+
+def test_every_token_shown_has_a_name_and_everything_is_json(data):
+    text = json.dumps(data, allow_nan=False)
+    assert len(text) < 200_000
+    for name, sequences in data["sequences"].items():
+        for node in data["nodes"]:
+            for examples in node.get("examples", {}).get(name, {}).values():
+                for sequence, start, _, values in examples:
+                    ids = sequences[sequence][start : start + len(values)]
+                    assert len(ids) == len(values)
+                    assert all(str(i) in data["tokens"] for i in ids)
+    pattern = data["heads"]["heads"][0]["circuit"][0]
+    length = len(data["heads"]["prompts"][0])
+    assert len(pattern) == length * (length + 1) // 2
+    assert node_of(data, "h.0.attn.k", 4)["head"] == 1
+
+
+def test_the_model_is_left_as_it_was_and_the_page_is_seeded(planted, data, tmp_path):
+    _, tokenizer, task, circuit = planted
+    model = planted_model().train()
+    path = circuit.report(
+        tmp_path / "new" / "page.html", model, tokenizer, task=task, reference=reference_ids(),
+        config=SMALL, progress=False,
+    )  # fmt: skip
+    assert model.training
+    assert not any(site._forward_hooks for site in node_sites(model).values())
+    assert [p.name for p in path.parent.iterdir()] == ["page.html"]
+    assert path.read_text(encoding="utf-8") == render_page(data)
+
+
+def test_pruned_edges_and_tokens_stay_out(planted):
+    model, tokenizer, task, circuit = planted
+    kept = [("h.0.attn.act_in", 0, "h.0.attn.v", 5)]
+    mean = model.get_input_embeddings().weight.mean(0).detach()
+    cut = dataclasses.replace(circuit, kept_edges=kept, tokens=[ON], token_mean=mean)
+    data = report_data(
+        cut, model, tokenizer, task=task, reference=reference_ids(), config=SMALL, progress=False
+    )
+    assert data["size"]["edges"] == 1 and data["size"]["cutEdges"] >= 3
+    assert [n["index"] for n in data["nodes"] if n["site"] == "token"] == [ON]
+    assert data["losses"]["circuit"]["loss"] > 0.6  # what carried the answer is cut
+
+
+def test_bad_input_is_one_sentence_and_writes_nothing(planted, tmp_path):
+    model, tokenizer, task, circuit = planted
+    page = tmp_path / "page.html"
+    empty = Circuit({}, circuit.means, "on_off", circuit.model_fingerprint)
+    with pytest.raises(ValueError, match="has no nodes"):
+        empty.report(page, model, tokenizer, task=task)
+    with pytest.raises(ValueError, match="'on_off', which is not a built-in task"):
+        circuit.report(page, model, tokenizer)
+    with pytest.raises(ValueError, match="cut out of the model"):
+        circuit.report(page, planted_model(seed=3), tokenizer, task=task)
+    with pytest.raises(ValueError, match="prompts=0"):
+        ReportConfig(prompts=0)
+    assert not page.exists()
+
+
+def test_json_cannot_leave_its_element():
+    hostile = {"a": "</script><script>alert(1)</script><!-- & \u2028\u2029 \ud800", "b": '"\\'}
+    text = json_for_html(hostile)
+    assert not re.search(r"[<>&\u2028\u2029]", text)
+    assert json.loads(text)["b"] == hostile["b"]
+    assert json.loads(text)["a"].startswith("</script><script>alert(1)")
+    with pytest.raises(ValueError, match="JSON"):
+        json_for_html({"a": float("nan")})
+
+
+def test_the_library_comes_with_its_licence():
+    from importlib.resources import files
+
+    vendor = files("hf_circuit_sparsity.circuits.viewer") / "vendor"
+    library = (vendor / "d3" / "d3.min.js").read_text(encoding="utf-8")
+    version = re.search(r"d3js\.org v([\d.]+)", library).group(1)
+    assert version in (vendor / "README.md").read_text(encoding="utf-8")
+    assert "Mike Bostock" in (vendor / "d3" / "LICENSE").read_text(encoding="utf-8")
