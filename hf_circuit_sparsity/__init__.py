@@ -13,6 +13,7 @@ from .circuits import (
     TaskNotLearnedError,
     evaluate_tasks,
     find_circuit,
+    list_circuits,
     search_circuit,
 )
 from .modeling import (
@@ -69,6 +70,7 @@ __all__ = [
     "evaluate_tasks",
     "extract_mask",
     "find_circuit",
+    "list_circuits",
     "list_tasks",
     "load_task",
     "pack",

@@ -3,6 +3,7 @@
 from ..modeling.fingerprint import model_fingerprint
 from .ablation import mean_ablated, mean_activations
 from .circuit import Circuit
+from .circuit_hub import CircuitOnHub, list_circuits
 from .edges import Edge
 from .faithfulness import evaluate_circuit
 from .pruning import TaskNotLearnedError, find_circuit, find_circuits, find_frontier
@@ -18,6 +19,7 @@ __all__ = [
     "Calibration",
     "Check",
     "Circuit",
+    "CircuitOnHub",
     "Edge",
     "PruningConfig",
     "ReportConfig",
@@ -33,6 +35,7 @@ __all__ = [
     "find_circuit",
     "find_circuits",
     "find_frontier",
+    "list_circuits",
     "mean_ablated",
     "mean_activations",
     "model_fingerprint",

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import nn
 
+from ..hub import is_hub_id
 from ..modeling.checked_files import ArtifactError
 from ..modeling.fingerprint import model_fingerprint
 from .ablation import TOKENS, hooked, mean_ablated, node_sites
 from .circuit_file import JSON_NAME, read_circuit, write_circuit
+from .circuit_hub import download_circuit, model_source, model_text, push_circuit
 from .edge_ablation import edge_hooks, edge_name
 from .edges import Edge, circuit_edges
 from .task_loss import Calibration
@@ -36,6 +39,7 @@ class Circuit:
         task: name of the task it was found for.
         model_fingerprint: of the model it was cut out of (see `model_fingerprint`).
         model_name: that model's path or Hub id, for people to find it.
+        model_revision: commit hash of that model on the Hub; "" if it is not there.
         metrics: numbers about it, by name (losses in nats).
         config: how it was found, as plain values.
         example: a prompt of the task, its counterfactual and the answers, for pictures: `prompt`,
@@ -56,6 +60,7 @@ class Circuit:
     model_fingerprint: str
     calibration: Calibration = field(default_factory=Calibration)
     model_name: str = ""
+    model_revision: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     example: dict[str, Any] = field(default_factory=dict)
@@ -119,11 +124,11 @@ class Circuit:
         """Raise a `ValueError` if `model` is not the one this circuit was cut out of."""
         fingerprint = model_fingerprint(model)
         if fingerprint != self.model_fingerprint:
-            known = f" ({self.model_name})" if self.model_name else ""
+            expected = model_text(self.model_fingerprint, self.model_name, self.model_revision)
+            passed = model_text(fingerprint, *model_source(model))
             raise ValueError(
-                f"This circuit for {self.task!r} was cut out of the model {self.model_fingerprint}"
-                f"{known}, but the model passed is {fingerprint}; load that model, or find the "
-                "circuit anew in this one."
+                f"This circuit for {self.task!r} was cut out of the model {expected}, but the "
+                f"model passed is {passed}; load that model, or find the circuit anew in this one."
             )
         self._check_fits(model)
 
@@ -316,15 +321,84 @@ class Circuit:
         }
         write_circuit(save_directory, fields, tensors)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        subfolder: str = "",
+        base_model: str | None = None,
+        base_model_revision: str | None = None,
+        model: nn.Module | None = None,
+        tokenizer: Any = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+    ) -> CommitInfo:
+        """Upload the circuit to the Hub, into a repository that is made if it is not there.
+
+        Args:
+            repo_id: `user/name`.
+            subfolder: folder in the repository; with it, one repository holds several circuits.
+            base_model: Hub id of the model it was cut out of. Not needed if the model was loaded
+                from the Hub before the circuit was found.
+            base_model_revision: branch, tag or commit hash of that model; the commit hash is
+                recorded. Default: the commit it was loaded at, else the newest.
+            model: that model itself; a picture of the circuit is then uploaded too.
+            tokenizer: names the tokens in the picture.
+            private: whether a new repository is private.
+            revision: branch to write to.
+            token: access token; the saved one if not given.
+            commit_message: of the one commit made.
+
+        Raises:
+            HubAccessError: (an `OSError`) nobody is signed in, there is no right to write, or the
+                base model is not there.
+            ValueError: another task's circuit lies there, or `model` is another model.
+        """
+        options = {
+            name: value for name, value in locals().items() if name not in ("self", "repo_id")
+        }
+        return push_circuit(self, repo_id, **options)
+
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike) -> "Circuit":
-        """Read a circuit from a folder that [`Circuit.save_pretrained`] wrote.
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+    ) -> "Circuit":
+        """Read a circuit from a folder, or from a repository on the Hub.
+
+        Args:
+            name_or_path: folder that [`Circuit.save_pretrained`] wrote, or `user/name`.
+            revision: branch, tag or commit hash on the Hub.
+            subfolder: folder in there (see `list_circuits`).
+            token: access token; the saved one if not given, none if False.
+            cache_dir: where downloads are kept; the usual cache if not given.
+            local_files_only: take from the cache what is there and ask nobody.
 
         Raises:
             FileNotFoundError: one of its two files is missing.
+            HubAccessError: (an `OSError`) the repository, the revision or the circuit is not there,
+                or the Hub is not reached.
             ArtifactError: (a `ValueError`) a file is damaged or does not hold a circuit; names the
                 file and the field.
         """
+        directory: Path = Path(name_or_path) / subfolder
+        if is_hub_id(name_or_path):
+            directory = download_circuit(
+                os.fspath(name_or_path),
+                subfolder=subfolder,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
         content, tensors = read_circuit(directory)
         shift = content["calibration"]["shift"]
         calibration = Calibration(
@@ -353,6 +427,6 @@ class Circuit:
 
 # The fields that are stored in circuit.json as they are.
 _STORED = (
-    "task", "model_name", "model_fingerprint", "nodes", "metrics", "config", "example",
-    "kept_edges", "tokens", "verification",
+    "task", "model_name", "model_revision", "model_fingerprint", "nodes", "metrics", "config",
+    "example", "kept_edges", "tokens", "verification",
 )  # fmt: skip

@@ -30,6 +30,8 @@ def check_content(content: Field) -> None:
     """
     content["task"].name_of_folder()
     content["model_name"].line()
+    if content.has("model_revision"):
+        content["model_revision"].matching("([0-9a-f]{40})?", "a commit hash or empty")
     content["model_fingerprint"].matching("[0-9a-f]{16}", "16 hexadecimal digits")
     for site, ids in content["nodes"].items():
         _check_site(site, content.path, "nodes")

@@ -17,6 +17,7 @@ from torch import nn
 from ..modeling.fingerprint import model_fingerprint
 from .ablation import TOKENS, ReferenceMeans, node_sites, reference_means
 from .circuit import Circuit
+from .circuit_hub import model_source
 from .edge_ablation import cut_offsets, edge_name
 from .edges import circuit_edges
 from .faithfulness import evaluate_circuit
@@ -257,6 +258,7 @@ def _circuit(
     if config.token_nodes:
         pruned["tokens"] = keep[TOKENS].nonzero()[:, 0].tolist()
         pruned["token_mean"] = inputs.means.token.cpu()
+    model_name, model_revision = model_source(model)
     return Circuit(
         nodes=nodes,
         means={site: mean.cpu() for site, mean in inputs.means.nodes.items()},
@@ -264,7 +266,8 @@ def _circuit(
         calibration=calibration,
         task=task.name,
         model_fingerprint=inputs.fingerprint,
-        model_name=getattr(getattr(model, "config", None), "_name_or_path", "") or "",
+        model_name=model_name,
+        model_revision=model_revision,
         example=_example(task),
         **pruned,
     )

@@ -8,6 +8,7 @@ that this would not make smaller, is stored as it is. So at 1 nonzero in 1000 an
 """
 
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -41,19 +42,16 @@ def hub_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
 
 
-def sparse_weights_file(source: str | os.PathLike | None, options: dict[str, Any]) -> str | None:
-    """The weights at `source` (folder or Hub id) if they are in the layout above, else None.
+def weights_file(source: str | os.PathLike | None, options: dict[str, Any]) -> str | None:
+    """The safetensors file with the weights at `source` (folder or Hub id), if it is one file.
 
     Args:
         options: the keyword arguments of `from_pretrained`.
-
-    Raises:
-        ArtifactError: the weights are in one safetensors file whose header is damaged.
     """
     if source is None or options.get("use_safetensors") is False:
         return None
     variant = options.get("variant")
-    path = cached_file(
+    return cached_file(
         source,
         f"model.{variant}.safetensors" if variant else "model.safetensors",
         _raise_exceptions_for_gated_repo=False,
@@ -61,9 +59,21 @@ def sparse_weights_file(source: str | os.PathLike | None, options: dict[str, Any
         _raise_exceptions_for_connection_errors=False,
         **hub_options(options),
     )
-    if path is None:
-        return None
-    return path if any(name.endswith(PARTS) for name in tensor_shapes(path)) else None
+
+
+def holds_nonzeros(path: str) -> bool:
+    """Whether a safetensors file is in the layout above.
+
+    Raises:
+        ArtifactError: its header is damaged.
+    """
+    return any(name.endswith(PARTS) for name in tensor_shapes(path))
+
+
+def commit_hash(path: str | None) -> str | None:
+    """The commit that a file of the Hub's cache is of; None for any other file."""
+    found = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path or "")
+    return found[1] if found else None
 
 
 @torch.no_grad()

@@ -10,10 +10,12 @@ from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 
 from .sparse_checkpoint import (
+    commit_hash,
     encoded_state_dict,
     fill_from_sparse_file,
+    holds_nonzeros,
     hub_options,
-    sparse_weights_file,
+    weights_file,
 )
 from .sparse_execution import MAX_DENSITY, sparse_layers, to_dense, to_sparse
 
@@ -33,6 +35,9 @@ class SparsePreTrainedModel(PreTrainedModel):
     ):
         """As every `from_pretrained`, from dense and from sparse weights alike.
 
+        A model from the Hub knows in `config._commit_hash` the commit it is of (if its weights are
+        one file), so that what is made of it can name it.
+
         Args:
             sparse: return the model as `to_sparse()` leaves it. From sparse weights this never
                 allocates a dense matrix; it then takes no `device_map` over several devices and no
@@ -43,11 +48,13 @@ class SparsePreTrainedModel(PreTrainedModel):
         """
         path = None
         if kwargs.get("state_dict") is None and not kwargs.get("gguf_file"):
-            path = sparse_weights_file(pretrained_model_name_or_path, kwargs)
-        if path is None:
+            path = weights_file(pretrained_model_name_or_path, kwargs)
+        if path is None or not holds_nonzeros(path):
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model.config._commit_hash = commit_hash(path)
             if sparse:
-                to_sparse(loaded[0] if isinstance(loaded, tuple) else loaded)
+                to_sparse(model)
             return loaded
         where = hub_options(kwargs)
         config, kwargs = cls._config_for(pretrained_model_name_or_path, where, kwargs)
@@ -60,6 +67,7 @@ class SparsePreTrainedModel(PreTrainedModel):
             )
             model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        model.config._commit_hash = commit_hash(path)
         if model.can_generate() and kwargs.get("generation_config") is None:
             with contextlib.suppress(OSError):  # without one, what the config gives stays
                 model.generation_config = GenerationConfig.from_pretrained(
