@@ -91,46 +91,38 @@ class _Refusal:
         self.signed_in = bool(known)
 
     def sentence(self, causes: list[BaseException]) -> str | None:
+        """What the first of the errors that says something says."""
+        return next(filter(None, map(self._one, causes)), None)
+
+    def _one(self, error: BaseException) -> str | None:
         what = f"the {self.kind} repository {self.repo_id!r}"
-        known = {
-            HFValidationError: self._bad_name,
-            GatedRepoError: self._gated,
-            RepositoryNotFoundError: self._missing,
-            RevisionNotFoundError: self._no_revision,
-            LocalTokenNotFoundError: lambda: (
-                f"Nobody is signed in, but {what} needs it; {_SIGN_IN}."
-            ),
-        }
-        for kind, sentence in known.items():
-            if any(isinstance(cause, kind) for cause in causes):
-                return sentence()
-        if any(self._offline(cause) for cause in causes):
-            at = f" at revision {self.revision!r}" if self.revision else ""
-            return (
-                f"HF_HUB_OFFLINE is set and {what}{at} is not in the cache (or not all that is "
-                "needed of it); unset it and load once while connected."
-            )
-        for cause in causes:
-            if isinstance(cause, EntryNotFoundError) and not isinstance(
-                cause, LocalEntryNotFoundError
-            ):
+        match error:
+            case HFValidationError():
+                return f"{self.repo_id!r} was passed, but a repository is named like user/name."
+            case GatedRepoError():
+                return self._gated()
+            case RepositoryNotFoundError():
+                return self._missing()
+            case RevisionNotFoundError():
+                return self._no_revision()
+            case LocalTokenNotFoundError():
+                return f"Nobody is signed in, but {what} needs it; {_SIGN_IN}."
+            case LocalEntryNotFoundError() | OfflineModeIsEnabled() if constants.HF_HUB_OFFLINE:
+                at = f" at revision {self.revision!r}" if self.revision else ""
+                return (
+                    f"HF_HUB_OFFLINE is set and {what}{at} is not in the cache (or not all that is "
+                    "needed of it); unset it and load once while connected."
+                )
+            case EntryNotFoundError():
                 return None  # which file is missing is for the caller to explain
-            if isinstance(cause, HfHubHTTPError) and cause.response is not None:
-                return self._refused(cause)
-        if any(_is_connection_error(cause) for cause in causes):
+            case HfHubHTTPError() if error.response is not None:
+                return self._refused(error.response.status_code)
+        if _is_connection_error(error):
             return (
                 f"The Hub at {self.api.endpoint} could not be reached; check the connection, or "
                 "set HF_HUB_OFFLINE=1 to use what is in the cache."
             )
         return None
-
-    def _offline(self, cause: BaseException) -> bool:
-        if isinstance(cause, OfflineModeIsEnabled):
-            return True
-        return isinstance(cause, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE
-
-    def _bad_name(self) -> str:
-        return f"{self.repo_id!r} was passed, but a repository is named like user/name."
 
     def _gated(self) -> str:
         address = web_address(self.api.endpoint, self.repo_id, self.kind)
@@ -169,8 +161,7 @@ class _Refusal:
             f"tags{choice} or a commit hash."
         )
 
-    def _refused(self, error: HfHubHTTPError) -> str | None:
-        status = error.response.status_code
+    def _refused(self, status: int) -> str | None:
         if status == 401 and not self.signed_in:
             return f"Nobody is signed in, so {self.repo_id!r} cannot be written; {_SIGN_IN}."
         if status == 401:

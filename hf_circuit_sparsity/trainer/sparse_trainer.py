@@ -2,7 +2,9 @@
 
 import logging
 import math
+import shutil
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from ..hub import hub_errors
 from ..modeling.sparse_execution import sparse_layers
 from ..modeling.sparse_pretrained import SparsePreTrainedModel
 from .nonzero_checkpoint import load_nonzeros
@@ -113,6 +116,23 @@ class SparseTrainer(Trainer):
         # Partial gradients bring their own way of doing so.
         wanted = self.args.compute_on_nonzeros and self.args.sparsifier != "rcd"
         return wanted and isinstance(self.model, nn.Module)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository to push to; see ``Trainer``.
+
+        Raises:
+            HubAccessError: nobody is signed in, or there is no right to write.
+        """
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        with hub_errors(name, token=token or self.args.hub_token, writing=True):
+            super().init_hf_repo(token=token, private=private)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer copies what it knows of a checkpoint to where it pushes from; the model's code,
+        # without which nobody loads it, is not among that.
+        for path in Path(checkpoint_folder).glob("*.py"):
+            shutil.copy(path, Path(self.args.output_dir) / path.name)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer unless there is one already; see ``Trainer.create_optimizer``."""
