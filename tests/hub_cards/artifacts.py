@@ -1,0 +1,55 @@
+"""One small artifact of each kind, to write cards about."""
+
+import torch
+
+from hf_circuit_sparsity import BridgedCausalLM, Circuit
+from hf_circuit_sparsity.circuits import evaluate_circuit, mean_activations, model_fingerprint
+from hf_circuit_sparsity.modeling import CircuitGPTConfig
+from tests.circuits.planted import PLANTED_NODES, on_off_task, planted_model, reference_ids
+
+SUMMARY = {
+    "parameters": 3000, "loss": 3.25, "perplexity": 25.79, "density": 0.05, "nonzeros": 150,
+    "steps": 10, "tokens": 1280, "train_seconds": 90.0, "model": "runs/x",
+}  # fmt: skip
+BRIDGE_SUMMARY = {
+    "lm": 3.5, "kl": 0.25, "nmse": 0.5, "dense_to_sparse": 0.3, "sparse_to_dense": 0.4,
+    **{f"{name}_{i}": 0.125 for i in range(5) for name in (
+        "encode_nmse", "decode_nmse", "dense_to_sparse_kl", "sparse_to_dense_kl"
+    )},
+}  # fmt: skip
+
+
+def planted_circuit(model=None, **fields) -> Circuit:
+    """The circuit of the planted model, measured on its task."""
+    model, task = model or planted_model(), on_off_task()
+    row = task.test[0]
+    circuit = Circuit(
+        nodes={site: list(ids) for site, ids in PLANTED_NODES.items()},
+        means=mean_activations(model, reference_ids()),
+        task="on_off",
+        model_fingerprint=model_fingerprint(model),
+        model_name="ada/planted",
+        config={"target_loss": 0.15, "seed": 0},
+        example={
+            "prompt": row["prompt"],
+            "target": row["target"],
+            "counterfactual_target": row["counterfactual_target"],
+            "token_ids": row["input_ids"],
+            "target_id": row["target_id"],
+        },
+    )
+    circuit.metrics = evaluate_circuit(circuit, model, task)
+    for name, value in fields.items():
+        setattr(circuit, name, value)
+    return circuit
+
+
+def bridge() -> BridgedCausalLM:
+    """A bridge from the planted model to a narrow twin."""
+    torch.manual_seed(0)
+    dense = planted_model()
+    dense.config.name_or_path = "ada/planted"
+    twin = CircuitGPTConfig(
+        n_layer=2, n_head=2, d_head=4, d_model=8, d_mlp=16, block_size=16, vocab_size=16
+    )
+    return BridgedCausalLM.from_models(dense, twin)
