@@ -15,6 +15,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_downlo
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..hub import HubAccessError, hub_errors, is_hub_id
+from ..modeling.card_slot import card_of
 from .circuit_file import JSON_NAME, TENSORS_NAME
 
 if TYPE_CHECKING:
@@ -169,6 +170,17 @@ def push_circuit(
                 CommitOperationAdd(str(PurePosixPath(subfolder) / path.name), path)
                 for path in sorted(Path(folder).iterdir())
             ]
+            card = card_of(
+                "circuit",
+                circuit,
+                repo_id,
+                subfolder=subfolder,
+                picture=model is not None,
+                token=token,
+                revision=revision,
+            )
+            if card is not None:
+                operations.append(CommitOperationAdd("README.md", card.encode()))
             return api.create_commit(
                 repo_id,
                 operations,

@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..hub import is_hub_id
 from ..modeling import BridgedCausalLM
 from .markdown import NOT_MEASURED, code, number, python, table, text
 from .metadata import LIBRARY, all_tags, measured, render, repo_title, result
@@ -39,8 +40,6 @@ def bridge_card(
         license: as the Hub names it.
         tags: beside the usual ones.
     """
-    from ..hub import is_hub_id
-
     config = bridged.config
     named = config.base_model_name_or_path
     base = base_model or (named if is_hub_id(named) else None)

@@ -1,12 +1,13 @@
 """The card of a repository of circuits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..circuits import Circuit
+from ..hub import is_hub_id
 from .markdown import NOT_MEASURED, block, code, number, python, table, text, visible
 from .metadata import LIBRARY, all_tags, measured, render, repo_title, result
 
@@ -36,7 +37,7 @@ def circuit_card(
     *,
     repo_id: str,
     subfolder: str = "",
-    pictures: bool = True,
+    pictures: bool | Collection[str] = True,
     base_model: str | None = None,
     datasets: Sequence[str] = (),
     license: str = "apache-2.0",
@@ -48,7 +49,7 @@ def circuit_card(
         circuits: the circuit; or several by their folders in the repository, "" for its root.
         repo_id: where it is published, `user/name`; the example loads it from there.
         subfolder: folder of a single circuit in the repository.
-        pictures: whether each has a `circuit.png` beside it.
+        pictures: whether each has a `circuit.png` beside it, or the folders in which there is one.
         base_model: Hub id of the model they were cut out of; that which a circuit names if not
             given.
         datasets: Hub ids of the tasks' datasets.
@@ -84,7 +85,7 @@ def circuit_card(
         title=text(title),
         summary=_summary(by_folder, models),
         circuits=[
-            _part(folder, circuit, pictures, len(by_folder) > 1)
+            _part(folder, circuit, _in(folder, pictures), len(by_folder) > 1)
             for folder, circuit in by_folder.items()
         ],
         snippet=_snippet(repo_id, first_folder, first, models),
@@ -107,8 +108,6 @@ def circuit_results(circuit: Circuit, tasks: str) -> list[EvalResult]:
 
 
 def _model_ids(circuits: Any) -> list[str]:
-    from ..hub import is_hub_id
-
     return list(dict.fromkeys(c.model_name for c in circuits if is_hub_id(c.model_name)))
 
 
@@ -129,14 +128,18 @@ def _summary(by_folder: Mapping[str, Circuit], models: Sequence[str]) -> str:
     return f"{len(by_folder)} circuits of {of_model} ({known}), one for each of these tasks."
 
 
-def _part(folder: str, circuit: Circuit, pictures: bool, several: bool) -> dict[str, str]:
+def _in(folder: str, pictures: bool | Collection[str]) -> bool:
+    return pictures if isinstance(pictures, bool) else folder in pictures
+
+
+def _part(folder: str, circuit: Circuit, picture: bool, several: bool) -> dict[str, str]:
     prefix = f"{folder}/" if folder else ""
     example = circuit.example
     shown = {"prompt", "target", "counterfactual_target"} <= set(example)
     return {
         "heading": f"{code(circuit.task)}" if several else "",
         # A path in a link: what Markdown or HTML could read otherwise is percent-encoded.
-        "picture": f"{quote(visible(prefix))}circuit.png" if pictures else "",
+        "picture": f"{quote(visible(prefix))}circuit.png" if picture else "",
         "numbers": table(
             ("", ""),
             [(name, number(_number(circuit, key), form)) for key, name, form in _NUMBERS],

@@ -22,6 +22,11 @@ model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(name)
 prompt = tokenizer("def add(a, b):\\n    return", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(prompt, max_new_tokens=12, do_sample=False)[0]))"""
+SNIPPET_WITHOUT_TOKENIZER = """import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({repo_id}, trust_remote_code=True)
+print(model(torch.tensor([[1, 2, 3]])).logits.shape)"""
 
 
 def weight_counts(model: nn.Module) -> tuple[int, int]:
@@ -49,6 +54,7 @@ def model_card(
     circuits: Mapping[str, Circuit] | None = None,
     corpus: str | None = None,
     picture: str | None = None,
+    tokenizer: bool = True,
     base_model: str | None = None,
     datasets: Sequence[str] = (),
     license: str = "apache-2.0",
@@ -65,6 +71,7 @@ def model_card(
             another repository.
         corpus: one sentence on what it was trained on.
         picture: file in the repository.
+        tokenizer: whether its tokenizer is there too.
         base_model: Hub id of the model that it was trained on from.
         datasets: Hub ids of what it was trained or evaluated on; the first one with tasks.
         license: as the Hub names it.
@@ -89,6 +96,7 @@ def model_card(
     )
     total, nonzeros = weight_counts(model)
     config = model.config
+    snippet = SNIPPET if tokenizer else SNIPPET_WITHOUT_TOKENIZER
     shape = f"{config.n_layer} layers and d_model {config.d_model}"
     return render(
         ModelCard,
@@ -101,7 +109,7 @@ def model_card(
             "behind its behaviours are small enough to read."
         ),
         picture=picture,
-        snippet=SNIPPET.format(repo_id=python(repo_id)),
+        snippet=snippet.format(repo_id=python(repo_id)),
         architecture=_architecture(config),
         training=_training(summary, corpus),
         evaluation=_evaluation(summary, task_scores),

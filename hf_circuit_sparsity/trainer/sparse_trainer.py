@@ -14,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..hub import hub_errors
+from ..modeling.card_slot import card_of
 from ..modeling.sparse_execution import sparse_layers
 from ..modeling.sparse_pretrained import SparsePreTrainedModel
 from .nonzero_checkpoint import load_nonzeros
@@ -262,6 +263,56 @@ class SparseTrainer(Trainer):
                 if value is not None and (name != "skipped_steps" or value):
                     logs[name] = value
         super().log(logs, start_time)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Write ``README.md``; see ``Trainer``. A CircuitGPT's has the numbers of this run."""
+        readme = Path(self.args.output_dir) / "README.md"
+        there = readme.read_text(encoding="utf-8") if readme.is_file() else None
+        if there is not None and "generated_from_trainer" in there:
+            there = None
+        fields = {"license": license} if license else {}
+        card = card_of(
+            "model",
+            self.accelerator.unwrap_model(self.model),
+            self.hub_model_id or model_name or Path(self.args.output_dir).name,
+            existing=there,
+            summary=self._numbers_of_the_run(),
+            base_model=finetuned_from,
+            tokenizer=self.processing_class is not None,
+            tags=[tags] if isinstance(tags, str) else tags or [],
+            **fields,
+        )
+        if card is None:
+            if there is None:
+                names = (language, license, tags, model_name, finetuned_from)
+                super().create_model_card(*names, *args, **kwargs)
+        elif self.is_world_process_zero():
+            readme.parent.mkdir(parents=True, exist_ok=True)
+            readme.write_text(card, encoding="utf-8")
+
+    def _numbers_of_the_run(self) -> dict[str, float]:
+        """What has been measured so far, by the names that cards use."""
+        names = {
+            "eval_loss": "loss",
+            "eval_perplexity": "perplexity",
+            "nonzero_fraction": "density",
+            "train_runtime": "train_seconds",
+        }
+        found: dict[str, float] = {"steps": self.state.global_step}
+        for log in self.state.log_history:  # the last one counts
+            found.update({names[key]: value for key, value in log.items() if key in names})
+        if self.state.num_input_tokens_seen:
+            found["tokens"] = self.state.num_input_tokens_seen
+        return found
 
     def evaluation_loop(
         self,

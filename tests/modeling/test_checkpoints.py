@@ -196,6 +196,7 @@ def test_loads_by_remote_code_where_the_package_is_not_installed(tiny_model, tmp
         sparsify(tiny_model)
     tiny_model.save_pretrained(folder, sparse=sparse)
     assert {p.name for p in folder.glob("*.py")} == {
+        "card_slot.py",
         "checked_files.py",
         "configuration_circuitgpt.py",
         "kernel_slot.py",
