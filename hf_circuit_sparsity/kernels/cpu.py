@@ -21,6 +21,9 @@ _LANES = 16
 _BLOCK = 1024
 _PANEL = 128
 _TOKENS = 64
+_QUERIES = 4
+# Channels that a head may have.
+ATTENTION_WIDTHS = (_LANES, 2 * _LANES, 4 * _LANES)
 # Entries worth a thread of their own.
 _PIECE = 1 << 16
 
@@ -75,6 +78,8 @@ class CpuKernels:
         self._compress = _declare(library.compress, "piiiippp", _INT)
         self._transpose_compressed = _declare(library.transpose_compressed, "pppiipppp")
         self._sparse_linear = _declare(library.sparse_linear, "pppiippiiippi")
+        self._attend = _declare(library.attend, "pppiiidpiippp")
+        self._attend_back = _declare(library.attend_back, "ppppppiiidpiippppp")
         self._turn_pieces = _declare(library.turn_pieces, "piiiiip")
         self._gradient_at = _declare(library.gradient_at, "ppiippiiip")
 
@@ -295,6 +300,75 @@ class CpuKernels:
         _in_pieces(work, grad.shape[1], 64)
         return out
 
+    def can_attend(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether `attend` takes them: in shape, and in how they lie in memory."""
+        return (
+            query.shape[2] > 1
+            and query.shape[3] in ATTENTION_WIDTHS
+            and all(x.stride(3) == 1 and x.shape == query.shape for x in (query, key, value))
+        )
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, sink: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Causal attention with a sink.
+
+        Args:
+            query, key, value: `(B, H, T, K)`, K one of `ATTENTION_WIDTHS`.
+            sink: `(H,)`, a logit that only enters the softmax denominator.
+            scale: of the scores.
+
+        Returns:
+            `(B, H, T, K)`, which lies as `(B, T, H, K)`, and the logarithm of the softmax
+            denominator with the sink, `(B, H, T)`.
+        """
+        batch, heads, tokens, width = query.shape
+        out = torch.empty(batch, tokens, heads, width).transpose(1, 2)
+        log_sum = torch.empty(batch, heads, tokens)
+        sink = sink.detach().contiguous()
+        places = [_Heads.of(x) for x in (query, key, value, out)]
+        q, k, v, o = (ctypes.addressof(place) for place in places)
+
+        def work(part: range) -> None:
+            scratch = torch.empty((2 * width + 1) * _round_up(tokens))
+            self._attend(
+                q, k, v, heads, tokens, width, scale, sink.data_ptr(), part.start, part.stop,
+                o, log_sum.data_ptr(), scratch.data_ptr(),
+            )  # fmt: skip
+
+        _in_pieces(work, batch * heads, 1)
+        return out, log_sum
+
+    def attend_back(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sink: Tensor,
+        scale: float,
+        out: Tensor,
+        log_sum: Tensor,
+        grad: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The gradients of `attend` for query, key, value and sink, given that of its output."""
+        batch, heads, tokens, width = query.shape
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        grads = [torch.empty(batch, tokens, heads, width).transpose(1, 2) for _ in range(3)]
+        grad_sink = torch.empty(batch, heads)
+        sink = sink.detach().contiguous()
+        places = [_Heads.of(x) for x in (query, key, value, out, grad, *grads)]
+        q, k, v, o, g, *of_grads = (ctypes.addressof(place) for place in places)
+
+        def work(part: range) -> None:
+            scratch = torch.empty((5 * width + 2 * _QUERIES) * _round_up(tokens))
+            self._attend_back(
+                q, k, v, o, g, log_sum.data_ptr(), heads, tokens, width, scale, sink.data_ptr(),
+                part.start, part.stop, *of_grads, grad_sink.data_ptr(), scratch.data_ptr(),
+            )  # fmt: skip
+
+        _in_pieces(work, batch * heads, 1)
+        return *grads, grad_sink.sum(0)
+
     def _turned(self, a: Tensor) -> Tensor:
         """`(tokens, width)` as `(tokens / 64, width, 64)`, padded with zeros."""
         a = _rows(a)
@@ -319,11 +393,31 @@ def load_kernels() -> CpuKernels | None:
 
 
 def _declare(function: Callable, arguments: str, result: type | None = None) -> Callable:
-    """Say what a C function takes: pointers, integers, bit patterns and flags."""
-    kinds = {"p": _POINTER, "i": _INT, "u": ctypes.c_uint32, "f": _FLAG}
+    """Say what a C function takes: pointers, integers, bit patterns, flags and decimals."""
+    kinds = {"p": _POINTER, "i": _INT, "u": ctypes.c_uint32, "f": _FLAG, "d": ctypes.c_float}
     function.argtypes = [kinds[kind] for kind in arguments]
     function.restype = result
     return function
+
+
+class _Heads(ctypes.Structure):
+    """`struct heads` of kernels.c: where the matrices of sequences and heads are."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("sequence", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("token", ctypes.c_int64),
+    ]
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Heads":
+        """Of a tensor `(B, H, T, K)` whose channels lie next to each other."""
+        return cls(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // _LANES) * _LANES
 
 
 def _rows(x: Tensor) -> Tensor:

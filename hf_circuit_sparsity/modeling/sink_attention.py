@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from .kernel_slot import kernels_for
+
 
 def sdpa_attention_with_sink(
     query: torch.Tensor,
@@ -32,7 +34,14 @@ def sdpa_attention_with_sink(
     """
     fused_on_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
     if fused_on_cpu and attention_mask is None and not dropout and query.shape[2]:
-        attended = _CausalSinkAttention.apply(query, key, value, sink_logit, scaling)
+        if query.shape[2] > 1:
+            # A static cache holds more keys than there are queries, none of them filled yet.
+            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        kernels = kernels_for(query, key, value, sink_logit)
+        if kernels and kernels.can_attend(query, key, value):
+            attended = _AttentionByKernels.apply(query, key, value, sink_logit, scaling, kernels)
+        else:
+            attended = _CausalSinkAttention.apply(query, key, value, sink_logit, scaling)
         return attended.transpose(1, 2)
     return sink_as_key(query, key, value, attention_mask, scaling, dropout, sink_logit)
 
@@ -79,6 +88,34 @@ def sink_as_key(
     return attended[:, :, int(is_causal) :, :width].transpose(1, 2)
 
 
+class _AttentionByKernels(torch.autograd.Function):
+    """Causal attention with a sink by the compiled kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sink_logit: torch.Tensor,
+        scaling: float,
+        kernels: Any,
+    ) -> torch.Tensor:
+        out, log_sum = kernels.attend(query, key, value, sink_logit, scaling)
+        ctx.save_for_backward(query, key, value, sink_logit, out, log_sum)
+        ctx.scaling, ctx.kernels = scaling, kernels
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, sink_logit, out, log_sum = ctx.saved_tensors
+        grads = ctx.kernels.attend_back(
+            query, key, value, sink_logit, ctx.scaling, out, log_sum, grad
+        )
+        return *grads, None, None
+
+
 class _CausalSinkAttention(torch.autograd.Function):
     """Causal attention with a sink from torch's CPU kernel, which knows no sink.
 
@@ -96,10 +133,7 @@ class _CausalSinkAttention(torch.autograd.Function):
         sink_logit: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        queries = query.shape[2]
-        causal = queries > 1
-        if causal:  # a static cache holds more keys than there are queries, none of them filled
-            key, value = key[:, :, :queries], value[:, :, :queries]
+        causal = query.shape[2] > 1
         out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, scale=scaling
         )

@@ -52,3 +52,39 @@ def test_bfloat16_stays_bfloat16():
     half = sdpa_attention_with_sink(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, 0.3, 0.0, sink)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), reference(q, k, v, 0.3, sink), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("width", [16, 32, 64])
+@pytest.mark.parametrize(("queries", "keys"), [(2, 2), (5, 5), (16, 16), (70, 70), (33, 40)])
+def test_float32_equals_the_reference_in_double_precision(width, queries, keys, either_path):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    query, key, value = random(2, queries, 3, width), *(random(2, keys, 3, width) for _ in "kv")
+    sink, up = random(3), torch.randn(2, queries, 3, width, generator=generator)
+    inputs = [query, key, value, sink]
+    by_head = [t.transpose(1, 2) for t in inputs[:3]]
+    ours = sdpa_attention_with_sink(*by_head, None, 0.5, 0.0, sink)
+    assert ("ByKernels" in ours.grad_fn.next_functions[0][0].name()) == (either_path == "kernels")
+    got = torch.autograd.grad((ours * up).sum(), inputs)
+
+    # Keys beyond the queries are those of a static cache, not filled yet.
+    precise = [t.detach().double().requires_grad_() for t in inputs]
+    heads = [t.transpose(1, 2)[:, :, :queries] for t in precise[:3]]
+    expected = reference(*heads, 0.5, precise[3])
+    wanted = torch.autograd.grad((expected * up).sum(), precise)
+    for a, b in zip((ours, *got), (expected, *wanted), strict=True):
+        torch.testing.assert_close(a, b.float(), atol=2e-5, rtol=2e-5)
+
+
+def test_scores_of_any_size_and_nan(either_path):
+    q, k, v = (torch.randn(1, 1, 20, 16) for _ in range(3))
+    for size, sink in ((1e4, 0.0), (1e-4, 80.0), (1.0, -1e4), (30.0, 300.0)):
+        ours = sdpa_attention_with_sink(size * q, k, v, None, 1.0, 0.0, torch.tensor([sink]))
+        expected = reference(size * q, k, v, 1.0, torch.tensor([sink]))
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
+    q[0, 0, 5, 3] = torch.nan
+    ours = sdpa_attention_with_sink(q, k, v, None, 1.0, 0.0, torch.zeros(1))
+    assert ours[0, 5].isnan().all() and not ours[0, :5].isnan().any()
