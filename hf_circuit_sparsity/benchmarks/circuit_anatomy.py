@@ -16,7 +16,7 @@ from ..circuits.ablation import hooked_sites
 from ..circuits.edges import Edge, embedding_edges, unembedding_edges
 from ..circuits.task_loss import all_pair_logits, binary_loss, candidates, trimmed
 from .findings import (
-    TARGETS,
+    COMPARED,
     arguments,
     frontier,
     learned_tasks,
@@ -46,7 +46,7 @@ def run(folder: Path = FOLDER) -> str:
     for name, task_name in CIRCUITS:
         parts.append(f"## {task_name} in {name}")
         losses = task_losses(name, folder)[task_name]
-        if task_name not in learned_tasks(name, folder):
+        if task_name not in learned_tasks(name, folder, COMPARED):
             parts.append(
                 f"The model has not learned it: accuracy {losses['accuracy']:.1%}, loss "
                 f"{losses['calibrated_loss']:.3f} after calibration."
@@ -59,10 +59,12 @@ def run(folder: Path = FOLDER) -> str:
 def _circuit(name: str, task_name: str, folder: Path) -> str:
     model, tokenizer, _ = loaded(name, folder)
     task = task_for(name, task_name, folder)
-    best = smallest(frontier(name, task_name, folder), TARGETS[0])
-    if best is None:
-        return f"No circuit reaches a loss of {TARGETS[0]:g} nats on training prompts."
-    found = stored_circuits(name, task_name, TARGETS[0], folder)
+    rows = frontier(name, task_name, folder)
+    if not rows:
+        return f"No circuit reaches a loss of {COMPARED:g} nats on training prompts."
+    target = min(row["target"] for row in rows)
+    best = smallest(rows, target)
+    found = stored_circuits(name, task_name, target, folder)
     circuit = next(c for c in found if c.config["seed"] == best["seed"])
     others = [c for c in found if c is not circuit]
     verification = circuit.verify(model, tokenizer, task, others=others, prompts=PROMPTS)
@@ -70,9 +72,9 @@ def _circuit(name: str, task_name: str, folder: Path) -> str:
     return "\n\n".join(
         [
             f"{task.description}",
-            f"{m['nodes']} nodes, {m['edges']} edges. Held-out loss {m['circuit_loss']:.3f} alone "
-            f"(accuracy {m['circuit_accuracy']:.1%}), {m['model_loss']:.3f} in the whole model "
-            f"(accuracy {m['model_accuracy']:.1%}).",
+            f"{m['nodes']} nodes, {m['edges']} edges, found for a loss of {target:g}. On held-out "
+            f"prompts: loss {m['circuit_loss']:.3f}, accuracy {m['circuit_accuracy']:.1%}; the "
+            f"whole model {m['model_loss']:.3f} and {m['model_accuracy']:.1%}.",
             _attention(circuit, model, tokenizer, task),
             describe_nodes(circuit, model, tokenizer, task),
             "Checks on held-out prompts, beside random circuits of equal size:",

@@ -28,7 +28,9 @@ from .trained_models import FOLDER, load_trained
 
 RESULTS = Path("benchmarks/results")
 TARGETS = (0.15, 0.3, 0.5)
-LEARNED = 0.12  # what circuits are selected at for the first target
+# At which models are compared. Not the paper's 0.15: too few tasks are done that well by all of the
+# small models compared.
+COMPARED = 0.3
 # Fewer updates and prompts than the defaults, so that the whole of it runs on two CPU cores.
 CONFIG = PruningConfig(
     steps=120,
@@ -92,10 +94,12 @@ def task_losses(name: str, folder: Path = FOLDER) -> dict[str, dict[str, float]]
     return kept(folder / "measured" / name / "tasks.json", compute)
 
 
-def learned_tasks(name: str, folder: Path = FOLDER) -> list[str]:
-    """The tasks of which the whole model, calibrated, reaches `LEARNED` on held-out prompts."""
+def learned_tasks(name: str, folder: Path = FOLDER, target: float = COMPARED) -> list[str]:
+    """The tasks that the whole model, calibrated, does well enough for a circuit of that target,
+    on held-out prompts."""
+    most = target * CONFIG.selection_margin
     scores = task_losses(name, folder)
-    return sorted(task for task, s in scores.items() if s["calibrated_loss"] <= LEARNED)
+    return sorted(task for task, s in scores.items() if s["calibrated_loss"] <= most)
 
 
 def circuit_folder(name: str, task: str, target: float, seed: int, folder: Path = FOLDER) -> Path:

@@ -15,8 +15,8 @@ from ..circuits.edges import site_linears
 from ..circuits.pruning import mean_jaccard
 from ..circuits.task_loss import all_pair_logits, binary_loss, fit_calibration
 from .findings import (
+    COMPARED,
     CONFIG,
-    TARGETS,
     arguments,
     edges_mean,
     frontier,
@@ -43,7 +43,7 @@ def run(folder: Path = FOLDER, results: Path = Path("benchmarks/results")) -> st
     names = (TOPK, RCD)
     learned = {name: learned_tasks(name, folder) for name in names}
     common = sorted(set(learned[TOPK]) & set(learned[RCD]))
-    target = TARGETS[0]
+    target = COMPARED
     rows = {name: {task: frontier(name, task, folder) for task in common} for name in names}
     common = [t for t in common if all(smallest(rows[n][t], target) for n in names)]
     noise = {

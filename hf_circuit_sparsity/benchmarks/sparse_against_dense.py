@@ -7,6 +7,7 @@ the tasks that both learned: edges of the smallest circuit found, their geometri
 from pathlib import Path
 
 from .findings import (
+    COMPARED,
     CONFIG,
     TARGETS,
     arguments,
@@ -29,7 +30,7 @@ def run(folder: Path = FOLDER, results: Path = Path("benchmarks/results")) -> st
     learned = {name: set(learned_tasks(name, folder)) for name in (SPARSE, DENSE)}
     tasks = sorted(learned[SPARSE] & learned[DENSE])
     rows = {name: {task: frontier(name, task, folder) for task in tasks} for name in learned}
-    tasks = [t for t in tasks if all(smallest(rows[n][t], TARGETS[0]) for n in learned)]
+    tasks = [t for t in tasks if all(smallest(rows[n][t], COMPARED) for n in learned)]
     parts = ["# Sparse against dense at equal pretraining loss", __doc__.split("\n\n")[1]]
     parts.append(_models(folder))
     parts.append(_by_task(tasks, rows))
@@ -65,7 +66,7 @@ def _models(folder: Path) -> str:
 
 
 def _by_task(tasks: list[str], rows: dict) -> str:
-    target = TARGETS[0]
+    target = COMPARED
     lines = []
     best: dict[str, list[float]] = {SPARSE: [], DENSE: []}
     for task in tasks:
@@ -95,16 +96,18 @@ def _by_target(tasks: list[str], rows: dict, results: Path) -> str:
     lines = []
     curves: dict[str, list[float]] = {SPARSE: [], DENSE: []}
     for target in TARGETS:
+        reached = [t for t in tasks if all(smallest(rows[n][t], target) for n in curves)]
         for name in curves:
             curves[name].append(
-                edges_mean([smallest(rows[name][task], target)["edges"] for task in tasks])
+                edges_mean([smallest(rows[name][task], target)["edges"] for task in reached])
             )
         sparse, dense = curves[SPARSE][-1], curves[DENSE][-1]
-        lines.append((f"{target:g}", f"{sparse:.1f}", f"{dense:.1f}", f"{dense / sparse:.1f} ×"))
+        ratio = f"{dense / sparse:.1f} ×"
+        lines.append((f"{target:g}", len(reached), f"{sparse:.1f}", f"{dense:.1f}", ratio))
     _draw(tasks, rows, curves, results / "sparse_against_dense.png")
-    header = ("target loss", "sparse: edges", "dense: edges", "dense / sparse")
+    header = ("target loss", "tasks", "sparse: edges", "dense: edges", "dense / sparse")
     return (
-        "Geometric means over the tasks:\n\n"
+        "Geometric means over the tasks of which both models reach the target:\n\n"
         + table(header, lines)
         + "\n\n![Edges against target loss](sparse_against_dense.png)"
     )
@@ -119,8 +122,9 @@ def _draw(tasks: list[str], rows: dict, curves: dict, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(5.5, 4), layout="constrained")
     for name, colour, label in ((SPARSE, "C0", "sparse"), (DENSE, "C3", "dense")):
         for task in tasks:
-            edges = [max(1, smallest(rows[name][task], t)["edges"]) for t in TARGETS]
-            axes.plot(TARGETS, edges, colour, linewidth=0.7, alpha=0.4)
+            at = [(t, smallest(rows[name][task], t)) for t in TARGETS]
+            points = [(t, max(1, row["edges"])) for t, row in at if row]
+            axes.plot(*zip(*points, strict=True), colour, linewidth=0.7, alpha=0.4)
         axes.plot(TARGETS, curves[name], f"{colour}-o", label=f"{label}, geometric mean")
     axes.set(yscale="log", xlabel="target loss (nats; guessing is 0.69)", ylabel="edges in circuit")
     axes.set_title(f"Circuits of {len(tasks)} tasks at equal pretraining loss")

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 
 from .findings import (
+    COMPARED,
     CONFIG,
-    TARGETS,
     arguments,
     edges_mean,
     frontier,
@@ -32,7 +32,7 @@ def run(folder: Path = FOLDER, results: Path = Path("benchmarks/results")) -> st
     learned = {name: learned_tasks(name, folder) for name in names}
     common = sorted(set.intersection(*(set(tasks) for tasks in learned.values())))
     rows = {name: {task: frontier(name, task, folder) for task in common} for name in names}
-    target = TARGETS[0]
+    target = COMPARED
     common = [t for t in common if all(smallest(rows[n][t], target) for n in names)]
     lines, points = [], []
     for name in names:
