@@ -2,6 +2,7 @@
 
 from ..modeling.fingerprint import model_fingerprint
 from .ablation import mean_ablated, mean_activations
+from .checks import Check, Verification
 from .circuit import Circuit
 from .circuit_hub import CircuitOnHub, list_circuits
 from .edges import Edge
@@ -12,7 +13,6 @@ from .search import search_circuit
 from .steering import SteeringCandidate, SteeringSweep, steering_candidates, steering_sweep
 from .task_loss import Calibration, binary_accuracy, binary_loss
 from .task_scores import TaskScore, evaluate_tasks
-from .verification import Check, Verification
 from .viewer import ReportConfig
 
 __all__ = [

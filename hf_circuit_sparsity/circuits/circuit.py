@@ -15,6 +15,7 @@ from ..hub import is_hub_id
 from ..modeling.checked_files import ArtifactError
 from ..modeling.fingerprint import model_fingerprint
 from .ablation import TOKENS, hooked, mean_ablated, node_sites
+from .checks import Verification
 from .circuit_file import JSON_NAME, read_circuit, write_circuit
 from .circuit_hub import download_circuit, model_source, model_text, push_circuit
 from .edge_ablation import edge_hooks, edge_name
@@ -23,7 +24,6 @@ from .task_loss import Calibration
 
 if TYPE_CHECKING:
     from .reference_tokens import ReferenceTokens
-    from .verification import Verification
     from .viewer import ReportConfig
 
 
@@ -207,7 +207,7 @@ class Circuit:
                 if handle is not None:
                     handle.remove()
 
-    def verify(self, model: nn.Module, tokenizer: Any, task: Any, **options: Any) -> "Verification":
+    def verify(self, model: nn.Module, tokenizer: Any, task: Any, **options: Any) -> Verification:
         """Check the circuit on held-out prompts, beside random circuits of equal size.
 
         The numbers are kept in `.verification`, and so in `circuit.json` once saved.

@@ -6,7 +6,6 @@ Wang et al. 2022 (arXiv 2211.00593, section 4); interchange is the intervention 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 from ..metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
 from ..tasks import load_adversarial_tasks
 from .ablation import hooked_sites, mean_ablated
+from .checks import Check, Verification
 from .circuit import Circuit
 from .pruning import TaskNotLearnedError, check_prompts_fit, find_circuits, jaccard
 from .pruning_config import PruningConfig
@@ -33,73 +33,6 @@ from .task_loss import (
 )
 
 GUESSING = 0.6931  # nats; ln 2
-
-
-@dataclass(frozen=True)
-class Check:
-    """One number about a circuit, and what it would have to be.
-
-    Attributes:
-        name: of the check.
-        value: the circuit's.
-        control: the mean over random circuits of equal size.
-        threshold: what the value must reach; None for a number that is only reported.
-        at_least: whether it must be at least the threshold, or at most.
-        meaning: what is measured, in a few words.
-    """
-
-    name: str
-    value: float
-    control: float
-    threshold: float | None
-    at_least: bool
-    meaning: str
-
-    @property
-    def passed(self) -> bool:
-        """Whether the value reaches the threshold and is better than the control."""
-        if self.threshold is None:
-            return True
-        sign = 1 if self.at_least else -1
-        return sign * (self.value - self.threshold) >= 0 and sign * (self.value - self.control) > 0
-
-
-@dataclass(frozen=True)
-class Verification:
-    """The outcome of [`Circuit.verify`]."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every check passed."""
-        return all(check.passed for check in self.checks)
-
-    def __getitem__(self, name: str) -> Check:
-        return next(check for check in self.checks if check.name == name)
-
-    def table(self) -> str:
-        """All checks as a Markdown table."""
-        lines = ["| check | circuit | random | must be | | what it is |", "| --- " * 6 + "|"]
-        for c in self.checks:
-            bound, verdict = "", "–"
-            if c.threshold is not None:
-                bound = f"{'≥' if c.at_least else '≤'} {c.threshold:g}"
-                verdict = "pass" if c.passed else "FAIL"
-            lines.append(
-                f"| {c.name} | {c.value:.3f} | {c.control:.3f} | {bound} | {verdict} | "
-                f"{c.meaning} |"
-            )
-        return "\n".join(lines)
-
-    def numbers(self) -> dict[str, dict[str, float]]:
-        """Check by check, as `circuit.json` stores it."""
-        stored = {}
-        for check in self.checks:
-            fields = {k: v for k, v in asdict(check).items() if k not in ("name", "meaning")}
-            fields = {k: float(v) for k, v in fields.items() if v is not None}
-            stored[check.name] = {**fields, "passed": float(check.passed)}
-        return stored
 
 
 def verify_circuit(
@@ -155,7 +88,7 @@ def verify_circuit(
     checks = []
     for name, value in measured[0].items():
         control = sum(m[name] for m in measured[1:]) / max(1, random_circuits)
-        threshold, at_least, meaning = _meaning(name, target)
+        threshold, at_least, meaning = _meaning(name, target, suite)
         checks.append(Check(name, value, control, threshold, at_least, meaning))
     return Verification(tuple(checks))
 
@@ -194,9 +127,11 @@ def _other_seeds(
     return find_circuits(model, tokenizer, task, config, reference=reference, progress=progress)
 
 
-def _meaning(name: str, target: float) -> tuple[float | None, bool, str]:
+def _meaning(name: str, target: float, suite: "_Suite") -> tuple[float | None, bool, str]:
     """Threshold, direction and meaning of a check."""
     kind, _, detail = name.partition(": ")
+    where = detail.replace("_", " ")
+    model = suite.adversarial_accuracy.get(detail, 0.0)
     about = {
         "sufficiency": (target, False, "loss of the circuit alone, nats"),
         "necessity": (0.5, True, "share of the model's skill that goes with the circuit"),
@@ -210,7 +145,8 @@ def _meaning(name: str, target: float) -> tuple[float | None, bool, str]:
         "pair KL": (target, False, "model's answer against the circuit's, of the two candidates"),
         "vocabulary KL": (None, False, "model's next token against the circuit's"),
         "stability": (0.5, True, "nodes shared with circuits of other seeds (Jaccard)"),
-        "adversarial": (0.75, True, "agreement with the model where " + detail.replace("_", " ")),
+        "adversarial": (0.75, True, f"agreement with the model where {where}"),
+        "accuracy": (None, True, f"right where {where}; the model: {model:.3f}"),
     }
     return about[kind]
 
@@ -247,10 +183,13 @@ class _Suite:
                 "guessing, so no circuit of it can be checked; train the model longer."
             )
         self.vocabulary = _next_token(model, self.test)
-        self.adversarial = {
-            kind: (tensors := adverse.tensors("test"), all_pair_logits(model, tensors))
-            for kind, adverse in adversarial.items()
-        }
+        self.adversarial: dict[str, tuple[TaskTensors, torch.Tensor]] = {}
+        self.adversarial_accuracy: dict[str, float] = {}
+        for kind, adverse in adversarial.items():
+            tensors = adverse.tensors("test")
+            pairs = self.model_calibration.pairs(all_pair_logits(model, tensors), tensors)
+            self.adversarial[kind] = (tensors, pairs)
+            self.adversarial_accuracy[kind] = binary_accuracy(pairs)
 
     def _calibration(self) -> Calibration:
         return fit_calibration(all_pair_logits(self.model, self.train), self.train)
@@ -285,8 +224,8 @@ class _Suite:
             numbers["stability"] = self._stability(circuit, real)
         for kind, (tensors, whole_pairs) in self.adversarial.items():
             here = calibration.pairs(adverse[kind], tensors)
-            there = self.model_calibration.pairs(whole_pairs, tensors)
-            numbers[f"adversarial: {kind}"] = agreement(here.numpy(), there.numpy())
+            numbers[f"adversarial: {kind}"] = agreement(here.numpy(), whole_pairs.numpy())
+            numbers[f"accuracy: {kind}"] = binary_accuracy(here)
         return numbers
 
     def _incompleteness(self, circuit: Circuit) -> float:

@@ -1,0 +1,70 @@
+"""The outcome of the faithfulness suite: numbers, thresholds, controls, a table."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number about a circuit, and what it would have to be.
+
+    Attributes:
+        name: of the check.
+        value: the circuit's.
+        control: the mean over random circuits of equal size.
+        threshold: what the value must reach; None for a number that is only reported.
+        at_least: whether it must be at least the threshold, or at most.
+        meaning: what is measured, in a few words.
+    """
+
+    name: str
+    value: float
+    control: float
+    threshold: float | None
+    at_least: bool
+    meaning: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value reaches the threshold and is better than the control."""
+        if self.threshold is None:
+            return True
+        sign = 1 if self.at_least else -1
+        return sign * (self.value - self.threshold) >= 0 and sign * (self.value - self.control) > 0
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of [`Circuit.verify`]."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def __getitem__(self, name: str) -> Check:
+        return next(check for check in self.checks if check.name == name)
+
+    def table(self) -> str:
+        """All checks as a Markdown table."""
+        lines = ["| check | circuit | random | must be | | what it is |", "| --- " * 6 + "|"]
+        for c in self.checks:
+            bound, verdict = "", "–"
+            if c.threshold is not None:
+                bound = f"{'≥' if c.at_least else '≤'} {c.threshold:g}"
+                verdict = "pass" if c.passed else "FAIL"
+            lines.append(
+                f"| {c.name} | {c.value:.3f} | {c.control:.3f} | {bound} | {verdict} | "
+                f"{c.meaning} |"
+            )
+        return "\n".join(lines)
+
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """Check by check, as `circuit.json` stores it."""
+        stored = {}
+        for check in self.checks:
+            fields = {k: v for k, v in asdict(check).items() if k not in ("name", "meaning")}
+            fields = {k: float(v) for k, v in fields.items() if v is not None}
+            stored[check.name] = {**fields, "passed": float(check.passed)}
+        return stored
