@@ -187,6 +187,9 @@ def main(argv: list[str] | None = None) -> int:
         say(f"To go on: {command}")
         return 130
     except KeyboardInterrupt:
+        if argv[:1] == ["view"]:
+            say("\nStopped, and nothing was written. The same command begins anew.")
+            return 130
         say("\nStopped. Finished steps are kept; the same command goes on after them.")
         return 130
     except (ValueError, OSError) as error:

@@ -137,3 +137,4 @@ def print_prune_summary(circuit: Circuit, folder: Path) -> None:
         )
     )
     say("\nLosses are on held-out prompts, in nats; guessing is 0.693.")
+    say(f"Next: hf-circuit-sparsity view {folder}")

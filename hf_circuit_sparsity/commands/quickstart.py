@@ -207,5 +207,6 @@ def _print_summary(
     say("\nTask losses are on held-out prompts, in nats; guessing is 0.693.")
     say("Next:")
     say(f"  look at {folder / 'circuit' / 'circuit.png'}")
+    say(f"  hf-circuit-sparsity view {folder / 'circuit'}")
     say(f"  hf-circuit-sparsity prune {folder / 'model'} --task while_return_true")
     say("  hf-circuit-sparsity train --output_dir runs/wider --d_model 256 --n_layer 4")

@@ -17,7 +17,8 @@ class ReportConfig:
     examples: int = 5
     """Examples shown at either end of a node's activations."""
     seed: int = 0
-    """Of the choice of prompts, and of the task's rows where no task is passed."""
+    """Of the choice of prompts; and of the task, where none is passed and the circuit names no
+    seed of its own."""
 
     def __post_init__(self) -> None:
         for name in ("prompts", "calibration_prompts", "text_tokens", "examples"):

@@ -188,6 +188,11 @@ def test_bad_input_is_one_sentence_and_writes_nothing(planted, tmp_path):
         circuit.report(page, model, tokenizer)
     with pytest.raises(ValueError, match="cut out of the model"):
         circuit.report(page, planted_model(seed=3), tokenizer, task=task)
+    damaged = dataclasses.replace(
+        circuit, means={site: mean * torch.nan for site, mean in circuit.means.items()}
+    )
+    with pytest.raises(ValueError, match="'circuit' is nan"):
+        damaged.report(page, model, tokenizer, task=task, config=SMALL)
     with pytest.raises(ValueError, match="prompts=0"):
         ReportConfig(prompts=0)
     assert not page.exists()

@@ -307,7 +307,7 @@ const graph = (() => {
     const taken = [];
     const spot = (path) => {
       const length = path.getTotalLength();
-      const spots = [0.5, 0.4, 0.6, 0.3, 0.7].map((share) => path.getPointAtLength(share * length));
+      const spots = [0.5, 0.42, 0.58, 0.34, 0.66, 0.26, 0.74].map((share) => path.getPointAtLength(share * length));
       const room = (point) => d3.min(taken, (other) =>
         Math.hypot(0.36 * (point.x - other.x), point.y - other.y)) ?? Infinity;
       const best = spots.find((point) => room(point) > 13) ?? d3.greatest(spots, room);
