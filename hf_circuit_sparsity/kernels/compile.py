@@ -1,4 +1,4 @@
-"""Compiles `kernels.c` with the machine's C compiler and keeps the result."""
+"""Compiles the C code in `source/` with the machine's C compiler and keeps the result."""
 
 import ctypes
 import hashlib
@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCE = Path(__file__).with_name("source")
 SWITCH = "HF_CIRCUIT_SPARSITY_KERNELS"
 # The order of additions is left to the compiler, as in any other fast product of matrices; that
 # needs the two flags behind it. NaN and infinity keep their meaning.
@@ -40,11 +40,11 @@ def build() -> ctypes.CDLL | None:
         filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None
     )
     if compiler is None:
-        logger.info(f"No C compiler was found: {SOURCE.name} is not used, torch and numpy are.")
+        logger.info("No C compiler was found: the kernels are not used, torch and numpy are.")
         return None
     x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
     flags = (*_FLAGS, *(_NATIVE if x86 else _NATIVE_ELSEWHERE))
-    key = hashlib.sha256(SOURCE.read_bytes())
+    key = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(SOURCE.glob("*.[ch]"))))
     key.update("\0".join((compiler, *flags, platform.machine(), _processor())).encode())
     name = f"kernels-{key.hexdigest()[:16]}.so"
     try:
@@ -55,7 +55,7 @@ def build() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         logger.warning_once(
-            f"{SOURCE.name} could not be compiled with {compiler}: slower torch and numpy code is "
+            f"The kernels could not be compiled with {compiler}: slower torch and numpy code is "
             f"used instead. Set {SWITCH}=0 to silence this. The compiler said: {detail}"
         )
         return None
@@ -66,7 +66,7 @@ def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
     handle, partial = tempfile.mkstemp(dir=library.parent, suffix=".so.partial")
     os.close(handle)
     try:
-        command = [compiler, *flags, "-o", partial, str(SOURCE)]
+        command = [compiler, *flags, "-o", partial, *map(str, sorted(SOURCE.glob("*.c")))]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         os.replace(partial, library)
     finally:

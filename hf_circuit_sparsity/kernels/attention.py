@@ -1,0 +1,110 @@
+"""Causal attention with a sink."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .calling import LANES, Library, declare, in_pieces
+
+_QUERIES = 4  # as in attention.c
+# Channels that a head may have.
+ATTENTION_WIDTHS = (LANES, 2 * LANES, 4 * LANES)
+
+
+class AttentionKernels(Library):
+    """Kernels of attention.c."""
+
+    def __init__(self, library: ctypes.CDLL):
+        super().__init__(library)
+        self._attend = declare(library.attend, "pppiiidpiippp")
+        self._attend_back = declare(library.attend_back, "ppppppiiidpiippppp")
+
+    def can_attend(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether `attend` takes them: in shape, and in how they lie in memory."""
+        return (
+            query.shape[2] > 1
+            and query.shape[3] in ATTENTION_WIDTHS
+            and all(x.stride(3) == 1 and x.shape == query.shape for x in (query, key, value))
+        )
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, sink: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Causal attention with a sink.
+
+        Args:
+            query, key, value: `(B, H, T, K)`, K one of `ATTENTION_WIDTHS`.
+            sink: `(H,)`, a logit that only enters the softmax denominator.
+            scale: of the scores.
+
+        Returns:
+            `(B, H, T, K)`, which lies as `(B, T, H, K)`, and the logarithm of the softmax
+            denominator with the sink, `(B, H, T)`.
+        """
+        batch, heads, tokens, width = query.shape
+        out = torch.empty(batch, tokens, heads, width).transpose(1, 2)
+        log_sum = torch.empty(batch, heads, tokens)
+        sink = sink.detach().contiguous()
+        places = [_Heads.of(x) for x in (query, key, value, out)]
+        q, k, v, o = (ctypes.addressof(place) for place in places)
+
+        def work(part: range) -> None:
+            scratch = torch.empty((2 * width + 1) * _round_up(tokens))
+            self._attend(
+                q, k, v, heads, tokens, width, scale, sink.data_ptr(), part.start, part.stop,
+                o, log_sum.data_ptr(), scratch.data_ptr(),
+            )  # fmt: skip
+
+        in_pieces(work, batch * heads, 1)
+        return out, log_sum
+
+    def attend_back(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sink: Tensor,
+        scale: float,
+        out: Tensor,
+        log_sum: Tensor,
+        grad: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The gradients of `attend` for query, key, value and sink, given that of its output."""
+        batch, heads, tokens, width = query.shape
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        grads = [torch.empty(batch, tokens, heads, width).transpose(1, 2) for _ in range(3)]
+        grad_sink = torch.empty(batch, heads)
+        sink = sink.detach().contiguous()
+        places = [_Heads.of(x) for x in (query, key, value, out, grad, *grads)]
+        q, k, v, o, g, *of_grads = (ctypes.addressof(place) for place in places)
+
+        def work(part: range) -> None:
+            scratch = torch.empty((5 * width + 2 * _QUERIES) * _round_up(tokens))
+            self._attend_back(
+                q, k, v, o, g, log_sum.data_ptr(), heads, tokens, width, scale, sink.data_ptr(),
+                part.start, part.stop, *of_grads, grad_sink.data_ptr(), scratch.data_ptr(),
+            )  # fmt: skip
+
+        in_pieces(work, batch * heads, 1)
+        return *grads, grad_sink.sum(0)
+
+
+class _Heads(ctypes.Structure):
+    """`struct heads` of attention.c: where the matrices of sequences and heads are."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("sequence", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("token", ctypes.c_int64),
+    ]
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Heads":
+        """Of a tensor `(B, H, T, K)` whose channels lie next to each other."""
+        return cls(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // LANES) * LANES

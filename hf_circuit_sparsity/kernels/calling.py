@@ -1,0 +1,49 @@
+"""What the wrappers of all kernels share: calling C, and splitting work among threads."""
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..modeling.worker_threads import map_pieces
+
+LANES = 16  # as in lanes.h
+PIECE = 1 << 16  # entries worth a thread of their own
+
+
+class Library:
+    """Base of the groups of kernels; each declares its own functions of the compiled library."""
+
+    def __init__(self, library: ctypes.CDLL):
+        pass
+
+
+def declare(function: Callable, arguments: str, result: type | None = None) -> Callable:
+    """Say what a C function takes: pointers, integers, bit patterns, flags and decimals."""
+    kinds = {
+        "p": ctypes.c_void_p,
+        "i": ctypes.c_int64,
+        "u": ctypes.c_uint32,
+        "f": ctypes.c_int,
+        "d": ctypes.c_float,
+    }
+    function.argtypes = [kinds[kind] for kind in arguments]
+    function.restype = result
+    return function
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`(..., width)` as a matrix whose rows are contiguous; they may lie apart."""
+    x = x.detach()
+    x = x[None] if x.dim() == 1 else x.flatten(0, -2)
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def in_pieces(work: Callable[[range], None], n: int, grain: int) -> None:
+    """Call `work` on ranges that make up `range(n)`, one for each thread, cut at `grain`."""
+    if n == 0:
+        return
+    threads = min(torch.get_num_threads(), -(-n // grain))
+    step = -(-n // (threads * grain)) * grain
+    map_pieces(work, [range(i, min(i + step, n)) for i in range(0, n, step)])

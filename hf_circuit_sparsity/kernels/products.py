@@ -1,0 +1,212 @@
+"""Products with matrices of few nonzeros."""
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .calling import LANES, Library, as_rows, declare, in_pieces
+
+# As in products.c.
+_BLOCK = 1024
+_PANEL = 128
+_TOKENS = 64
+
+
+@dataclass
+class NonzeroList:
+    """The nonzeros of a matrix as `product` of products.c wants them, in blocks of columns.
+
+    Attributes:
+        rows, width: of the matrix.
+        starts: `(blocks, rows + 1)` int64.
+        columns: `(nonzeros,)` uint16, from the beginning of the block.
+        values: `(nonzeros,)` float32.
+    """
+
+    rows: int
+    width: int
+    starts: np.ndarray
+    columns: np.ndarray
+    values: np.ndarray
+
+
+@dataclass
+class CompressedRows:
+    """The nonzeros of a matrix row by row (CSR).
+
+    Attributes:
+        row_starts: `(rows + 1,)` int32.
+        columns: `(nonzeros,)` int32.
+        values: `(nonzeros,)` float32.
+        width: columns of the matrix.
+    """
+
+    row_starts: Tensor
+    columns: Tensor
+    values: Tensor
+    width: int
+
+
+class ProductKernels(Library):
+    """Kernels of products.c."""
+
+    def __init__(self, library: ctypes.CDLL):
+        super().__init__(library)
+        self._list_nonzeros = declare(library.list_nonzeros, "piiifipppp", ctypes.c_int64)
+        self._product = declare(library.product, "pppiipifiippi")
+        self._compress = declare(library.compress, "piiiippp", ctypes.c_int64)
+        self._transpose_compressed = declare(library.transpose_compressed, "pppiipppp")
+        self._sparse_linear = declare(library.sparse_linear, "pppiippiiippi")
+        self._turn_pieces = declare(library.turn_pieces, "piiiiip")
+        self._gradient_at = declare(library.gradient_at, "ppiippiiip")
+
+    def list_nonzeros(
+        self, a: Tensor, max_density: float, transpose: bool = False
+    ) -> NonzeroList | None:
+        """The nonzeros of a matrix or of its transpose; None if they are more than `max_density`.
+
+        Args:
+            a: `(rows, width)`.
+        """
+        a = as_rows(a)
+        # A look at a few rows mostly settles it, without the pass over all.
+        if (a[:: max(1, len(a) // 8)] != 0).float().mean() > 1.5 * max_density:
+            return None
+        rows, width = a.shape[::-1] if transpose else a.shape
+        room = int(max_density * a.numel())
+        columns = np.empty(room + LANES, np.uint16)
+        values = np.empty(room + LANES, np.float32)
+        starts = np.empty((-(-width // _BLOCK), rows + 1), np.int64)
+        scratch = torch.empty(LANES * _BLOCK)
+        n = self._list_nonzeros(
+            a.data_ptr(), a.stride(0), rows, width, int(transpose), room,
+            starts.ctypes.data, columns.ctypes.data, values.ctypes.data, scratch.data_ptr(),
+        )  # fmt: skip
+        return None if n < 0 else NonzeroList(rows, width, starts, columns[:n], values[:n])
+
+    def product(self, a: NonzeroList, b: Tensor, transpose: bool = False) -> Tensor:
+        """`a @ b`, or `a @ b.T`, at the cost of the nonzeros of `a`.
+
+        Args:
+            b: `(a.width, n)`, or with `transpose` `(n, a.width)`.
+
+        Returns:
+            `(a.rows, n)`.
+        """
+        b = as_rows(b)
+        n = b.shape[0] if transpose else b.shape[1]
+        out = torch.empty(a.rows, n)
+
+        def work(columns: range) -> None:
+            scratch = torch.empty(_BLOCK * _PANEL)  # on cache lines, as numpy would not have it
+            self._product(
+                a.starts.ctypes.data, a.columns.ctypes.data, a.values.ctypes.data,
+                a.rows, a.width, b.data_ptr(), b.stride(0), int(transpose),
+                columns.start, columns.stop, scratch.data_ptr(), out.data_ptr(), n,
+            )  # fmt: skip
+
+        in_pieces(work, n, _PANEL)
+        return out
+
+    def compress(self, weight: Tensor, max_density: float) -> CompressedRows | None:
+        """The nonzeros of a matrix row by row; None if they are more than `max_density`.
+
+        Args:
+            weight: `(rows, width)`.
+        """
+        weight = as_rows(weight)
+        rows, width = weight.shape
+        room = int(max_density * weight.numel())
+        starts = torch.empty(rows + 1, dtype=torch.int32)
+        columns = torch.empty(room + 2 * LANES, dtype=torch.int32)
+        values = torch.empty(room + 2 * LANES)
+        n = self._compress(
+            weight.data_ptr(), weight.stride(0), rows, width, room,
+            starts.data_ptr(), columns.data_ptr(), values.data_ptr(),
+        )  # fmt: skip
+        return None if n < 0 else CompressedRows(starts, columns[:n], values[:n], width)
+
+    def transpose(self, a: CompressedRows) -> CompressedRows:
+        """The nonzeros of the transposed matrix row by row."""
+        rows = len(a.row_starts) - 1
+        starts = torch.empty(a.width + 1, dtype=torch.int32)
+        columns, values = torch.empty_like(a.columns), torch.empty_like(a.values)
+        scratch = torch.empty(a.width, dtype=torch.int32)
+        self._transpose_compressed(
+            a.row_starts.data_ptr(), a.columns.data_ptr(), a.values.data_ptr(), rows, a.width,
+            scratch.data_ptr(), starts.data_ptr(), columns.data_ptr(), values.data_ptr(),
+        )  # fmt: skip
+        return CompressedRows(starts, columns, values, rows)
+
+    def sparse_linear(
+        self,
+        x: Tensor,
+        row_starts: Tensor,
+        columns: Tensor,
+        values: Tensor,
+        rows: int,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """`x @ weight.T + bias` for a weight in compressed rows; see `sparse_matmul`."""
+        x = as_rows(x)
+        tokens, width = x.shape
+        out = torch.empty(tokens, rows)
+        row_starts, columns, values = (
+            t.detach().contiguous() for t in (row_starts, columns, values)
+        )
+        bias = None if bias is None else bias.detach().contiguous()
+
+        def work(piece: range) -> None:
+            scratch = torch.empty((width + LANES) * LANES)
+            self._sparse_linear(
+                row_starts.data_ptr(), columns.data_ptr(), values.data_ptr(), rows, width,
+                None if bias is None else bias.data_ptr(), x.data_ptr(), x.stride(0),
+                piece.start, piece.stop, scratch.data_ptr(), out.data_ptr(), rows,
+            )  # fmt: skip
+
+        in_pieces(work, tokens, LANES)
+        return out
+
+    def gradient_at(self, row_starts: Tensor, columns: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+        """`grad.T @ x` at the given places only: the gradient of a sparse weight.
+
+        Args:
+            row_starts: `(rows + 1,)` int32.
+            columns: `(nonzeros,)` int32.
+            grad: `(tokens, rows)`.
+            x: `(tokens, width)`.
+
+        Returns:
+            `(nonzeros,)`.
+        """
+        turned_grad, turned_x = self._turned(grad), self._turned(x)
+        row_starts, columns = row_starts.contiguous(), columns.contiguous()
+        out = torch.empty(len(columns))
+
+        def work(rows: range) -> None:
+            self._gradient_at(
+                row_starts.data_ptr(), columns.data_ptr(), grad.shape[1], x.shape[1],
+                turned_grad.data_ptr(), turned_x.data_ptr(), len(x),
+                rows.start, rows.stop, out.data_ptr(),
+            )  # fmt: skip
+
+        in_pieces(work, grad.shape[1], 64)
+        return out
+
+    def _turned(self, a: Tensor) -> Tensor:
+        """`(tokens, width)` as `(tokens / 64, width, 64)`, padded with zeros."""
+        a = as_rows(a)
+        tokens, width = a.shape
+        out = torch.empty(-(-tokens // _TOKENS), width, _TOKENS)
+
+        def work(columns: range) -> None:
+            self._turn_pieces(
+                a.data_ptr(), a.stride(0), tokens, columns.start, columns.stop, width,
+                out.data_ptr(),
+            )  # fmt: skip
+
+        in_pieces(work, width, 256)
+        return out

@@ -1,0 +1,104 @@
+"""AbsTopK, and the passes of the magnitude projection."""
+
+import ctypes
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .calling import LANES, PIECE, Library, as_rows, declare, in_pieces
+
+
+class SelectionKernels(Library):
+    """Kernels of selection.c."""
+
+    def __init__(self, library: ctypes.CDLL):
+        super().__init__(library)
+        self._abs_topk = declare(library.abs_topk, "piiiipp")
+        self._masked = declare(library.masked, "ppip")
+        self._list_range = declare(library.list_range, "piiuuiipppp", ctypes.c_int64)
+        self._zero_below = declare(library.zero_below, "piu")
+
+    def abs_topk(self, x: Tensor, k: int, want_mask: bool) -> tuple[Tensor, Tensor | None]:
+        """The k largest magnitudes of every row, zeros elsewhere, and a bool mask of them.
+
+        Args:
+            x: `(..., width)`.
+            k: 1 ≤ k < width.
+        """
+        width = x.shape[-1]
+        flat = as_rows(x)
+        out = torch.empty(x.shape)
+        mask = torch.empty(x.shape, dtype=torch.bool) if want_mask else None
+
+        def work(rows: range) -> None:
+            start, n = rows.start, len(rows)
+            self._abs_topk(
+                flat.data_ptr() + 4 * start * flat.stride(0),
+                flat.stride(0),
+                n,
+                width,
+                k,
+                out.data_ptr() + 4 * start * width,
+                None if mask is None else mask.data_ptr() + start * width,
+            )
+
+        in_pieces(work, len(flat), max(1, PIECE // width))
+        return out, mask
+
+    def masked(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`x` where the bool `mask` of its shape is true, else 0."""
+        x = x.contiguous()
+        out = torch.empty(x.shape)
+
+        def work(piece: range) -> None:
+            start = piece.start
+            self._masked(
+                x.data_ptr() + 4 * start,
+                mask.data_ptr() + start,
+                len(piece),
+                out.data_ptr() + 4 * start,
+            )
+
+        in_pieces(work, x.numel(), PIECE)
+        return out
+
+    def list_range(
+        self, bits: np.ndarray, width: int, low: int, high: int, first: int, count_rows: bool
+    ) -> tuple[np.ndarray, np.ndarray, int, np.ndarray | None]:
+        """Entries whose magnitude is in [low, high).
+
+        Args:
+            bits: `(n,)` int32, bit patterns of floats; contiguous, n a multiple of `width`.
+            width: entries in a row.
+            low, high: bit patterns of magnitudes, up to that of infinity.
+            first: what to count positions from.
+            count_rows: also count the entries at or above `high` of each row.
+
+        Returns:
+            positions (int64) and magnitudes (int32) of the entries, ascending; how many others are
+            at or above `high`, altogether and by row.
+
+        Raises:
+            FloatingPointError: with the position, counted from 0, of an entry that is not finite.
+        """
+        n = len(bits)
+        at, magnitude = np.empty(n + LANES, np.int64), np.empty(n + LANES, np.int32)
+        above = ctypes.c_int64()
+        by_row = np.empty(n // width, np.int64) if count_rows else None
+        listed = self._list_range(
+            bits.ctypes.data, n, width, low, high, first, n, at.ctypes.data, magnitude.ctypes.data,
+            ctypes.addressof(above), None if by_row is None else by_row.ctypes.data,
+        )  # fmt: skip
+        if listed < 0:
+            raise FloatingPointError(-2 - listed)
+        return at[:listed].copy(), magnitude[:listed].copy(), above.value, by_row
+
+    def zero_below(self, x: Tensor, threshold: int) -> None:
+        """Zero, in place, what is smaller in magnitude than the float of this bit pattern."""
+        n = x.numel()
+
+        def work(piece: range) -> None:
+            self._zero_below(x.data_ptr() + 4 * piece.start, len(piece), threshold)
+
+        in_pieces(work, n, PIECE)

@@ -1,0 +1,244 @@
+#include "lanes.h"
+
+/* ---------------------------------------------------------------- causal attention with a sink
+ *
+ * One sequence and head at a time, whose keys and values then lie in the first cache. Scores of a
+ * query are computed for LANES keys at once, from keys and values of which LANES at a time are
+ * turned to (channels, keys).
+ * Matrices of a head are (tokens, channels); see `struct heads` for where they are.
+ */
+
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+
+#define FAR -1e30f /* the score of a key that comes after the query; exp of it is 0 */
+#define QUERIES 4  /* that share what is read and written of the keys */
+
+/* Where the matrices of sequences and heads begin, and how far apart tokens are. */
+struct heads {
+    float *data;
+    int64_t sequence, head, token;
+};
+
+static inline float *head_of(const struct heads *h, int64_t sequence, int64_t head) {
+    return h->data + sequence * h->sequence + head * h->head;
+}
+
+static inline vec where(ivec mask, vec yes, vec no) {
+    return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask));
+}
+
+/* e to the power of x for x up to about 0, to 2 units in the last place; what is NaN stays so. */
+static inline vec exponential(vec x) {
+    const vec low = (vec){0} - 87.0f, inside = where(x < low, low, x);
+    const ivec twos = __builtin_convertvector(inside * 1.44269504f - 0.5f, ivec); /* rounds */
+    const vec whole = __builtin_convertvector(twos, vec);
+    const vec r = (inside - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    vec e = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    e = e * r + 8.3334519073e-3f;
+    e = e * r + 4.1665795894e-2f;
+    e = e * r + 1.6666665459e-1f;
+    e = e * r + 5.0000001201e-1f;
+    e = e * r * r + r + 1.0f;
+    e = (vec)((ivec)e + (twos << 23));
+    e = where(x < low, (vec){0}, e);
+    return where(x == x, e, x);
+}
+
+static inline float largest(vec x) {
+    float m = x[0];
+    for (int v = 1; v < LANES; v++) m = x[v] > m ? x[v] : m;
+    return m;
+}
+
+static inline float total(vec x) {
+    float s = 0;
+    for (int v = 0; v < LANES; v++) s += x[v];
+    return s;
+}
+
+/* Scaled products of a query with LANES keys; those after the query, number `i`, are FAR. */
+static inline vec scores(const float *query, const float *turned, int64_t first, int64_t i,
+                         int width, float scale) {
+    const float *keys = turned + first * width;
+    vec even = {0}, odd = {0};
+    for (int c = 0; c < width; c += 2) {
+        even += query[c] * load(keys + c * LANES);
+        odd += query[c + 1] * load(keys + (c + 1) * LANES);
+    }
+    const vec s = (even + odd) * scale;
+    if (first + LANES <= i + 1) return s;
+    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return where(lane <= (int32_t)(i - first), s, (vec){0} + FAR);
+}
+
+/* The matrix of a head as one piece: rows at the distance of tokens would share cache sets. */
+static inline void gather(const float *from, int64_t ld, int64_t tokens, int width, float *to) {
+    for (int64_t t = 0; t < tokens; t++) memcpy(to + t * width, from + t * ld, 4 * width);
+}
+
+/* LANES tokens after LANES tokens, each piece turned to (channels, tokens); behind them zeros. */
+static inline void turn_by_lanes(const float *from, int64_t ld, int64_t tokens, int width,
+                                 float *to) {
+    for (int64_t t = 0; t < tokens; t += LANES) {
+        const int64_t size = t + LANES < tokens ? LANES : tokens - t;
+        if (size < LANES) memset(to + t * width, 0, 4 * width * LANES);
+        turn(from + t * ld, ld, size, width, to + t * width, LANES);
+    }
+}
+
+static inline __attribute__((always_inline)) void attend_head(
+    const float *q, int64_t ld_q, const float *k, int64_t ld_k, const float *v, int64_t ld_v,
+    int64_t tokens, const int width, float scale, float sink, float *out, int64_t ld_out,
+    float *log_sum, float *scratch) {
+    const int64_t padded = (tokens + LANES - 1) / LANES * LANES;
+    float *turned = scratch, *values = turned + width * padded, *weights = values + width * padded;
+    turn_by_lanes(k, ld_k, tokens, width, turned);
+    gather(v, ld_v, tokens, width, values);
+    for (int64_t i = 0; i < tokens; i++) {
+        const float *query = q + i * ld_q;
+        vec top = (vec){0} + sink;
+        for (int64_t j = 0; j <= i; j += LANES) {
+            const vec s = scores(query, turned, j, i, width, scale);
+            store(weights + j, s);
+            top = where(s > top, s, top);
+        }
+        const float most = largest(top);
+        vec sum = {0};
+        for (int64_t j = 0; j <= i; j += LANES) {
+            const vec e = exponential(load(weights + j) - most);
+            store(weights + j, e);
+            sum += e;
+        }
+        const float all = total(sum) + exponential((vec){0} + (sink - most))[0];
+        log_sum[i] = most + __builtin_logf(all);
+        vec mixed[4] = {{0}}, others[4] = {{0}};
+        int64_t j = 0;
+        for (; j + 1 <= i; j += 2)
+            for (int n = 0; n < width / LANES; n++) {
+                mixed[n] += weights[j] * load(values + j * width + n * LANES);
+                others[n] += weights[j + 1] * load(values + (j + 1) * width + n * LANES);
+            }
+        for (int n = 0; n < width / LANES; n++) {
+            if (j == i) mixed[n] += weights[j] * load(values + j * width + n * LANES);
+            store(out + i * ld_out + n * LANES, (mixed[n] + others[n]) / all);
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void attend_head_back(
+    const float *q, int64_t ld_q, const float *k, int64_t ld_k, const float *v, int64_t ld_v,
+    const float *out, int64_t ld_out, const float *g, int64_t ld_g, const float *log_sum,
+    int64_t tokens, const int width, float scale, float sink, float *grad_q, float *grad_k,
+    float *grad_v, int64_t ld_grad, float *grad_sink, float *scratch) {
+    const int64_t padded = (tokens + LANES - 1) / LANES * LANES;
+    float *turned_k = scratch, *turned_v = turned_k + width * padded;
+    float *keys = turned_v + width * padded, *of_k = keys + width * padded;
+    float *of_v = of_k + width * padded, *p = of_v + width * padded, *ds = p + QUERIES * padded;
+    const int vecs = width / LANES;
+    turn_by_lanes(k, ld_k, tokens, width, turned_k);
+    turn_by_lanes(v, ld_v, tokens, width, turned_v);
+    gather(k, ld_k, tokens, width, keys);
+    memset(of_k, 0, 8 * width * padded); /* of_v too */
+    for (int64_t first = 0; first < tokens; first += QUERIES) {
+        const int64_t queries = first + QUERIES < tokens ? QUERIES : tokens - first;
+        const int64_t seen = first + queries; /* keys up to the last of these queries */
+        for (int64_t a = 0; a < QUERIES; a++) {
+            const int64_t i = first + a;
+            float *p_row = p + a * padded, *ds_row = ds + a * padded;
+            if (a >= queries) {
+                memset(p_row, 0, 4 * padded), memset(ds_row, 0, 4 * padded);
+                continue;
+            }
+            vec through = {0};
+            for (int n = 0; n < vecs; n++)
+                through += load(g + i * ld_g + n * LANES) * load(out + i * ld_out + n * LANES);
+            const float delta = total(through);
+            *grad_sink -= exponential((vec){0} + (sink - log_sum[i]))[0] * delta;
+            for (int64_t j = 0; j < seen; j += LANES) {
+                const vec s = scores(q + i * ld_q, turned_k, j, i, width, scale);
+                const vec e = exponential(s - log_sum[i]);
+                /* Of keys after the query e is 0, and so is what follows. */
+                const vec dp = scores(g + i * ld_g, turned_v, j, tokens, width, 1.0f);
+                store(p_row + j, e);
+                store(ds_row + j, e * (dp - delta) * scale);
+            }
+            vec sum[4] = {{0}}, other[4] = {{0}};
+            for (int64_t j = 0; j <= i; j += 2)
+                for (int n = 0; n < vecs; n++) {
+                    sum[n] += ds_row[j] * load(keys + j * width + n * LANES);
+                    if (j < i) other[n] += ds_row[j + 1] * load(keys + (j + 1) * width + n * LANES);
+                }
+            for (int n = 0; n < vecs; n++)
+                store(grad_q + i * ld_grad + n * LANES, sum[n] + other[n]);
+        }
+        vec query[QUERIES][4], up[QUERIES][4];
+        for (int a = 0; a < QUERIES; a++)
+            for (int n = 0; n < vecs; n++) {
+                const int64_t i = first + (a < queries ? a : 0);
+                query[a][n] = load(q + i * ld_q + n * LANES);
+                up[a][n] = load(g + i * ld_g + n * LANES);
+            }
+        for (int64_t j = 0; j < seen; j++)
+            for (int n = 0; n < vecs; n++) {
+                float *to_k = of_k + j * width + n * LANES, *to_v = of_v + j * width + n * LANES;
+                vec dk = load(to_k), dv = load(to_v);
+                for (int a = 0; a < QUERIES; a++) {
+                    dk += ds[a * padded + j] * query[a][n];
+                    dv += p[a * padded + j] * up[a][n];
+                }
+                store(to_k, dk), store(to_v, dv);
+            }
+    }
+    for (int64_t t = 0; t < tokens; t++) {
+        memcpy(grad_k + t * ld_grad, of_k + t * width, 4 * width);
+        memcpy(grad_v + t * ld_grad, of_v + t * width, 4 * width);
+    }
+}
+
+/* Heads [from, to) of all sequences' heads. width: channels of a head, LANES or a small multiple.
+ * sink: (heads,); log_sum: (sequences * heads, tokens), of the softmax denominator with the sink.
+ * scratch: (2 * width + 1, tokens rounded up to LANES). */
+void attend(const struct heads *q, const struct heads *k, const struct heads *v, int64_t heads,
+            int64_t tokens, int64_t width, float scale, const float *sink, int64_t from, int64_t to,
+            const struct heads *out, float *log_sum, float *scratch) {
+    for (int64_t n = from; n < to; n++) {
+        const int64_t b = n / heads, h = n % heads;
+#define HEAD(W)                                                                                    \
+    attend_head(head_of(q, b, h), q->token, head_of(k, b, h), k->token, head_of(v, b, h),          \
+                v->token, tokens, W, scale, sink[h], head_of(out, b, h), out->token,               \
+                log_sum + n * tokens, scratch)
+        if (width == LANES)
+            HEAD(LANES);
+        else if (width == 2 * LANES)
+            HEAD(2 * LANES);
+        else
+            HEAD(4 * LANES);
+#undef HEAD
+    }
+}
+
+/* The gradients of `attend`. grad_sink: (sequences * heads,); the three gradients lie alike;
+ * scratch: (5 * width + 2 * QUERIES, tokens rounded up to LANES). */
+void attend_back(const struct heads *q, const struct heads *k, const struct heads *v,
+                 const struct heads *out, const struct heads *g, const float *log_sum,
+                 int64_t heads, int64_t tokens, int64_t width, float scale, const float *sink,
+                 int64_t from, int64_t to, const struct heads *grad_q, const struct heads *grad_k,
+                 const struct heads *grad_v, float *grad_sink, float *scratch) {
+    for (int64_t n = from; n < to; n++) {
+        const int64_t b = n / heads, h = n % heads;
+        grad_sink[n] = 0;
+#define HEAD(W)                                                                                    \
+    attend_head_back(head_of(q, b, h), q->token, head_of(k, b, h), k->token, head_of(v, b, h),     \
+                     v->token, head_of(out, b, h), out->token, head_of(g, b, h), g->token,         \
+                     log_sum + n * tokens, tokens, W, scale, sink[h], head_of(grad_q, b, h),       \
+                     head_of(grad_k, b, h), head_of(grad_v, b, h), grad_q->token, grad_sink + n,   \
+                     scratch)
+        if (width == LANES)
+            HEAD(LANES);
+        else if (width == 2 * LANES)
+            HEAD(2 * LANES);
+        else
+            HEAD(4 * LANES);
+#undef HEAD
+    }
+}
