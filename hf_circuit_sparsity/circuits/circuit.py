@@ -390,7 +390,8 @@ class Circuit:
                 file and the field.
         """
         directory: Path = Path(name_or_path) / subfolder
-        if is_hub_id(name_or_path):
+        from_hub = is_hub_id(name_or_path)
+        if from_hub:
             directory = download_circuit(
                 os.fspath(name_or_path),
                 subfolder=subfolder,
@@ -399,7 +400,7 @@ class Circuit:
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
             )
-        content, tensors = read_circuit(directory)
+        content, tensors = read_circuit(directory, from_hub=from_hub)
         shift = content["calibration"]["shift"]
         calibration = Calibration(
             float(content["calibration"]["scale"]), {int(t): float(v) for t, v in shift.items()}

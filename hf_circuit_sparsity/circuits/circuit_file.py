@@ -117,10 +117,14 @@ def write_circuit(
 
 
 def read_circuit(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike, *, from_hub: bool = False
 ) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
     """The fields of `circuit.json`, and the tensors as `{"means": {site: …}, "scores": {…}}` and,
     where tokens were pruned, `"token": {"mean": …}`.
+
+    Args:
+        folder: with the two files.
+        from_hub: the folder was downloaded; the model's name may then not lead into folders here.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -142,6 +146,8 @@ def read_circuit(
             f"{' and '.join(map(str, _READABLE))}; update the library or make the circuit anew.",
         )
     check_content(content)
+    if from_hub and content["model_name"].value:
+        content["model_name"].name_of_folder()
     tensors = read_tensors(folder / TENSORS_NAME)
     return content.value, _check_tensors(tensors, folder / TENSORS_NAME)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import cached_file
 
+from .checked_files import FLOAT_DTYPES, ArtifactError, Field, read_tensors, tensor_shapes
 from .configuration_bridge import BridgeConfig
 from .fingerprint import model_fingerprint
 
@@ -49,20 +49,31 @@ def adapter_state_dict(
 
 def load_adapter_weights(bridged: Any, weights: Mapping[str, torch.Tensor], source: Any) -> None:
     """Put saved weights into twin and bridges, or raise a `ValueError` that names `source`."""
+    check_adapter_shapes(bridged, {n: tuple(t.shape) for n, t in weights.items()}, source)
+    for name, tensor in weights.items():
+        if tensor.dtype not in FLOAT_DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ArtifactError(source, f" has {name!r} of dtype {kind}, expected floats.")
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
-    own = bridged.state_dict()
-    expected = {n.removeprefix(PREFIX) for n in adapter_state_dict(bridged, own)}
-    wrong = sorted(
-        n for n in weights if n not in expected or weights[n].shape != own[n].shape
-    ) + sorted(expected - weights.keys())
-    if wrong:
-        raise ValueError(
-            f"{source} does not hold the bridge its config describes: {wrong[0]!r}"
-            f"{f' and {len(wrong) - 1} others' if len(wrong) > 1 else ''} are missing, unknown or "
-            "of another shape; copy or download it again."
-        )
     bridged.load_state_dict(weights, strict=False)
     bridged.sparse.tie_weights()
+
+
+def check_adapter_shapes(
+    bridged: Any, shapes: Mapping[str, tuple[int, ...]], source: str | os.PathLike
+) -> None:
+    """Raise an `ArtifactError` that names `source` unless these are the weights of `bridged`."""
+    shapes = {name.removeprefix(PREFIX): shape for name, shape in shapes.items()}
+    expected = {n.removeprefix(PREFIX): t for n, t in adapter_state_dict(bridged).items()}
+    wrong = sorted(n for n in shapes if n not in expected or shapes[n] != expected[n].shape)
+    wrong += sorted(expected.keys() - shapes.keys())
+    if wrong:
+        raise ArtifactError(
+            source,
+            f" does not hold the bridge its config describes: {wrong[0][:200]!r}"
+            f"{f' and {len(wrong) - 1} others' if len(wrong) > 1 else ''} are missing, unknown or "
+            "of another shape; copy or download it again.",
+        )
 
 
 def adapter_config(config: BridgeConfig) -> dict[str, Any]:
@@ -120,33 +131,40 @@ def load_bridge(
             "it takes dense, config, check_base_model, dtype, device_map, trust_remote_code and "
             "where on the Hub."
         )
+    config_file = f"{source}/config.json"
     if config is None:
         config = BridgeConfig.from_pretrained(source, **where)
     # Not by class: where the code came with the weights, the Auto classes may have it twice.
     if config.model_type != cls.config_class.model_type:
-        raise ValueError(
-            f"{source} holds a {config.model_type!r} model, expected a bridge "
+        raise ArtifactError(
+            config_file,
+            f" holds a {config.model_type!r} model, expected a bridge "
             f"({cls.config_class.model_type!r}); pass the folder BridgedCausalLM.save_pretrained "
-            "wrote."
+            "wrote.",
         )
     path = cached_file(source, WEIGHTS_NAME, **where)
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); copy or download it again.") from error
+    shapes = tensor_shapes(path)
     if dense is None:
         if not config.base_model_name_or_path:
             raise ValueError(
                 f"{source} does not say where its dense model is; pass the model as dense=."
             )
         dense = config.base_model_name_or_path
+        if not os.path.isdir(source):  # of somebody else, who has no say on folders here
+            Field(dense, config_file, "base_model_name_or_path").name_of_folder()
         options["revision"] = config.base_model_revision
     if isinstance(dense, (str, os.PathLike)):
         dense = load_dense(dense, trust_remote_code=trust, **options)
-    if check_base_model:
-        check_base(config, dense)
+    try:
+        if check_base_model:
+            check_base(config, dense)
+        with torch.device("meta"):  # without memory first: a config may claim any size
+            skeleton = cls(config, dense)
+    except ValueError as error:
+        raise ArtifactError(config_file, f": {error}") from error
+    check_adapter_shapes(skeleton, shapes, path)
     bridged = cls(config, dense)
-    load_adapter_weights(bridged, weights, path)
+    load_adapter_weights(bridged, read_tensors(path), path)
     bridged.name_or_path = bridged.config.name_or_path = str(source)
     # The parts follow the dense model: one place, one precision.
     parameter = next(dense.parameters())

@@ -3,6 +3,7 @@
 Whatever is wrong with a file becomes one [`ArtifactError`] that names the file and the field.
 """
 
+import copy
 import json
 import os
 import re
@@ -14,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 MAX_JSON_BYTES = 64 << 20
+# What weights may be; others cannot be computed with.
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DAMAGED = "copy or download it again"
 
 
@@ -176,6 +179,29 @@ def read_json(path: str | os.PathLike) -> Field:
             path, f" holds {type(content).__name__}, expected an object; {_DAMAGED}."
         )
     return Field(content, path)
+
+
+class CheckedConfig:
+    """Beside `PreTrainedConfig`: a wrong file is refused by an [`ArtifactError`] that names it."""
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        content = cls._decode_special_floats(read_json(json_file).value)
+        field = Field(content, json_file)
+        for name in ("dtype", "torch_dtype"):
+            if content.get(name) is not None:
+                field[name].matching("(torch.)?b?float(16|32|64)", "the name of a float dtype")
+        if field.has("model_type"):
+            field["model_type"].line()
+        if content.get("architectures") is not None:
+            for architecture in field["architectures"].elements():
+                architecture.line()
+        try:
+            cls.from_dict(copy.deepcopy(content))
+        except Exception as error:  # transformers raises all kinds on values it does not expect
+            reason = str(error).removeprefix(f"{cls.__name__}: ")
+            raise ArtifactError(json_file, f": {reason:.500}") from error
+        return content
 
 
 def tensor_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:

@@ -4,10 +4,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .configuration_circuitgpt import CircuitGPTConfig
+from .checked_files import CheckedConfig, Field
+from .configuration_circuitgpt import MAX_WIDTH, CircuitGPTConfig
 
 
-class BridgeConfig(PreTrainedConfig):
+class BridgeConfig(CheckedConfig, PreTrainedConfig):
     """A sparse twin of a dense model and the bridges between the two (Gao et al. 2025).
 
     Args:
@@ -22,7 +23,8 @@ class BridgeConfig(PreTrainedConfig):
         bridge_bias (`bool`): biases in encoders and decoders.
 
     Raises:
-        ValueError: a field outside its range.
+        ValueError: a field of another type or outside its range; from a file, an `ArtifactError`
+            that also names the file.
     """
 
     model_type = "circuitgpt_bridge"
@@ -39,6 +41,7 @@ class BridgeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.sparse_config, PreTrainedConfig):
             self.sparse_config = self.sparse_config.to_dict()
+        self._check_types()
         afrac = self.encoder_afrac
         if afrac is not None and not 0 < afrac <= 1:
             raise ValueError(
@@ -46,6 +49,24 @@ class BridgeConfig(PreTrainedConfig):
                 "None to keep every channel."
             )
         super().__post_init__(**kwargs)
+
+    def _check_types(self) -> None:
+        def field(name: str) -> Field:
+            return Field(getattr(self, name), type(self).__name__, name)
+
+        for name in ("base_model_name_or_path", "base_model_type"):
+            field(name).line()
+        if self.base_model_revision is not None:
+            field("base_model_revision").line()
+        field("base_model_fingerprint").matching("([0-9a-f]{16})?", "16 hexadecimal digits")
+        field("base_width").integer(0, MAX_WIDTH)
+        field("bridge_bias").boolean()
+        if self.encoder_afrac is not None:
+            field("encoder_afrac").number()
+        if self.sparse_config is not None:
+            for _ in field("sparse_config").items():
+                pass
+            self.twin_config()
 
     def twin_config(self) -> CircuitGPTConfig:
         """The sparse twin's own config."""

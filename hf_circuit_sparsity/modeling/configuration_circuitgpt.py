@@ -4,13 +4,11 @@ The field names are those of OpenAI's released checkpoints, so that a released c
 config here; `attribute_map` gives them the ecosystem's names as well.
 """
 
-import copy
-import os
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .checked_files import ArtifactError, Field, read_json
+from .checked_files import CheckedConfig, Field
 
 # Every place where AbsTopK may act, by OpenAI's name for it (METHOD: "activation sparsity").
 ACTIVATION_SITES = (
@@ -32,7 +30,7 @@ MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 24
 
 
-class CircuitGPTConfig(PreTrainedConfig):
+class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
     """Architecture of a [`CircuitGPTForCausalLM`]. The defaults are the paper's largest model.
 
     Args:
@@ -127,25 +125,6 @@ class CircuitGPTConfig(PreTrainedConfig):
         self._derive_widths()
         self._validate()
         super().__post_init__(**kwargs)
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        content = cls._decode_special_floats(read_json(json_file).value)
-        field = Field(content, json_file)
-        for name in ("dtype", "torch_dtype"):
-            if content.get(name) is not None:
-                field[name].matching("(torch.)?b?float(16|32|64)", "the name of a float dtype")
-        if field.has("model_type"):
-            field["model_type"].line()
-        if content.get("architectures") is not None:
-            for architecture in field["architectures"].elements():
-                architecture.line()
-        try:
-            cls.from_dict(copy.deepcopy(content))
-        except Exception as error:  # transformers raises all kinds on values it does not expect
-            reason = str(error).removeprefix(f"{cls.__name__}: ")
-            raise ArtifactError(json_file, f": {reason:.500}") from error
-        return content
 
     def _check_types(self) -> None:
         def field(name: str) -> Field:

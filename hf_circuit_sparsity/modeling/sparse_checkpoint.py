@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.utils import cached_file
 
-from .checked_files import ArtifactError, read_tensors, tensor_shapes
+from .checked_files import FLOAT_DTYPES, ArtifactError, read_tensors, tensor_shapes
 from .sparse_execution import dense_layer, replace_module
 from .sparse_linear import SparseEmbedding, SparseLinear, SparseWeight, nonzeros_of
 
@@ -33,7 +33,6 @@ _HUB_OPTIONS = (
     "subfolder",
 )
 _UNSIGNED = (np.uint8, np.uint16, np.uint32)
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.int64)
 
 
@@ -163,7 +162,7 @@ def unpack(
         part = parts.get(ending)
         if part is None:
             raise refusal(f"lacks {name}{ending}")
-        if part.dim() != 1 or part.dtype not in (_FLOATS if ending == VALUES else _INTEGERS):
+        if part.dim() != 1 or part.dtype not in (FLOAT_DTYPES if ending == VALUES else _INTEGERS):
             kind = f"{str(part.dtype).removeprefix('torch.')} of shape {tuple(part.shape)}"
             wanted = "floats" if ending == VALUES else "integers"
             raise refusal(f"{name}{ending} is {kind}, expected {wanted}, flat")
@@ -229,7 +228,7 @@ def fill_from_sparse_file(
                     f" has {name!r} of shape {tuple(tensor.shape)}, but this config needs "
                     f"{expected[name]}.",
                 )
-            if tensor.dtype not in _FLOATS:
+            if tensor.dtype not in FLOAT_DTYPES:
                 kind = str(tensor.dtype).removeprefix("torch.")
                 raise ArtifactError(path, f" has {name!r} of dtype {kind}, expected floats.")
             dense[name] = tensor.to(dtype)

@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi
 
 from hf_circuit_sparsity.circuits import Circuit, mean_activations, model_fingerprint
 from hf_circuit_sparsity.circuits.task_loss import Calibration
@@ -27,7 +28,13 @@ def artifact(tmp_path):
         model_fingerprint=model_fingerprint(model),
         model_name="me/planted",
         metrics={"circuit_loss": 0.01, "ablated_loss": 0.7, "model_loss": 0.005},
+        model_revision="0123456789" * 4,
         config={"seed": 0, "nested": {"steps": [1, 2]}},
+        kept_edges=[("h.0.attn.act_in", 0, "h.0.attn.v", 5)],
+        edge_offsets={"h.0.attn.v": {5: 0.5}},
+        tokens=[1, 2, 3],
+        token_mean=torch.zeros(16),
+        verification={"sufficiency": {"value": 0.1, "control": 0.5, "passed": 1.0}},
         example={
             "prompt": "w0 on",
             "target": "yes",
@@ -63,9 +70,20 @@ def check(circuit, folder):
     assert circuit.nodes == {s: sorted(ids) for s, ids in content["nodes"].items() if ids}
     shift = {int(t): v for t, v in content["calibration"]["shift"].items()}
     assert circuit.calibration == Calibration(content["calibration"]["scale"], shift)
+    kept = content.get("kept_edges")
+    assert circuit.kept_edges == (None if kept is None else [tuple(edge) for edge in kept])
+    offsets = content.get("edge_offsets", {})
+    assert {
+        site: {str(index): value for index, value in at.items()}
+        for site, at in circuit.edge_offsets.items()
+    } == offsets
+    assert circuit.tokens == content.get("tokens")
+    assert circuit.verification == content.get("verification", {})
     tensors = plain_tensors(folder / "circuit.safetensors")
     read = {f"means.{s}": t for s, t in circuit.means.items()}
     read |= {f"scores.{s}": t for s, t in circuit.scores.items()}
+    if circuit.token_mean is not None:
+        read["token.mean"] = circuit.token_mean
     assert set(read) == set(tensors)
     assert all(np.array_equal(read[name].numpy(), tensors[name]) for name in tensors)
 
@@ -78,3 +96,15 @@ def test_fuzz(artifact, tmp_path, file):
         mutations=300,
     )  # fmt: skip
     assert outcome["refused"] > 200 and outcome["loaded"] > 5, outcome
+
+
+@pytest.mark.parametrize("name", ["../../secrets", "/etc", "~/models", "C:\\models", "a/../../b"])
+def test_a_circuit_from_the_hub_names_no_folder_here(hub_server, artifact, name):
+    path = artifact / "circuit.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_name": name}))
+    Circuit.from_pretrained(artifact)  # one's own may be anywhere
+    api = HfApi()
+    api.create_repo("ada/hostile")
+    api.upload_folder(repo_id="ada/hostile", folder_path=artifact)
+    with pytest.raises(ArtifactError, match=r"circuit\.json: model_name must be a name, and"):
+        Circuit.from_pretrained("ada/hostile")

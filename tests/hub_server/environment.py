@@ -22,6 +22,7 @@ def client_environment(url: str, home: Path, token: str | None = None) -> dict[s
         "TRANSFORMERS_OFFLINE": "0",
         "HF_DATASETS_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # which evaluate would report elsewhere
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_UPDATE_CHECK": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -1,0 +1,54 @@
+"""Metrics loaded by their Hub id, here and in a process without this package."""
+
+import os
+import subprocess
+import sys
+
+import evaluate
+import pytest
+from huggingface_hub import HfApi
+
+from hf_circuit_sparsity.hub_cards import push_metric
+from hf_circuit_sparsity.metrics import METRICS, metric_path
+
+INPUTS = {
+    "task_loss": {"predictions": [[2.0, 0.0], [0.5, 1.5]], "references": [0, 1]},
+    "circuit_faithfulness": {"predictions": [[2.0, 0.0]], "references": [[3.0, 0.0]]},
+    "circuit_size": {"nodes": [11, 44], "edges": [10, 40]},
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_by_hub_id(hub_server, name, tmp_path):
+    push_metric(name, f"ada/{name}", private=False)
+    files = HfApi().list_repo_files(f"ada/{name}", repo_type="space")
+    assert "README.md" in files and f"{name}.py" in files and "__init__.py" not in files
+    metric = evaluate.load(f"ada/{name}", cache_dir=str(tmp_path))
+    found = metric.compute(**INPUTS[name])
+    assert found == evaluate.load(metric_path(name), cache_dir=str(tmp_path)).compute(
+        **INPUTS[name]
+    )
+
+
+def test_where_the_package_is_not(hub_server, tmp_path):
+    push_metric("task_loss", "ada/task_loss", private=False)
+    script = f"""
+import evaluate, sys
+print(evaluate.load("ada/task_loss").compute(**{INPUTS["task_loss"]!r}))
+assert not any(name.startswith("hf_circuit_sparsity") for name in sys.modules)
+"""
+    environment = {**os.environ, "PYTHONPATH": "", "PYTHONNOUSERSITE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'task_loss': 0.2" in done.stdout and "'task_accuracy': 1.0" in done.stdout
+
+
+def test_a_name_that_evaluate_would_not_find_is_refused(hub_server):
+    with pytest.raises(ValueError, match="call it ada/task_loss"):
+        push_metric("task_loss", "ada/loss")
