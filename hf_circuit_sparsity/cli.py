@@ -14,6 +14,7 @@ from .commands.bridge import BridgeModelArguments, print_bridge_summary, run_bri
 from .commands.console import say
 from .commands.evaluate import run_evaluate
 from .commands.prune import print_prune_summary, run_prune
+from .commands.publish import run_publish
 from .commands.quickstart import QuickstartSettings, run_quickstart
 from .commands.train import (
     DataArguments,
@@ -108,6 +109,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
 
+    publish = commands.add_parser(
+        "publish", help="put a run's model, circuits, tasks and viewer on the Hub"
+    )
+    publish.add_argument("run_dir", help="output folder of quickstart or train")
+    publish.add_argument("--repo", required=True, help="user/name of the model on the Hub")
+    publish.add_argument(
+        "--dry-run", action="store_true", help="list what would go where, and its size"
+    )
+    publish.add_argument("--public", action="store_true", help="(default: private)")
+    publish.add_argument(
+        "--task",
+        action="append",
+        choices=list_tasks(),
+        help="to publish as a dataset; may be repeated (default: those of the circuits)",
+    )
+    publish.add_argument("--corpus", help="folder of Python for the viewer's examples")
+
     bench = commands.add_parser("benchmark", help="run every benchmark and write one report")
     bench.add_argument("--output", default="benchmark.md", help="(default: %(default)s)")
     bench.add_argument("--quick", action="store_true", help="small sizes, to see that all runs")
@@ -157,6 +175,17 @@ def _evaluate(args: argparse.Namespace) -> None:
     run_evaluate(args.model, args.task, args.output, prompts=args.prompts, seed=args.seed)
 
 
+def _publish(args: argparse.Namespace) -> None:
+    run_publish(
+        args.run_dir,
+        args.repo,
+        dry_run=args.dry_run,
+        public=args.public,
+        tasks=args.task,
+        corpus=args.corpus,
+    )
+
+
 def _benchmark(args: argparse.Namespace) -> None:
     run_benchmark(args.output, args.quick, args.device, getattr(torch, args.dtype))
 
@@ -176,6 +205,7 @@ def main(argv: list[str] | None = None) -> int:
                 "prune": _prune,
                 "view": _view,
                 "evaluate": _evaluate,
+                "publish": _publish,
                 "benchmark": _benchmark,
             }
             run[args.command](args)

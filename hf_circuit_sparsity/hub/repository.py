@@ -12,6 +12,12 @@ def is_hub_id(name: str | os.PathLike) -> bool:
     return re.fullmatch(f"{_NAME}/{_NAME}", name) is not None and not os.path.exists(name)
 
 
+def check_hub_id(name: str) -> None:
+    """Raise a `ValueError` unless a name has the form `user/name`."""
+    if re.fullmatch(f"{_NAME}/{_NAME}", name) is None:
+        raise ValueError(f"{name!r} was passed, but a repository is named like user/name.")
+
+
 def web_address(endpoint: str, repo_id: str, kind: str) -> str:
     """Where a person finds a repository of kind "model", "dataset" or "space"."""
     return f"{endpoint}/{repo_id}" if kind == "model" else f"{endpoint}/{kind}s/{repo_id}"

@@ -1,0 +1,221 @@
+"""What of a run is published, laid out as it will be on the Hub: a folder per repository."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from huggingface_hub import DatasetCard, DatasetCardData, SpaceCard, SpaceCardData
+from transformers import PreTrainedTokenizerBase
+
+from ..circuits import Circuit, ReportConfig
+from ..hub.errors import Kind
+from ..hub_cards import circuit_card, model_card, task_dataset_card
+from ..modeling import CircuitGPTForCausalLM
+from ..tasks import build_task_dataset, list_tasks
+from .prune import load_model
+
+PICTURE_NAME = "circuit.png"
+# As long as a commit hash: a dry run counts the bytes before there is a commit.
+UNKNOWN_COMMIT = "0" * 40
+# Sizes of what is made for publishing.
+ROWS = {"n_train": 2000, "n_test": 512}
+REPORT = ReportConfig()
+
+
+@dataclass(frozen=True)
+class Names:
+    """Hub ids of all that one run becomes."""
+
+    model: str
+
+    @property
+    def circuits(self) -> str:
+        return f"{self.model}-circuits"
+
+    @property
+    def tasks(self) -> str:
+        return f"{self.model}-tasks"
+
+    @property
+    def viewer(self) -> str:
+        return f"{self.model}-viewer"
+
+    @property
+    def title(self) -> str:
+        """Of the collection; the Hub allows 60 characters."""
+        return self.model.split("/")[1][:60]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder of `quickstart` or `train`, read.
+
+    Attributes:
+        circuits: name → circuit; the name is its folder on the Hub.
+        summary: the numbers of its training; empty if unknown.
+    """
+
+    model: CircuitGPTForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    circuits: dict[str, Circuit]
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A repository to be: what it holds, its kind and name, and how to lay out its files.
+
+    Attributes:
+        lay_out: writes the files into a folder; takes that and the commit hash of the model.
+    """
+
+    what: str
+    kind: Kind
+    repo_id: str
+    lay_out: Callable[[Path, str], None]
+
+
+def read_run(run_dir: str) -> Run:
+    """The model, its tokenizer and the circuits below a folder.
+
+    Raises:
+        ValueError: there is no model, or a circuit is damaged or of another model.
+    """
+    folder = Path(run_dir)
+    place = next((p for p in (folder / "model", folder) if (p / "config.json").is_file()), None)
+    if place is None:
+        raise ValueError(
+            f"{folder} holds no model (no config.json in it or in its folder model/); pass the "
+            "output folder of quickstart or train."
+        )
+    model, tokenizer = load_model(str(place))
+    circuits: dict[str, Circuit] = {}
+    for path in sorted(folder.rglob("circuit.json")):
+        if any(part.startswith((".", "checkpoint-")) for part in path.relative_to(folder).parts):
+            continue
+        circuit = Circuit.from_pretrained(path.parent)
+        try:
+            circuit.check_model(model)
+        except ValueError as error:
+            raise ValueError(f"{path.parent}: {error}") from error
+        name = circuit.task
+        if name in circuits:  # a second one for the task goes by where it lies
+            name = "-".join(path.parent.relative_to(folder).parts)
+        circuits[name] = circuit
+    summary = place / "training_summary.json"
+    numbers = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+    return Run(model, tokenizer, circuits, numbers)
+
+
+def parts_of(run: Run, names: Names, *, tasks: Sequence[str] | None, reference: Any) -> list[Part]:
+    """The repositories to make, in the order in which they name each other.
+
+    Args:
+        tasks: which to publish as datasets; those of the circuits if None.
+        reference: text for the viewer's examples; see [`Circuit.report`].
+    """
+    built_in = set(list_tasks())
+    if tasks is None:
+        tasks = sorted({circuit.task for circuit in run.circuits.values()} & built_in)
+    datasets = [names.tasks] if tasks else []
+
+    def model(folder: Path, commit: str) -> None:
+        run.model.save_pretrained(folder, sparse=True)
+        run.tokenizer.save_pretrained(folder)
+        card = model_card(
+            run.model,
+            repo_id=names.model,
+            summary=run.summary,
+            circuits={f"{names.circuits}/{name}": c for name, c in run.circuits.items()},
+            datasets=datasets,
+        )
+        card.save(folder / "README.md")
+
+    def circuits(folder: Path, commit: str) -> None:
+        named = {}
+        for name, circuit in run.circuits.items():
+            named[name] = _of_model(circuit, names.model, commit)
+            named[name].save_pretrained(folder / name)
+            named[name].plot(folder / name / PICTURE_NAME, run.model, run.tokenizer)
+        card = circuit_card(named, repo_id=names.circuits, datasets=datasets)
+        card.save(folder / "README.md")
+
+    def task_files(folder: Path, commit: str) -> None:
+        _lay_out_tasks(folder, run.tokenizer, tasks, names)
+
+    def viewer(folder: Path, commit: str) -> None:
+        circuits = {name: _of_model(run.circuits[name], names.model, commit) for name in shown}
+        _lay_out_viewer(folder, run, names, circuits, reference)
+
+    shown = [name for name, circuit in run.circuits.items() if len(circuit)]
+    parts = [Part("model", "model", names.model, model)]
+    if run.circuits:
+        parts.append(Part("circuits", "model", names.circuits, circuits))
+    if tasks:
+        parts.append(Part("tasks", "dataset", names.tasks, task_files))
+    if shown:
+        parts.append(Part("viewer", "space", names.viewer, viewer))
+    return parts
+
+
+def _of_model(circuit: Circuit, name: str, commit: str) -> Circuit:
+    return replace(circuit, model_name=name, model_revision=commit)
+
+
+def _lay_out_tasks(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], names: Names
+) -> None:
+    """As `DatasetDict.push_to_hub` lays out one configuration per task."""
+    built = build_task_dataset(tokenizer, tasks, **ROWS)
+    configs = []
+    for name, splits in built.items():
+        (folder / name).mkdir(parents=True)
+        for split, rows in splits.items():
+            rows.to_parquet(folder / name / f"{split}-00000-of-00001.parquet")
+        files = [{"split": split, "path": f"{name}/{split}-*"} for split in splits]
+        configs.append({"config_name": name, "data_files": files})
+    there = DatasetCard(f"---\n{DatasetCardData(configs=configs).to_yaml()}\n---\n")
+    card = task_dataset_card(
+        built, repo_id=names.tasks, tokenizer=names.model, seed=0, existing=there
+    )
+    card.save(folder / "README.md")
+
+
+def _lay_out_viewer(
+    folder: Path, run: Run, names: Names, circuits: Mapping[str, Circuit], reference: Any
+) -> None:
+    """A static Space: a page per circuit, and one that leads to them if they are several."""
+    pages = {name: f"{name}.html" for name in circuits}
+    if len(pages) == 1:
+        pages = dict.fromkeys(pages, "index.html")
+    for name, page in pages.items():
+        circuits[name].report(
+            folder / page, run.model, run.tokenizer, reference=reference, config=REPORT
+        )
+    if len(pages) > 1:
+        links = "\n".join(
+            f'<li><a href="{quote(page)}">{escape(name)}</a></li>' for name, page in pages.items()
+        )
+        title = escape(f"Circuits of {names.model}")
+        (folder / "index.html").write_text(
+            '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+            f"<title>{title}</title>\n<h1>{title}</h1>\n<ul>\n{links}\n</ul>\n</html>\n",
+            encoding="utf-8",
+        )
+    data = SpaceCardData(
+        title=names.viewer.split("/")[1],
+        emoji="🔌",
+        colorFrom="gray",
+        colorTo="green",
+        sdk="static",
+        app_file="index.html",
+        license="apache-2.0",
+        models=[names.model, names.circuits],
+        tags=["circuit", "hf-circuit-sparsity"],
+    )
+    text = f"# Circuits of {names.model}\n\nWhat each does, on a page that needs no server.\n"
+    SpaceCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")

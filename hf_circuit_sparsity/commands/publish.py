@@ -1,0 +1,139 @@
+"""`hf-circuit-sparsity publish`: a run becomes a model, circuits, tasks, a viewer and a collection.
+
+What is on the Hub already is not sent again, so the same command goes on where it was stopped: the
+Hub's client asks for each file whether its content is known there. For that, what is laid out is
+the same every time.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from ..hub import hub_errors
+from ..hub.repository import check_hub_id, web_address
+from ..tasks import build_corpus, pack
+from .console import columns, quiet_libraries, say
+from .publication import UNKNOWN_COMMIT, Names, Part, parts_of, read_run
+
+
+def run_publish(
+    run_dir: str,
+    repo: str,
+    *,
+    dry_run: bool = False,
+    public: bool = False,
+    tasks: Sequence[str] | None = None,
+    corpus: str | None = None,
+) -> dict[str, str]:
+    """Publish the folder of a run.
+
+    Args:
+        run_dir: output folder of `quickstart` or `train`.
+        repo: `user/name` of the model; what belongs to it gets names that begin so.
+        dry_run: list what would go where, and its size; nobody is asked for anything.
+        public: whether new repositories are public.
+        tasks: to publish as datasets; those of the circuits if not given.
+        corpus: folder of Python for the viewer's examples; the standard library if not given.
+
+    Returns:
+        Web address of each part by what it is, and of the collection; of none in a dry run.
+
+    Raises:
+        ValueError: no such run, a bad name, or a circuit of another model.
+        HubAccessError: (an `OSError`) nobody is signed in, no right to write, or the Hub is not
+            reached; what was sent before is there, and the same call goes on.
+    """
+    quiet_libraries()
+    check_hub_id(repo)
+    run, names = read_run(run_dir), Names(repo)
+    reference = None
+    if corpus is not None:
+        reference = pack(build_corpus(corpus)["train"], run.tokenizer, run.model.config.block_size)
+    parts = parts_of(run, names, tasks=tasks, reference=reference)
+    with tempfile.TemporaryDirectory(prefix="publish-") as staging:
+        if dry_run:
+            _list(parts, Path(staging))
+            return {}
+        addresses = _upload(parts, Path(staging), public)
+    addresses["collection"] = _collect(parts, names, public)
+    width = max(map(len, addresses))
+    say("\nPublished" + (":" if public else ", privately unless it was there:"))
+    for what, address in addresses.items():
+        say(f"  {what:<{width}}  {address}")
+    return addresses
+
+
+def files_of(folder: Path) -> list[tuple[str, int]]:
+    """Path and size in bytes of every file below a folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths]
+
+
+def _list(parts: Sequence[Part], staging: Path) -> None:
+    total = 0
+    for part in parts:
+        folder = _laid_out(part, staging, UNKNOWN_COMMIT)
+        files = files_of(folder)
+        size = sum(bytes_ for _, bytes_ in files)
+        total += size
+        say(f"\n{part.what} → {part.kind} {part.repo_id}, {len(files)} files, {size:,} bytes")
+        say(columns(("file", "bytes"), [(path, f"{bytes_:,}") for path, bytes_ in files]))
+    say(f"\n{total:,} bytes in all, and a collection that ties them. Nothing was sent.")
+
+
+def _upload(parts: Sequence[Part], staging: Path, public: bool) -> dict[str, str]:
+    api = HfApi()
+    addresses, commit = {}, UNKNOWN_COMMIT
+    for number, part in enumerate(parts, 1):
+        say(f"{number}/{len(parts) + 1}  {part.what} → {part.kind} {part.repo_id}")
+        with hub_errors(part.repo_id, part.kind, writing=True):
+            api.create_repo(
+                part.repo_id,
+                repo_type=part.kind,
+                private=not public,
+                space_sdk="static" if part.kind == "space" else None,
+                exist_ok=True,
+            )
+            info = api.repo_info(part.repo_id, repo_type=part.kind)
+            if info.private == public:
+                say(f"     was there before, and stays {'private' if info.private else 'public'}")
+        folder = _laid_out(part, staging, commit)
+        size = sum(bytes_ for _, bytes_ in files_of(folder))
+        with hub_errors(part.repo_id, part.kind, writing=True):
+            done = api.upload_folder(
+                repo_id=part.repo_id,
+                repo_type=part.kind,
+                folder_path=folder,
+                commit_message=f"Publish the {part.what}",
+            )
+        same = done.oid == info.sha
+        say(f"     {size:,} bytes" + (", all there already" if same else ""))
+        if part.what == "model":
+            commit = done.oid
+        addresses[part.what] = web_address(api.endpoint, part.repo_id, part.kind)
+    return addresses
+
+
+def _collect(parts: Sequence[Part], names: Names, public: bool) -> str:
+    say(f"{len(parts) + 1}/{len(parts) + 1}  collection {names.title}")
+    api = HfApi()
+    with hub_errors(names.model, writing=True):
+        collection = api.create_collection(
+            names.title,
+            namespace=names.model.split("/")[0],
+            description=f"The weight-sparse model {names.model} and its circuits"[:150],
+            private=not public,
+            exists_ok=True,
+        )
+        for part in parts:
+            api.add_collection_item(collection.slug, part.repo_id, part.kind, exists_ok=True)
+    return collection.url
+
+
+def _laid_out(part: Part, staging: Path, commit: str) -> Path:
+    folder = staging / part.what
+    folder.mkdir()
+    part.lay_out(folder, commit)
+    return folder
