@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     view = commands.add_parser("view", help="write the page on which a circuit is looked at")
-    view.add_argument("circuit", help="folder of a circuit")
+    view.add_argument("circuit", help="folder or Hub id of a circuit")
     view.add_argument("--model", help="folder or Hub id of its model (default: as it says itself)")
     view.add_argument("--output", help="the page (default: CIRCUIT/index.html)")
     view.add_argument("--corpus", help="folder of Python for examples (the standard library)")

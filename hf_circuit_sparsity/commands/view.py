@@ -18,10 +18,11 @@ def run_view(
     """Measure what a saved circuit does and write its page.
 
     Args:
-        circuit_folder: where the circuit is.
+        circuit_folder: folder or Hub id of the circuit.
         model: folder or Hub id of the model it was cut out of, with its tokenizer; found by the
             circuit's own account if not given.
-        output: the page; `<circuit_folder>/index.html` if not given.
+        output: the page; if not given, `index.html` in the circuit's folder, or here for one from
+            the Hub.
         corpus: folder of Python for examples; the standard library if not given.
         config: how much to measure.
     """
@@ -32,7 +33,8 @@ def run_view(
     reference = None
     if corpus is not None:
         reference = pack(build_corpus(corpus)["train"], tokenizer, loaded.config.block_size)
-    path = Path(output) if output else Path(circuit_folder) / "index.html"
+    folder = Path(circuit_folder) if Path(circuit_folder).is_dir() else Path()
+    path = Path(output) if output else folder / "index.html"
     return circuit.report(path, loaded, tokenizer, reference=reference, config=config)
 
 

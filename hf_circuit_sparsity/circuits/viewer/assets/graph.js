@@ -182,7 +182,7 @@ const graph = (() => {
       const strength = effectStrength(node.effect);
       this.style.setProperty("--t", strength.toFixed(3));
       this.classList.add(node.effect < 0 ? "helps" : "harms");
-      this.classList.toggle("strong", strength > 0.55);
+      this.classList.toggle("strong", strength > 0.7);
     });
   }
 
@@ -207,8 +207,12 @@ const graph = (() => {
     const chosen = state.selected?.node;
     // Too many columns to read at once: begin readable, at what is selected.
     if (fit.k < 0.42 && chosen) {
-      picture.call(zoom.scaleTo, 0.7);
-      picture.call(zoom.translateTo, chosen.x, chosen.y);
+      const across = vertical ? host.clientWidth / box.width : picture.attr("height") / box.height;
+      const whole = across >= 0.6; // all of a column is seen
+      picture.call(zoom.scaleTo, whole ? Math.min(1.1, across) : 0.6);
+      const x = vertical && whole ? box.x + box.width / 2 : chosen.x;
+      const y = !vertical && whole ? box.y + box.height / 2 : chosen.y;
+      picture.call(zoom.translateTo, x, y);
     }
   }
 

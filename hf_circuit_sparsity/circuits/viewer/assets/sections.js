@@ -243,7 +243,7 @@ function showWords() {
     ["Residual stream", "What runs through the model beside its blocks: every block reads its channels "
       + "and adds to them."],
     ["Weight", "A line is one nonzero weight of the model between two nodes of the circuit. All nonzero "
-      + "ones are drawn."],
+      + "ones are drawn, but for those that pruning dropped."],
     ["Ablated", "Fixed at its mean over pretraining text. In the circuit alone, every other node is."],
     ["Effect", "By how many nats the circuit's task loss changes when that node alone is ablated too. "
       + "Purple nodes are needed; green ones do harm."],
