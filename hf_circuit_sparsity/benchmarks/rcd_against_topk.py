@@ -33,7 +33,7 @@ from .findings import (
 from .measure import table
 from .trained_models import FOLDER, training_summary
 
-TOPK, RCD = "topk-128-seed0", "rcd-128-seed0"
+TOPK, RCD = "topk-64-seed0", "rcd-64-seed0"
 NOISE = (0.0, 0.05, 0.1, 0.2, 0.4)
 DRAWS = 3
 

@@ -79,13 +79,13 @@ _DENSE = Recipe(
 )
 # Random coordinate descent starts at its final density, so its learning rate has the factor
 # 1/sqrt(density) from the first step; half the base of the annealed runs was best at d_model 64.
-_RCD = Recipe(sparsifier="rcd", learning_rate=1e-2)
+_RCD = Recipe(d_model=64, sparsifier="rcd", learning_rate=1e-2)
 
 RECIPES: dict[str, Recipe] = {
     **{f"topk-128-seed{s}": Recipe(seed=s) for s in range(3)},
     **{f"dense-128-seed{s}": replace(_DENSE, seed=s) for s in range(2)},
     "dense-abstopk-128-seed0": replace(_DENSE, afrac=0.25),
-    **{f"rcd-128-seed{s}": replace(_RCD, seed=s) for s in range(2)},
+    **{f"rcd-64-seed{s}": replace(_RCD, seed=s) for s in range(2)},
     **{f"topk-{width}-seed0": Recipe(d_model=width) for width in (32, 64, 256)},
     "taught-64-seed0": Recipe(d_model=64, steps=1200, taught=("bracket_counting", "set_or_string")),
 }
@@ -169,6 +169,8 @@ def _arguments(recipe: Recipe, output: Path) -> SparseTrainingArguments:
         target_density=recipe.density,
         learning_rate=recipe.learning_rate,
         rcd_selection="gradient",
+        rcd_block_fraction=1 / 4,
+        rcd_greedy_fraction=1 / 64,
         logging_steps=max(1, recipe.steps // 20),
         save_steps=max(1, recipe.steps // 4),
         save_total_limit=1,

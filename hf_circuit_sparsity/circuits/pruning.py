@@ -6,6 +6,7 @@ number of them that reaches the target loss is found by bisection, and what turn
 needed is dropped one by one. With several seeds the smallest circuit wins.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
@@ -224,11 +225,17 @@ def _check_learned(
         fit_calibration(pairs, tensors, config.calibration_steps).pairs(pairs, tensors)
     )
     if not loss <= target:
+        guessing = ", which is guessing" if loss > 0.95 * math.log(2) else ""
+        advice = (
+            "train the model longer, or see whether the task's prompts decide its answers"
+            if guessing
+            else f"train the model longer, or set target_loss above "
+            f"{loss / config.selection_margin:.2f}"
+        )
         raise TaskNotLearnedError(
-            f"The whole model reaches a loss of {loss:.3f} on the task {task.name!r}, so no "
-            f"circuit of it can reach target_loss={config.target_loss:g} (selected at {target:.3g} "
-            "on training prompts); train the model longer, or set target_loss above "
-            f"{loss / config.selection_margin:.2f}."
+            f"The whole model reaches a loss of {loss:.3f} on the task {task.name!r}{guessing}, so "
+            f"no circuit of it can reach target_loss={config.target_loss:g} (selected at "
+            f"{target:.3g} on training prompts); {advice}."
         )
 
 

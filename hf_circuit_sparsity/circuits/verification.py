@@ -78,7 +78,10 @@ def verify_circuit(
         target = circuit.config.get("target_loss", 0.15)
         generator = torch.Generator().manual_seed(seed)
         candidates = [circuit]
-        candidates += [random_circuit(circuit, generator) for _ in range(random_circuits)]
+        vocabulary = model.get_input_embeddings().num_embeddings
+        candidates += [
+            random_circuit(circuit, generator, vocabulary) for _ in range(random_circuits)
+        ]
         measured = [
             suite.measure(candidate, real=candidate is circuit)
             for candidate in tqdm(candidates, "verifying", disable=not progress, leave=False)
@@ -93,19 +96,24 @@ def verify_circuit(
     return Verification(tuple(checks))
 
 
-def random_circuit(circuit: Circuit, generator: torch.Generator) -> Circuit:
-    """As many nodes at every site, drawn at random; no edges are pruned."""
+def random_circuit(circuit: Circuit, generator: torch.Generator, vocabulary: int = 0) -> Circuit:
+    """As many nodes at every site, and tokens out of a vocabulary of that size where the circuit
+    names any, drawn at random; no edges are pruned."""
     nodes = {
         site: torch.randperm(len(circuit.means[site]), generator=generator)[: len(ids)].tolist()
         for site, ids in circuit.nodes.items()
     }
+    tokens = None
+    if circuit.tokens is not None:
+        drawn = torch.randperm(vocabulary, generator=generator)
+        tokens = sorted(drawn[: len(circuit.tokens)].tolist())
     return Circuit(
         nodes=nodes,
         means=circuit.means,
         task=circuit.task,
         model_fingerprint=circuit.model_fingerprint,
         config=dict(circuit.config),
-        tokens=circuit.tokens,
+        tokens=tokens,
         token_mean=circuit.token_mean,
     )
 

@@ -10,6 +10,7 @@ from hf_circuit_sparsity.circuits import (
     mean_activations,
 )
 from hf_circuit_sparsity.circuits.mask_learning import Gate
+from hf_circuit_sparsity.tasks import BinaryTask
 from tests.circuits.planted import (
     NO,
     PLANTED_EDGES,
@@ -109,6 +110,20 @@ def test_a_task_the_model_has_not_learned_says_what_it_can_reach():
     circuit = find(model, config=PruningConfig(steps=5, target_loss=1.0, selection_prompts=100))
     assert len(circuit) == 0
     assert circuit.metrics["circuit_loss"] == pytest.approx(math.log(2), abs=0.02)
+
+
+def test_a_task_without_signal_is_refused():
+    generator = torch.Generator().manual_seed(0)
+
+    def pairs(count):
+        # Which of two unrelated prompts is answered by yes is a matter of chance.
+        for _ in range(count):
+            words = [f"w{int(i)}" for i in torch.randint(0, 11, (6,), generator=generator)]
+            yield ((" ".join(words[:3]), " yes"), (" ".join(words[3:]), " no"))
+
+    task = BinaryTask.from_pairs("chance", word_tokenizer(), list(pairs(60)), list(pairs(20)))
+    with pytest.raises(TaskNotLearnedError, match=r"'chance', which is guessing, so no circuit"):
+        find(task=task)
 
 
 def test_bad_settings():

@@ -72,6 +72,15 @@ def test_a_random_circuit_of_equal_size_fails_every_check_but_the_report(model, 
     assert failed == {check.name for check in verification.checks if check.threshold is not None}
 
 
+def test_random_circuits_have_random_tokens_where_the_circuit_names_some(planted):
+    nodes, means = planted[0].nodes, planted[0].means
+    fingerprint, mean = planted[0].model_fingerprint, torch.zeros(16)
+    named = Circuit(nodes, means, "on_off", fingerprint, tokens=[3, 4], token_mean=mean)
+    drawn = [random_circuit(named, torch.Generator().manual_seed(s), 16).tokens for s in range(4)]
+    assert all(len(tokens) == 2 for tokens in drawn) and any(t != [3, 4] for t in drawn)
+    assert random_circuit(planted[0], torch.Generator(), 16).tokens is None
+
+
 def test_half_the_mechanism_and_idle_company_are_noticed(model):
     # Without the neurons' part nothing reaches the answer.
     half = {s: ids for s, ids in PLANTED_NODES.items() if s.startswith("h.0")}
