@@ -121,9 +121,9 @@ def _summary(by_folder: Mapping[str, Circuit], models: Sequence[str]) -> str:
     if len(by_folder) == 1:
         circuit = next(iter(by_folder.values()))
         return (
-            f"The {len(circuit)} nodes of {of_model} ({known}) that carry the task "
-            f"{code(circuit.task)}. Run alone, with every other node fixed at its mean, they do "
-            "the task; the numbers below say how well."
+            f"The {len(circuit)} nodes of {of_model} ({known}) that were found to carry the task "
+            f"{code(circuit.task)}. How well they do it alone, with every other node fixed at its "
+            "mean, the numbers below say."
         )
     return f"{len(by_folder)} circuits of {of_model} ({known}), one for each of these tasks."
 

@@ -69,7 +69,7 @@ def check(circuit, folder):
         assert getattr(circuit, name) == content[name], name
     assert circuit.nodes == {s: sorted(ids) for s, ids in content["nodes"].items() if ids}
     shift = {int(t): v for t, v in content["calibration"]["shift"].items()}
-    assert circuit.calibration == Calibration(content["calibration"]["scale"], shift)
+    assert circuit.calibration == Calibration(float(content["calibration"]["scale"]), shift)
     kept = content.get("kept_edges")
     assert circuit.kept_edges == (None if kept is None else [tuple(edge) for edge in kept])
     offsets = content.get("edge_offsets", {})
