@@ -174,8 +174,8 @@ class _Refusal:
                     "written; make a token with the right to write."
                 )
             return (
-                f"{name} has no right to write to {self.repo_id!r}; use a name that begins with "
-                f"{name}/ or that of an organization of theirs."
+                f"{name} has no right to write to {self.repo_id!r}; choose a name that begins "
+                "with the user's own or with that of one of their organizations."
             )
         if status >= 500:
             return f"The Hub at {self.api.endpoint} failed (status {status}); try again later."

@@ -118,7 +118,7 @@ class SparseTrainer(Trainer):
         wanted = self.args.compute_on_nonzeros and self.args.sparsifier != "rcd"
         return wanted and isinstance(self.model, nn.Module)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, token: str | None = None, **kwargs: Any) -> None:
         """Make the repository to push to; see ``Trainer``.
 
         Raises:
@@ -126,7 +126,7 @@ class SparseTrainer(Trainer):
         """
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         with hub_errors(name, token=token or self.args.hub_token, writing=True):
-            super().init_hf_repo(token=token, private=private)
+            super().init_hf_repo(token=token, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer copies what it knows of a checkpoint to where it pushes from; the model's code,
