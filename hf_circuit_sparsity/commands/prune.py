@@ -1,5 +1,6 @@
 """`hf-circuit-sparsity prune`: cut a task's circuit out of a trained model."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..circuits import Circuit, PruningConfig, find_circuit, search_circuit
+from ..hub import HubAccessError, hub_errors, is_hub_id
 from ..modeling import CircuitGPTForCausalLM
 from ..tasks import BinaryTask, build_corpus, load_task, pack
 from .console import quiet_libraries, say, table
@@ -61,18 +63,36 @@ def _load_task(
 
 
 def load_model(model: str) -> tuple[CircuitGPTForCausalLM, PreTrainedTokenizerBase]:
-    """A saved model and its tokenizer, or a `ValueError` of one sentence."""
+    """A saved model and its tokenizer.
+
+    Raises:
+        ValueError: it is damaged, or no folder with both.
+        HubAccessError: (an `OSError`) it is not on the Hub, or cannot be had from there.
+    """
     try:
-        loaded = CircuitGPTForCausalLM.from_pretrained(model).eval()
-        return loaded, AutoTokenizer.from_pretrained(model)
+        with hub_errors(model) if is_hub_id(model) else nullcontext():
+            loaded = CircuitGPTForCausalLM.from_pretrained(model).eval()
+            return loaded, _tokenizer_beside(model)
+    except HubAccessError:
+        raise
     except SafetensorError as error:
         raise ValueError(
             f"The weights in {model} are damaged ({error}); copy or download them again."
         ) from error
     except OSError as error:
         raise ValueError(
-            f"{model!r} is neither a folder with a model and its tokenizer nor a model on the Hub "
-            "that can be reached; check its name, and the connection."
+            f"{model!r} is neither a folder with a model and its tokenizer nor the name of a "
+            "repository with both; check its name."
+        ) from error
+
+
+def _tokenizer_beside(model: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except ValueError as error:
+        raise ValueError(
+            f"{model!r} holds a model, but no tokenizer beside it that could be read; save the "
+            "tokenizer there too."
         ) from error
 
 

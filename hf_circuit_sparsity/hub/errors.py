@@ -111,7 +111,8 @@ class _Refusal:
                 at = f" at revision {self.revision!r}" if self.revision else ""
                 return (
                     f"HF_HUB_OFFLINE is set and {what}{at} is not in the cache (or not all that is "
-                    "needed of it); unset it and load once while connected."
+                    "needed of it), nor is there a folder of that name; unset it and load once "
+                    "while connected."
                 )
             case EntryNotFoundError():
                 return None  # which file is missing is for the caller to explain
@@ -142,13 +143,12 @@ class _Refusal:
                     )
         if self.writing and not self.signed_in:
             return f"Nobody is signed in, so {self.repo_id!r} cannot be written; {_SIGN_IN}."
+        # Who reads may have meant a folder.
+        name = f"{self.kind} repository {self.repo_id!r}"
+        where = "" if self.writing else ", nor a folder of that name"
         if self.signed_in:
-            who = f"that {self._who()[0]} may read"
-            return f"There is no {self.kind} repository {self.repo_id!r} {who}; check its name."
-        return (
-            f"There is no public {self.kind} repository {self.repo_id!r}; check its name, and if "
-            f"it is private {_SIGN_IN}."
-        )
+            return f"There is no {name} that {self._who()[0]} may read{where}; check its name."
+        return f"There is no public {name}{where}; check its name, and if it is private {_SIGN_IN}."
 
     def _no_revision(self) -> str:
         choice = ""

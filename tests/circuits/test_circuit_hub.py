@@ -133,7 +133,8 @@ def test_what_stands_in_the_way_of_loading(api, hub_server, model, monkeypatch):
         return str(caught.value)
 
     assert "no model repository 'ada/nothing' that 'ada' may read" in sentence("ada/nothing")
-    assert "no public model repository 'ada/nothing'; " in sentence("ada/nothing", token=False)
+    public = sentence("ada/nothing", token=False)
+    assert "no public model repository 'ada/nothing', nor a folder of that name;" in public
     assert "if it is private sign in" in sentence(CIRCUITS, token=False)
     assert "that 'bob' may read" in sentence(CIRCUITS, token=bob)
     assert "'ada/data' is a dataset repository, but a model" in sentence("ada/data")

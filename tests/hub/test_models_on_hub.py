@@ -14,6 +14,7 @@ from hf_circuit_sparsity import (
     SparseTrainer,
     SparseTrainingArguments,
 )
+from hf_circuit_sparsity.cli import main
 from hf_circuit_sparsity.hub import HubAccessError
 from tests.conftest import FIXTURES, random_model, sparsify
 from tests.hub.outside import run_outside
@@ -135,3 +136,18 @@ def test_trainer_says_who_may_not_push(hub_server, make_trainer, monkeypatch):
     trainer = make_trainer()
     with pytest.raises(HubAccessError, match="Nobody is signed in, so 'ada/trained'"):
         trainer.push_to_hub()
+
+
+def test_commands_say_why_a_model_cannot_be_had(api, hub_server, tiny_model, monkeypatch, capsys):
+    tiny_model.push_to_hub("ada/private", private=True)
+    api.create_repo("ada/data", repo_type="dataset")
+
+    def refused(name: str) -> str:
+        assert main(["evaluate", "--model", name]) == 2
+        return capsys.readouterr().err
+
+    assert "'ada/none' that 'ada' may read, nor a folder of that name" in refused("ada/none")
+    assert "'ada/data' is a dataset repository, but a model" in refused("ada/data")
+    assert "'ada/private' holds a model, but no tokenizer beside it" in refused("ada/private")
+    monkeypatch.setenv("HF_TOKEN", "")
+    assert "no public model repository 'ada/private'" in refused("ada/private")
