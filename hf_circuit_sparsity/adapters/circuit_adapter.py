@@ -17,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from ..circuits import Circuit, Edge
 from ..modeling.fingerprint import model_fingerprint
 
+UNEMBEDDING = "lm_head"
+
 
 def edge_weight(model: nn.Module, edge: Edge) -> tuple[str, int, int]:
     """The layer of a CircuitGPT that an edge is a weight of, and its row and column there."""
@@ -62,12 +64,20 @@ class CircuitPeftConfig(PeftConfig):
 
     @property
     def target_modules(self) -> list[str]:
-        """The layers that have edges."""
-        return list(self.edges)
+        """The layers inside the blocks that have edges.
+
+        Without the unembedding: PEFT would save all of a layer that it takes for an embedding.
+        """
+        return [name for name in self.edges if name != UNEMBEDDING]
 
     @classmethod
     def from_circuit(
-        cls, circuit: Circuit, model: nn.Module, tokens: Sequence[int] = (), **kwargs: Any
+        cls,
+        circuit: Circuit,
+        model: nn.Module,
+        tokens: Sequence[int] = (),
+        into: Sequence[str] | None = None,
+        **kwargs: Any,
     ) -> "CircuitPeftConfig":
         """Train the edges of `circuit`.
 
@@ -76,6 +86,8 @@ class CircuitPeftConfig(PeftConfig):
             model: a CircuitGPT.
             tokens: ids of tokens whose unembedding weights on the channels the circuit writes to
                 are edges too.
+            into: only the edges into these kinds of sites, for example `["resid_delta"]` for those
+                that write to the residual stream; all if not given.
             kwargs: other fields of the config.
 
         Raises:
@@ -83,6 +95,8 @@ class CircuitPeftConfig(PeftConfig):
         """
         edges: dict[str, list[list[int]]] = {}
         for edge in circuit.edges(model):
+            if into is not None and edge.target_site.rpartition(".")[2] not in into:
+                continue
             name, row, column = edge_weight(model, edge)
             edges.setdefault(name, []).append([row, column])
         written = {c for s, ids in circuit.nodes.items() if s.endswith("resid_delta") for c in ids}
@@ -90,11 +104,11 @@ class CircuitPeftConfig(PeftConfig):
             [int(token), channel] for token in sorted(set(tokens)) for channel in sorted(written)
         ]
         if rows:
-            edges["lm_head"] = rows
+            edges[UNEMBEDDING] = rows
         if not edges:
             raise ValueError(
-                f"The circuit for {circuit.task!r} has no edge, so there is nothing to train; pass "
-                "tokens, or a circuit found with a smaller target_loss."
+                f"The circuit for {circuit.task!r} has no such edge, so there is nothing to train; "
+                "pass tokens or other sites, or find a larger circuit with a smaller target_loss."
             )
         return cls(
             edges=edges,

@@ -1,21 +1,22 @@
 """`hf-circuit-sparsity bridge`: train a sparse twin for a dense model."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from ..modeling import BridgedCausalLM, default_twin
 from ..modeling.bridge_checkpoint import load_dense
 from ..tasks import build_corpus, pack
-from ..trainer import BridgeTrainer, BridgeTrainingArguments
+from ..trainer import BridgeTrainer, BridgeTrainingArguments, ridge_bridges_
 from .console import columns, quiet_libraries, say, table
 from .prune import load_model
 from .train import checkpoint_to_resume, fit, spread_sample, write_json
 
 SUMMARY_NAME = "bridge_summary.json"
+RIDGE_BLOCKS = 512  # of text, that the regression is fitted on
 # Column of the progress lines → name in the log.
 SHOWN_TERMS = {
     "lm": "lm",
@@ -43,6 +44,13 @@ class BridgeModelArguments:
     )
     encoder_afrac: float | None = field(
         default=0.25, metadata={"help": "Share of sparse channels an encoder keeps."}
+    )
+    ridge_start: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the bridges start from ridge regression, which suits a sparse_model "
+            "that is trained already."
+        },
     )
     corpus: str | None = field(
         default=None,
@@ -75,6 +83,9 @@ def run_bridge(model_arguments: BridgeModelArguments, args: BridgeTrainingArgume
             f"block_size={block_size} was passed, but the two models read at most {longest} tokens."
         )
     blocks = {name: pack(split, tokenizer, block_size) for name, split in corpus.items()}
+    if model_arguments.ridge_start and resume is None:
+        sample = spread_sample(blocks["train"], RIDGE_BLOCKS)
+        ridge_bridges_(bridged, torch.tensor(sample["input_ids"][:]))
     trainer = BridgeTrainer(
         bridged,
         args,
@@ -167,8 +178,3 @@ def print_bridge_summary(done: dict[str, Any]) -> None:
     say("\n" + table(rows))
     say("\nNMSE is the share of variance missed; KL is of the hybrid run, in nats per token.")
     say(f"Next: hf-circuit-sparsity prune {done['bridge']}/sparse --task single_double_quote")
-
-
-def read_summary(folder: str | Path) -> dict[str, Any]:
-    """The numbers that `run_bridge` left in a folder."""
-    return json.loads((Path(folder) / SUMMARY_NAME).read_text(encoding="utf-8"))

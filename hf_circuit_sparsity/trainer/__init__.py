@@ -11,6 +11,7 @@ from .param_groups import sparse_param_groups
 from .partial_gradients import PartialGradients
 from .projection import nonzero_budget, project_topk_, project_topk_reference_
 from .rcd import RCDSparseOptimizer
+from .ridge_bridges import ridge_bridges_
 from .schedules import DensitySchedule, sharkfin
 from .sparse_config import SparseTrainingArguments
 from .sparse_start import sparse_from_config, sparsify_initialization_
@@ -38,6 +39,7 @@ __all__ = [
     "plot_training_curves",
     "project_topk_",
     "project_topk_reference_",
+    "ridge_bridges_",
     "sharkfin",
     "sparse_from_config",
     "sparse_param_groups",

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from hf_circuit_sparsity.adapters import CircuitPeftConfig
@@ -89,10 +90,15 @@ def test_merging_is_undone(model, config):
         torch.testing.assert_close(peft_model(IDS).logits, adapted)
 
 
-def test_it_is_saved_in_a_few_kilobytes_and_comes_back(model, config, tmp_path):
+@pytest.mark.parametrize("tokens", [[], [YES, NO]])
+def test_it_is_saved_in_a_few_kilobytes_and_comes_back(model, tokens, tmp_path):
+    config = CircuitPeftConfig.from_circuit(planted_circuit(model), model, tokens)
     peft_model = shaken(get_peft_model(model, config))
     peft_model.save_pretrained(str(tmp_path))
     size = sum(path.stat().st_size for path in tmp_path.glob("adapter*"))
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == {
+        f"base_model.model.{name}.circuit_values" for name in config.edges
+    }
     assert size < 4096
     again = PeftModel.from_pretrained(planted_model(), str(tmp_path))
     with torch.no_grad():
@@ -118,6 +124,14 @@ def test_it_learns_the_opposite_answer(model):
         optimizer.step()
     with torch.no_grad():
         assert opposite_loss(test) < 0.3
+
+
+def test_only_the_edges_into_some_sites(model):
+    config = CircuitPeftConfig.from_circuit(planted_circuit(model), model, into=["resid_delta"])
+    assert config.edges == {
+        "transformer.h.0.attn.c_proj": [[3, 5]],
+        "transformer.h.1.mlp.c_proj": [[4, 7]],
+    }
 
 
 def test_two_adapters(model, config, tmp_path):
@@ -149,5 +163,5 @@ def test_what_does_not_fit_is_refused(model, config):
     with pytest.raises(ValueError, match=r"edges\['lm_head'\] must be a list of different"):
         CircuitPeftConfig(edges={"lm_head": [[1, 2], [1, 2]]})
     circuit = Circuit({}, planted_circuit(model).means, "on_off", model_fingerprint(model))
-    with pytest.raises(ValueError, match="has no edge"):
+    with pytest.raises(ValueError, match="has no such edge"):
         CircuitPeftConfig.from_circuit(circuit, model)

@@ -47,7 +47,7 @@ def bridge(dense, corpus, output, *more):
 
 def test_bridge_writes_a_bridge_and_its_twin(dense, corpus, tmp_path, capsys):
     folder = tmp_path / "bridge"
-    assert bridge(dense, corpus, folder, "--d_model", "32") == 0
+    assert bridge(dense, corpus, folder, "--d_model", "32", "--ridge_start", "True") == 0
     printed = capsys.readouterr().out
     for expected in ("to dense", "layer 0 attention", "KL dense→sparse", "Next:", str(folder)):
         assert expected in printed
@@ -59,7 +59,7 @@ def test_bridge_writes_a_bridge_and_its_twin(dense, corpus, tmp_path, capsys):
     assert (weight != 0).sum() == round(0.2 * weight.numel())
     assert weight.equal(bridged.sparse.transformer.h[0].mlp.c_fc.weight)
     summary = json.loads((folder / "bridge_summary.json").read_text())
-    assert summary["steps"] == 10 and f"nmse {summary['encode_nmse_2']:.3f}"
+    assert summary["steps"] == 10
     assert f"{summary['encode_nmse_2']:.3f}" in printed
 
 

@@ -12,6 +12,7 @@ from hf_circuit_sparsity.trainer import (
     BridgeTrainer,
     BridgeTrainingArguments,
     SparseTrainingArguments,
+    ridge_bridges_,
 )
 from tests.trainer.test_sparse_trainer import assert_same_run, training_logs
 
@@ -231,3 +232,27 @@ def test_bad_input_is_refused(make_bridged, make_bridge_trainer, make_gpt2, tmp_
     with pytest.raises(ValueError, match="empty"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "empty"))
     assert not Path(out).exists()
+
+
+def test_ridge_regression_is_the_best_linear_bridge(make_bridged, dataset):
+    bridged = make_bridged()
+    ids = torch.tensor(dataset["input_ids"][:])
+    with pytest.raises(ValueError, match="input_ids has 12 tokens"):
+        ridge_bridges_(bridged, ids[:1])
+    ridge_bridges_(bridged, ids, penalty=0.0, batch_size=24)
+    dense, sparse = bridged.dense_stream, bridged.sparse_stream
+    for location, bridge in enumerate(bridged.bridges):
+        x, y = (
+            stream.run(*stream.embed(ids, None))[location].detach().flatten(0, 1).double()
+            for stream in (dense, sparse)
+        )
+        for linear, source, target in ((bridge.encoder, x, y), (bridge.decoder, y, x)):
+            constant = torch.ones(len(source), 1, dtype=torch.float64)
+            best = torch.linalg.lstsq(torch.cat([source, constant], 1), target).solution
+            residual = (source @ best[:-1] + best[-1] - target).square().sum()
+            found = (linear(source.float()).double() - target).square().sum()
+            assert found <= residual * 1.01 + 1e-6
+    # A penalty trades error for smaller weights.
+    free = [bridge.encoder.weight.norm() for bridge in bridged.bridges]
+    ridge_bridges_(bridged, ids, penalty=1.0)
+    assert all(b.encoder.weight.norm() < w for b, w in zip(bridged.bridges, free, strict=True))

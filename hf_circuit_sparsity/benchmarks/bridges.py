@@ -1,0 +1,240 @@
+"""Bridges from a dense GPT-2 to a sparse twin: how exact they are, and steering through them."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..circuits import (
+    Circuit,
+    PruningConfig,
+    SteeringCandidate,
+    SteeringSweep,
+    TaskNotLearnedError,
+    find_circuit,
+    steering_candidates,
+    steering_sweep,
+)
+from ..circuits.steering import answer_probabilities, answer_rows
+from ..commands.bridge import location_name
+from ..commands.console import say
+from ..commands.train import spread_sample
+from ..modeling import BridgedCausalLM
+from ..tasks import BinaryTask, load_task
+from ..trainer import ridge_bridges_
+from .bridge_models import (
+    BLOCK_SIZE,
+    FINDINGS,
+    FOLDER,
+    dense_loss,
+    fresh_bridge,
+    load_models,
+    ridge_tokens,
+)
+from .measure import machine, table
+
+TASKS = ("single_double_quote", "while_return_true")
+DOSES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+TRIED = 5  # candidates that are tried on training prompts
+TRIED_DOSE = 2.0
+KEYS = ("encode_nmse", "decode_nmse", "dense_to_sparse_kl", "sparse_to_dense_kl")
+
+
+@torch.no_grad()
+def bridge_figures(bridged: BridgedCausalLM, text: torch.Tensor) -> dict[str, Any]:
+    """Every term of the loss on `text` `(n, T)`, by location where there is one for each."""
+    everywhere = range(bridged.n_locations)
+    sums: dict[str, Any] = {}
+    batches = text.split(16)
+    for ids in batches:
+        output = bridged(ids, labels=ids, enter_at=everywhere, leave_at=everywhere)
+        for name in (*KEYS, "lm", "kl"):
+            sums[name] = sums.get(name, 0.0) + output[name] / len(batches)
+    return {name: value.tolist() for name, value in sums.items()}
+
+
+def exactness(
+    bridged: BridgedCausalLM, blocks: Any, folder: Path, findings: Path, n_text: int
+) -> str:
+    """Errors and divergences of four kinds of bridges, as a table."""
+    text = torch.tensor(spread_sample(blocks["validation"], n_text)["input_ids"][:])[:n_text]
+    fitted_on = ridge_tokens(blocks)
+    sides = {"untrained": fresh_bridge(folder / "dense", findings).eval()}
+    figures = {"untrained": bridge_figures(sides["untrained"], text)}
+    regression = ridge_bridges_(sides["untrained"], fitted_on)
+    figures["ridge regression"] = bridge_figures(regression, text)
+    figures["trained together"] = bridge_figures(bridged, text)
+    refitted = BridgedCausalLM.from_models(bridged.dense, bridged.sparse).eval()
+    figures["ridge, to the trained twin"] = bridge_figures(
+        ridge_bridges_(refitted, fitted_on), text
+    )
+    rows = []
+    for location in range(bridged.n_locations):
+        for side, found in figures.items():
+            cells = [f"{found[key][location]:.3f}" for key in KEYS]
+            rows.append((location_name(location), side, *cells))
+    for side, found in figures.items():
+        cells = [f"{sum(found[key]) / bridged.n_locations:.3f}" for key in KEYS]
+        rows.append(("**mean**", side, *cells))
+    header = ("after", "bridges", "NMSE encoding", "NMSE decoding", "KL dense→sparse",
+              "KL sparse→dense")  # fmt: skip
+    start, end = figures["untrained"], figures["trained together"]
+    return (
+        f"{text.numel():,} validation tokens. NMSE is the share of the stream's variance that is "
+        "missed (1: no better than its mean); KL is KL(dense ‖ hybrid), nats per token. Validation "
+        f"loss of the dense GPT-2 {dense_loss(folder):.2f}, of the sparse model before "
+        f"{start['lm']:.2f} and as its trained twin {end['lm']:.2f} nats per token; KL(dense ‖ "
+        f"sparse) before {start['kl']:.3f}, after {end['kl']:.3f}.\n\n" + table(header, rows)
+    )
+
+
+def twin_circuit(
+    bridged: BridgedCausalLM,
+    tokenizer: Any,
+    task: BinaryTask,
+    blocks: Any,
+    folder: Path,
+    steps: int,
+) -> Circuit | None:
+    """The twin's circuit for a task, found before or now; None where it has not learned it."""
+    try:
+        circuit = Circuit.from_pretrained(folder)
+        circuit.check_model(bridged.sparse)
+        return circuit
+    except (FileNotFoundError, ValueError):
+        pass
+    try:
+        circuit = find_circuit(
+            bridged.sparse, tokenizer, task, PruningConfig(steps=steps), reference=blocks["train"],
+            progress=False,
+        )  # fmt: skip
+    except TaskNotLearnedError as error:
+        say(f"  {task.name}: {error}")
+        return None
+    circuit.save_pretrained(folder)
+    circuit.plot(folder / "circuit.png", bridged.sparse, tokenizer)
+    return circuit
+
+
+@torch.no_grad()
+def choose_channel(
+    bridged: BridgedCausalLM, task: BinaryTask, target: int, candidates: Sequence[SteeringCandidate]
+) -> SteeringCandidate:
+    """Of the most promising channels, the one that moves the answer most on training prompts."""
+    tensors = answer_rows(task, "train", target, 64)
+
+    def moved(candidate: SteeringCandidate) -> float:
+        strength = TRIED_DOSE * candidate.difference
+        with bridged.steer(candidate.location, candidate.channel, strength):
+            return answer_probabilities(bridged, tensors)[1]
+
+    return max(candidates[:TRIED], key=moved)
+
+
+def steering(
+    bridged: BridgedCausalLM, tokenizer: Any, blocks: Any, folder: Path, n_text: int, steps: int
+) -> tuple[str, str, list[SteeringSweep]]:
+    """Tables of the twin's circuits and of steering them in the dense model, and the sweeps."""
+    text = torch.tensor(spread_sample(blocks["validation"], n_text)["input_ids"][:])[:n_text]
+    circuit_rows, rows, sweeps = [], [], []
+    for name in TASKS:
+        task = load_task(name, tokenizer, n_train=1000, n_test=256, max_length=BLOCK_SIZE)
+        circuit = twin_circuit(bridged, tokenizer, task, blocks, folder / "circuits" / name, steps)
+        if circuit is not None:
+            m = circuit.metrics
+            losses = [f"{m[name]:.3f}" for name in ("model_loss", "circuit_loss", "ablated_loss")]
+            circuit_rows.append((name, m["nodes"], m["edges"], *losses))
+        answers = sorted(set(task.test["target_id"]))
+        for target in answers:
+            found = steering_candidates(bridged, task, target, circuit=circuit)
+            best = choose_channel(bridged, task, target, found)
+            sweep = steering_sweep(
+                bridged, task, target, best.location, best.channel,
+                [dose * best.difference for dose in DOSES], text=text,
+            )  # fmt: skip
+            sweeps.append(sweep)
+            rows += sweep_rows(sweep, best)
+    circuits = table(
+        ("task", "nodes", "edges", "twin's task loss", "circuit's", "without the circuit"),
+        circuit_rows,
+    )
+    header = ("task", "steered", "channel", "dose", "p(right answer)", "p(other answer)",
+              "random channels: mean (max)", "KL on text", "random: mean")  # fmt: skip
+    return circuits, table(header, rows), sweeps
+
+
+def sweep_rows(sweep: SteeringSweep, best: SteeringCandidate) -> list[tuple]:
+    """The lines of the table about one sweep."""
+    rows = []
+    for dose in (0.0, 1.0, 2.0, 4.0):
+        i = sweep.strengths.index(dose * best.difference)
+        others = [line[i] for line in sweep.random_probability]
+        text = [line[i] for line in sweep.random_text_kl]
+        rows.append(
+            (sweep.task, f"`{sweep.answer!r}` → `{sweep.other!r}`",
+             f"{best.channel} after {location_name(best.location)}", f"{dose:g}",
+             f"{sweep.answer_probability[i]:.3f}", f"{sweep.other_probability[i]:.3f}",
+             f"{sum(others) / len(others):.3f} ({max(others):.3f})",
+             f"{sweep.text_kl[i]:.3f}", f"{sum(text) / len(text):.3f}")
+        )  # fmt: skip
+    return rows
+
+
+def draw(sweeps: Sequence[SteeringSweep], picture: Path) -> None:
+    """All sweeps side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(sweeps) / 2, 7), layout="constrained")
+    for axes, sweep in zip(figure.subplots(2, len(sweeps) // 2).T.flat, sweeps, strict=True):
+        sweep.draw(axes)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    partial = picture.with_name(f"{picture.name}.partial")
+    figure.savefig(partial, dpi=110, format="png")
+    partial.replace(picture)
+
+
+def report(folder: Path, findings: Path, output: Path, n_text: int = 64, steps: int = 200) -> str:
+    """Measure everything; writes the report and, beside it, the picture."""
+    bridged, tokenizer, blocks = load_models(folder, findings)
+    bridged.eval()
+    say("Errors and divergences")
+    exact = exactness(bridged, blocks, folder, findings, n_text)
+    say(exact)
+    say("Circuits and steering")
+    circuits, steered, sweeps = steering(bridged, tokenizer, blocks, folder, n_text // 2, steps)
+    draw(sweeps, output.with_suffix(".png"))
+    text = "\n\n".join([
+        "# Bridges", machine("cpu"), __doc__ + " See `bridge_models.py` for how they were trained.",
+        "## How exact the bridges are", exact, "## The twin's circuits",
+        "Losses in nats on held-out prompts; guessing is 0.693.", circuits,
+        "## Steering the dense model", STEERING, steered,
+        f"![Answer probability against strength]({output.with_suffix('.png').name})",
+    ])  # fmt: skip
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"{output.name}.partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(output)
+    return text
+
+
+STEERING = (
+    "One channel of the sparse residual stream is moved at every token, the difference decoded and "
+    "added to the dense GPT-2's stream. It is chosen on training prompts among the channels of the "
+    "twin's circuit; what is shown is from held-out prompts. Dose 1 is the twin's own mean "
+    "difference between the two kinds of prompts. The random channels move the dense stream by a "
+    "vector of the same length. KL on text: KL(unsteered ‖ steered) on unrelated validation text, "
+    "nats per token."
+)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="(default: %(default)s)")
+    parser.add_argument("--findings", type=Path, default=FINDINGS, help="(default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("bridges.md"), help="(default: %(default)s)"
+    )
+    options = parser.parse_args()
+    say(report(options.folder, options.findings, options.output))
