@@ -84,8 +84,9 @@ def report(
         f"CircuitGPT, d_model {args.d_model}, {args.layers} layers, density 1/64, vocabulary "
         f"{args.vocabulary}, context {args.context}, {args.batch} sequences per step; "
         f"validation on {args.held_out} sequences. The bigram table alone "
-        f"(counts of the whole training text, smoothed): {bigram:.4f}. Runs took "
-        "turns; a clock counts training only.\n\n"
+        f"(counts of the whole training text, smoothed): {bigram:.4f}. "
+        + ("All begin with these counts. " if args.start_at_bigrams else "")
+        + "Runs took turns; a clock counts training only.\n\n"
         + table(header, rows)
         + f"\n\ntopk: lr {args.topk_lr}, {TOPK}\n\nrcd: lr {args.rcd_lr}, {RCD}\n\n"
         "![Loss against time and tokens](rcd_headline.png)\n"
@@ -161,6 +162,9 @@ def main() -> None:
     parser.add_argument("--short-topk-steps", type=int, nargs="*", default=[])
     parser.add_argument("--topk-lr", type=float, default=1e-2)
     parser.add_argument("--rcd-lr", type=float, default=1e-2)
+    parser.add_argument(
+        "--start-at-bigrams", action="store_true", help="begin both with the bigram counts"
+    )
     parser.add_argument("--turn", type=float, default=60, help="seconds")
     parser.add_argument("--evaluations", type=int, default=40)
     args = parser.parse_args()
@@ -177,7 +181,7 @@ def main() -> None:
     )  # fmt: skip
     blocks = torch.from_numpy(data["train"])
     trainings = {
-        name: Training(config, recipe, DENSITY, blocks, held_out)
+        name: Training(config, recipe, DENSITY, blocks, held_out, args.start_at_bigrams)
         for name, recipe in recipes(args).items()
     }
     race(trainings, args.folder, args.turn, args.evaluations, lambda t: print(t, flush=True))

@@ -16,6 +16,7 @@ from ..trainer import (
     PartialGradients,
     RCDSparseOptimizer,
     TopKAdamW,
+    initialize_bigram_table_,
     on_nonzeros,
     sparse_param_groups,
     sparsify_initialization_,
@@ -51,6 +52,7 @@ class Training:
     Args:
         blocks: training tokens, ``(n, context)`` int64.
         held_out: validation tokens, ``(n, context)`` int64.
+        start_at_bigrams: whether the bigram table begins with the counts of ``blocks``.
 
     Attributes:
         curve: per evaluation: step, tokens, seconds (wall), cpu_seconds, loss (nats per token).
@@ -63,12 +65,15 @@ class Training:
         density: float,
         blocks: torch.Tensor,
         held_out: torch.Tensor,
+        start_at_bigrams: bool = False,
     ) -> None:
         self.recipe, self.blocks, self.held_out = recipe, blocks, held_out
         self.done, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self.curve: list[dict[str, float]] = []
         torch.manual_seed(recipe.seed)
         self.model = CircuitGPTForCausalLM(config)
+        if start_at_bigrams:
+            initialize_bigram_table_(self.model, blocks)
         groups = sparse_param_groups(self.model, min_nonzeros=MIN_NONZEROS)
         common = {
             "lr": recipe.lr,

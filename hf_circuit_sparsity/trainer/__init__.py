@@ -1,5 +1,6 @@
 """Training of weight-sparse models: the optimizer, and the Hugging Face Trainer around it."""
 
+from .bigram_start import initialize_bigram_table_
 from .bridge_config import BridgeTrainingArguments
 from .bridge_trainer import BridgeTrainer
 from .callbacks import InterruptCallback
@@ -34,6 +35,7 @@ __all__ = [
     "add_forward_gradients",
     "directional_derivative",
     "extract_mask",
+    "initialize_bigram_table_",
     "nonzero_budget",
     "on_nonzeros",
     "plot_training_curves",

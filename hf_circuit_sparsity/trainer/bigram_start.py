@@ -1,0 +1,47 @@
+"""Start a model's bigram table at what counting gives, so that training need not find it."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def initialize_bigram_table_(model: nn.Module, blocks: Tensor, smoothing: float = 300.0) -> None:
+    """Set a CircuitGPT's bigram table to the logarithm of smoothed bigram counts, in place.
+
+    With the rest of the model silent its loss is then that of the counts, from the first step on;
+    left at zero, the table takes thousands of steps to learn the same.
+
+    Args:
+        model: with a ``bigram_table``, ``(V, V)``, learnable or not; what it holds is replaced.
+        blocks: training tokens, ``(n, context)``, integers below V.
+        smoothing: pseudo-counts added to each token's successors, spread as the single tokens are.
+
+    Raises:
+        ValueError: the model has no bigram table, or a token is not in its vocabulary.
+    """
+    table = getattr(model, "bigram_table", None)
+    if not isinstance(table, Tensor):
+        raise ValueError(
+            f"{type(model).__name__} has no bigram_table: configure it with "
+            "enable_bigram_table=True, or train without this start."
+        )
+    vocabulary = len(table)
+    tokens = np.asarray(blocks)
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
+        raise ValueError(
+            f"blocks hold tokens from {tokens.min()} to {tokens.max()}, expected 0 to "
+            f"{vocabulary - 1}: pack the text with the model's own tokenizer."
+        )
+    table.copy_(torch.from_numpy(_log_probabilities(tokens, vocabulary, smoothing)))
+
+
+def _log_probabilities(tokens: np.ndarray, vocabulary: int, smoothing: float) -> np.ndarray:
+    """`(V, V)`: of the next token given one, each row shifted to mean 0 as logits may be."""
+    pairs = tokens[:, :-1].astype(np.int64) * vocabulary + tokens[:, 1:]
+    counts = np.bincount(pairs.ravel(), minlength=vocabulary**2).reshape(vocabulary, vocabulary)
+    single = np.bincount(tokens.ravel(), minlength=vocabulary) + 1.0
+    single /= single.sum()
+    totals = counts.sum(1, keepdims=True)
+    logits = np.log((counts + smoothing * single) / (totals + smoothing))
+    return logits - logits.mean(1, keepdims=True)
