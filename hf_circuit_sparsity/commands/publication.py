@@ -3,19 +3,20 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from huggingface_hub import DatasetCard, DatasetCardData, SpaceCard, SpaceCardData
 from transformers import PreTrainedTokenizerBase
 
-from ..circuits import Circuit, ReportConfig
+from ..circuits import Circuit, ReportConfig, TaskScore
 from ..hub.errors import Kind
 from ..hub_cards import circuit_card, model_card, task_dataset_card
 from ..modeling import CircuitGPTForCausalLM
+from ..modeling.fingerprint import model_fingerprint
 from ..tasks import build_task_dataset, list_tasks
+from .circuits_page import circuits_page
+from .evaluate import FILE_NAME as SCORES_NAME
 from .prune import load_model
 
 PICTURE_NAME = "circuit.png"
@@ -57,12 +58,14 @@ class Run:
     Attributes:
         circuits: name → circuit; the name is its folder on the Hub.
         summary: the numbers of its training; empty if unknown.
+        scores: what `evaluate` found out about this very model; empty if it was not asked.
     """
 
     model: CircuitGPTForCausalLM
     tokenizer: PreTrainedTokenizerBase
     circuits: dict[str, Circuit]
     summary: dict[str, Any]
+    scores: list[TaskScore]
 
 
 @dataclass(frozen=True)
@@ -106,9 +109,16 @@ def read_run(run_dir: str) -> Run:
         if name in circuits:  # a second one for the task goes by where it lies
             name = "-".join(path.parent.relative_to(folder).parts)
         circuits[name] = circuit
-    summary = place / "training_summary.json"
-    numbers = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
-    return Run(model, tokenizer, circuits, numbers)
+    summary = _json_of(place / "training_summary.json")
+    asked = _json_of(place / SCORES_NAME)
+    scores = []
+    if asked.get("model_fingerprint") == model_fingerprint(model):
+        scores = [TaskScore(**score) for score in asked["tasks"]]
+    return Run(model, tokenizer, circuits, summary, scores)
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def parts_of(run: Run, names: Names, *, tasks: Sequence[str] | None, reference: Any) -> list[Part]:
@@ -130,6 +140,7 @@ def parts_of(run: Run, names: Names, *, tasks: Sequence[str] | None, reference: 
             run.model,
             repo_id=names.model,
             summary=run.summary,
+            task_scores=run.scores,
             circuits={f"{names.circuits}/{name}": c for name, c in run.circuits.items()},
             datasets=datasets,
         )
@@ -197,15 +208,8 @@ def _lay_out_viewer(
             folder / page, run.model, run.tokenizer, reference=reference, config=REPORT
         )
     if len(pages) > 1:
-        links = "\n".join(
-            f'<li><a href="{quote(page)}">{escape(name)}</a></li>' for name, page in pages.items()
-        )
-        title = escape(f"Circuits of {names.model}")
-        (folder / "index.html").write_text(
-            '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-            f"<title>{title}</title>\n<h1>{title}</h1>\n<ul>\n{links}\n</ul>\n</html>\n",
-            encoding="utf-8",
-        )
+        page = circuits_page(f"Circuits of {names.model}", circuits, pages)
+        (folder / "index.html").write_text(page, encoding="utf-8")
     data = SpaceCardData(
         title=names.viewer.split("/")[1],
         emoji="🔌",

@@ -1,16 +1,17 @@
 """`publish` against the Hub on loopback: what it makes, and that nothing is sent twice."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import load_dataset
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from transformers import AutoModelForCausalLM
 
 from hf_circuit_sparsity import (
@@ -23,7 +24,7 @@ from hf_circuit_sparsity import (
     load_task,
     tokenizer_from_openai,
 )
-from hf_circuit_sparsity.circuits import ReportConfig
+from hf_circuit_sparsity.circuits import ReportConfig, TaskScore, model_fingerprint
 from hf_circuit_sparsity.cli import main
 from hf_circuit_sparsity.commands import publication
 from tests.conftest import FIXTURES, random_model, sparsify
@@ -69,6 +70,10 @@ def run_dir(tmp_path_factory) -> Path:
         # What a model that knows nothing needs is nothing; a page needs something to show.
         nodes = {site: [1, 4] for site in circuit.means}
         replace(circuit, nodes=nodes).save_pretrained(folder / "circuits" / name)
+    score = TaskScore(TASKS[0], 0.75, 0.51, 0.5, 16)
+    (folder / "task_evaluation.json").write_text(
+        json.dumps({"model_fingerprint": model_fingerprint(model), "tasks": [asdict(score)]})
+    )
     (folder / "checkpoint-4").mkdir()
     (folder / "checkpoint-4" / "circuit.json").write_text("{not one of ours")
     return folder
@@ -159,6 +164,9 @@ def test_everything_is_there_private_and_tied_together(hub_server, run_dir, corp
     assert space.sdk == "static"
     pages = [s.rfilename for s in space.siblings if s.rfilename.endswith(".html")]
     assert pages == ["index.html", *(f"{task}.html" for task in TASKS)]
+    index = Path(hf_hub_download(f"{REPO}-viewer", "index.html", repo_type="space")).read_text()
+    assert all(f'<a href="{task}.html">' in index for task in TASKS)
+    assert "75.0%" in ModelCard.load(REPO).text  # what `evaluate` measured
 
 
 def test_the_same_again_sends_nothing(hub_server, run_dir, corpus, capsys):
@@ -228,7 +236,7 @@ def test_killed_within_an_upload_and_started_again(hub_server, run_dir, corpus):
     hub_server.before = kill
     arguments = ["publish", str(run_dir), "--repo", REPO, "--corpus", str(corpus)]
     code = f"""
-from hf_circuit_sparsity.circuits import ReportConfig
+from hf_circuit_sparsity.circuits import ReportConfig, TaskScore, model_fingerprint
 from hf_circuit_sparsity.cli import main
 from hf_circuit_sparsity.commands import publication
 publication.ROWS, publication.REPORT = {ROWS}, ReportConfig(**{REPORT})
