@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from huggingface_hub import CommitInfo
 from torch import nn
 
 from ..hub import is_hub_id
@@ -17,7 +16,8 @@ from ..modeling.fingerprint import model_fingerprint
 from .ablation import TOKENS, hooked, mean_ablated, node_sites
 from .checks import Verification
 from .circuit_file import JSON_NAME, read_circuit, write_circuit
-from .circuit_hub import download_circuit, model_source, model_text, push_circuit
+from .circuit_hub import download_circuit, model_source, model_text
+from .circuit_push import CircuitPushMixin
 from .edge_ablation import edge_hooks, edge_name
 from .edges import Edge, circuit_edges
 from .task_loss import Calibration
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Circuit:
+class Circuit(CircuitPushMixin):
     """Nodes of one model that carry one behaviour.
 
     Attributes:
@@ -320,46 +320,6 @@ class Circuit:
             for site, at in self.edge_offsets.items()
         }
         write_circuit(save_directory, fields, tensors)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        subfolder: str = "",
-        base_model: str | None = None,
-        base_model_revision: str | None = None,
-        model: nn.Module | None = None,
-        tokenizer: Any = None,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        commit_message: str | None = None,
-    ) -> CommitInfo:
-        """Upload the circuit to the Hub, into a repository that is made if it is not there.
-
-        Args:
-            repo_id: `user/name`.
-            subfolder: folder in the repository; with it, one repository holds several circuits.
-            base_model: Hub id of the model it was cut out of. Not needed if the model was loaded
-                from the Hub before the circuit was found.
-            base_model_revision: branch, tag or commit hash of that model; the commit hash is
-                recorded. Default: the commit it was loaded at, else the newest.
-            model: that model itself; a picture of the circuit is then uploaded too.
-            tokenizer: names the tokens in the picture.
-            private: whether a new repository is private.
-            revision: branch to write to.
-            token: access token; the saved one if not given.
-            commit_message: of the one commit made.
-
-        Raises:
-            HubAccessError: (an `OSError`) nobody is signed in, there is no right to write, or the
-                base model is not there.
-            ValueError: another task's circuit lies there, or `model` is another model.
-        """
-        options = {
-            name: value for name, value in locals().items() if name not in ("self", "repo_id")
-        }
-        return push_circuit(self, repo_id, **options)
 
     @classmethod
     def from_pretrained(

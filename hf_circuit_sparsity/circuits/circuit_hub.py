@@ -1,21 +1,18 @@
-"""Circuits on the Hub: where in a repository they lie, how they get there and back.
+"""Circuits on the Hub: where in a repository they lie, and how to get them from there.
 
 A repository may hold one circuit at its root and any number in folders; each is a `circuit.json`
 beside a `circuit.safetensors`.
 """
 
 import os
-import tempfile
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..hub import HubAccessError, hub_errors, is_hub_id
-from ..modeling.card_slot import card_of
 from .circuit_file import JSON_NAME, TENSORS_NAME
 
 if TYPE_CHECKING:
@@ -138,93 +135,3 @@ def _no_circuit(
         f"{repo_id!r} holds no circuit (no {JSON_NAME} beside a {TENSORS_NAME}); pass the name of "
         "a repository of circuits."
     )
-
-
-def push_circuit(
-    circuit: "Circuit",
-    repo_id: str,
-    *,
-    subfolder: str = "",
-    base_model: str | None = None,
-    base_model_revision: str | None = None,
-    model: Any = None,
-    tokenizer: Any = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    commit_message: str | None = None,
-) -> CommitInfo:
-    """Upload a circuit in one commit; see [`Circuit.push_to_hub`]."""
-    if model is not None:
-        circuit.check_model(model)
-    api = HfApi(token=token)
-    circuit = with_base_model(circuit, base_model, base_model_revision, api)
-    with hub_errors(repo_id, revision=revision, token=token, writing=True):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        _refuse_to_replace(circuit, repo_id, subfolder, revision, token)
-        with tempfile.TemporaryDirectory() as folder:
-            circuit.save_pretrained(folder)
-            if model is not None:
-                circuit.plot(Path(folder) / PICTURE_NAME, model, tokenizer)
-            operations = [
-                CommitOperationAdd(str(PurePosixPath(subfolder) / path.name), path)
-                for path in sorted(Path(folder).iterdir())
-            ]
-            card = card_of(
-                "circuit",
-                circuit,
-                repo_id,
-                subfolder=subfolder,
-                picture=model is not None,
-                token=token,
-                revision=revision,
-            )
-            if card is not None:
-                operations.append(CommitOperationAdd("README.md", card.encode()))
-            return api.create_commit(
-                repo_id,
-                operations,
-                commit_message=commit_message or f"Upload the circuit for {circuit.task}",
-                revision=revision,
-            )
-
-
-def with_base_model(
-    circuit: "Circuit", base_model: str | None, base_model_revision: str | None, api: HfApi
-) -> "Circuit":
-    """The circuit, naming its model as others can find it: Hub id and commit hash, or nothing."""
-    name = base_model or (circuit.model_name if is_hub_id(circuit.model_name) else "")
-    if not name:
-        warnings.warn(
-            f"The circuit for {circuit.task!r} will name its model by the fingerprint "
-            f"{circuit.model_fingerprint} only; pass base_model='user/name' for others to find it.",
-            stacklevel=4,
-        )
-        return replace(circuit, model_name="", model_revision="")
-    commit = circuit.model_revision if name == circuit.model_name else ""
-    if base_model_revision or not commit:
-        with hub_errors(name, revision=base_model_revision, token=api.token):
-            commit = api.model_info(name, revision=base_model_revision).sha
-    return replace(circuit, model_name=name, model_revision=commit)
-
-
-def _refuse_to_replace(
-    circuit: "Circuit",
-    repo_id: str,
-    subfolder: str,
-    revision: str | None,
-    token: str | bool | None,
-) -> None:
-    from .circuit import Circuit
-
-    try:
-        there = Circuit.from_pretrained(
-            repo_id, subfolder=subfolder, revision=revision, token=token
-        )
-    except (HubAccessError, ValueError):
-        return  # nothing there, or nothing that could be read
-    if there.task != circuit.task:
-        raise ValueError(
-            f"{repo_id!r} holds the circuit for {there.task!r} in the folder {subfolder!r}, and "
-            f"this one is for {circuit.task!r}; pass subfolder={circuit.task!r} to keep both."
-        )

@@ -165,6 +165,8 @@ def test_what_stands_in_the_way_of_writing(api, hub_server, model, monkeypatch):
     assert "token of 'ada' only reads" in sentence(CIRCUITS, reader)
     assert "Nobody is signed in" in sentence(CIRCUITS, False)
     assert "a repository is named like user/name" in sentence("a/b/c", None)
+    with pytest.raises(ValueError, match=r"subfolder='../up' was passed, but it must be"):
+        circuit.push_to_hub(CIRCUITS, subfolder="../up")
     assert api.list_repo_files(CIRCUITS) == [".gitattributes"]
     with pytest.raises(HubAccessError, match="no model repository 'ada/none'"):
         circuit.push_to_hub(CIRCUITS, base_model="ada/none")
