@@ -4,19 +4,19 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
-from ..modeling import CircuitGPTConfig, CircuitGPTForCausalLM
 from ..trainer import (
     PartialGradients,
     RCDSparseOptimizer,
     TopKAdamW,
-    initialize_bigram_table_,
     on_nonzeros,
     sparse_param_groups,
     sparsify_initialization_,
@@ -30,7 +30,7 @@ class Recipe:
     """One training.
 
     Args:
-        method: "topk" or "rcd".
+        method: "topk", "rcd", or without any sparsity "adamw" or "sgd".
         steps: optimizer steps.
         lr: peak learning rate; linear warm-up over 1 % of the steps, then linear decay.
         batch: sequences per step.
@@ -50,9 +50,9 @@ class Training:
     """A training with a clock of its own, which stands still while others run or it is evaluated.
 
     Args:
+        build: makes the model.
         blocks: training tokens, ``(n, context)`` int64.
         held_out: validation tokens, ``(n, context)`` int64.
-        start_at_bigrams: whether the bigram table begins with the counts of ``blocks``.
 
     Attributes:
         curve: per evaluation: step, tokens, seconds (wall), cpu_seconds, loss (nats per token).
@@ -60,21 +60,32 @@ class Training:
 
     def __init__(
         self,
-        config: CircuitGPTConfig,
+        build: Callable[[], PreTrainedModel],
         recipe: Recipe,
         density: float,
         blocks: torch.Tensor,
         held_out: torch.Tensor,
-        start_at_bigrams: bool = False,
     ) -> None:
         self.recipe, self.blocks, self.held_out = recipe, blocks, held_out
         self.done, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self.curve: list[dict[str, float]] = []
         torch.manual_seed(recipe.seed)
-        self.model = CircuitGPTForCausalLM(config)
-        if start_at_bigrams:
-            initialize_bigram_table_(self.model, blocks)
+        self.model = build()
+        self._computing: Any = nullcontext()
+        self.optimizer = self._optimizer(density)
+        self._computing.__enter__()
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
+        generator = torch.Generator().manual_seed(recipe.seed)
+        self.order = torch.randperm(len(blocks), generator=generator)
+
+    def _optimizer(self, density: float) -> torch.optim.Optimizer:
+        recipe = self.recipe
         groups = sparse_param_groups(self.model, min_nonzeros=MIN_NONZEROS)
+        if recipe.method in ("adamw", "sgd"):
+            plain = [{"params": [p for _, p in g["params"]], "weight_decay": g["weight_decay"]}
+                     for g in groups]  # fmt: skip
+            kind = torch.optim.AdamW if recipe.method == "adamw" else torch.optim.SGD
+            return kind(plain, lr=recipe.lr, **recipe.settings)
         common = {
             "lr": recipe.lr,
             "betas": (0.9, 0.95),
@@ -86,17 +97,13 @@ class Training:
             **recipe.settings,
         }
         if recipe.method == "topk":
-            self.optimizer: torch.optim.Optimizer = TopKAdamW(groups, **common)
             self._computing = on_nonzeros(self.model)
-        else:
-            start = common.get("start_density") or density
-            sparsify_initialization_(self.model, start, min_nonzeros=MIN_NONZEROS, seed=recipe.seed)
-            self.optimizer = RCDSparseOptimizer(groups, seed=recipe.seed, **common)
-            self._computing = PartialGradients(self.model, self.optimizer)
-        self._computing.__enter__()
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
-        generator = torch.Generator().manual_seed(recipe.seed)
-        self.order = torch.randperm(len(blocks), generator=generator)
+            return TopKAdamW(groups, **common)
+        start = common.get("start_density") or density
+        sparsify_initialization_(self.model, start, min_nonzeros=MIN_NONZEROS, seed=recipe.seed)
+        optimizer = RCDSparseOptimizer(groups, seed=recipe.seed, **common)
+        self._computing = PartialGradients(self.model, optimizer)
+        return optimizer
 
     def _factor(self, step: int) -> float:
         warmup = max(1, round(0.01 * self.recipe.steps))
@@ -147,10 +154,15 @@ class Training:
         )
         return loss
 
-    def nonzeros(self) -> int:
-        """Of the sparse parameters."""
-        groups = (g for g in self.optimizer.param_groups if g["sparse"])
-        return sum(int(torch.count_nonzero(p)) for g in groups for p in g["params"])
+    def close(self) -> None:
+        """Give the model's layers back their own ways to compute."""
+        self._computing.__exit__(None, None, None)
+
+    def nonzeros(self) -> tuple[int, int]:
+        """Nonzeros, and entries, of the parameters that are sparse by the paper's rule."""
+        groups = [g for g in sparse_param_groups(self.model) if g["sparse"]]
+        sparse = [p for g in groups for _, p in g["params"]]
+        return sum(int(torch.count_nonzero(p)) for p in sparse), sum(p.numel() for p in sparse)
 
     def save(self, path: Path) -> None:
         """Write all that :meth:`load` needs, to a temporary name first."""

@@ -56,6 +56,29 @@ class Block:
         starts = torch.arange(rows, device=self.ids.device) * width
         return (starts[:, None] + self.ids).flatten()
 
+    def index_at(self, place: Tensor) -> Tensor:
+        """Flat positions of the coordinates at some places of the block; see :meth:`index`."""
+        if self.dim is None:
+            return self.ids[place]
+        if self.dim == 0:
+            width = self.shape[1]
+            return self.ids[place // width] * width + place % width
+        count = len(self.ids)
+        return (place // count) * self.shape[1] + self.ids[place % count]
+
+    def take_rows(self, chosen: Tensor, row_dim: int) -> Tensor:
+        """Whether each coordinate of the block lies in a chosen row, flat.
+
+        Args:
+            chosen: per entry of dimension ``row_dim`` of the matrix, bool.
+        """
+        if self.dim is None:
+            return chosen[self.ids // self.shape[1] if row_dim == 0 else self.ids % self.shape[1]]
+        own = chosen[self.ids] if self.dim == row_dim else chosen
+        other = len(self.ids) if self.dim != row_dim else self.shape[1 - row_dim]
+        own = own[:, None].expand(-1, other) if row_dim == 0 else own.expand(other, -1)
+        return own.reshape(-1)
+
     def take(self, matrix: Tensor) -> Tensor:
         """The entries of ``matrix`` (of any shape with as many entries) in the block, flat."""
         if self.dim is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..kernels import CompressedRows
 from ..modeling.kernel_slot import kernels_for
 from ..modeling.sparse_linear import sparse_matmul, transposed
+from .nonzero_linear import weight_gradient
 
 # Entries of a dense product held at a time where there is no kernel for a sampled one.
 _PIECE = 1 << 20
@@ -74,10 +75,13 @@ class LivePattern:
         dtype = torch.promote_types(left.dtype, torch.float32)
         left, right = left.to(dtype), right.to(dtype)
         rows, width = self.shape
-        # A sampled product costs many times a dense product's price per entry.
-        if len(self.live) * 8 > rows * width or not _has_sampled_kernel(left):
+        # A sampled product costs many times a dense product's price per entry, the more so where
+        # activations are few.
+        kernels = kernels_for(left, right)
+        dense = 8 if kernels is None else 20
+        if len(self.live) * dense > rows * width or not _has_sampled_kernel(left):
             return self._product_in_pieces(left, right)
-        if kernels := kernels_for(left, right):
+        if kernels is not None:
             return kernels.gradient_at(self.row_starts, self.columns, left, right)
         pattern = torch.sparse_csr_tensor(
             self.row_starts,
@@ -98,7 +102,7 @@ class LivePattern:
             stop = min(rows, start + step)
             first, last = int(self.row_starts[start]), int(self.row_starts[stop])
             if first < last:
-                piece = left[:, start:stop].t() @ right
+                piece = weight_gradient(left[:, start:stop], right, kernels_for(left, right))
                 out[first:last] = piece.flatten()[self.live[first:last] - start * width]
         return out
 

@@ -152,13 +152,13 @@ class _LinearOnNonzeros(torch.autograd.Function):
                 grad_x = grad @ weight[0] if active is None else product(active, weight[0])
             grad_x = grad_x.view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(grad, x, ctx.kernels)
+            grad_weight = weight_gradient(grad, x, ctx.kernels)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0)
         return grad_x, grad_weight, grad_bias, None, None
 
 
-def _weight_gradient(
+def weight_gradient(
     grad: torch.Tensor, x: torch.Tensor, kernels: CpuKernels | None
 ) -> torch.Tensor:
     """`grad.T @ x`, on the nonzeros of whichever has few."""

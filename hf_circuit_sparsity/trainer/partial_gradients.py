@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from ..modeling.kernel_slot import kernels_for
 from ..modeling.sparse_linear import SparseEmbedding, SparseLinear, SparseWeight
 from .coordinate_blocks import Block
 from .live_weights import LivePattern
-from .nonzero_linear import MAX_DENSITY
+from .nonzero_linear import MAX_ACTIVE, MAX_DENSITY, weight_gradient
 from .rcd import RCDSparseOptimizer
 
 
@@ -132,8 +133,12 @@ def block_gradient(block: Block, left: Tensor, right: Tensor) -> Tensor:
     if block.dim is None:
         return LivePattern(block.ids, block.shape).sampled_product(left, right)
     if block.dim == 0:
-        return (left.index_select(1, block.ids).t() @ right).flatten()
-    return (left.t() @ right.index_select(1, block.ids)).flatten()
+        left = left.index_select(1, block.ids)
+    else:
+        right = right.index_select(1, block.ids)
+    if not len(block.ids):
+        return left.new_empty(0)
+    return weight_gradient(left, right, kernels_for(left, right)).flatten()
 
 
 def _supported(module: nn.Module) -> bool:
@@ -180,6 +185,11 @@ class _Forward:
         whole = not isinstance(self.layer, SparseWeight)
         if whole and len(live.live) > self.threshold * weight.numel():
             weight = weight.to(x.dtype)
+            if kernels := kernels_for(x, weight):
+                # AbsTopK leaves zeros on one side or the other of every layer.
+                active = kernels.list_nonzeros(x, MAX_ACTIVE) if self.threshold >= 0.0 else None
+                if active is not None:
+                    return kernels.product(active, weight, transpose=not transpose)
             return x @ weight if transpose else x @ weight.t()
         values = weight.view(-1)[live.live] if whole else weight
         return live.product(x, values, transpose)

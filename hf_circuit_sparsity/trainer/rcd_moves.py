@@ -3,6 +3,7 @@
 Of sparse parameters every function costs what their live coordinates and their block cost.
 """
 
+import math
 from functools import cached_property
 from typing import Any
 
@@ -138,39 +139,62 @@ def _births(
     live_values: Tensor,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Those zeros of the block that may come alive: positions, values and moments."""
-    lr, seen = learning_rate(group), state["seen"]
-    mean, square = state["block_sum"] / seen, state["block_square"] / seen
-    step: Tensor | float = lr
+    seen = state["seen"]
+    place = _candidates(weight, group, state, wanted, live_values)
+    mean, square = state["block_sum"][place] / seen, state["block_square"][place] / seen
+    step: Tensor | float = learning_rate(group)
     if group["update"] == "adam":
-        step = lr / (square.sqrt() + group["eps"])
+        step = step / (square.sqrt() + group["eps"])
     values = shrink(-step * mean, step, group)
-    values[wanted.live_in_block[1]] = 0.0
-    if group["selection"] == "gradient":
-        count = max(1, round(len(mean) * group["greedy_fraction"]))
-        values = torch.where(keep_largest(mean * (values != 0), count), values, 0.0)
     chosen = values != 0
-    place = chosen.nonzero().flatten()
-    alive = live_values != 0
-    if group["density"] is not None:
-        budget = nonzero_budget(weight.numel, group["density"])
-        if int(alive.sum()) >= budget:
-            # What is not larger than the smallest live coordinate cannot take its place, unless
-            # its row is owed some.
-            hopeful = values[place].abs() > live_values[alive].abs().min()
-            if group["min_nonzeros"] and weight.is_matrix:
-                rows = _rows(state["live"][alive], wanted, group)
-                counts = torch.bincount(rows, minlength=wanted.shape[group["row_dim"]])
-                short = counts < group["min_nonzeros"]
-                hopeful |= short[_rows(wanted.block.index()[place], wanted, group)]
-            place = place[hopeful]
+    if group["selection"] == "gradient":
+        count = max(1, round(wanted.block.numel * group["greedy_fraction"]))
+        chosen = keep_largest(mean * chosen, count)
+    chosen = chosen.nonzero().flatten()
     moments = {}
     if group["update"] == "adam":
         # What Adam would hold, had it seen the mean of these gradients so often.
         beta1, beta2 = group["betas"]
-        moments["exp_avg"] = mean[place] * (1 - beta1**seen)
-        moments["exp_avg_sq"] = square[place] * (1 - beta2**seen)
-        moments["age"] = torch.full_like(place, seen, dtype=torch.int32)
-    return wanted.block.index()[place], values[place], moments
+        moments["exp_avg"] = mean[chosen] * (1 - beta1**seen)
+        moments["exp_avg_sq"] = square[chosen] * (1 - beta2**seen)
+        moments["age"] = torch.full_like(chosen, seen, dtype=torch.int32)
+    return wanted.block.index_at(place[chosen]), values[chosen], moments
+
+
+def _candidates(
+    weight: Storage,
+    group: dict[str, Any],
+    state: dict[str, Any],
+    wanted: Coordinates,
+    live_values: Tensor,
+) -> Tensor:
+    """The places in the block of the zeros that are worth a closer look.
+
+    Where the budget is spent, what does not outgrow the smallest live coordinate cannot take its
+    place. Adam's denominator is at least the mean gradient plus epsilon, so a look at the mean
+    settles this for nearly all of the block. Rows that are owed nonzeros are looked at in full.
+    """
+    mean, limit = state["block_sum"].abs(), 0.0
+    alive = live_values != 0
+    spent = group["density"] is not None and int(alive.sum()) >= nonzero_budget(
+        weight.numel, group["density"]
+    )
+    if spent:
+        smallest, lr = float(live_values[alive].abs().min()), learning_rate(group)
+        if group["update"] != "adam":
+            limit = smallest / lr if lr else math.inf
+        else:
+            limit = smallest * group["eps"] / (lr - smallest) if lr > smallest else math.inf
+    # A little less, for rounding.
+    listed = mean > limit * state["seen"] * (1 - 1e-4)
+    if spent and group["min_nonzeros"] and weight.is_matrix:
+        rows = _rows(state["live"][alive], wanted, group)
+        counts = torch.bincount(rows, minlength=wanted.shape[group["row_dim"]])
+        listed |= wanted.block.take_rows(counts < group["min_nonzeros"], group["row_dim"]) & (
+            mean > 0
+        )
+    listed[wanted.live_in_block[1]] = False
+    return listed.nonzero().flatten()
 
 
 def _rows(index: Tensor, wanted: Coordinates, group: dict[str, Any]) -> Tensor:

@@ -1,0 +1,199 @@
+"""AdamW, SGD, top-k annealed AdamW and random coordinate descent on three architectures.
+
+CircuitGPT, the GPT-2 small architecture and the TinyLlama architecture, narrower and shallower than
+the originals, on the standard library: the same data, order and number of tokens for all. Every run
+is a process of its own, so that its peak memory is its own.
+"""
+
+import argparse
+import copy
+import json
+import math
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from ..modeling import CircuitGPTConfig, CircuitGPTForCausalLM
+from ..modeling.sparse_execution import to_sparse
+from .measure import machine, table
+from .rcd_headline import tokens
+from .rcd_race import Recipe, Training
+
+CONTEXT = 128
+ARCHITECTURES = ("circuitgpt", "gpt2", "tinyllama")
+_BLOCK = {"block_fraction": 1 / 4, "block_steps": 2, "start_density": 1 / 8}
+METHODS: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "AdamW, dense": ("adamw", 2e-3, {"betas": (0.9, 0.95)}),
+    "SGD, dense": ("sgd", 0.3, {"momentum": 0.9}),
+    "top-k annealed AdamW": ("topk", 1e-2, {}),
+    "RCD, uniform": ("rcd", 1e-2, {"selection": "uniform", **_BLOCK}),
+    "MB-RCD": ("rcd", 1e-2, {"selection": "magnitude", **_BLOCK}),
+    "RCD, Gauss-Southwell on the block": ("rcd", 1e-2, {
+        "selection": "gradient", "greedy_fraction": 1 / 4, **_BLOCK}),
+}  # fmt: skip
+LABELS = {
+    "circuitgpt": "CircuitGPT",
+    "gpt2": "GPT-2 small architecture",
+    "tinyllama": "TinyLlama architecture",
+}
+FULL_SIZE = {
+    "circuitgpt": "8 layers, d_model 2048 in the paper",
+    "gpt2": "12 layers, width 768, 50257 tokens",
+    "tinyllama": "22 layers, width 2048, MLP 5632, 32 heads on 4 keys, 32000 tokens",
+}
+
+
+def builder(name: str, width: int, layers: int, vocabulary: int) -> Callable[[], PreTrainedModel]:
+    """What makes the model; the proportions are the originals'."""
+    if name == "circuitgpt":
+        config = CircuitGPTConfig(
+            n_layer=layers, d_model=width, d_head=16, block_size=CONTEXT, vocab_size=vocabulary
+        )
+        return lambda: CircuitGPTForCausalLM(config)
+    if name == "gpt2":
+        gpt2 = GPT2Config(
+            n_layer=layers, n_embd=width, n_head=max(1, width // 64), n_positions=CONTEXT,
+            vocab_size=vocabulary, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            bos_token_id=vocabulary - 1, eos_token_id=vocabulary - 1,
+        )  # fmt: skip
+        return lambda: GPT2LMHeadModel(gpt2)
+    llama = LlamaConfig(
+        num_hidden_layers=layers, hidden_size=width, intermediate_size=width * 11 // 4,
+        num_attention_heads=8, num_key_value_heads=1, max_position_embeddings=CONTEXT,
+        vocab_size=vocabulary, bos_token_id=vocabulary - 1, eos_token_id=vocabulary - 1,
+    )  # fmt: skip
+    return lambda: LlamaForCausalLM(llama)
+
+
+def run_one(args: argparse.Namespace) -> dict[str, Any]:
+    """One training in this process: what the table says about it."""
+    logging.set_verbosity_error()
+    data = tokens(args.folder, args.vocabulary, CONTEXT)
+    held_out = torch.from_numpy(data["validation"])
+    held_out = held_out[:: max(1, len(held_out) // 128)][:128]
+    before = _peak()
+    kind, lr, settings = METHODS[args.method]
+    recipe = Recipe(kind, args.steps, lr, args.batch, settings)
+    training = Training(
+        builder(args.architecture, args.width, args.layers, args.vocabulary),
+        recipe,
+        1 / args.inverse_density,
+        torch.from_numpy(data["train"]),
+        held_out,
+    )
+    while not training.finished:
+        training.run(args.steps)
+    peak = _peak() - before
+    loss = training.evaluate()
+    training.close()
+    nonzeros, entries = training.nonzeros()
+    model = copy.deepcopy(training.model).eval()
+    if nonzeros < entries / 8:
+        to_sparse(model)
+    return {
+        "architecture": args.architecture,
+        "method": args.method,
+        "loss": loss,
+        "density": nonzeros / entries,
+        "step_ms": 1e3 * training.seconds / args.steps,
+        "step_cpu_ms": 1e3 * training.cpu_seconds / args.steps,
+        "peak_mb": peak / 1024,
+        "tokens_per_second": _speed(model, held_out[:2]),
+        "parameters": training.model.num_parameters(),
+    }
+
+
+def _peak() -> float:
+    """Peak memory of this process so far, in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@torch.no_grad()
+def _speed(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """Tokens per CPU second of a forward pass, the best of five."""
+    best = math.inf
+    for _ in range(6):
+        start = time.process_time()
+        model(ids, use_cache=False)
+        best = min(best, time.process_time() - start)
+    return ids.numel() / best
+
+
+def report(results: list[dict[str, Any]], args: argparse.Namespace) -> str:
+    """One table per architecture."""
+    parts = [
+        "# Optimizers compared",
+        machine("cpu"),
+        f"{args.steps} steps of {args.batch} sequences of {CONTEXT} tokens "
+        f"({args.steps * args.batch * CONTEXT:,} tokens) of the standard library, vocabulary "
+        f"{args.vocabulary}, {args.layers} layers of width {args.width}; sparse runs end with one "
+        f"of {args.inverse_density} weights. One seed and one learning rate each. Step times are "
+        "CPU time per step; peak memory is what training added to that of the process; inference "
+        "is a forward pass of 256 tokens per CPU second, on the nonzeros where there are few.",
+    ]
+    for name in ARCHITECTURES:
+        own = [r for r in results if r["architecture"] == name]
+        if not own:
+            continue
+        rows = [
+            (r["method"], f"{r['loss']:.3f}", f"{math.exp(min(r['loss'], 50)):.1f}",
+             f"{r['density']:.4f}", f"{r['step_cpu_ms']:.0f}", f"{r['peak_mb']:.0f}",
+             f"{r['tokens_per_second']:,.0f}")
+            for r in own
+        ]  # fmt: skip
+        header = ("optimizer", "validation loss", "perplexity", "density", "ms per step",
+                  "peak memory (MB)", "inference (tokens/s)")  # fmt: skip
+        title = (
+            f"{LABELS[name]}, {own[0]['parameters']:,} parameters (the original: {FULL_SIZE[name]})"
+        )
+        parts += [f"## {title}", table(header, rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """The command line. Runs that are in the folder already are not repeated."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="for the data, results and table")
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=2048)
+    parser.add_argument("--inverse-density", type=int, default=24)
+    parser.add_argument("--architecture", choices=ARCHITECTURES, help=argparse.SUPPRESS)
+    parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.method:
+        print(json.dumps(run_one(args)))
+        return
+    file = args.folder / "optimizer_comparison.json"
+    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    tokens(args.folder, args.vocabulary, CONTEXT)
+    for architecture in ARCHITECTURES:
+        for method in METHODS:
+            if any(r["architecture"] == architecture and r["method"] == method for r in results):
+                continue
+            options = [str(o) for o in sys.argv[1:]]
+            command = [sys.executable, "-m", __spec__.name, *options,
+                       "--architecture", architecture, "--method", method]  # fmt: skip
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            results.append(json.loads(out.splitlines()[-1]))
+            print(results[-1], flush=True)
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            partial.replace(file)
+    text = report(results, args)
+    (args.folder / "optimizer_comparison.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
