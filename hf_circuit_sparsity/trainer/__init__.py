@@ -12,6 +12,7 @@ from .param_groups import sparse_param_groups
 from .partial_gradients import PartialGradients
 from .projection import nonzero_budget, project_topk_, project_topk_reference_
 from .rcd import RCDSparseOptimizer
+from .rcd_workers import Workers
 from .ridge_bridges import ridge_bridges_
 from .schedules import DensitySchedule, sharkfin
 from .sparse_config import SparseTrainingArguments
@@ -32,6 +33,7 @@ __all__ = [
     "SparseTrainingArguments",
     "SparsityMonitor",
     "TopKAdamW",
+    "Workers",
     "add_forward_gradients",
     "directional_derivative",
     "extract_mask",

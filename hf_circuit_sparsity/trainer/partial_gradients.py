@@ -219,7 +219,7 @@ class _LinearFunction(torch.autograd.Function):
                 parameter = _trained(use.layer)
                 wanted = use.optimizer.coordinates(parameter)
                 left, right = (x, grad) if stored_transposed else (grad, x)
-                live = wanted.live.sampled_product(left, right) if wanted.move_live else None
+                live = wanted.own_live.sampled_product(left, right) if wanted.move_live else None
                 block = block_gradient(wanted.block, left, right)
                 use.optimizer.add_gradient(parameter, live, block)
         return grad_x, None, None
@@ -246,7 +246,7 @@ class _EmbeddingFunction(torch.autograd.Function):
             grad = grad.reshape(-1, ctx.use.layer.embedding_dim)
             grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
             rows = _TokenGradient(ids.flatten(), grad, ctx.use.layer)
-            live = rows.at(wanted.live.live) if wanted.move_live else None
+            live = rows.at(wanted.own_live.live) if wanted.move_live else None
             ctx.use.optimizer.add_gradient(parameter, live, rows.in_block(wanted.block))
         return None, None, None
 

@@ -9,18 +9,24 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..modeling.sparse_linear import SparseWeight
-from .coordinate_blocks import Block, BlockKind, Selection, draw_block
+from .coordinate_blocks import Block, BlockKind, Selection
+from .rcd_gradients import gradient_rms
 from .rcd_moves import (
     Coordinates,
     block_dim,
+    draw_for,
+    find_births,
     learning_rate,
     move_dense_parameters,
     move_live_coordinates,
+    remember_block,
+    seeded,
     settle_live_coordinates,
     working_dtype,
 )
 from .rcd_settings import check_group
 from .rcd_storage import MatrixStorage, NonzeroStorage, Storage
+from .rcd_workers import GradientExchange, Workers, share_births
 from .schedules import scheduled_density
 from .skipped_steps import COUNTERS, count_skipped_step
 from .topk import GRAD_RMS_MODES
@@ -85,6 +91,11 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
         grad_rms: "always" brings the root-mean-square of the gradients to 1, estimated from what is
             computed of them, "clip" only where it is above 1, "off" leaves them alone.
         seed: of the blocks; the global generators are not touched.
+        workers: ranks that share the coordinates; every one then computes the gradients of its own
+            part of them alone, and ships these. All must begin with the same weights, and what a
+            block has seen in the middle of its stay is not saved. Needs ``move_live``.
+        staleness: gradients of live coordinates are used so many steps after they were computed, so
+            that the ranks need not wait for each other; what is under way is not saved.
 
     Attributes:
         grad_rms: root-mean-square of the last step's gradients, before scaling.
@@ -99,6 +110,7 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
     # On the class, so that they also exist on a copy, for which torch calls no __init__.
     grad_rms: float | None = None
     effective_lr: float | None = None
+    workers: Workers | None = None
 
     def __init__(
         self,
@@ -130,6 +142,8 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
         row_dim: int = 0,
         grad_rms: Literal["always", "clip", "off"] = "off",
         seed: int = 0,
+        workers: Workers | None = None,
+        staleness: int = 0,
     ) -> None:
         if grad_rms not in GRAD_RMS_MODES:
             raise ValueError(
@@ -162,6 +176,16 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
             "row_dim": row_dim,
         }
         super().__init__(params, defaults)
+        if isinstance(staleness, bool) or not isinstance(staleness, int) or staleness < 0:
+            raise ValueError(f"staleness={staleness!r} is not a whole number of steps >= 0.")
+        if (workers is not None or staleness) and not all(
+            g["move_live"] for g in self.param_groups if g["sparse"]
+        ):
+            raise ValueError(
+                "move_live=False was passed with several workers or staleness: leave it True."
+            )
+        self.workers = workers
+        self._exchange = GradientExchange(workers, staleness)
         self._forget()
         first = self.param_groups[0]
         first.update(dict.fromkeys(COUNTERS, 0), grad_rms_mode=grad_rms, seed=seed)
@@ -172,6 +196,9 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
         self._storages: dict[Tensor, Storage] = self.__dict__.get("_storages", {})
         self._coordinates: dict[Tensor, Coordinates] = {}
         self._partial: dict[Tensor, tuple[Tensor | None, Tensor]] = {}
+        if "_exchange" not in self.__dict__:
+            self._exchange = GradientExchange(self.workers, 0)
+        self._exchange.clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -277,8 +304,8 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
 
         Args:
             parameter: a sparse one.
-            live: gradient at ``coordinates(parameter).live``; None where live coordinates outside
-                the block do not move.
+            live: gradient at ``coordinates(parameter).own_live``; None where live coordinates
+                outside the block do not move.
             block: gradient at the coordinates of the block, flat, in its order.
         """
         before = self._partial.get(parameter)
@@ -310,6 +337,9 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
         counters = self.param_groups[0]
         self._set_densities()
         counters["steps_taken"] += 1
+        if self.workers is not None and self.workers.average_dense:
+            dense = [p for g in self.param_groups if not g["sparse"] for p in g["params"]]
+            self.workers.average([p.grad for p in dense if p.grad is not None])
         gradients = {p: self._gradient(p) for _, p in self.sparse_parameters()}
         self._partial.clear()
         scale = self._scale(gradients)
@@ -321,19 +351,61 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 if not group["sparse"]:
                     move_dense_parameters(group, self.state, scale)
-            for group, p in self.sparse_parameters():
-                if gradients[p] is not None:
-                    weight, wanted = self.storage(p), self._coordinates[p]
-                    move_live_coordinates(
-                        weight, group, self.state[p], wanted, *gradients[p], scale
-                    )
+            self._move(gradients, scale)
+        self._settle()
+        return loss
+
+    def _move(self, gradients: dict[Tensor, Any], scale: float) -> None:
+        """Move what is live, wherever its gradients come from, and remember the block's."""
+        own, live = {}, {}
+        for group, p in self.sparse_parameters():
+            if gradients[p] is None:
+                continue
+            weight, state, wanted = self.storage(p), self.state[p], self._coordinates[p]
+            live_gradient, block_gradient = gradients[p]
+            if live_gradient is None:
+                moving, places = wanted.live_in_block
+                gradient = block_gradient[places]
+                move_live_coordinates(weight, group, state, gradient, moving, scale)
+            else:
+                own[p], live[p] = live_gradient, wanted.live.live
+            remember_block(weight, state, block_gradient, scale)
+        if not own:
+            return
+        self._exchange.send(own, live, scale)
+        received = self._exchange.receive()
+        if received is None:
+            return
+        arrived, scale = received
+        for group, p in self.sparse_parameters():
+            positions, gradient = arrived.get(p, ((), ()))
+            if not len(positions):
+                continue
+            state, moving = self.state[p], slice(None)
+            if positions is not state["live"]:  # as it was when they were computed
+                place = torch.searchsorted(positions, state["live"])
+                place.clamp_(max=max(0, len(positions) - 1))
+                moving = positions[place] == state["live"]
+                gradient = gradient[place[moving]]
+            move_live_coordinates(self.storage(p), group, state, gradient, moving, scale)
+
+    def _settle(self) -> None:
+        """Settle what is live in those parameters whose block has stayed its time."""
+        due = []
         for group, p in self.sparse_parameters():
             self.state[p]["stayed"] += 1
             if self.state[p]["stayed"] >= group["block_steps"]:
-                weight, wanted = self.storage(p), self._coordinates[p]
-                settle_live_coordinates(weight, group, self.state[p], wanted)
-                self._choose(p, group)
-        return loss
+                due.append((group, p))
+        births = [
+            find_births(self.storage(p), g, self.state[p], self._coordinates[p]) for g, p in due
+        ]
+        if self.workers is not None:
+            births = share_births(self.workers, births)
+        for (group, p), found in zip(due, births, strict=True):
+            wanted = self._coordinates[p]
+            born = found if len(found[0]) else None
+            settle_live_coordinates(self.storage(p), group, self.state[p], wanted, born)
+            self._choose(p, group)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -359,7 +431,12 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
                 weight = self.storage(p)
                 weight.restore(state["live"])
                 block = Block(weight.shape, block_dim(weight, group), state["block"])
-                self._coordinates[p] = Coordinates(state["live"], block, group["move_live"])
+                new = Coordinates(state["live"], block, group["move_live"], self.workers)
+                self._coordinates[p] = new
+                if self.workers is not None and "block_sum" in state:
+                    # One rank's state was saved; what the others had seen of the block is gone.
+                    state.update(seen=0)
+                    del state["block_sum"], state["block_square"]
 
     def _set_densities(self) -> None:
         for group in self.param_groups:
@@ -376,24 +453,12 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
         # what was drawn for other parameters.
         ordinal = next(i for i, q in enumerate(self._parameters()) if q is p)
         key = (self.param_groups[0].get("seed", 0), ordinal, state["draws"])
-        weight = self.storage(p)
-        block = draw_block(
-            weight.shape,
-            block_dim(weight, group),
-            fraction,
-            group["selection"],
-            state["draws"],
-            _generator(*key),
-            state["live"],
-            weight.read(state["live"]),
-            group["magnitude_power"],
-            group["magnitude_floor"],
-        )
+        block = draw_for(self.storage(p), group, state, fraction, seeded(*key))
         state.update(block=block.ids, draws=state["draws"] + 1, stayed=0, seen=0)
         for name in ("block_sum", "block_square"):
             state.pop(name, None)
         old = self._coordinates.get(p)
-        new = Coordinates(state["live"], block, group["move_live"])
+        new = Coordinates(state["live"], block, group["move_live"], self.workers)
         if old is not None and old.live.live is state["live"]:
             new.live = old.live  # what is known of the pattern
         self._coordinates[p] = new
@@ -407,48 +472,22 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
                     "sparse=False."
                 )
             wanted, grad = self._coordinates[p], p.grad.to(working_dtype(p))
-            live = grad.reshape(-1)[self.state[p]["live"]] if wanted.move_live else None
+            live = grad.reshape(-1)[wanted.own_live.live] if wanted.move_live else None
             self.add_gradient(p, live, wanted.block.take(grad))
         return self._partial.get(p)
 
     def _scale(self, gradients: dict[Tensor, Any]) -> float | None:
         """What to multiply all gradients by; None if they are not finite."""
-        total, entries = 0.0, 0
-        for p, gradient in gradients.items():
-            if gradient is None:
-                continue
-            live, block = gradient
-            wanted, numel = self._coordinates[p], self.storage(p).numel
-            inside = wanted.live_in_block[1]
-            in_block = _square(block)
-            if live is None:
-                total += in_block * numel / len(block)
-            else:
-                # The block's zeros stand for all zeros; the live coordinates are all there.
-                zeros, own = len(block) - len(inside), _square(live)
-                in_block -= _square(block[inside])
-                state = self.state[p]
-                if zeros and own > 0.0:
-                    ratio = in_block / zeros / own * max(1, len(live))
-                    if math.isfinite(ratio):
-                        state["zeros_ratio"] = 0.9 * state.get("zeros_ratio", ratio) + 0.1 * ratio
-                    total += in_block * (numel - len(live)) / zeros
-                elif len(live):
-                    # No zeros are looked at: their squares are to those of the rest as they were.
-                    mean = own / len(live) * state.get("zeros_ratio", 0.0)
-                    total += mean * (numel - len(live))
-                total += own
-            entries += numel
-        for group in self.param_groups:
-            for p in [] if group["sparse"] else group["params"]:
-                if p.grad is not None:
-                    total += _square(p.grad)
-                    entries += p.numel()
-        if not math.isfinite(total):
-            self.grad_rms = total
+        parts = [
+            (self.storage(p).numel, self.state[p], self._coordinates[p], *gradient)
+            for p, gradient in gradients.items()
+            if gradient is not None
+        ]
+        groups = [g for g in self.param_groups if not g["sparse"]]
+        dense = [p.grad for g in groups for p in g["params"] if p.grad is not None]
+        rms = self.grad_rms = gradient_rms(parts, dense, self.workers)
+        if not math.isfinite(rms):
             return None
-        rms = math.sqrt(max(0.0, total) / max(1, entries))
-        self.grad_rms = rms
         mode = self.param_groups[0].get("grad_rms_mode", "off")
         if rms > 0.0 and (mode == "always" or (mode == "clip" and rms > 1.0)):
             return 1.0 / rms
@@ -462,14 +501,3 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
                     names = group.get("param_names")
                     return names[i] if names else f"parameter {i} of group {number}"
         return "no parameter alone; their squares overflow in sum"
-
-
-def _square(x: Tensor) -> float:
-    """Sum of squares, in float32 at least: half precision loses digits or overflows."""
-    norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
-    return norm.item() ** 2
-
-
-def _generator(seed: int, ordinal: int, draw: int) -> torch.Generator:
-    key = (seed * 1_000_003 + ordinal) * 1_000_003 + draw
-    return torch.Generator().manual_seed(key % (1 << 63))

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .coordinate_blocks import Block
+from .coordinate_blocks import Block, draw_block
 from .live_weights import LivePattern, keep_largest
 from .projection import nonzero_budget
 from .rcd_storage import Storage
+from .rcd_workers import Workers, part_of
 from .schedules import sharkfin
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "age")
@@ -26,15 +27,29 @@ class Coordinates:
     Attributes:
         shape: of the parameter as a matrix, as stored; a vector is a column.
         live: pattern of the coordinates that are not zero.
-        block: the chosen ones, live or not.
+        own_live: of those whose gradient this rank computes; with one worker, all.
+        block: the chosen ones, live or not, of this rank.
         move_live: whether the live ones outside the block move as well.
     """
 
-    def __init__(self, live: Tensor, block: Block, move_live: bool) -> None:
+    def __init__(
+        self, live: Tensor, block: Block, move_live: bool, workers: Workers | None = None
+    ) -> None:
         self.shape = block.shape
         self.live = LivePattern(live, block.shape)
+        self.workers = workers
+        if workers is not None:
+            own = block.ids[part_of(len(block.ids), workers.rank, workers.size)]
+            block = Block(block.shape, block.dim, own)
         self.block = block
         self.move_live = move_live
+
+    @cached_property
+    def own_live(self) -> LivePattern:
+        if self.workers is None:
+            return self.live
+        part = part_of(len(self.live.live), self.workers.rank, self.workers.size)
+        return LivePattern(self.live.live[part], self.shape)
 
     @cached_property
     def live_in_block(self) -> tuple[Tensor, Tensor]:
@@ -46,25 +61,20 @@ def move_live_coordinates(
     weight: Storage,
     group: dict[str, Any],
     state: dict[str, Any],
-    wanted: Coordinates,
-    live_gradient: Tensor | None,
-    block_gradient: Tensor,
+    gradient: Tensor,
+    moving: Tensor | slice,
     scale: float,
 ) -> None:
-    """Move what is live, and add the block's gradient to what is remembered of its stay.
+    """Move what is live.
 
     Args:
         state: of the parameter, in the optimizer.
-        live_gradient: at the live coordinates; None if only those in the block move.
-        block_gradient: at the coordinates of the block.
-        scale: to multiply the gradients by.
+        gradient: at the live coordinates that move.
+        moving: which these are.
+        scale: to multiply the gradient by.
     """
-    moving: Any = slice(None)
-    if live_gradient is None:
-        moving, places = wanted.live_in_block
-        live_gradient = block_gradient[places]
     dtype = working_dtype(weight.parameter)
-    gradient = live_gradient.to(dtype) * scale
+    gradient = gradient.to(dtype) * scale
     lr = learning_rate(group)
     step: Tensor | float = lr
     if group["update"] == "adam":
@@ -80,7 +90,17 @@ def move_live_coordinates(
     x = x * (1 - lr * group["weight_decay"]) - step * gradient
     weight.write(state["live"], moving, shrink(x, step, group))
 
-    seen = block_gradient.to(dtype) * scale
+
+def remember_block(
+    weight: Storage, state: dict[str, Any], block_gradient: Tensor, scale: float
+) -> None:
+    """Add the block's gradient to what is remembered of its stay.
+
+    Args:
+        block_gradient: at the coordinates of the block.
+        scale: to multiply the gradient by.
+    """
+    seen = block_gradient.to(working_dtype(weight.parameter)) * scale
     state["seen"] += 1
     if "block_sum" in state:
         state["block_sum"] += seen
@@ -90,14 +110,22 @@ def move_live_coordinates(
 
 
 def settle_live_coordinates(
-    weight: Storage, group: dict[str, Any], state: dict[str, Any], wanted: Coordinates
+    weight: Storage,
+    group: dict[str, Any],
+    state: dict[str, Any],
+    wanted: Coordinates,
+    births: tuple[Tensor, Tensor, dict[str, Tensor]] | None,
 ) -> None:
-    """End of a stay: the block's zeros move, then it is settled what is live from now on."""
+    """End of a stay: the block's zeros move, then it is settled what is live from now on.
+
+    Args:
+        births: of :func:`find_births`, of all ranks.
+    """
     live = index = state["live"]
     values = weight.read(live).to(working_dtype(weight.parameter))
     moments = {name: state[name] for name in _MOMENTS if name in state}
-    if state["seen"] and wanted.block.numel:
-        born, born_values, born_moments = _births(weight, group, state, wanted, values)
+    if births is not None:
+        born, born_values, born_moments = births
         index, values = torch.cat([live, born]), torch.cat([values, born_values])
         moments = {name: torch.cat([m, born_moments[name]]) for name, m in moments.items()}
     budget, minimum, rows = len(values), 0, None
@@ -131,15 +159,43 @@ def _merged(index: Tensor, n: int, kept: Tensor) -> Tensor:
     return order
 
 
-def _births(
+def draw_for(
     weight: Storage,
     group: dict[str, Any],
     state: dict[str, Any],
-    wanted: Coordinates,
-    live_values: Tensor,
+    fraction: float,
+    generator: torch.Generator,
+) -> Block:
+    """The next block of a parameter, by the settings of its group."""
+    return draw_block(
+        weight.shape,
+        block_dim(weight, group),
+        fraction,
+        group["selection"],
+        state["draws"],
+        generator,
+        state["live"],
+        weight.read(state["live"]),
+        group["magnitude_power"],
+        group["magnitude_floor"],
+    )
+
+
+def seeded(seed: int, ordinal: int, draw: int) -> torch.Generator:
+    """The generator of one draw for one parameter."""
+    key = (seed * 1_000_003 + ordinal) * 1_000_003 + draw
+    return torch.Generator().manual_seed(key % (1 << 63))
+
+
+def find_births(
+    weight: Storage, group: dict[str, Any], state: dict[str, Any], wanted: Coordinates
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Those zeros of the block that may come alive: positions, values and moments."""
     seen = state["seen"]
+    live_values = weight.read(state["live"]).to(working_dtype(weight.parameter))
+    if not seen or not wanted.block.numel:
+        moments = {n: state[n][:0] for n in _MOMENTS if n in state}
+        return state["live"][:0], live_values[:0], moments
     place = _candidates(weight, group, state, wanted, live_values)
     mean, square = state["block_sum"][place] / seen, state["block_square"][place] / seen
     step: Tensor | float = learning_rate(group)

@@ -123,6 +123,14 @@ class SparseTrainingArguments(TrainingArguments):
         },
     )
 
+    rcd_staleness: int = field(
+        default=0,
+        metadata={
+            "help": "Use gradients so many steps after they were computed, so that several "
+            "processes need not wait for each other."
+        },
+    )
+
     # --- Which parameters are sparse ---
     sparse_embeddings: bool = field(
         default=True, metadata={"help": "Whether embeddings and the unembedding are sparse."}
@@ -220,6 +228,8 @@ class SparseTrainingArguments(TrainingArguments):
             self.target_density, self.rcd_start_density, self.anneal_end, self.rcd_explore_end, 1,
             prefix="rcd_",
         )  # fmt: skip
+        if isinstance(self.rcd_staleness, bool) or self.rcd_staleness < 0:
+            raise ValueError(f"rcd_staleness={self.rcd_staleness!r} is not a number of steps >= 0.")
         if self.rcd_start not in SUPPORTS:
             raise ValueError(
                 f"rcd_start={self.rcd_start!r} is unknown: expected one of {', '.join(SUPPORTS)}."
@@ -236,7 +246,7 @@ class SparseTrainingArguments(TrainingArguments):
     def rcd_settings(self) -> dict[str, Any]:
         """The ``rcd_`` settings as :class:`RCDSparseOptimizer` takes them."""
         names = [f.name for f in fields(self) if f.name.startswith("rcd_")]
-        for elsewhere in ("rcd_start", "rcd_start_density", "rcd_explore_end"):
+        for elsewhere in ("rcd_start", "rcd_start_density", "rcd_explore_end", "rcd_staleness"):
             names.remove(elsewhere)
         return {name.removeprefix("rcd_"): getattr(self, name) for name in names}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -22,6 +23,7 @@ from .nonzero_linear import MAX_DENSITY, on_nonzeros
 from .param_groups import sparse_param_groups
 from .partial_gradients import PartialGradients
 from .rcd import RCDSparseOptimizer
+from .rcd_workers import Workers
 from .sparse_config import SparseTrainingArguments
 from .sparse_start import sparsify_initialization_
 from .sparsity_monitor import SparsityMonitor
@@ -41,8 +43,9 @@ class SparseTrainer(Trainer):
 
     Takes what ``Trainer`` takes, with :class:`SparseTrainingArguments` as ``args``, and any model
     with ``nn.Linear``, ``Conv1D`` or ``nn.Embedding`` layers. The sparsifying is part of the
-    optimizer's own step, so gradient accumulation, mixed precision, several processes (DDP) and
-    resuming work as ever. An optimizer given by ``optimizers=`` is used as it is. A run that was
+    optimizer's own step, so gradient accumulation, mixed precision, several processes (DDP; with
+    "rcd" each computes and ships the gradients of its own coordinates alone) and resuming work as
+    ever. An optimizer given by ``optimizers=`` is used as it is. A run that was
     not stopped early ends at the target density.
 
     Beside what ``Trainer`` logs there are ``density`` (as scheduled), ``nonzeros``,
@@ -87,10 +90,10 @@ class SparseTrainer(Trainer):
                 "training is sharded (FSDP or DeepSpeed), but the largest weights of a matrix can "
                 "only be found where all of it is: use one process or data parallelism (DDP)."
             )
-        if args.sparsifier == "rcd" and (args.world_size > 1 or args.n_gpu > 1):
+        if args.sparsifier == "rcd" and args.n_gpu > 1:
             raise ValueError(
-                f"sparsifier='rcd' was asked to run on {max(args.world_size, args.n_gpu)} workers, "
-                "expected one: start one process that sees one device."
+                f"sparsifier='rcd' was started in one process that sees {args.n_gpu} devices, "
+                "expected one process per device: start it with `accelerate launch`."
             )
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -194,8 +197,15 @@ class SparseTrainer(Trainer):
             seed=args.seed,
             **_group_settings(args),
         )
+        groups = _param_groups(model, args)
+        workers = None
+        if args.world_size > 1:
+            workers = Workers()
+            _leave_to_workers(
+                model, {name for g in groups if g["sparse"] for name, _ in g["params"]}
+            )
         return RCDSparseOptimizer(
-            _param_groups(model, args),
+            groups,
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
@@ -207,6 +217,8 @@ class SparseTrainer(Trainer):
             sharkfin=args.sharkfin,
             grad_rms=args.grad_rms,
             seed=args.seed,
+            workers=workers,
+            staleness=args.rcd_staleness,
             **args.rcd_settings(),
         )
 
@@ -355,6 +367,18 @@ class SparseTrainer(Trainer):
                     stored,
                     value,
                 )
+
+
+@torch.no_grad()
+def _leave_to_workers(model: nn.Module, sparse: set[str]) -> None:
+    """Keep DDP from summing full gradients of sparse parameters, and make all ranks begin alike."""
+    model._ddp_params_and_buffers_to_ignore = sorted(sparse)
+    for name in sorted(sparse):
+        dist.broadcast(model.get_parameter(name).data, 0)
+    for _, layer in sorted(sparse_layers(model).items()):
+        dist.broadcast(layer.columns, 0)
+        dist.broadcast(layer.row_starts, 0)
+        layer._transposed = None
 
 
 def _param_groups(model: nn.Module, args: SparseTrainingArguments) -> list[dict[str, Any]]:
