@@ -2,7 +2,11 @@ import pytest
 import torch
 
 from hf_circuit_sparsity.trainer.coordinate_blocks import Block, block_size, draw_block
-from hf_circuit_sparsity.trainer.live_weights import LivePattern, keep_largest
+from hf_circuit_sparsity.trainer.live_weights import (
+    LivePattern,
+    keep_largest,
+    keep_largest_reference,
+)
 from hf_circuit_sparsity.trainer.projection import project_topk_reference_
 
 SHAPE = (12, 9)
@@ -110,3 +114,31 @@ def test_keep_largest_agrees_with_the_projection(minimum, row_dim):
 def test_block_of_a_vector():
     block = Block((7, 1), None, torch.tensor([1, 4]))
     assert block.take(torch.arange(7.0)).tolist() == [1.0, 4.0]
+
+
+def test_keep_largest_is_its_reference():
+    generator = torch.Generator().manual_seed(0)
+
+    def below(n):
+        return int(torch.randint(0, n, (1,), generator=generator))
+
+    for number in range(400):
+        n, k, minimum = 1 + below(60), below(60), below(5)
+        values = torch.randn(n, generator=generator)
+        if number % 2:
+            values = (2 * values).round()  # many are equal, or zero
+        rows = torch.randint(0, 1 + n // 3, (n,), generator=generator)
+        kept = keep_largest(values, k, rows, minimum)
+        assert torch.equal(kept, keep_largest_reference(values, k, rows, minimum))
+
+
+@pytest.mark.parametrize("row_dim", [0, 1])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_places_and_rows_of_a_block(dim, row_dim):
+    ids = torch.tensor([1, 3, 4]) if dim is not None else torch.tensor([1, 5, 8, 13])
+    block = Block((5, 6), dim, ids)
+    index = block.index()
+    assert torch.equal(block.index_at(torch.arange(block.numel)), index)
+    chosen = torch.arange((5, 6)[row_dim]) % 2 == 0
+    expected = chosen[index // 6 if row_dim == 0 else index % 6]
+    assert torch.equal(block.take_rows(chosen, row_dim), expected)

@@ -96,9 +96,9 @@ class Largest(TorchDispatchMode):
 
 
 def test_nothing_of_a_matrix_size_is_ever_made():
-    config = CircuitGPTConfig(n_layer=1, d_model=320, d_head=16, d_mlp=1024, vocab_size=512,
+    config = CircuitGPTConfig(n_layer=1, d_model=384, d_head=16, d_mlp=1024, vocab_size=512,
                               block_size=16, enable_bigram_table=False)  # fmt: skip
-    smallest = 320 * 320
+    smallest = 384 * 384
     batch = torch.arange(16)[None]
     with Largest() as made:
         model = sparse_from_config(config, 1 / 64, min_nonzeros=2)

@@ -406,6 +406,26 @@ def test_closure_and_half_precision():
     assert last < first / 4
 
 
+def test_the_budget_falls_by_equal_factors_and_exploring_ends():
+    weight = nn.Parameter(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))
+    optimizer = RCDSparseOptimizer(
+        [weight], lr=1.0, start_density=1 / 2, target_density=1 / 8, anneal_end=0.5,
+        explore_end=0.75, total_steps=16, block_fraction=1 / 4,
+    )  # fmt: skip
+    nonzeros, blocks, masks = [], [], []
+    for _ in range(16):
+        weight.grad = torch.randn(32, 32)
+        blocks.append(optimizer.coordinates(weight).block.numel)
+        optimizer.step()
+        nonzeros.append(int(torch.count_nonzero(weight)))
+        masks.append(weight.detach() != 0)
+    expected = [round(1024 * 0.5 * 0.25 ** (step / 8)) for step in range(1, 9)]
+    assert nonzeros == [*expected, *[128] * 8]
+    assert blocks == [256] * 12 + [0] * 4
+    assert not torch.equal(masks[7], masks[11])
+    assert torch.equal(masks[12], masks[15])  # only what lives moves
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -424,6 +444,11 @@ def test_closure_and_half_precision():
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"row_dim": 2}, "row_dim=2"),
         ({"grad_rms": "sometimes"}, "grad_rms='sometimes'"),
+        ({"start_density": 0.5}, "start_density=0.5 was passed without a target_density"),
+        ({"start_density": 0.1, "target_density": 0.2}, "start_density=0.1 is not between"),
+        ({"explore_end": 1.5}, "explore_end=1.5"),
+        ({"explore_end": 0.5}, "total_steps=None"),
+        ({"start_density": 0.5, "target_density": 0.1, "total_steps": 0}, "total_steps=0"),
     ],
 )
 def test_bad_arguments_are_named(arguments, word):
