@@ -407,14 +407,15 @@ def test_closure_and_half_precision():
 
 
 def test_the_budget_falls_by_equal_factors_and_exploring_ends():
-    weight = nn.Parameter(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(0.1 * torch.randn(32, 32, generator=generator))
     optimizer = RCDSparseOptimizer(
-        [weight], lr=1.0, start_density=1 / 2, target_density=1 / 8, anneal_end=0.5,
+        [weight], lr=1.0, update="plain", start_density=1 / 2, target_density=1 / 8, anneal_end=0.5,
         explore_end=0.75, total_steps=16, block_fraction=1 / 4,
     )  # fmt: skip
     nonzeros, blocks, masks = [], [], []
     for _ in range(16):
-        weight.grad = torch.randn(32, 32)
+        weight.grad = torch.randn(32, 32, generator=generator)
         blocks.append(optimizer.coordinates(weight).block.numel)
         optimizer.step()
         nonzeros.append(int(torch.count_nonzero(weight)))
