@@ -122,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--task",
         action="append",
         choices=list_tasks(),
+        metavar="TASK",
         help="to publish as a dataset; may be repeated (default: those of the circuits)",
     )
     publish.add_argument("--corpus", help="folder of Python for the viewer's examples")
