@@ -40,7 +40,6 @@ BRIDGE_STEPS = 200
 BRIDGE_BATCH_SIZE = 8
 # A third of the quickstart's peak: twin and bridges start from where they already are.
 BRIDGE_LEARNING_RATE = 3e-3
-NMSE_WEIGHT = 4.0
 DENSITY = 0.05
 RIDGE_TOKENS = 65_536
 SUMMARY = "training_summary.json"
@@ -104,7 +103,6 @@ def train_bridge(
         str(folder),
         max_steps=BRIDGE_STEPS,
         learning_rate=BRIDGE_LEARNING_RATE,
-        nmse_weight=NMSE_WEIGHT,
         # The twin is as sparse as it is to be from the first step on.
         target_density=DENSITY, anneal_start=0.0, anneal_end=0.0,
         per_device_train_batch_size=BRIDGE_BATCH_SIZE, per_device_eval_batch_size=32,

@@ -36,7 +36,11 @@ from .bridge_models import (
 from .measure import machine, table
 
 TASKS = ("single_double_quote", "while_return_true")
-DOSES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+DOSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+ROWS = 48  # prompts of each kind that steering is measured on
+RANDOM_CHANNELS = 5
+# The twin has learned the quote task less well than the quickstart's target of 0.15 asks for.
+CIRCUIT_LOSS = 0.3
 TRIED = 5  # candidates that are tried on training prompts
 TRIED_DOSE = 2.0
 KEYS = ("encode_nmse", "decode_nmse", "dense_to_sparse_kl", "sparse_to_dense_kl")
@@ -107,8 +111,8 @@ def twin_circuit(
         pass
     try:
         circuit = find_circuit(
-            bridged.sparse, tokenizer, task, PruningConfig(steps=steps), reference=blocks["train"],
-            progress=False,
+            bridged.sparse, tokenizer, task, PruningConfig(steps=steps, target_loss=CIRCUIT_LOSS),
+            reference=blocks["train"], progress=False,
         )  # fmt: skip
     except TaskNotLearnedError as error:
         say(f"  {task.name}: {error}")
@@ -123,7 +127,7 @@ def choose_channel(
     bridged: BridgedCausalLM, task: BinaryTask, target: int, candidates: Sequence[SteeringCandidate]
 ) -> SteeringCandidate:
     """Of the most promising channels, the one that moves the answer most on training prompts."""
-    tensors = answer_rows(task, "train", target, 64)
+    tensors = answer_rows(task, "train", target, ROWS)
 
     def moved(candidate: SteeringCandidate) -> float:
         strength = TRIED_DOSE * candidate.difference
@@ -141,18 +145,22 @@ def steering(
     circuit_rows, rows, sweeps = [], [], []
     for name in TASKS:
         task = load_task(name, tokenizer, n_train=1000, n_test=256, max_length=BLOCK_SIZE)
-        circuit = twin_circuit(bridged, tokenizer, task, blocks, folder / "circuits" / name, steps)
+        circuit = None
+        if steps:
+            place = folder / "circuits" / name
+            circuit = twin_circuit(bridged, tokenizer, task, blocks, place, steps)
         if circuit is not None:
             m = circuit.metrics
             losses = [f"{m[name]:.3f}" for name in ("model_loss", "circuit_loss", "ablated_loss")]
             circuit_rows.append((name, m["nodes"], m["edges"], *losses))
         answers = sorted(set(task.test["target_id"]))
         for target in answers:
-            found = steering_candidates(bridged, task, target, circuit=circuit)
+            found = steering_candidates(bridged, task, target, circuit=circuit, rows=ROWS)
             best = choose_channel(bridged, task, target, found)
             sweep = steering_sweep(
                 bridged, task, target, best.location, best.channel,
-                [dose * best.difference for dose in DOSES], text=text,
+                [dose * best.difference for dose in DOSES], text=text, rows=ROWS,
+                random_channels=RANDOM_CHANNELS,
             )  # fmt: skip
             sweeps.append(sweep)
             rows += sweep_rows(sweep, best)
@@ -168,7 +176,7 @@ def steering(
 def sweep_rows(sweep: SteeringSweep, best: SteeringCandidate) -> list[tuple]:
     """The lines of the table about one sweep."""
     rows = []
-    for dose in (0.0, 1.0, 2.0, 4.0):
+    for dose in (0.0, 1.0, 4.0, 8.0):
         i = sweep.strengths.index(dose * best.difference)
         others = [line[i] for line in sweep.random_probability]
         text = [line[i] for line in sweep.random_text_kl]
