@@ -5,7 +5,7 @@ Importing this package registers CircuitGPT with transformers' Auto classes.
 
 from . import (
     adapters,  # noqa: F401  registers our PEFT methods
-    hub_cards,  # noqa: F401  fills the slot of what writes cards
+    hub_cards,  # noqa: F401  fills the slot of what is known about the Hub
     kernels,  # noqa: F401  fills the slot that `modeling` asks for faster loops
 )
 from .circuits import (

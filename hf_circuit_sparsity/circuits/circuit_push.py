@@ -10,7 +10,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from torch import nn
 
 from ..hub import HubAccessError, hub_errors, is_hub_id
-from ..modeling.card_slot import card_of
+from ..modeling.hub_slot import card_of
 from .circuit_hub import PICTURE_NAME
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 
-from .card_slot import card_of
+from .hub_slot import card_of, explained
 from .sparse_checkpoint import (
     commit_hash,
     encoded_state_dict,
@@ -157,7 +157,8 @@ class SparsePreTrainedModel(PreTrainedModel):
         """As every `push_to_hub`, but uploads only the nonzeros unless `sparse=False`."""
         self._saves_sparse = sparse
         try:
-            return super().push_to_hub(repo_id, *args, **kwargs)
+            with explained(repo_id, token=kwargs.get("token"), writing=True):
+                return super().push_to_hub(repo_id, *args, **kwargs)
         finally:
             del self._saves_sparse
 

@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..hub import hub_errors
-from ..modeling.card_slot import card_of
+from ..modeling.hub_slot import card_of
 from ..modeling.sparse_execution import sparse_layers
 from ..modeling.sparse_pretrained import SparsePreTrainedModel
 from .nonzero_checkpoint import load_nonzeros

@@ -196,9 +196,9 @@ def test_loads_by_remote_code_where_the_package_is_not_installed(tiny_model, tmp
         sparsify(tiny_model)
     tiny_model.save_pretrained(folder, sparse=sparse)
     assert {p.name for p in folder.glob("*.py")} == {
-        "card_slot.py",
         "checked_files.py",
         "configuration_circuitgpt.py",
+        "hub_slot.py",
         "kernel_slot.py",
         "modeling_circuitgpt.py",
         "sink_attention.py",
