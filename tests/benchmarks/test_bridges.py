@@ -44,13 +44,13 @@ def test_figures_are_means_over_all_text(bridged):
 def test_tables_and_picture_of_a_sweep(bridged, tmp_path):
     task = on_off_task()
     best = choose_channel(bridged, task, YES, steering_candidates(bridged, task, YES))
-    doses = [0.0, 1.0, 2.0, 4.0]
+    doses = [0.0, 1.0, 4.0, 8.0]
     sweep = steering_sweep(
         bridged, task, YES, best.location, best.channel, [d * best.difference for d in doses],
         text=reference_ids()[:4], random_channels=3,
     )  # fmt: skip
     rows = sweep_rows(sweep, best)
-    assert [row[3] for row in rows] == ["0", "1", "2", "4"]
+    assert [row[3] for row in rows] == ["0", "1", "4", "8"]
     assert float(rows[2][5]) > 0.5 > float(rows[0][5])
     draw([sweep] * 4, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
