@@ -89,7 +89,11 @@ def _draw(points: list[tuple[int, float, float]], path: Path) -> None:
     for width, loss, size in points:
         if math.isfinite(size):
             axes.annotate(
-                f"d_model {width}", (size, loss), xytext=(6, 4), textcoords="offset points"
+                f"d_model {width}",
+                (size, loss),
+                xytext=(0, 9),
+                textcoords="offset points",
+                ha="center",
             )
     axes.set(
         xlabel="edges in circuit, geometric mean (smaller is better)",
