@@ -16,7 +16,7 @@ from ..circuits.ablation import hooked_sites
 from ..circuits.edges import Edge, embedding_edges, unembedding_edges
 from ..circuits.task_loss import all_pair_logits, binary_loss, candidates, trimmed
 from .findings import (
-    COMPARED,
+    TARGETS,
     arguments,
     frontier,
     learned_tasks,
@@ -46,7 +46,7 @@ def run(folder: Path = FOLDER) -> str:
     for name, task_name in CIRCUITS:
         parts.append(f"## {task_name} in {name}")
         losses = task_losses(name, folder)[task_name]
-        if task_name not in learned_tasks(name, folder, COMPARED):
+        if task_name not in learned_tasks(name, folder, TARGETS[-1]):
             parts.append(
                 f"The model has not learned it: accuracy {losses['accuracy']:.1%}, loss "
                 f"{losses['calibrated_loss']:.3f} after calibration."
@@ -61,7 +61,7 @@ def _circuit(name: str, task_name: str, folder: Path) -> str:
     task = task_for(name, task_name, folder)
     rows = frontier(name, task_name, folder)
     if not rows:
-        return f"No circuit reaches a loss of {COMPARED:g} nats on training prompts."
+        return f"No circuit reaches a loss of {TARGETS[-1]:g} nats on training prompts."
     target = min(row["target"] for row in rows)
     best = smallest(rows, target)
     found = stored_circuits(name, task_name, target, folder)

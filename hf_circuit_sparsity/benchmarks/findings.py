@@ -142,7 +142,16 @@ def frontier(
                 rows.append({"target": target, "seed": seed, **circuit.metrics})
         return rows
 
-    return kept(folder / "measured" / name / "frontier" / f"{task}.json", compute)
+    return kept(_frontier_file(name, task, folder), compute)
+
+
+def _frontier_file(name: str, task: str, folder: Path) -> Path:
+    return folder / "measured" / name / "frontier" / f"{task}.json"
+
+
+def stored_tasks(names: Sequence[str], tasks: Sequence[str], folder: Path = FOLDER) -> list[str]:
+    """The tasks whose circuits are there already for all the models."""
+    return [t for t in tasks if all(_frontier_file(n, t, folder).is_file() for n in names)]
 
 
 def stored_circuits(name: str, task: str, target: float, folder: Path = FOLDER) -> list[Circuit]:
@@ -191,5 +200,10 @@ def arguments(description: str | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="report and pictures (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--stored-only",
+        action="store_true",
+        help="report on the circuits that are there; look for no others",
     )
     return parser.parse_args()

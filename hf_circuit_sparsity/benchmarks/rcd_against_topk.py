@@ -17,6 +17,7 @@ from ..circuits.task_loss import all_pair_logits, binary_loss, fit_calibration
 from .findings import (
     COMPARED,
     CONFIG,
+    RESULTS,
     arguments,
     edges_mean,
     frontier,
@@ -26,6 +27,7 @@ from .findings import (
     save_figure,
     smallest,
     stored_circuits,
+    stored_tasks,
     task_for,
     task_losses,
     write_report,
@@ -38,12 +40,16 @@ NOISE = (0.0, 0.05, 0.1, 0.2, 0.4)
 DRAWS = 3
 
 
-def run(folder: Path = FOLDER, results: Path = Path("benchmarks/results")) -> str:
+def run(folder: Path = FOLDER, results: Path = RESULTS, stored_only: bool = False) -> str:
     """Train, prune and compare what is not there yet; returns the report."""
     names = (TOPK, RCD)
     learned = {name: learned_tasks(name, folder) for name in names}
     common = sorted(set(learned[TOPK]) & set(learned[RCD]))
     target = COMPARED
+    missing: list[str] = []
+    if stored_only:
+        stored = stored_tasks(names, common, folder)
+        missing, common = [t for t in common if t not in stored], stored
     rows = {name: {task: frontier(name, task, folder) for task in common} for name in names}
     common = [t for t in common if all(smallest(rows[n][t], target) for n in names)]
     noise = {
@@ -110,7 +116,10 @@ def run(folder: Path = FOLDER, results: Path = Path("benchmarks/results")) -> st
             "noise.",
             table(("noise", "model, top-k", "model, RCD", "circuit, top-k", "circuit, RCD"), noisy),
             "![Task loss against noise on the weights](rcd_against_topk.png)",
-            "Learned: " + "; ".join(f"{name}: {', '.join(learned[name])}" for name in names) + ".",
+            "Learned: "
+            + "; ".join(f"{name}: {', '.join(learned[name])}" for name in names)
+            + "."
+            + (f" Not looked at yet: {', '.join(missing)}." if missing else ""),
         ]
     )
 
@@ -181,4 +190,4 @@ def _draw(noise: dict, tasks: list[str], path: Path) -> None:
 
 if __name__ == "__main__":
     args = arguments(__doc__)
-    write_report(args.results, "rcd_against_topk", run(args.folder, args.results))
+    write_report(args.results, "rcd_against_topk", run(args.folder, args.results, args.stored_only))

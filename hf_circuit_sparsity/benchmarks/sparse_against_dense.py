@@ -9,6 +9,7 @@ from pathlib import Path
 from .findings import (
     COMPARED,
     CONFIG,
+    RESULTS,
     TARGETS,
     arguments,
     edges_mean,
@@ -16,6 +17,7 @@ from .findings import (
     learned_tasks,
     save_figure,
     smallest,
+    stored_tasks,
     task_losses,
     write_report,
 )
@@ -25,23 +27,29 @@ from .trained_models import FOLDER, RECIPES, training_summary
 SPARSE, DENSE = "topk-128-seed0", "dense-128-seed0"
 
 
-def run(folder: Path = FOLDER, results: Path = Path("benchmarks/results")) -> str:
+def run(folder: Path = FOLDER, results: Path = RESULTS, stored_only: bool = False) -> str:
     """Train, prune and compare what is not there yet; returns the report."""
     learned = {name: set(learned_tasks(name, folder)) for name in (SPARSE, DENSE)}
     tasks = sorted(learned[SPARSE] & learned[DENSE])
+    alone = {name: sorted(learned[name] - set(tasks)) for name in learned}
+    missing: list[str] = []
+    if stored_only:
+        stored = stored_tasks((SPARSE, DENSE), tasks, folder)
+        missing, tasks = [t for t in tasks if t not in stored], stored
     rows = {name: {task: frontier(name, task, folder) for task in tasks} for name in learned}
     tasks = [t for t in tasks if all(smallest(rows[n][t], COMPARED) for n in learned)]
     parts = ["# Sparse against dense at equal pretraining loss", __doc__.split("\n\n")[1]]
     parts.append(_models(folder))
     parts.append(_by_task(tasks, rows))
     parts.append(_by_target(tasks, rows, results))
-    alone = {name: sorted(learned[name] - set(tasks)) for name in learned}
     parts.append(
         f"Learned by the sparse model alone: {', '.join(alone[SPARSE]) or 'none'}. "
         f"By the dense model alone: {', '.join(alone[DENSE]) or 'none'}. Masks: {CONFIG.steps} "
         f"updates, {CONFIG.seeds} seeds, the smaller circuit counts; edges are the nonzero weights "
         "between kept nodes."
     )
+    if missing:
+        parts.append(f"Not looked at yet: {', '.join(missing)}.")
     return "\n\n".join(parts)
 
 
@@ -135,4 +143,6 @@ def _draw(tasks: list[str], rows: dict, curves: dict, path: Path) -> None:
 
 if __name__ == "__main__":
     args = arguments(__doc__)
-    write_report(args.results, "sparse_against_dense", run(args.folder, args.results))
+    write_report(
+        args.results, "sparse_against_dense", run(args.folder, args.results, args.stored_only)
+    )

@@ -87,7 +87,7 @@ RECIPES: dict[str, Recipe] = {
     "dense-abstopk-128-seed0": replace(_DENSE, afrac=0.25),
     **{f"rcd-64-seed{s}": replace(_RCD, seed=s) for s in range(2)},
     **{f"topk-{width}-seed0": Recipe(d_model=width) for width in (32, 64, 256)},
-    "taught-64-seed0": Recipe(d_model=64, steps=1200, taught=("bracket_counting", "set_or_string")),
+    "taught-64-seed0": Recipe(d_model=64, taught=("bracket_counting", "set_or_string")),
 }
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from .findings import (
     COMPARED,
     CONFIG,
+    RESULTS,
     arguments,
     edges_mean,
     frontier,
     learned_tasks,
     save_figure,
     smallest,
+    stored_tasks,
     task_losses,
     write_report,
 )
@@ -24,13 +26,17 @@ from .trained_models import FOLDER, RECIPES, training_summary
 MODELS = ("topk-32-seed0", "topk-64-seed0", "topk-128-seed0", "topk-256-seed0")
 
 
-def run(folder: Path = FOLDER, results: Path = Path("benchmarks/results")) -> str:
+def run(folder: Path = FOLDER, results: Path = RESULTS, stored_only: bool = False) -> str:
     """Measure those of `MODELS` that are trained (at least three); returns the report."""
     names = [name for name in MODELS if training_summary(name, folder)]
     if len(names) < 3:
         names = list(MODELS[:3])
     learned = {name: learned_tasks(name, folder) for name in names}
     common = sorted(set.intersection(*(set(tasks) for tasks in learned.values())))
+    missing: list[str] = []
+    if stored_only:
+        stored = stored_tasks(names, common, folder)
+        missing, common = [t for t in common if t not in stored], stored
     rows = {name: {task: frontier(name, task, folder) for task in common} for name in names}
     target = COMPARED
     common = [t for t in common if all(smallest(rows[n][t], target) for n in names)]
@@ -71,7 +77,8 @@ def run(folder: Path = FOLDER, results: Path = Path("benchmarks/results")) -> st
             table(("task", *(f"d_model {RECIPES[n].d_model}" for n in names)), by_task),
             "Learned: "
             + "; ".join(f"d_model {RECIPES[n].d_model}: {', '.join(learned[n])}" for n in names)
-            + ".",
+            + "."
+            + (f" Not looked at yet: {', '.join(missing)}." if missing else ""),
         ]
     )
 
@@ -107,4 +114,4 @@ def _draw(points: list[tuple[int, float, float]], path: Path) -> None:
 
 if __name__ == "__main__":
     args = arguments(__doc__)
-    write_report(args.results, "width_frontier", run(args.folder, args.results))
+    write_report(args.results, "width_frontier", run(args.folder, args.results, args.stored_only))
