@@ -50,7 +50,7 @@ def _rank(rank: int, folder: str, width: int, layers: int, steps: int) -> None:
 
     sent = []
 
-    def count(state: object, bucket: dist.GradBucket) -> torch.futures.Future:
+    def count(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         sent.append(bucket.buffer().numel() * bucket.buffer().element_size())
         future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
         return future.then(lambda done: done.value()[0])
