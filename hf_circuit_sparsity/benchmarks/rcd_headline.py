@@ -137,10 +137,12 @@ def _draw(curves: dict[str, list[dict[str, float]]], bigram: float, path: Path) 
         losses = [point["loss"] for point in curve]
         left.plot([point["seconds"] / 60 for point in curve], losses, color=color, label=name)
         right.plot([point["tokens"] / 1e6 for point in curve], losses, color=color, label=name)
+    every = [point["loss"] for curve in curves.values() for point in curve]
+    lowest, top = min(every), min(max(every) + 0.1, min(every) + 1.7)
     for axes, label in ((left, "minutes"), (right, "million tokens")):
         axes.axhline(goal, color="C3", linestyle=":", linewidth=1, label="where topk ends")
         axes.axhline(bigram, color="0.5", linestyle="--", linewidth=1, label="bigram table alone")
-        axes.set(xlabel=label, ylim=(goal - 0.15, goal + 1.6))
+        axes.set(xlabel=label, ylim=(lowest - 0.1, top))
     left.set(ylabel="validation loss (nats per token)", title="against wall-clock time")
     right.set(title="against tokens")
     right.legend()
