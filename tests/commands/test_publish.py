@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -188,6 +189,15 @@ def sent_content(hub_server) -> tuple[list[str], int]:
     return objects, sum(e.received for e in hub_server.log if "/commit/" in e.path)
 
 
+@pytest.fixture
+def ctrl_c_works() -> Iterator[None]:
+    """A shell starts what runs in the background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_works")
 @pytest.mark.parametrize(
     "point",
     [
