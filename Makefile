@@ -9,7 +9,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/hf-circuit-sparsity quickstart $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q --numprocesses logical --dist loadfile $(ARGS)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
