@@ -28,7 +28,7 @@ from .findings import (
     write_report,
 )
 from .measure import table
-from .trained_models import FOLDER
+from .trained_models import FOLDER, training_summary
 
 CIRCUITS = (
     ("topk-128-seed0", "single_double_quote"),
@@ -39,12 +39,15 @@ PROMPTS = 256
 SHOWN = 4
 
 
-def run(folder: Path = FOLDER) -> str:
+def run(folder: Path = FOLDER, stored_only: bool = False) -> str:
     """Describe and verify every circuit; returns the report."""
     paragraph = __doc__.split("\n\n")[1]
     parts = ["# What three circuits do, node by node", paragraph]
     for name, task_name in CIRCUITS:
         parts.append(f"## {task_name} in {name}")
+        if stored_only and not training_summary(name, folder):
+            parts.append("The model is not trained yet.")
+            continue
         losses = task_losses(name, folder)[task_name]
         if task_name not in learned_tasks(name, folder, TARGETS[-1]):
             parts.append(
@@ -273,4 +276,4 @@ def _listed(tokenizer: Any, ids: list[int], values: dict[int, float], sign: bool
 
 if __name__ == "__main__":
     args = arguments(__doc__)
-    write_report(args.results, "circuit_anatomy", run(args.folder))
+    write_report(args.results, "circuit_anatomy", run(args.folder, args.stored_only))
