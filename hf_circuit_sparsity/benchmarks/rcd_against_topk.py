@@ -72,7 +72,7 @@ def run(folder: Path = FOLDER, results: Path = RESULTS, stored_only: bool = Fals
                 len(learned[name]),
                 f"{sum(s['calibrated_loss'] for s in scores.values()) / len(scores):.3f}",
                 f"{edges_mean([b['edges'] for b in best]):.1f}",
-                f"{sum(jaccards) / len(jaccards):.2f}",
+                f"{sum(jaccards) / len(jaccards):.2f}" if jaccards else "–",
                 f"{_mean([b['train_circuit_loss'] for b in best]):.3f}",
                 f"{_mean([b['circuit_loss'] for b in best]):.3f}",
             )
