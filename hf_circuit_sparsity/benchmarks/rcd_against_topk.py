@@ -52,6 +52,11 @@ def run(folder: Path = FOLDER, results: Path = RESULTS, stored_only: bool = Fals
         missing, common = [t for t in common if t not in stored], stored
     rows = {name: {task: frontier(name, task, folder) for task in common} for name in names}
     common = [t for t in common if all(smallest(rows[n][t], target) for n in names)]
+    if not common:
+        return (
+            "# Random coordinate descent against annealed top-k\n\nNo task that both models "
+            f"learned has circuits of both yet. Not looked at: {', '.join(missing) or 'none'}."
+        )
     noise = {
         name: kept(
             folder / "measured" / name / "noise.json",
