@@ -123,7 +123,7 @@ def _draw(points: list[tuple[int, float, float]], path: Path) -> None:
                 ha="center",
             )
     axes.set(
-        xlabel="edges in circuit, geometric mean over the tasks that these learned",
+        xlabel="edges in circuit, geometric mean over shared tasks",
         ylabel="validation loss, nats (lower is better)",
         title="Width at a fixed number of nonzeros",
     )
