@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from ..modeling import CircuitGPTConfig, CircuitGPTForCausalLM
+from ..trainer import initialize_bigram_table_
 from .measure import machine, table
 from .rcd_headline import tokens
 from .rcd_race import Recipe, Training
 
 CONTEXT = 128
-DENSITY = 1 / 24
 
 
 def parse(line: str) -> Recipe:
@@ -57,7 +57,7 @@ def _value(text: str) -> int | float | str:
     return text
 
 
-def report(results: Iterable[dict[str, Any]], width: int, layers: int, vocabulary: int) -> str:
+def report(results: Iterable[dict[str, Any]], args: argparse.Namespace) -> str:
     """The table, best last within the runs of equal length."""
     rows = [
         (r["line"], r["steps"], f"{r['quarters'][1]:.3f}", f"{r['loss']:.3f}", f"{r['cpu_ms']:.0f}")
@@ -65,9 +65,13 @@ def report(results: Iterable[dict[str, Any]], width: int, layers: int, vocabular
     ]
     header = ("run", "steps", "validation loss at half", "at the end", "CPU ms per step")
     return (
-        f"# Settings tried\n\nCircuitGPT, d_model {width}, {layers} layers, vocabulary "
-        f"{vocabulary}, context {CONTEXT}, density 1/24 at the end; 96 validation sequences; one "
-        "seed.\n\n" + table(header, rows) + "\n"
+        f"# Settings tried\n\nCircuitGPT, d_model {args.d_model}, {args.layers} layers, vocabulary "
+        f"{args.vocabulary}, context {CONTEXT}, density 1/{args.share} at the end; 96 validation "
+        "sequences; one seed."
+        + (" All begin with the bigram counts." if args.start_at_bigrams else "")
+        + "\n\n"
+        + table(header, rows)
+        + "\n"
     )
 
 
@@ -78,6 +82,10 @@ def main() -> None:
     parser.add_argument("--d-model", type=int, default=192)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=512)
+    parser.add_argument("--share", type=int, default=24, help="one weight of so many is nonzero")
+    parser.add_argument(
+        "--start-at-bigrams", action="store_true", help="begin all with the bigram counts"
+    )
     args = parser.parse_args()
     runs = [(line.strip(), parse(line)) for line in sys.stdin if line.strip()]
     data = tokens(args.folder, args.vocabulary, CONTEXT)
@@ -87,16 +95,18 @@ def main() -> None:
         n_layer=args.layers, d_model=args.d_model, d_head=16, block_size=CONTEXT,
         vocab_size=args.vocabulary,
     )  # fmt: skip
+    blocks = torch.from_numpy(data["train"])
+
+    def build() -> CircuitGPTForCausalLM:
+        model = CircuitGPTForCausalLM(config)
+        if args.start_at_bigrams:
+            initialize_bigram_table_(model, blocks)
+        return model
+
     print(machine("cpu"), flush=True)
     file = args.folder / "rcd_search.jsonl"
     for line, recipe in runs:
-        training = Training(
-            lambda: CircuitGPTForCausalLM(config),
-            recipe,
-            DENSITY,
-            torch.from_numpy(data["train"]),
-            held_out,
-        )
+        training = Training(build, recipe, 1 / args.share, blocks, held_out)
         while not training.finished:
             training.run(max(1, recipe.steps // 4))
             training.evaluate()
@@ -112,7 +122,7 @@ def main() -> None:
             out.write(json.dumps(found) + "\n")
         print(f"{found['loss']:.4f}  {line}", flush=True)
     results = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    text = report(results, args.d_model, args.layers, args.vocabulary)
+    text = report(results, args)
     (args.folder / "rcd_search.md").write_text(text, encoding="utf-8")
     print("\n" + text)
 
