@@ -9,6 +9,7 @@ Interrupted, it goes on where it was.
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from datasets.utils.logging import disable_progress_bar
 
 from ..modeling import CircuitGPTConfig, CircuitGPTForCausalLM
 from ..tasks import build_corpus, pack, train_tokenizer
-from ..trainer import initialize_bigram_table_
+from ..trainer import initialize_bigram_table_, sparse_from_config
 from .measure import machine, table
 from .rcd_race import Recipe, Training, bigram_loss, race, seconds_to
 
@@ -59,6 +60,27 @@ def tokens(folder: Path, vocabulary: int, context: int) -> dict[str, np.ndarray]
             np.save(partial, blocks)
             os.replace(partial, file)
     return {name: np.load(file).astype(np.int64) for name, file in files.items()}
+
+
+def builders(
+    config: CircuitGPTConfig, counted: torch.Tensor | None, seed: int = 0
+) -> tuple[Callable[[], CircuitGPTForCausalLM], Callable[[float], CircuitGPTForCausalLM]]:
+    """What :class:`Training` builds a dense and a sparse model with.
+
+    Args:
+        counted: tokens whose bigram counts both begin with; None to begin without.
+        seed: of the sparse one.
+    """
+
+    def begun(model: CircuitGPTForCausalLM) -> CircuitGPTForCausalLM:
+        if counted is not None:
+            initialize_bigram_table_(model, counted)
+        return model
+
+    return (
+        lambda: begun(CircuitGPTForCausalLM(config)),
+        lambda density: begun(sparse_from_config(config, density, seed=seed)),
+    )
 
 
 def report(
@@ -186,14 +208,9 @@ def main() -> None:
     )  # fmt: skip
     blocks = torch.from_numpy(data["train"])
 
-    def build() -> CircuitGPTForCausalLM:
-        model = CircuitGPTForCausalLM(config)
-        if args.start_at_bigrams:
-            initialize_bigram_table_(model, blocks)
-        return model
-
+    build, build_sparse = builders(config, blocks if args.start_at_bigrams else None)
     trainings = {
-        name: Training(build, recipe, DENSITY, blocks, held_out)
+        name: Training(build, recipe, DENSITY, blocks, held_out, build_sparse)
         for name, recipe in recipes(args).items()
     }
     race(trainings, args.folder, args.turn, args.evaluations, lambda t: print(t, flush=True))

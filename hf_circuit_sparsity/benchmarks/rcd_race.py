@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from ..modeling.sparse_execution import sparse_layers
 from ..trainer import (
     PartialGradients,
     RCDSparseOptimizer,
@@ -51,6 +52,8 @@ class Training:
 
     Args:
         build: makes the model.
+        build_sparse: makes it with so small a density, as nonzeros alone, where that is how random
+            coordinate descent is to begin.
         blocks: training tokens, ``(n, context)`` int64.
         held_out: validation tokens, ``(n, context)`` int64.
 
@@ -65,12 +68,21 @@ class Training:
         density: float,
         blocks: torch.Tensor,
         held_out: torch.Tensor,
+        build_sparse: Callable[[float], PreTrainedModel] | None = None,
     ) -> None:
         self.recipe, self.blocks, self.held_out = recipe, blocks, held_out
         self.done, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self.curve: list[dict[str, float]] = []
         torch.manual_seed(recipe.seed)
-        self.model = build()
+        start = recipe.settings.get("start_density") or density
+        if recipe.method == "rcd" and build_sparse is not None:
+            self.model = build_sparse(start)
+        else:
+            self.model = build()
+            if recipe.method == "rcd":
+                sparsify_initialization_(
+                    self.model, start, min_nonzeros=MIN_NONZEROS, seed=recipe.seed
+                )
         self._computing: Any = nullcontext()
         self.optimizer = self._optimizer(density)
         self._computing.__enter__()
@@ -99,8 +111,6 @@ class Training:
         if recipe.method == "topk":
             self._computing = on_nonzeros(self.model)
             return TopKAdamW(groups, **common)
-        start = common.get("start_density") or density
-        sparsify_initialization_(self.model, start, min_nonzeros=MIN_NONZEROS, seed=recipe.seed)
         optimizer = RCDSparseOptimizer(groups, seed=recipe.seed, **common)
         self._computing = PartialGradients(self.model, optimizer)
         return optimizer
@@ -162,7 +172,9 @@ class Training:
         """Nonzeros, and entries, of the parameters that are sparse by the paper's rule."""
         groups = [g for g in sparse_param_groups(self.model) if g["sparse"]]
         sparse = [p for g in groups for _, p in g["params"]]
-        return sum(int(torch.count_nonzero(p)) for p in sparse), sum(p.numel() for p in sparse)
+        sizes = {id(m.values): math.prod(m.shape) for m in sparse_layers(self.model).values()}
+        entries = sum(sizes.get(id(p), p.numel()) for p in sparse)
+        return sum(int(torch.count_nonzero(p)) for p in sparse), entries
 
     def save(self, path: Path) -> None:
         """Write all that :meth:`load` needs, to a temporary name first."""

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from ..modeling import CircuitGPTConfig, CircuitGPTForCausalLM
-from ..trainer import initialize_bigram_table_
+from ..modeling import CircuitGPTConfig
 from .measure import machine, table
-from .rcd_headline import tokens
+from .rcd_headline import builders, tokens
 from .rcd_race import Recipe, Training
 
 CONTEXT = 128
@@ -96,17 +95,12 @@ def main() -> None:
         vocab_size=args.vocabulary,
     )  # fmt: skip
     blocks = torch.from_numpy(data["train"])
-
-    def build() -> CircuitGPTForCausalLM:
-        model = CircuitGPTForCausalLM(config)
-        if args.start_at_bigrams:
-            initialize_bigram_table_(model, blocks)
-        return model
+    build, build_sparse = builders(config, blocks if args.start_at_bigrams else None)
 
     print(machine("cpu"), flush=True)
     file = args.folder / "rcd_search.jsonl"
     for line, recipe in runs:
-        training = Training(build, recipe, 1 / args.share, blocks, held_out)
+        training = Training(build, recipe, 1 / args.share, blocks, held_out, build_sparse)
         while not training.finished:
             training.run(max(1, recipe.steps // 4))
             training.evaluate()

@@ -265,11 +265,7 @@ class CircuitGPTPreTrainedModel(SparsePreTrainedModel):
             init.copy_(module.weight, module.table())
             return
         super()._init_weights(module)
-        if isinstance(module, (CircuitGPTAttention, CircuitGPTMLP)):
-            # GPT-2's scheme: the residual stream adds up 2 * n_layer of these.
-            std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
-            init.normal_(module.c_proj.weight, mean=0.0, std=std)
-        elif isinstance(module, AttentionSink):
+        if isinstance(module, AttentionSink):
             init.zeros_(module.sink_logit)
         elif isinstance(module, CircuitGPTForCausalLM):
             init.zeros_(module.final_logits_bias)

@@ -236,10 +236,11 @@ class SparseWeight(nn.Module):
 
     @torch.no_grad()
     def set_weight(self, weight: torch.Tensor) -> None:
-        """Take over the nonzeros of a dense matrix; `values` becomes a new parameter."""
-        row_starts, columns, values = nonzeros_of(weight.to(self.values))
+        """Take over the nonzeros of a dense matrix; `values` stays the parameter it is, so that an
+        optimizer goes on training it."""
+        row_starts, columns, values = nonzeros_of(weight.detach().to(self.values))
         self.row_starts, self.columns, self._transposed = row_starts, columns, None
-        self.values = nn.Parameter(values, requires_grad=self.values.requires_grad)
+        self.values.data, self.values.grad = values, None
 
     def extra_repr(self) -> str:
         rows, width = self.shape

@@ -176,7 +176,7 @@ class _Forward:
             x = x.to(torch.get_autocast_dtype(device))
         y = _LinearFunction.apply(x.reshape(-1, x.shape[-1]), weight, self)
         if layer.bias is not None:
-            y = y + layer.bias.to(y.dtype)
+            y += layer.bias.to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def product(self, x: Tensor, weight: Tensor, transpose: bool) -> Tensor:

@@ -32,7 +32,8 @@ from .skipped_steps import COUNTERS, count_skipped_step
 from .topk import GRAD_RMS_MODES
 
 # Per coordinate, in the state of a sparse parameter: torch would cast them on loading.
-_TENSORS = ("live", "exp_avg", "exp_avg_sq", "age", "block", "block_sum", "block_square")
+_SEEN = ("block_sum", "block_square")
+_TENSORS = ("live", "exp_avg", "exp_avg_sq", "age", "block", *_SEEN)
 
 
 class RCDSparseOptimizer(torch.optim.Optimizer):
@@ -436,7 +437,8 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
                 if self.workers is not None and "block_sum" in state:
                     # One rank's state was saved; what the others had seen of the block is gone.
                     state.update(seen=0)
-                    del state["block_sum"], state["block_square"]
+                    for name in _SEEN:
+                        state.pop(name, None)
 
     def _set_densities(self) -> None:
         for group in self.param_groups:
@@ -455,7 +457,7 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
         key = (self.param_groups[0].get("seed", 0), ordinal, state["draws"])
         block = draw_for(self.storage(p), group, state, fraction, seeded(*key))
         state.update(block=block.ids, draws=state["draws"] + 1, stayed=0, seen=0)
-        for name in ("block_sum", "block_square"):
+        for name in _SEEN:
             state.pop(name, None)
         old = self._coordinates.get(p)
         new = Coordinates(state["live"], block, group["move_live"], self.workers)

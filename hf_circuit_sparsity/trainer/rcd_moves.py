@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from .coordinate_blocks import Block, draw_block
-from .live_weights import LivePattern, keep_largest
+from .live_weights import LivePattern, keep_largest, places
 from .projection import nonzero_budget
 from .rcd_storage import Storage
 from .rcd_workers import Workers, part_of
@@ -102,11 +102,13 @@ def remember_block(
     """
     seen = block_gradient.to(working_dtype(weight.parameter)) * scale
     state["seen"] += 1
-    if "block_sum" in state:
-        state["block_sum"] += seen
-        state["block_square"] += seen.square()
-    else:
-        state["block_sum"], state["block_square"] = seen, seen.square()
+    if "block_sum" not in state:
+        state["block_sum"] = seen
+        return
+    if "block_square" not in state:  # that of the first follows from the sum
+        state["block_square"] = state["block_sum"].square()
+    state["block_sum"] += seen
+    state["block_square"] += seen.square()
 
 
 def settle_live_coordinates(
@@ -146,7 +148,7 @@ def settle_live_coordinates(
 def _merged(index: Tensor, n: int, kept: Tensor) -> Tensor:
     """The places of what is kept in ``index``, whose first ``n`` ascend, and so do the others, in
     the order in which all ascend."""
-    first, second = kept[:n].nonzero().flatten(), n + kept[n:].nonzero().flatten()
+    first, second = places(kept[:n]), n + places(kept[n:])
     if not len(second):
         return first
     place = torch.searchsorted(index[first], index[second])
@@ -197,7 +199,8 @@ def find_births(
         moments = {n: state[n][:0] for n in _MOMENTS if n in state}
         return state["live"][:0], live_values[:0], moments
     place = _candidates(weight, group, state, wanted, live_values)
-    mean, square = state["block_sum"][place] / seen, state["block_square"][place] / seen
+    mean = state["block_sum"][place] / seen
+    square = state["block_square"][place] / seen if "block_square" in state else mean.square()
     step: Tensor | float = learning_rate(group)
     if group["update"] == "adam":
         step = step / (square.sqrt() + group["eps"])
@@ -206,7 +209,7 @@ def find_births(
     if group["selection"] == "gradient":
         count = max(1, round(wanted.block.numel * group["greedy_fraction"]))
         chosen = keep_largest(mean * chosen, count)
-    chosen = chosen.nonzero().flatten()
+    chosen = places(chosen)
     moments = {}
     if group["update"] == "adam":
         # What Adam would hold, had it seen the mean of these gradients so often.
@@ -231,12 +234,14 @@ def _candidates(
     settles this for nearly all of the block. Rows that are owed nonzeros are looked at in full.
     """
     mean, limit = state["block_sum"].abs(), 0.0
-    alive = live_values != 0
-    spent = group["density"] is not None and int(alive.sum()) >= nonzero_budget(
+    live, sizes = state["live"], live_values.abs()
+    if int(torch.count_nonzero(sizes)) < len(sizes):
+        live, sizes = live[sizes > 0], sizes[sizes > 0]
+    spent = group["density"] is not None and len(live) >= nonzero_budget(
         weight.numel, group["density"]
     )
     if spent:
-        smallest, lr = float(live_values[alive].abs().min()), learning_rate(group)
+        smallest, lr = float(sizes.min()), learning_rate(group)
         if group["update"] != "adam":
             limit = smallest / lr if lr else math.inf
         else:
@@ -244,13 +249,13 @@ def _candidates(
     # A little less, for rounding.
     listed = mean > limit * state["seen"] * (1 - 1e-4)
     if spent and group["min_nonzeros"] and weight.is_matrix:
-        rows = _rows(state["live"][alive], wanted, group)
+        rows = _rows(live, wanted, group)
         counts = torch.bincount(rows, minlength=wanted.shape[group["row_dim"]])
         listed |= wanted.block.take_rows(counts < group["min_nonzeros"], group["row_dim"]) & (
             mean > 0
         )
     listed[wanted.live_in_block[1]] = False
-    return listed.nonzero().flatten()
+    return places(listed)
 
 
 def _rows(index: Tensor, wanted: Coordinates, group: dict[str, Any]) -> Tensor:

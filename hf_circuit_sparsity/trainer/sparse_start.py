@@ -135,12 +135,9 @@ def sparse_from_config(
             model._init_weights(module)  # does nothing to what is still on the meta device
     for name, module in layers.items():
         shape = tuple(module.weight.shape)
-        std = config.initializer_range
-        if name.endswith(".c_proj"):  # see CircuitGPTPreTrainedModel._init_weights
-            std /= math.sqrt(2 * config.n_layer)
         minimum = min(minima[f"{name}.weight"], shape[1])
         budget = max(nonzero_budget(shape[0] * shape[1], density), shape[0] * minimum)
-        parts = _random_nonzeros(shape, budget, std, generator)
+        parts = _random_nonzeros(shape, budget, config.initializer_range, generator)
         if isinstance(module, nn.Embedding):
             layer = SparseEmbedding(*parts, shape)
         else:

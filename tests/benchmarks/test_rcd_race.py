@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_circuit_sparsity.benchmarks.optimizer_comparison import ARCHITECTURES, METHODS, builder
+from hf_circuit_sparsity.benchmarks.rcd_headline import builders
 from hf_circuit_sparsity.benchmarks.rcd_race import (
     Recipe,
     Training,
@@ -22,9 +23,12 @@ BLOCKS = torch.arange(64 * 16).reshape(64, 16) % 61
 
 @pytest.fixture
 def make(tiny_config):
-    def training(method, steps=6, **settings):
+    def training(method, steps=6, held="matrices", **settings):
         recipe = Recipe(method, steps, 1e-2, 4, settings)
-        return Training(lambda: random_model(tiny_config), recipe, 1 / 8, BLOCKS, BLOCKS[:8])
+        sparse = builders(tiny_config, BLOCKS)[1] if held == "nonzeros" else None
+        return Training(
+            lambda: random_model(tiny_config), recipe, 1 / 8, BLOCKS, BLOCKS[:8], sparse
+        )
 
     return training
 
@@ -45,9 +49,17 @@ def test_the_bigram_loss_is_that_of_the_counts():
     assert loss == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["topk", "rcd", "adamw", "sgd"])
-def test_a_race_that_was_interrupted_ends_as_one_that_was_not(make, method, tmp_path):
-    settings = {"rcd": {"start_density": 1 / 4}}.get(method, {})
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("topk", {}),
+        ("rcd", {"start_density": 1 / 4}),
+        ("rcd", {"start_density": 1 / 4, "held": "nonzeros"}),
+        ("adamw", {}),
+        ("sgd", {}),
+    ],
+)
+def test_a_race_that_was_interrupted_ends_as_one_that_was_not(make, method, settings, tmp_path):
     whole, halves = make(method, **settings), make(method, **settings)
     race({"a": whole}, tmp_path / "whole", 1e9, 3, lambda line: None)
     halves.run(2)
