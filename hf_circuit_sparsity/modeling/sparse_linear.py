@@ -132,25 +132,47 @@ class _SparseMatmul(torch.autograd.Function):
             starts, columns, order = layer.transposed_pattern()
             grad_x = sparse_matmul(grad, starts, columns, values[order], layer.shape[1])
         if ctx.needs_input_grad[1]:
-            grad_values = _gradient_at(layer, grad, x).to(values.dtype)
+            grad_values = sampled_product(layer.row_starts, layer.columns, grad, x)
+            grad_values = grad_values.to(values.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0)
         return grad_x, grad_values, grad_bias, None
 
 
-def _gradient_at(layer: "SparseLinear", grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`grad.T @ x` at the nonzeros of the weight only."""
-    if kernels := kernels_for(grad, x):
-        return kernels.gradient_at(layer.row_starts, layer.columns, grad, x)
-    if x.device.type == "cpu":
+def sampled_product(
+    row_starts: torch.Tensor,
+    columns: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+) -> torch.Tensor:
+    """`left.T @ right` at some places only: the gradient of a weight at its nonzeros.
+
+    Args:
+        row_starts: `(rows + 1,)` int32.
+        columns: `(nonzeros,)` int32, below `width`.
+        left: `(tokens, rows)`.
+        right: `(tokens, width)`.
+
+    Returns:
+        `(nonzeros,)`, on the CPU in at least float32.
+    """
+    if kernels := kernels_for(left, right):
+        return kernels.gradient_at(row_starts, columns, left, right)
+    if left.device.type == "cpu":
         if not torch.backends.mkl.is_available():
-            return (grad[:, layer.row_of()] * x[:, layer.columns]).sum(0)
-        grad, x = grad.to(layer.working_dtype(x)), x.to(layer.working_dtype(x))
-    zeros = x.new_zeros(len(layer.columns))
+            rows = torch.arange(left.shape[1])
+            row_of = torch.repeat_interleave(rows, row_starts.diff())
+            return (left[:, row_of] * right[:, columns]).sum(0)
+        dtype = torch.promote_types(left.dtype, torch.float32)
+        left, right = left.to(dtype), right.to(dtype)
     pattern = torch.sparse_csr_tensor(
-        layer.row_starts, layer.columns, zeros, layer.shape, check_invariants=False
+        row_starts,
+        columns,
+        left.new_zeros(len(columns)),
+        (left.shape[1], right.shape[1]),
+        check_invariants=False,
     )
-    return torch.sparse.sampled_addmm(pattern, grad.t().contiguous(), x, beta=0.0).values()
+    return torch.sparse.sampled_addmm(pattern, left.t().contiguous(), right, beta=0.0).values()
 
 
 class SparseWeight(nn.Module):
@@ -194,11 +216,6 @@ class SparseWeight(nn.Module):
             pattern = transposed(self.row_starts, self.columns, self.shape[1])
             self._transposed = pattern
         return pattern
-
-    @staticmethod
-    def working_dtype(x: torch.Tensor) -> torch.dtype:
-        """What `x` is multiplied in: the CPU's sparse kernels know no half precision."""
-        return torch.float32 if x.device.type == "cpu" and x.dtype in _HALF else x.dtype
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels import CompressedRows
 from ..modeling.kernel_slot import kernels_for
-from ..modeling.sparse_linear import sparse_matmul, transposed
+from ..modeling.sparse_linear import sampled_product, sparse_matmul, transposed
 from .nonzero_linear import weight_gradient
 
 # Entries of a dense product held at a time where there is no kernel for a sampled one.
@@ -81,17 +81,7 @@ class LivePattern:
         dense = 8 if kernels is None else 20
         if len(self.live) * dense > rows * width or not _has_sampled_kernel(left):
             return self._product_in_pieces(left, right)
-        if kernels is not None:
-            return kernels.gradient_at(self.row_starts, self.columns, left, right)
-        pattern = torch.sparse_csr_tensor(
-            self.row_starts,
-            self.columns,
-            left.new_zeros(len(self.live)),
-            self.shape,
-            check_invariants=False,
-        )
-        product = torch.sparse.sampled_addmm(pattern, left.t().contiguous(), right, beta=0.0)
-        return product.values()
+        return sampled_product(self.row_starts, self.columns, left, right)
 
     def _product_in_pieces(self, left: Tensor, right: Tensor) -> Tensor:
         """The same by dense products of a few rows at a time, read at the live coordinates."""

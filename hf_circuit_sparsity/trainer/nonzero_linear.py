@@ -128,13 +128,9 @@ class _LinearOnNonzeros(torch.autograd.Function):
             y = nonzeros.times(flat, bias)
         else:
             ctx.save_for_backward(flat, weight)
-            active = kernels.list_nonzeros(flat, MAX_ACTIVE)
-            if active is None:
-                y = F.linear(flat, weight, bias)
-            else:
-                y = kernels.product(active, weight, transpose=True)
-                if bias is not None:
-                    y += bias
+            y = product(flat, weight, kernels, transpose=True)
+            if bias is not None:
+                y += bias
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -147,15 +143,22 @@ class _LinearOnNonzeros(torch.autograd.Function):
             if ctx.nonzeros is not None:
                 grad_x = ctx.nonzeros.transposed(ctx.kernels).times(grad)
             else:
-                active = ctx.kernels.list_nonzeros(grad, MAX_ACTIVE)
-                product = ctx.kernels.product
-                grad_x = grad @ weight[0] if active is None else product(active, weight[0])
+                grad_x = product(grad, weight[0], ctx.kernels)
             grad_x = grad_x.view(ctx.shape)
         if ctx.needs_input_grad[1]:
             grad_weight = weight_gradient(grad, x, ctx.kernels)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0)
         return grad_x, grad_weight, grad_bias, None, None
+
+
+def product(
+    x: torch.Tensor, weight: torch.Tensor, kernels: CpuKernels | None, transpose: bool = False
+) -> torch.Tensor:
+    """`x @ weight`, or `x @ weight.T`, on the nonzeros of `x` if they are few."""
+    if kernels is not None and (active := kernels.list_nonzeros(x, MAX_ACTIVE)):
+        return kernels.product(active, weight, transpose)
+    return x @ (weight.t() if transpose else weight)
 
 
 def weight_gradient(

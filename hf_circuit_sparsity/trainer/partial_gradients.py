@@ -17,7 +17,7 @@ from ..modeling.kernel_slot import kernels_for
 from ..modeling.sparse_linear import SparseEmbedding, SparseLinear, SparseWeight
 from .coordinate_blocks import Block
 from .live_weights import LivePattern
-from .nonzero_linear import MAX_ACTIVE, MAX_DENSITY, weight_gradient
+from .nonzero_linear import MAX_DENSITY, product, weight_gradient
 from .rcd import RCDSparseOptimizer
 
 
@@ -185,12 +185,9 @@ class _Forward:
         whole = not isinstance(self.layer, SparseWeight)
         if whole and len(live.live) > self.threshold * weight.numel():
             weight = weight.to(x.dtype)
-            if kernels := kernels_for(x, weight):
-                # AbsTopK leaves zeros on one side or the other of every layer.
-                active = kernels.list_nonzeros(x, MAX_ACTIVE) if self.threshold >= 0.0 else None
-                if active is not None:
-                    return kernels.product(active, weight, transpose=not transpose)
-            return x @ weight if transpose else x @ weight.t()
+            # AbsTopK leaves zeros on one side or the other of every layer.
+            kernels = kernels_for(x, weight) if self.threshold >= 0.0 else None
+            return product(x, weight, kernels, transpose=not transpose)
         values = weight.view(-1)[live.live] if whole else weight
         return live.product(x, values, transpose)
 

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
+from hf_circuit_sparsity.modeling.kernel_slot import without_kernels
 from hf_circuit_sparsity.trainer import sparse_param_groups, sparsify_initialization_
 from hf_circuit_sparsity.trainer.partial_gradients import PartialGradients
 from hf_circuit_sparsity.trainer.rcd import RCDSparseOptimizer
@@ -185,9 +186,8 @@ SAMPLED = {torch.ops.aten.sparse_sampled_addmm: sampled_flops}
     [("rows", 1 / 16), ("rows", 1 / 4), ("columns", 1 / 16), ("columns", 1 / 4),
      ("entries", 1 / 16)],
 )  # fmt: skip
-def test_weight_gradient_flops_are_the_blocks_share(layer, block, fraction, monkeypatch):
-    # PyTorch counts what PyTorch computes.
-    monkeypatch.setattr("hf_circuit_sparsity.trainer.live_weights.kernels_for", lambda *_: None)
+@without_kernels()  # PyTorch counts what PyTorch computes
+def test_weight_gradient_flops_are_the_blocks_share(layer, block, fraction):
     tokens, inputs, outputs = 32, 128, 192
     module = nn.Linear(inputs, outputs) if layer == "linear" else Conv1D(outputs, inputs)
     x = torch.randn(tokens, inputs)  # no gradient: what remains is the weight's
