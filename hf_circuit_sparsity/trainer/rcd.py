@@ -1,6 +1,5 @@
 """Random coordinate descent on sparse weights, at the cost of what it touches."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..modeling.sparse_linear import SparseWeight
 from .coordinate_blocks import Block, BlockKind, Selection
-from .rcd_gradients import gradient_rms
+from .rcd_gradients import first_not_finite, gradient_rms, of_those_still_live, scale_for
 from .rcd_moves import (
     Coordinates,
     block_dim,
@@ -346,7 +345,7 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
         scale = self._scale(gradients)
         self.effective_lr = learning_rate(counters)
         if scale is None:
-            count_skipped_step(counters, self._first_not_finite(gradients))
+            count_skipped_step(counters, first_not_finite(self.param_groups, gradients))
         else:
             counters["skipped_in_a_row"] = 0
             for group in self.param_groups:
@@ -383,11 +382,8 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
             if not len(positions):
                 continue
             state, moving = self.state[p], slice(None)
-            if positions is not state["live"]:  # as it was when they were computed
-                place = torch.searchsorted(positions, state["live"])
-                place.clamp_(max=max(0, len(positions) - 1))
-                moving = positions[place] == state["live"]
-                gradient = gradient[place[moving]]
+            if positions is not state["live"]:
+                moving, gradient = of_those_still_live(positions, gradient, state["live"])
             move_live_coordinates(self.storage(p), group, state, gradient, moving, scale)
 
     def _settle(self) -> None:
@@ -487,19 +483,5 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
         ]
         groups = [g for g in self.param_groups if not g["sparse"]]
         dense = [p.grad for g in groups for p in g["params"] if p.grad is not None]
-        rms = self.grad_rms = gradient_rms(parts, dense, self.workers)
-        if not math.isfinite(rms):
-            return None
-        mode = self.param_groups[0].get("grad_rms_mode", "off")
-        if rms > 0.0 and (mode == "always" or (mode == "clip" and rms > 1.0)):
-            return 1.0 / rms
-        return 1.0
-
-    def _first_not_finite(self, gradients: dict[Tensor, Any]) -> str:
-        for number, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                found = gradients[p] if group["sparse"] else (p.grad,)
-                if any(g is not None and not g.isfinite().all() for g in found or ()):
-                    names = group.get("param_names")
-                    return names[i] if names else f"parameter {i} of group {number}"
-        return "no parameter alone; their squares overflow in sum"
+        self.grad_rms = gradient_rms(parts, dense, self.workers)
+        return scale_for(self.grad_rms, self.param_groups[0].get("grad_rms_mode", "off"))

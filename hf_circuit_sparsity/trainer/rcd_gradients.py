@@ -1,4 +1,4 @@
-"""How large the gradients are of which :class:`RCDSparseOptimizer` sees only a part."""
+"""What :class:`RCDSparseOptimizer` makes of gradients of which it sees only a part."""
 
 import math
 from collections.abc import Iterable
@@ -55,6 +55,47 @@ def gradient_rms(parts: list[Part], dense: Iterable[Tensor], workers: Workers | 
         total += _square(gradient)
         entries += gradient.numel()
     return math.sqrt(max(0.0, total) / max(1, entries)) if math.isfinite(total) else total
+
+
+def scale_for(rms: float, mode: str) -> float | None:
+    """What to multiply gradients by whose root-mean-square this is; None if it is not finite.
+
+    Args:
+        mode: "always" brings it to 1, "clip" only from above 1, "off" leaves it alone.
+    """
+    if not math.isfinite(rms):
+        return None
+    if rms > 0.0 and (mode == "always" or (mode == "clip" and rms > 1.0)):
+        return 1.0 / rms
+    return 1.0
+
+
+def first_not_finite(groups: list[dict[str, Any]], gradients: dict[Tensor, Any]) -> str:
+    """The name of the first parameter whose gradient is not finite.
+
+    Args:
+        gradients: of sparse parameters: at the live coordinates and in the block; or None.
+    """
+    for number, group in enumerate(groups):
+        for i, p in enumerate(group["params"]):
+            found = gradients[p] if group["sparse"] else (p.grad,)
+            if any(g is not None and not g.isfinite().all() for g in found or ()):
+                names = group.get("param_names")
+                return names[i] if names else f"parameter {i} of group {number}"
+    return "no parameter alone; their squares overflow in sum"
+
+
+def of_those_still_live(positions: Tensor, gradient: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the coordinates that live now have a late gradient, and theirs.
+
+    Args:
+        positions: that lived when the gradient was computed, ascending.
+        gradient: at them.
+        live: positions now.
+    """
+    place = torch.searchsorted(positions, live).clamp_(max=max(0, len(positions) - 1))
+    moving = positions[place] == live
+    return moving, gradient[place[moving]]
 
 
 def _square(x: Tensor) -> float:
