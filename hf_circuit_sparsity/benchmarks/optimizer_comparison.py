@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,15 @@ from .rcd_race import Recipe, Training
 CONTEXT = 128
 ARCHITECTURES = ("circuitgpt", "gpt2", "tinyllama")
 _BLOCK = {"block_fraction": 1 / 4, "block_steps": 2, "start_density": 1 / 8}
-METHODS: dict[str, tuple[str, float, dict[str, Any]]] = {
-    "AdamW, dense": ("adamw", 2e-3, {"betas": (0.9, 0.95)}),
-    "SGD, dense": ("sgd", 0.3, {"momentum": 0.9}),
-    "top-k annealed AdamW": ("topk", 1e-2, {}),
-    "RCD, uniform": ("rcd", 1e-2, {"selection": "uniform", **_BLOCK}),
-    "MB-RCD": ("rcd", 1e-2, {"selection": "magnitude", **_BLOCK}),
-    "RCD, Gauss-Southwell on the block": ("rcd", 1e-2, {
+RATES = (1e-3, 3e-3, 1e-2)
+# Kind, learning rates tried, settings.
+METHODS: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
+    "AdamW, dense": ("adamw", RATES, {"betas": (0.9, 0.95)}),
+    "SGD, dense": ("sgd", (0.1, 0.3, 1.0), {"momentum": 0.9}),
+    "top-k annealed AdamW": ("topk", RATES, {}),
+    "RCD, uniform": ("rcd", RATES, {"selection": "uniform", **_BLOCK}),
+    "MB-RCD": ("rcd", RATES, {"selection": "magnitude", **_BLOCK}),
+    "RCD, Gauss-Southwell on the block": ("rcd", RATES, {
         "selection": "gradient", "greedy_fraction": 1 / 4, **_BLOCK}),
 }  # fmt: skip
 LABELS = {
@@ -80,8 +83,8 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
     held_out = torch.from_numpy(data["validation"])
     held_out = held_out[:: max(1, len(held_out) // 128)][:128]
     before = _peak()
-    kind, lr, settings = METHODS[args.method]
-    recipe = Recipe(kind, args.steps, lr, args.batch, settings)
+    kind, _, settings = METHODS[args.method]
+    recipe = Recipe(kind, args.steps, args.lr, args.batch, settings)
     training = Training(
         builder(args.architecture, args.width, args.layers, args.vocabulary),
         recipe,
@@ -101,6 +104,7 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "architecture": args.architecture,
         "method": args.method,
+        "lr": args.lr,
         "loss": loss,
         "density": nonzeros / entries,
         "step_ms": 1e3 * training.seconds / args.steps,
@@ -135,27 +139,35 @@ def report(results: list[dict[str, Any]], args: argparse.Namespace) -> str:
         f"{args.steps} steps of {args.batch} sequences of {CONTEXT} tokens "
         f"({args.steps * args.batch * CONTEXT:,} tokens) of the standard library, vocabulary "
         f"{args.vocabulary}, {args.layers} layers of width {args.width}; sparse runs end with one "
-        f"of {args.inverse_density} weights. One seed and one learning rate each. Step times are "
+        f"of {args.inverse_density} weights. One seed; of the learning rates "
+        "tried each optimizer's best, the other losses in brackets, by rising rate. Step times are "
         "CPU time per step; peak memory is what training added to that of the process; inference "
         "is a forward pass of 256 tokens per CPU second, on the nonzeros where there are few.",
     ]
     for name in ARCHITECTURES:
-        own = [r for r in results if r["architecture"] == name]
-        if not own:
+        tried = [r for r in results if r["architecture"] == name]
+        if not tried:
             continue
+        by_method = {m: [r for r in tried if r["method"] == m] for m in METHODS}
+        own = [min(runs, key=lambda r: r["loss"]) for runs in by_method.values() if runs]
         rows = [
-            (r["method"], f"{r['loss']:.3f}", f"{math.exp(min(r['loss'], 50)):.1f}",
-             f"{r['density']:.4f}", f"{r['step_cpu_ms']:.0f}", f"{r['peak_mb']:.0f}",
-             f"{r['tokens_per_second']:,.0f}")
+            (r["method"], f"{r['lr']:g}", _losses(r, by_method[r["method"]]),
+             f"{math.exp(min(r['loss'], 50)):.1f}", f"{r['density']:.4f}",
+             f"{r['step_cpu_ms']:.0f}", f"{r['peak_mb']:.0f}", f"{r['tokens_per_second']:,.0f}")
             for r in own
         ]  # fmt: skip
-        header = ("optimizer", "validation loss", "perplexity", "density", "ms per step",
-                  "peak memory (MB)", "inference (tokens/s)")  # fmt: skip
+        header = ("optimizer", "learning rate", "validation loss", "perplexity", "density",
+                  "ms per step", "peak memory (MB)", "inference (tokens/s)")  # fmt: skip
         title = (
             f"{LABELS[name]}, {own[0]['parameters']:,} parameters (the original: {FULL_SIZE[name]})"
         )
         parts += [f"## {title}", table(header, rows)]
     return "\n\n".join(parts) + "\n"
+
+
+def _losses(best: dict[str, Any], runs: list[dict[str, Any]]) -> str:
+    others = ", ".join(f"{r['loss']:.3f}" for r in runs if r is not best)
+    return f"{best['loss']:.3f} ({others})" if others else f"{best['loss']:.3f}"
 
 
 def main() -> None:
@@ -168,8 +180,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--inverse-density", type=int, default=24)
+    parser.add_argument(
+        "--architectures", nargs="*", choices=ARCHITECTURES, default=list(ARCHITECTURES)
+    )
     parser.add_argument("--architecture", choices=ARCHITECTURES, help=argparse.SUPPRESS)
     parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--lr", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.method:
         print(json.dumps(run_one(args)))
@@ -177,13 +193,13 @@ def main() -> None:
     file = args.folder / "optimizer_comparison.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     tokens(args.folder, args.vocabulary, CONTEXT)
-    for architecture in ARCHITECTURES:
-        for method in METHODS:
-            if any(r["architecture"] == architecture and r["method"] == method for r in results):
+    done = {(r["architecture"], r["method"], r["lr"]) for r in results}
+    for architecture, method in product(args.architectures, METHODS):
+        for lr in METHODS[method][1]:
+            if (architecture, method, lr) in done:
                 continue
-            options = [str(o) for o in sys.argv[1:]]
-            command = [sys.executable, "-m", __spec__.name, *options,
-                       "--architecture", architecture, "--method", method]  # fmt: skip
+            command = [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--architecture",
+                       architecture, "--method", method, "--lr", str(lr)]  # fmt: skip
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             results.append(json.loads(out.splitlines()[-1]))
             print(results[-1], flush=True)

@@ -93,7 +93,7 @@ def test_lines_of_a_search():
 def test_every_optimizer_trains_every_architecture(architecture):
     build = builder(architecture, 64, 1, 64)
     blocks = BLOCKS % 64
-    for kind, lr, settings in METHODS.values():
+    for kind, (*_, lr), settings in METHODS.values():
         training = Training(build, Recipe(kind, 4, lr, 4, settings), 1 / 8, blocks, blocks[:4])
         before = training.evaluate()
         training.run(4)
