@@ -6,13 +6,14 @@ dense model's answer move, against no steering and against random channels.
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from ..modeling import BridgedCausalLM
 from ..modeling.bridge_losses import mean_kl
@@ -90,14 +91,18 @@ def steering_candidates(
         streams = dense.run(x, context)
     found = []
     for location in range(bridged.n_locations):
-        x = streams[location].detach().requires_grad_()
-        logits = dense.logits(dense.run(x, context, location)[-1], context)[:, -1].float()
-        margin = logits.gather(1, answers[1][:, None]) - logits.gather(1, answers[0][:, None])
-        (gradient,) = torch.autograd.grad(margin.mean(), x)
+        with torch.enable_grad():
+            x = streams[location].detach().requires_grad_()
+            logits = dense.logits(dense.run(x, context, location)[-1], context)[:, -1].float()
+            margin = logits.gather(1, answers[1][:, None]) - logits.gather(1, answers[0][:, None])
+            (gradient,) = torch.autograd.grad(margin.mean(), x)
         # Of moving every token's stream by the same vector.
         gradient = gradient.sum((0, 1)).float()
         difference = means[1][location] - means[0][location]
-        effect = difference * (gradient @ bridged.bridges[location].decoder.weight.detach().float())
+        bridge = bridged.bridges[location]
+        with torch.no_grad():
+            units = torch.eye(len(difference), device=difference.device)
+            effect = difference * (bridge.decode_change(units).float() @ gradient)
         for channel in _channels(bridged, circuit, location):
             values = difference[channel].item(), effect[channel].item()
             found.append(SteeringCandidate(location, channel, *values))
@@ -209,6 +214,7 @@ def steering_sweep(
     random_channels: int = 8,
     rows: int = 128,
     seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> SteeringSweep:
     """Steer a dense model with growing strength and watch its answer, with two controls.
 
@@ -226,6 +232,8 @@ def steering_sweep(
         random_channels: how many of them.
         rows: prompts.
         seed: of the random channels.
+        tokenizer: if given, the probability of an answer is that of all tokens whose text begins
+            with it: a quote may end a string alone or together with the bracket behind it.
 
     Raises:
         ValueError: no such place, channel or answer.
@@ -246,10 +254,11 @@ def steering_sweep(
         if norm > 0:
             controls.append((c, length / norm))
     plain_text = None if text is None else bridged.dense(text).logits
+    same = None if tokenizer is None else tokens_beginning_alike(tokenizer, tensors)
 
     def measure(c: int, strength: float) -> tuple[float, float, float | None]:
         with bridged.steer(where, c, strength, mode=mode):
-            answer, other = answer_probabilities(bridged, tensors)
+            answer, other = answer_probabilities(bridged, tensors, same)
             kl = None
             if plain_text is not None:
                 kl = mean_kl(plain_text, bridged.dense(text).logits).item()
@@ -277,15 +286,39 @@ def steering_sweep(
     )
 
 
-def answer_probabilities(bridged: BridgedCausalLM, tensors: TaskTensors) -> tuple[float, float]:
-    """The dense model's mean probability of the right and of the other answer."""
+def answer_probabilities(
+    bridged: BridgedCausalLM, tensors: TaskTensors, same: Mapping[int, torch.Tensor] | None = None
+) -> tuple[float, float]:
+    """The dense model's mean probability of the right and of the other answer.
+
+    Args:
+        bridged: with the dense model.
+        tensors: of the prompts.
+        same: for each answer the tokens that count as it; see [`tokens_beginning_alike`].
+    """
     ids, mask = tensors["input_ids"], tensors["attention_mask"]
     # Not every architecture counts positions from the mask.
     output = bridged.dense(
         input_ids=ids, attention_mask=mask, position_ids=position_ids(ids, mask), use_cache=False
     )
     p = F.softmax(output.logits[:, -1].float(), dim=-1)
-    return (
-        p.gather(1, tensors["target_ids"][:, None]).mean().item(),
-        p.gather(1, tensors["counterfactual_target_ids"][:, None]).mean().item(),
-    )
+
+    def mean_of(answers: torch.Tensor) -> float:
+        if same is None:
+            return p.gather(1, answers[:, None]).mean().item()
+        rows = [line[same[answer]].sum() for line, answer in zip(p, answers.tolist(), strict=True)]
+        return torch.stack(rows).mean().item()
+
+    return mean_of(tensors["target_ids"]), mean_of(tensors["counterfactual_target_ids"])
+
+
+def tokens_beginning_alike(
+    tokenizer: PreTrainedTokenizerBase, tensors: TaskTensors
+) -> dict[int, torch.Tensor]:
+    """For every answer of some prompts the ids of the tokens whose text begins with its text."""
+    answers = torch.cat([tensors["target_ids"], tensors["counterfactual_target_ids"]])
+    texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    return {
+        answer: torch.tensor([i for i, text in enumerate(texts) if text.startswith(texts[answer])])
+        for answer in answers.unique().tolist()
+    }

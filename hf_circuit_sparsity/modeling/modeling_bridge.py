@@ -20,42 +20,17 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from .bridge_checkpoint import load_bridge, load_dense, save_bridge
+from .bridge_layer import Bridge
 from .bridge_losses import mean_kl, normalized_mse
 from .configuration_bridge import BridgeConfig
 from .configuration_circuitgpt import CircuitGPTConfig
 from .fingerprint import model_fingerprint
 from .modeling_circuitgpt import CircuitGPTForCausalLM
 from .residual_streams import ResidualStream, residual_stream
-from .sparse_ops import abs_topk
 from .steering import steered
 
 # The five loss terms, by the name of their weight.
 LOSS_TERMS = ("lm", "kl", "nmse", "dense_to_sparse", "sparse_to_dense")
-
-
-class Bridge(nn.Module):
-    """The encoder and decoder of one location.
-
-    Args:
-        dense_width, sparse_width: channels of the two residual streams.
-        k: sparse channels that the encoder keeps, by magnitude; `None` for all.
-        bias: whether both have biases.
-    """
-
-    def __init__(self, dense_width: int, sparse_width: int, k: int | None, bias: bool = True):
-        super().__init__()
-        self.encoder = nn.Linear(dense_width, sparse_width, bias=bias)
-        self.decoder = nn.Linear(sparse_width, dense_width, bias=bias)
-        self.k = k
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """`(..., dense_width)` to `(..., sparse_width)`."""
-        y = self.encoder(x.to(self.encoder.weight.dtype))
-        return y if self.k is None else abs_topk(y, self.k)
-
-    def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """`(..., sparse_width)` to `(..., dense_width)`."""
-        return self.decoder(x.to(self.decoder.weight.dtype))
 
 
 @dataclass

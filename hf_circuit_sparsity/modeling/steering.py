@@ -97,8 +97,12 @@ def decoded_direction(
     bridged: Any, location: int, channel: int, write: torch.Tensor | None
 ) -> torch.Tensor:
     """What one unit of the channel is in the dense stream, `(dense width,)`."""
-    weight = bridged.bridges[location].decoder.weight.detach()
-    return weight[:, channel] if write is None else weight @ write.to(weight.dtype)
+    bridge = bridged.bridges[location]
+    if write is None:
+        weight = bridge.decoder.weight
+        write = torch.zeros(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        write[channel] = 1.0
+    return bridge.decode_change(write).detach()
 
 
 def _check_channel(where: str, channel: int, width: int) -> None:

@@ -13,7 +13,7 @@ from .partial_gradients import PartialGradients
 from .projection import nonzero_budget, project_topk_, project_topk_reference_
 from .rcd import RCDSparseOptimizer
 from .rcd_workers import Workers
-from .ridge_bridges import ridge_bridges_
+from .ridge_bridges import ridge_bridges_, standardize_bridges_
 from .schedules import DensitySchedule, sharkfin
 from .sparse_config import SparseTrainingArguments
 from .sparse_start import sparse_from_config, sparsify_initialization_
@@ -48,4 +48,5 @@ __all__ = [
     "sparse_from_config",
     "sparse_param_groups",
     "sparsify_initialization_",
+    "standardize_bridges_",
 ]

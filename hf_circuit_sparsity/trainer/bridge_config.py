@@ -53,6 +53,14 @@ class BridgeTrainingArguments(SparseTrainingArguments):
         },
     )
 
+    standardize_bridges: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether bridges that have no units yet get those of the dense stream from the "
+            "first batch; see standardize_bridges_."
+        },
+    )
+
     # --- Which parameters are sparse ---
     sparse_bridges: bool = field(
         default=False,

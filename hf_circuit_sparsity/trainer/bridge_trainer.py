@@ -1,6 +1,7 @@
 """The Hugging Face ``Trainer`` for a sparse twin and its bridges to a dense model."""
 
 import random
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..modeling import LOSS_TERMS, BridgedCausalLM, BridgeOutput
 from ..modeling.bridge_checkpoint import WEIGHTS_NAME, load_adapter_weights
-from .bridge_config import BridgeTrainingArguments
+from .bridge_config import BRIDGE_PARAMETERS, BridgeTrainingArguments
+from .ridge_bridges import standardize_bridges_
 from .sparse_trainer import SparseTrainer
 
 # What every location has a figure of, by its name in the model's output.
@@ -25,6 +27,10 @@ class BridgeTrainer(SparseTrainer):
     Takes what :class:`SparseTrainer` takes, with a :class:`BridgedCausalLM` as ``model`` and
     :class:`BridgeTrainingArguments` as ``args``. The twin becomes sparse as any model does there
     (top-k or random coordinate descent), the bridges stay dense unless ``sparse_bridges``.
+
+    With ``standardize_bridges``, bridges that have no units yet (see
+    :func:`standardize_bridges_`) get them from the first batch. The learning rate of bridges has no
+    sharkfin factor unless they become sparse themselves.
 
     The locations of a step's hybrid runs follow from the seed and the number of the step, so that a
     resumed run draws the same, and every process and every accumulated batch of a step too.
@@ -78,6 +84,17 @@ class BridgeTrainer(SparseTrainer):
             "leave_at": draws["leave_at"] if args.sparse_to_dense_weight else [],
         }
 
+    def _param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        if self.args.sparse_bridges:
+            return super()._param_groups(model)
+        groups = []
+        for group in super()._param_groups(model):
+            bridges = [n for n in group["params"] if fnmatchcase(n[0], BRIDGE_PARAMETERS)]
+            others = [n for n in group["params"] if not fnmatchcase(n[0], BRIDGE_PARAMETERS)]
+            groups += [{**group, "params": others}] if others else []
+            groups += [{**group, "params": bridges, "sharkfin": False}] if bridges else []
+        return groups
+
     @property
     def _bridged(self) -> BridgedCausalLM:
         return self.accelerator.unwrap_model(self.model)
@@ -90,7 +107,15 @@ class BridgeTrainer(SparseTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, BridgeOutput]:
         """The weighted sum of the terms; see ``Trainer.compute_loss``."""
-        everywhere = list(range(self._bridged.n_locations))
+        bridged = self._bridged
+        everywhere = list(range(bridged.n_locations))
+        if (
+            model.training
+            and self.args.standardize_bridges
+            and not all(bridge.has_units for bridge in bridged.bridges)
+        ):
+            mask = inputs.get("attention_mask")
+            standardize_bridges_(bridged, inputs["input_ids"], mask, self.accelerator)
         places = (
             self.sampled_locations(self.state.global_step)
             if model.training

@@ -1,6 +1,7 @@
-"""Bridges by ridge regression: a start for their training, and what it must be better than."""
+"""Where the training of bridges starts: standard units, and regression, which it must beat."""
 
 import torch
+from accelerate import Accelerator
 
 from ..modeling import BridgedCausalLM
 
@@ -14,7 +15,8 @@ def ridge_bridges_(
 ) -> BridgedCausalLM:
     """Set every encoder and decoder to the ridge regression between the two streams, in place.
 
-    The AbsTopK behind an encoder is not part of the regression.
+    The dense stream is standardized with what is measured here (see `Bridge`). The AbsTopK behind
+    an encoder is not part of the regression.
 
     Args:
         bridged: with biases in its bridges.
@@ -51,6 +53,13 @@ def ridge_bridges_(
     dense = torch.arange(widths[0])
     sparse = widths[0] + torch.arange(widths[1])
     for bridge, moment in zip(bridged.bridges, moments, strict=True):
+        moment /= input_ids.numel()
+        mean = moment[-1, dense]
+        bridge.set_units_(mean, moment.diagonal()[dense] - mean.square())
+        to_units = torch.eye(len(moment), dtype=moment.dtype)
+        to_units[-1, dense] = -bridge.dense_mean.cpu().double()
+        to_units[:, dense] /= bridge.dense_scale.cpu().double()
+        moment = to_units.T @ moment @ to_units
         for linear, source, target in (
             (bridge.encoder, dense, sparse),
             (bridge.decoder, sparse, dense),
@@ -64,3 +73,34 @@ def ridge_bridges_(
             linear.weight.copy_(solution[:-1].T)
             linear.bias.copy_(solution[-1])
     return bridged.train(was_training)
+
+
+@torch.no_grad()
+def standardize_bridges_(
+    bridged: BridgedCausalLM,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    accelerator: Accelerator | None = None,
+) -> BridgedCausalLM:
+    """Let every bridge read and write the dense stream in standard units, in place; see `Bridge`.
+
+    The weights stay, so that fresh bridges begin at the size of the stream, whatever it is.
+
+    Args:
+        bridged: its dense model is run once.
+        input_ids: `(B, T)`, a thousand tokens or more.
+        attention_mask: `(B, T)`, 0 for padding, which does not count.
+        accelerator: with several processes, each of which measures its own tokens, takes the mean
+            over all of them, so that the units are everywhere the same.
+    """
+    stream = bridged.dense_stream
+    x, context = stream.embed(input_ids, attention_mask)
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    for bridge, found in zip(bridged.bridges, stream.run(x, context), strict=True):
+        x = found[real.bool()].double()
+        moments = torch.stack([x.mean(0), x.square().mean(0)])
+        if accelerator is not None:
+            moments = accelerator.reduce(moments, "mean")
+        mean, square = moments
+        bridge.set_units_(mean, square - mean.square())
+    return bridged

@@ -150,7 +150,7 @@ class SparseTrainer(Trainer):
             for group in self._built.param_groups:
                 group["total_steps"] = self._training_steps()
         if self._monitor is None:
-            groups = [g for g in _param_groups(opt_model, self.args) if g["sparse"]]
+            groups = [g for g in self._param_groups(opt_model) if g["sparse"]]
             owners = {id(layer.values): layer for layer in sparse_layers(opt_model).values()}
             watched = [owners.get(id(p), p) for g in groups for _, p in g["params"]]
             self._monitor = SparsityMonitor(watched)
@@ -172,7 +172,7 @@ class SparseTrainer(Trainer):
     def _build_optimizer(self, model: nn.Module) -> TopKAdamW:
         args = self.args
         return TopKAdamW(
-            _param_groups(model, args),
+            self._param_groups(model),
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
@@ -197,7 +197,7 @@ class SparseTrainer(Trainer):
             seed=args.seed,
             **_group_settings(args),
         )
-        groups = _param_groups(model, args)
+        groups = self._param_groups(model)
         workers = None
         if args.world_size > 1:
             workers = Workers()
@@ -221,6 +221,9 @@ class SparseTrainer(Trainer):
             staleness=args.rcd_staleness,
             **args.rcd_settings(),
         )
+
+    def _param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        return _param_groups(model, self.args)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # What is held as nonzeros is also written as such: it would not fit into memory otherwise.

@@ -10,7 +10,11 @@ from hf_circuit_sparsity.circuits import (
     steering_candidates,
     steering_sweep,
 )
-from hf_circuit_sparsity.circuits.steering import answer_rows
+from hf_circuit_sparsity.circuits.steering import (
+    answer_probabilities,
+    answer_rows,
+    tokens_beginning_alike,
+)
 from hf_circuit_sparsity.modeling import BridgedCausalLM
 from tests.circuits.planted import NO, PLANTED_NODES, YES, on_off_task, planted_model, reference_ids
 
@@ -73,6 +77,30 @@ def test_the_measured_probabilities_are_those_of_each_prompt_alone(bridged):
         for row in rows
     ]
     assert sweep.unsteered_probability == pytest.approx(sum(alone) / 7, rel=1e-4)
+
+
+def test_tokens_that_begin_with_the_answer_count_as_it(bridged):
+    class Tokenizer:
+        def __len__(self):
+            return 16
+
+        def decode(self, ids):
+            return {YES: "yes", NO: "no", 5: "yes,", 6: "yes ", 7: "ye", 8: "not"}.get(ids[0], "-")
+
+    tensors = answer_rows(on_off_task(), "test", YES, 5)
+    same = tokens_beginning_alike(Tokenizer(), tensors)
+    assert {k: v.tolist() for k, v in same.items()} == {YES: sorted([YES, 5, 6]), NO: [NO, 8]}
+    logits = bridged.dense(tensors["input_ids"], attention_mask=tensors["attention_mask"]).logits
+    p = logits[:, -1].softmax(-1).mean(0)
+    found = answer_probabilities(bridged, tensors, same)
+    expected = p[[YES, 5, 6]].sum().item(), p[[NO, 8]].sum().item()
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_candidates_are_found_without_gradients_too(bridged):
+    with torch.no_grad():
+        found = steering_candidates(bridged, on_off_task(), YES)
+    assert found == steering_candidates(bridged, on_off_task(), YES)
 
 
 def test_an_answer_the_task_does_not_have_is_refused(bridged):

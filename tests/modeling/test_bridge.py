@@ -27,6 +27,9 @@ def bridged_pair(make=gpt2, **fields) -> BridgedCausalLM:
     with torch.no_grad():
         for parameter in bridged.bridges.parameters():
             parameter.normal_()
+        for bridge in bridged.bridges:
+            width = len(bridge.dense_mean)
+            bridge.set_units_(torch.randn(width), torch.rand(width) + 0.5)
     return bridged.eval()
 
 
@@ -101,6 +104,27 @@ def test_the_output_is_what_it_says(make):
     weights = {"lm": 2.0, "kl": 0.0, "nmse": 3.0, "dense_to_sparse": 0.5, "sparse_to_dense": 0.0}
     weighted = bridged(IDS, labels=IDS, enter_at=[0, 3], leave_at=[2], loss_weights=weights).loss
     torch.testing.assert_close(weighted, 2 * out.lm + 3 * out.nmse + 0.5 * out.dense_to_sparse)
+
+
+@torch.no_grad()
+def test_units_are_only_another_way_to_write_the_same_maps():
+    bridged = bridged_pair(encoder_afrac=None)
+    bridge = bridged.bridges[1]
+    x, y = torch.randn(5, 24), torch.randn(5, 16)
+    z = (x - bridge.dense_mean) / bridge.dense_scale
+    torch.testing.assert_close(bridge.encode(x), bridge.encoder(z))
+    decoded = bridge.decode(y)
+    z = (decoded - bridge.dense_mean) / bridge.dense_scale
+    torch.testing.assert_close(z, bridge.decoder(y), rtol=1e-4, atol=1e-4)
+    change = torch.randn(16)
+    torch.testing.assert_close(
+        bridge.decode(y + change), decoded + bridge.decode_change(change), rtol=1e-4, atol=1e-4
+    )
+    # A channel that never moves does not make numbers that are not finite.
+    bridge.set_units_(torch.zeros(24), torch.zeros(24))
+    assert bridge.encode(x).isfinite().all()
+    bridge.set_units_(torch.zeros(24), torch.arange(24.0))
+    assert bridge.encode(x).isfinite().all() and bridge.has_units
 
 
 def test_normalized_error_is_zero_for_the_target_and_one_for_its_mean():
@@ -184,7 +208,7 @@ def test_sites_are_steered_where_they_meet_the_stream():
         assert torch.equal(logits(site, 3, 1.5), logits(location, 3, 1.5))
     # A neuron writes to many channels at once.
     write = bridged.sparse.transformer.h[1].mlp.c_proj.weight[:, 7]
-    decoded = bridged.bridges[4].decoder.weight @ write
+    decoded = bridged.decode(write, 4) - bridged.decode(0 * write, 4)
     stream = bridged.dense_stream
     x, context = stream.embed(IDS, None)
     expected = stream.logits(stream.run(x, context)[-1] + 1.5 * decoded, context)
@@ -202,11 +226,11 @@ def test_steering_works_within_generate_with_its_cache():
             ids = torch.cat([ids, dense(ids).logits[:, -1:].argmax(-1)], 1)
         return ids
 
-    plain = dense.generate(IDS[:1, :4], max_new_tokens=6, do_sample=False, pad_token_id=0)
+    # Without a mask, generate takes the prompt's token 0 for padding.
+    settings = {"attention_mask": torch.ones(1, 4).long(), "max_new_tokens": 6, "do_sample": False}
+    plain = dense.generate(IDS[:1, :4], pad_token_id=0, **settings)
     with bridged.steer(1, 3, 40.0):
-        steered = dense.generate(
-            IDS[:1, :4], max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None
-        )
+        steered = dense.generate(IDS[:1, :4], pad_token_id=0, eos_token_id=None, **settings)
         expected = by_hand(6)
     assert torch.equal(steered, expected)
     assert not torch.equal(steered[:, : plain.shape[1]], plain)

@@ -1,6 +1,10 @@
 """Training bridges: what is logged, what is sparse, and that a resumed run is the same run."""
 
 import math
+import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from hf_circuit_sparsity.trainer import (
     BridgeTrainingArguments,
     SparseTrainingArguments,
     ridge_bridges_,
+    standardize_bridges_,
 )
 from tests.trainer.test_sparse_trainer import assert_same_run, training_logs
 
@@ -175,11 +180,13 @@ def test_resuming_gives_bit_for_bit_the_run_that_never_stopped(
     assert later == [{k: e[k] for k in LOSS_TERMS} for e in training_logs(second)][3:]
 
 
-def test_accumulating_gradients_equals_the_larger_batch(make_bridged, make_bridge_trainer):
+def test_accumulating_gradients_equals_the_larger_batch(make_bridged, make_bridge_trainer, dataset):
     runs = []
     for batch, accumulate in ((16, 1), (4, 4)):
+        # Otherwise the first batch would be measured, and that is another one.
+        bridged = standardize_bridges_(make_bridged(), torch.tensor(dataset["input_ids"][:]))
         trainer = make_bridge_trainer(
-            make_bridged(),
+            bridged,
             name=f"batch{batch}",
             max_steps=4,
             # Normalized by the variance within a batch, so not a mean over its parts.
@@ -234,6 +241,42 @@ def test_bad_input_is_refused(make_bridged, make_bridge_trainer, make_gpt2, tmp_
     assert not Path(out).exists()
 
 
+def test_the_size_of_the_dense_stream_does_not_matter(make_bridged, make_bridge_trainer, dataset):
+    """The same dense model, its stream made a hundred times as long, gives the same bridges."""
+    runs = []
+    for factor in (1.0, 100.0):
+        bridged = make_bridged()
+        body = bridged.dense.transformer
+        with torch.no_grad():  # norms follow, so that its answers stay
+            body.wte.weight.data = body.wte.weight * factor
+            body.wpe.weight.mul_(factor)
+            for block in body.h:
+                for linear in (block.attn.c_proj, block.mlp.c_proj):
+                    linear.weight.mul_(factor)
+                    linear.bias.mul_(factor)
+            bridged.dense.lm_head.weight = torch.nn.Parameter(body.wte.weight / factor, False)
+            for block in body.h:
+                block.ln_1.eps = block.ln_2.eps = 1e-12
+            body.ln_f.eps = 1e-12
+        assert not any(bridge.has_units for bridge in bridged.bridges)
+        trainer = make_bridge_trainer(bridged, name=f"times{factor}", max_steps=20)
+        trainer.train()
+        assert all(bridge.has_units for bridge in bridged.bridges)
+        runs.append([entry["loss"] for entry in training_logs(trainer)])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-2)
+
+
+def test_bridges_are_dense_so_their_learning_rate_is_too(make_bridged, make_bridge_trainer):
+    for sparse_bridges in (False, True):
+        trainer = make_bridge_trainer(make_bridged(), sparse_bridges=sparse_bridges)
+        optimizer = trainer.create_optimizer()
+        bridges = {id(p) for p in trainer.model.bridges.parameters()}
+        for group in optimizer.param_groups:
+            of_bridges = {id(p) in bridges for p in group["params"]}
+            assert len(of_bridges) == 1 or sparse_bridges
+            assert group["sharkfin"] == (sparse_bridges or of_bridges == {False})
+
+
 def test_ridge_regression_is_the_best_linear_bridge(make_bridged, dataset):
     bridged = make_bridged()
     ids = torch.tensor(dataset["input_ids"][:])
@@ -246,6 +289,10 @@ def test_ridge_regression_is_the_best_linear_bridge(make_bridged, dataset):
             stream.run(*stream.embed(ids, None))[location].detach().flatten(0, 1).double()
             for stream in (dense, sparse)
         )
+        # It is the best in standard units, so with errors of every channel counted alike.
+        torch.testing.assert_close(bridge.dense_mean.double(), x.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(bridge.dense_scale.double(), x.std(0), rtol=1e-2, atol=1e-5)
+        x = (x - bridge.dense_mean) / bridge.dense_scale
         for linear, source, target in ((bridge.encoder, x, y), (bridge.decoder, y, x)):
             constant = torch.ones(len(source), 1, dtype=torch.float64)
             best = torch.linalg.lstsq(torch.cat([source, constant], 1), target).solution
@@ -256,3 +303,59 @@ def test_ridge_regression_is_the_best_linear_bridge(make_bridged, dataset):
     free = [bridge.encoder.weight.norm() for bridge in bridged.bridges]
     ridge_bridges_(bridged, ids, penalty=1.0)
     assert all(b.encoder.weight.norm() < w for b, w in zip(bridged.bridges, free, strict=True))
+
+
+SCRIPT = """
+    import sys
+    import torch
+    from datasets import Dataset
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from hf_circuit_sparsity import BridgedCausalLM, BridgeTrainer, BridgeTrainingArguments
+    from tests.trainer.test_bridge_trainer import twin_config
+
+    folder, sparsifier = sys.argv[1:3]
+    rows = torch.randint(61, (64, 12), generator=torch.Generator().manual_seed(1)).tolist()
+    args = BridgeTrainingArguments(
+        folder, max_steps=6, per_device_train_batch_size=4, sparsifier=sparsifier,
+        target_density=0.25, rcd_block_fraction=0.25, use_cpu=True, report_to=[],
+        save_steps=3, logging_steps=1, disable_tqdm=True,
+    )
+    assert args.world_size == 2
+    dense = GPT2Config(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, n_head=2)
+    torch.manual_seed(0)
+    bridged = BridgedCausalLM.from_models(GPT2LMHeadModel(dense), twin_config())
+    trainer = BridgeTrainer(
+        bridged, args, train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows})
+    )
+    trainer.train(resume_from_checkpoint=sys.argv[3] if len(sys.argv) > 3 else None)
+    logs = [entry["nmse"] for entry in trainer.state.log_history if "nmse" in entry]
+    torch.save(
+        {"weights": bridged.state_dict(), "logs": logs}, f"{folder}/rank{args.process_index}.pt"
+    )
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sparsifier", ["topk", "rcd"])
+def test_two_processes_keep_ranks_equal_and_resume(sparsifier, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(SCRIPT), encoding="utf-8")
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+
+    def launch(folder, *more):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   "--nproc_per_node", "2", str(script), str(folder)]  # fmt: skip
+        command += [sparsifier, *more]
+        subprocess.run(command, check=True, env=environment, timeout=600)
+        return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+    first, second = launch(tmp_path / "whole")
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name]), name
+    # Means over both processes, so the same in each.
+    assert first["logs"] == second["logs"] and len(first["logs"]) == 6
+    resumed, other = launch(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-3"))
+    for name, value in first["weights"].items():
+        assert torch.equal(resumed["weights"][name], other["weights"][name]), name
+        assert torch.equal(resumed["weights"][name], value), name
