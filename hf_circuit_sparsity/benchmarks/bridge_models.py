@@ -36,10 +36,11 @@ FOLDER = Path("runs/bridges")
 FINDINGS = Path("runs/findings")
 TWIN = "topk-128-seed0"
 DENSE_STEPS = 2000
-BRIDGE_STEPS = 200
+BRIDGE_STEPS = 600
 BRIDGE_BATCH_SIZE = 8
-# A third of the quickstart's peak: twin and bridges start from where they already are.
-BRIDGE_LEARNING_RATE = 3e-3
+# A tenth of the quickstart's peak: twin and bridges start from where they already are.
+BRIDGE_LEARNING_RATE = 1e-3
+NMSE_WEIGHT = 4.0
 DENSITY = 0.05
 RIDGE_TOKENS = 65_536
 SUMMARY = "training_summary.json"
@@ -81,6 +82,17 @@ def train_dense(folder: Path, tokenizer: PreTrainedTokenizerBase, blocks: Datase
     write_json(folder / SUMMARY, {"loss": metrics["eval_loss"], "steps": DENSE_STEPS})
 
 
+def ensure_dense(
+    folder: Path = FOLDER, findings: Path = FINDINGS
+) -> tuple[PreTrainedTokenizerBase, DatasetDict]:
+    """Train the dense model if it is not there yet; returns the tokenizer and the text."""
+    tokenizer, blocks = text_blocks(findings)
+    if not (folder / "dense" / SUMMARY).is_file():
+        say("Training the dense GPT-2")
+        train_dense(folder / "dense", tokenizer, blocks)
+    return tokenizer, blocks
+
+
 def fresh_bridge(dense: Path, findings: Path = FINDINGS) -> BridgedCausalLM:
     """Untrained bridges between the dense model and the sparse one that never saw it."""
     set_seed(0)
@@ -103,6 +115,7 @@ def train_bridge(
         str(folder),
         max_steps=BRIDGE_STEPS,
         learning_rate=BRIDGE_LEARNING_RATE,
+        nmse_weight=NMSE_WEIGHT,
         # The twin is as sparse as it is to be from the first step on.
         target_density=DENSITY, anneal_start=0.0, anneal_end=0.0,
         per_device_train_batch_size=BRIDGE_BATCH_SIZE, per_device_eval_batch_size=32,
@@ -145,10 +158,7 @@ def load_models(
     """
     quiet_libraries()
     dense, bridge = folder / "dense", folder / "bridge"
-    tokenizer, blocks = text_blocks(findings)
-    if not (dense / SUMMARY).is_file():
-        say("Training the dense GPT-2")
-        train_dense(dense, tokenizer, blocks)
+    tokenizer, blocks = ensure_dense(folder, findings)
     if not (bridge / SUMMARY).is_file():
         say("Training its sparse twin and the bridges")
         train_bridge(bridge, fresh_bridge(dense, findings), tokenizer, blocks)
@@ -159,6 +169,11 @@ def load_models(
 def dense_loss(folder: Path = FOLDER) -> float:
     """Validation loss of the dense model, nats per token."""
     return json.loads((folder / "dense" / SUMMARY).read_text(encoding="utf-8"))["loss"]
+
+
+def bridge_summary(folder: Path = FOLDER) -> dict[str, float]:
+    """What training twin and bridges reported."""
+    return json.loads((folder / "bridge" / SUMMARY).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,14 @@ from hf_circuit_sparsity.circuits import steering_candidates, steering_sweep
 from hf_circuit_sparsity.circuits.task_loss import all_pair_logits, binary_loss
 from hf_circuit_sparsity.modeling import BridgedCausalLM
 from tests.adapters.test_circuit_adapter import planted_circuit
-from tests.circuits.planted import NO, YES, on_off_task, planted_model, reference_ids
+from tests.circuits.planted import (
+    NO,
+    YES,
+    on_off_task,
+    planted_model,
+    reference_ids,
+    word_tokenizer,
+)
 
 
 @pytest.fixture
@@ -42,18 +49,27 @@ def test_figures_are_means_over_all_text(bridged):
 
 
 def test_tables_and_picture_of_a_sweep(bridged, tmp_path):
-    task = on_off_task()
-    best = choose_channel(bridged, task, YES, steering_candidates(bridged, task, YES))
-    doses = [0.0, 1.0, 4.0, 8.0]
+    task, tokenizer = on_off_task(), word_tokenizer()
+    candidates = steering_candidates(bridged, task, YES)
+    choice = choose_channel(bridged, tokenizer, task, YES, candidates)
+    best = choice.candidate
+    doses = [0.0, 1.0, choice.dose / 2, choice.dose]
     sweep = steering_sweep(
         bridged, task, YES, best.location, best.channel, [d * best.difference for d in doses],
-        text=reference_ids()[:4], random_channels=3,
+        text=reference_ids()[:4], random_channels=3, tokenizer=tokenizer,
     )  # fmt: skip
-    rows = sweep_rows(sweep, best)
-    assert [row[3] for row in rows] == ["0", "1", "4", "8"]
-    assert float(rows[2][5]) > 0.5 > float(rows[0][5])
+    rows = sweep_rows(sweep, choice)
+    assert [float(row[3]) for row in rows] == doses
+    assert float(rows[3][5]) > 0.5 > float(rows[0][5])
     draw([sweep] * 4, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_channel_that_works_is_chosen_and_not_the_one_that_should(bridged):
+    task = on_off_task()
+    good, *_, bad = steering_candidates(bridged, task, YES)
+    order = [bad._replace(effect=99.0), good]
+    assert choose_channel(bridged, word_tokenizer(), task, YES, order).candidate == good
 
 
 def test_only_the_circuit_is_moved():
