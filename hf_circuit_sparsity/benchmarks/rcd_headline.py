@@ -118,7 +118,7 @@ def report(
         "![Loss against time and tokens](rcd_headline.png)\n"
     )
     content = {
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "arguments": {k: v for k, v in vars(args).items() if k != "folder"},
         "bigram_loss": bigram,
         "topk": TOPK,
         "rcd": RCD,
