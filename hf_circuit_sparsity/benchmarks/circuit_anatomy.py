@@ -16,6 +16,7 @@ from ..circuits.ablation import hooked_sites
 from ..circuits.edges import Edge, embedding_edges, unembedding_edges
 from ..circuits.task_loss import all_pair_logits, binary_loss, candidates, trimmed
 from .findings import (
+    SEARCHES,
     TARGETS,
     arguments,
     frontier,
@@ -23,6 +24,7 @@ from .findings import (
     loaded,
     smallest,
     stored_circuits,
+    stored_tasks,
     task_for,
     task_losses,
     write_report,
@@ -35,6 +37,7 @@ CIRCUITS = (
     ("taught-64-seed0", "bracket_counting"),
     ("taught-64-seed0", "set_or_string"),
 )
+SEARCH = "thorough"
 PROMPTS = 256
 SHOWN = 4
 
@@ -55,19 +58,22 @@ def run(folder: Path = FOLDER, stored_only: bool = False) -> str:
                 f"{losses['calibrated_loss']:.3f} after calibration."
             )
             continue
+        if stored_only and not stored_tasks([name], [task_name], folder, SEARCH):
+            parts.append("Its circuits are not looked for yet.")
+            continue
         parts.append(_circuit(name, task_name, folder))
     return "\n\n".join(parts)
 
 
 def _circuit(name: str, task_name: str, folder: Path) -> str:
     model, tokenizer, _ = loaded(name, folder)
-    task = task_for(name, task_name, folder)
-    rows = frontier(name, task_name, folder)
+    task = task_for(name, task_name, folder, SEARCH)
+    rows = frontier(name, task_name, folder, search=SEARCH)
     if not rows:
         return f"No circuit reaches a loss of {TARGETS[-1]:g} nats on training prompts."
     target = min(row["target"] for row in rows)
     best = smallest(rows, target)
-    found = stored_circuits(name, task_name, target, folder)
+    found = stored_circuits(name, task_name, target, folder, SEARCH)
     circuit = next(c for c in found if c.config["seed"] == best["seed"])
     others = [c for c in found if c is not circuit]
     verification = circuit.verify(model, tokenizer, task, others=others, prompts=PROMPTS)
@@ -75,7 +81,9 @@ def _circuit(name: str, task_name: str, folder: Path) -> str:
     return "\n\n".join(
         [
             f"{task.description}",
-            f"{m['nodes']} nodes, {m['edges']} edges, found for a loss of {target:g}. On held-out "
+            f"{m['nodes']} nodes, {m['edges']} edges, found for a loss of {target:g}; the smallest "
+            f"of {len(found)} seeds ({', '.join(str(c.metrics['edges']) for c in found)} edges), "
+            f"{SEARCHES[SEARCH].steps} mask updates each. On held-out "
             f"prompts: loss {m['circuit_loss']:.3f}, accuracy {m['circuit_accuracy']:.1%}; the "
             f"whole model {m['model_loss']:.3f} and {m['model_accuracy']:.1%}.",
             _attention(circuit, model, tokenizer, task),

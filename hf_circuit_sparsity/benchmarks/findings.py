@@ -8,7 +8,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,17 @@ CONFIG = PruningConfig(
     reference_tokens=32768,
     seeds=2,
 )
+# How circuits are looked for. A node of a dense circuit of a hundred carries about 1e-3 nats, so at
+# a price far below that masks stay open and the clean-up has most of the work.
+SEARCHES = {
+    "quick": CONFIG,
+    "dear": replace(CONFIG, k_coef=1e-3),
+    "dear, twice the updates": replace(CONFIG, k_coef=1e-3, steps=240),
+    "dearer": replace(CONFIG, k_coef=3e-3),
+    "thorough": replace(
+        CONFIG, steps=400, learning_rate=3e-3, batch_size=16, selection_prompts=1024, seeds=3
+    ),
+}
 
 
 class Loaded(NamedTuple):
@@ -66,11 +77,15 @@ def loaded(name: str, folder: Path = FOLDER) -> Loaded:
 
 
 @lru_cache(maxsize=8)
-def task_for(name: str, task: str, folder: Path = FOLDER) -> BinaryTask:
-    """A task under a model's tokenizer."""
+def task_for(name: str, task: str, folder: Path = FOLDER, search: str = "quick") -> BinaryTask:
+    """A task under a model's tokenizer, with twice the prompts that the search selects on."""
     model, tokenizer, _ = loaded(name, folder)
     return load_task(
-        task, tokenizer, n_train=512, n_test=256, max_length=model.config.max_position_embeddings
+        task,
+        tokenizer,
+        n_train=2 * SEARCHES[search].selection_prompts,
+        n_test=256,
+        max_length=model.config.max_position_embeddings,
     )
 
 
@@ -102,31 +117,44 @@ def learned_tasks(name: str, folder: Path = FOLDER, target: float = COMPARED) ->
     return sorted(task for task, s in scores.items() if s["calibrated_loss"] <= most)
 
 
-def circuit_folder(name: str, task: str, target: float, seed: int, folder: Path = FOLDER) -> Path:
+def circuit_folder(
+    name: str, task: str, target: float, seed: int, folder: Path = FOLDER, search: str = "quick"
+) -> Path:
     """Where the circuit of a model is kept."""
-    return folder / "circuits" / name / task / f"loss-{target:g}-seed{seed}"
+    return folder / _circuits(search) / name / task / f"loss-{target:g}-seed{seed}"
 
 
 def frontier(
-    name: str, task: str, folder: Path = FOLDER, targets: Sequence[float] = TARGETS
+    name: str,
+    task: str,
+    folder: Path = FOLDER,
+    targets: Sequence[float] = TARGETS,
+    search: str = "quick",
 ) -> list[dict[str, Any]]:
     """The circuits of a model for a task, one row for every target and seed.
 
     Rows have `target`, `seed` and the metrics of [`evaluate_circuit`]; targets that the whole model
     does not reach have none.
+
+    Args:
+        name: of `trained_models.RECIPES`.
+        task: its name.
+        folder: with models, circuits and figures.
+        targets: losses in nats, ascending; what is kept already is returned whatever they are.
+        search: of `SEARCHES`.
     """
 
     def compute() -> list[dict[str, Any]]:
-        say(f"Looking for circuits: {name}, {task}")
+        say(f"Looking for circuits: {name}, {task} ({search})")
         model, tokenizer, inputs = loaded(name, folder)
         for first in range(len(targets)):
             try:
                 found = find_frontier(
                     model,
                     tokenizer,
-                    task_for(name, task, folder),
+                    task_for(name, task, folder, search),
                     targets[first:],
-                    CONFIG,
+                    SEARCHES[search],
                     inputs=inputs,
                 )
             except TaskNotLearnedError:
@@ -138,29 +166,49 @@ def frontier(
         for target, circuits in zip(targets[first:], found, strict=True):
             for circuit in circuits:
                 seed = circuit.config["seed"]
-                circuit.save_pretrained(circuit_folder(name, task, target, seed, folder))
+                path = circuit_folder(name, task, target, seed, folder, search)
+                circuit.save_pretrained(path)
                 rows.append({"target": target, "seed": seed, **circuit.metrics})
         return rows
 
-    return kept(_frontier_file(name, task, folder), compute)
+    return kept(_frontier_file(name, task, folder, search), compute)
 
 
-def _frontier_file(name: str, task: str, folder: Path) -> Path:
-    return folder / "measured" / name / "frontier" / f"{task}.json"
+def _circuits(search: str) -> str:
+    return "circuits" if search == "quick" else f"circuits-{_slug(search)}"
 
 
-def stored_tasks(names: Sequence[str], tasks: Sequence[str], folder: Path = FOLDER) -> list[str]:
+def _frontier_file(name: str, task: str, folder: Path, search: str) -> Path:
+    kind = "frontier" if search == "quick" else f"frontier-{_slug(search)}"
+    return folder / "measured" / name / kind / f"{task}.json"
+
+
+def _slug(search: str) -> str:
+    return search.replace(",", "").replace(" ", "-")
+
+
+def stored_tasks(
+    names: Sequence[str], tasks: Sequence[str], folder: Path = FOLDER, search: str = "quick"
+) -> list[str]:
     """The tasks whose circuits are there already for all the models."""
-    return [t for t in tasks if all(_frontier_file(n, t, folder).is_file() for n in names)]
+    return [t for t in tasks if all(_frontier_file(n, t, folder, search).is_file() for n in names)]
 
 
-def stored_circuits(name: str, task: str, target: float, folder: Path = FOLDER) -> list[Circuit]:
+def stored_circuits(
+    name: str, task: str, target: float, folder: Path = FOLDER, search: str = "quick"
+) -> list[Circuit]:
     """The circuits of all seeds that [`frontier`] found."""
-    rows = [row for row in frontier(name, task, folder) if row["target"] == target]
+    rows = [r for r in frontier(name, task, folder, search=search) if r["target"] == target]
     return [
-        Circuit.from_pretrained(circuit_folder(name, task, target, row["seed"], folder))
+        Circuit.from_pretrained(circuit_folder(name, task, target, row["seed"], folder, search))
         for row in rows
     ]
+
+
+def lowest_common_target(rows: Sequence[Sequence[dict[str, Any]]]) -> float | None:
+    """The lowest target at which every model has circuits, of models' rows for one task."""
+    reached = (t for t in TARGETS if all(smallest(of_model, t) for of_model in rows))
+    return next(reached, None)
 
 
 def smallest(rows: Sequence[dict[str, Any]], target: float) -> dict[str, Any] | None:

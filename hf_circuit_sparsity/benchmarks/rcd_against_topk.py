@@ -1,7 +1,9 @@
 """Circuits of models trained by random coordinate descent and by annealed top-k.
 
 Same data, steps and number of nonzeros: size of circuits, what pruning seeds have in common, what
-noise on the weights does to them, and how they do on templates they were not found with.
+noise on the weights does to them, and how they do on templates they were not found with. Every task
+is compared at one target loss: the lowest of those tried that circuits of both models reach on the
+prompts they are selected on.
 """
 
 from collections.abc import Iterator
@@ -15,15 +17,16 @@ from ..circuits.edges import site_linears
 from ..circuits.pruning import mean_jaccard
 from ..circuits.task_loss import all_pair_logits, binary_loss, fit_calibration
 from .findings import (
-    COMPARED,
     CONFIG,
     RESULTS,
+    TARGETS,
     arguments,
     edges_mean,
     frontier,
     kept,
     learned_tasks,
     loaded,
+    lowest_common_target,
     save_figure,
     smallest,
     stored_circuits,
@@ -43,32 +46,35 @@ DRAWS = 3
 def run(folder: Path = FOLDER, results: Path = RESULTS, stored_only: bool = False) -> str:
     """Train, prune and compare what is not there yet; returns the report."""
     names = (TOPK, RCD)
-    learned = {name: learned_tasks(name, folder) for name in names}
+    learned = {name: learned_tasks(name, folder, TARGETS[-1]) for name in names}
     common = sorted(set(learned[TOPK]) & set(learned[RCD]))
-    target = COMPARED
     missing: list[str] = []
     if stored_only:
         stored = stored_tasks(names, common, folder)
         missing, common = [t for t in common if t not in stored], stored
     rows = {name: {task: frontier(name, task, folder) for task in common} for name in names}
-    common = [t for t in common if all(smallest(rows[n][t], target) for n in names)]
+    targets = {t: lowest_common_target([rows[n][t] for n in names]) for t in common}
+    common = [t for t in common if targets[t] is not None]
     if not common:
         return (
             "# Random coordinate descent against annealed top-k\n\nNo task that both models "
             f"learned has circuits of both yet. Not looked at: {', '.join(missing) or 'none'}."
         )
     noise = {
-        name: kept(
-            folder / "measured" / name / "noise.json",
-            lambda name=name: {t: _noise(name, t, target, folder) for t in common},
-        )
+        name: {
+            t: kept(
+                folder / "measured" / name / "noise" / f"{t}-loss-{targets[t]:g}.json",
+                lambda name=name, t=t: _noise(name, t, targets[t], folder),
+            )
+            for t in common
+        }
         for name in names
     }
     lines = []
     for name in names:
         summary, scores = training_summary(name, folder), task_losses(name, folder)
-        best = [smallest(rows[name][task], target) for task in common]
-        jaccards = [mean_jaccard(stored_circuits(name, t, target, folder)) for t in common]
+        best = [smallest(rows[name][task], targets[task]) for task in common]
+        jaccards = [mean_jaccard(stored_circuits(name, t, targets[t], folder)) for t in common]
         lines.append(
             (
                 name,
@@ -77,7 +83,7 @@ def run(folder: Path = FOLDER, results: Path = RESULTS, stored_only: bool = Fals
                 len(learned[name]),
                 f"{sum(s['calibrated_loss'] for s in scores.values()) / len(scores):.3f}",
                 f"{edges_mean([b['edges'] for b in best]):.1f}",
-                f"{sum(jaccards) / len(jaccards):.2f}" if jaccards else "–",
+                f"{_mean(jaccards):.2f}",
                 f"{_mean([b['train_circuit_loss'] for b in best]):.3f}",
                 f"{_mean([b['circuit_loss'] for b in best]):.3f}",
             )
@@ -88,16 +94,17 @@ def run(folder: Path = FOLDER, results: Path = RESULTS, stored_only: bool = Fals
         "edges, geometric mean", "nodes shared by seeds (Jaccard)", "circuit's loss, its prompts",
         "unseen templates",
     )  # fmt: skip
-    by_task = [
-        (
-            task,
-            *(
-                ", ".join(str(r["edges"]) for r in rows[name][task] if r["target"] == target)
-                for name in names
-            ),
-        )
-        for task in common
-    ]
+    by_task = []
+    for task in common:
+        cells = [task, f"{targets[task]:g}"]
+        for name in names:
+            at = [r for r in rows[name][task] if r["target"] == targets[task]]
+            best_row = smallest(at, targets[task])
+            cells.append(", ".join(str(r["edges"]) for r in at))
+            shared = mean_jaccard(stored_circuits(name, task, targets[task], folder))
+            cells.append(f"{shared:.2f}")
+            cells.append(f"{best_row['train_circuit_loss']:.3f} → {best_row['circuit_loss']:.3f}")
+        by_task.append(cells)
     noisy = [
         (
             f"{level:g}",
@@ -114,8 +121,21 @@ def run(folder: Path = FOLDER, results: Path = RESULTS, stored_only: bool = Fals
             "# Random coordinate descent against annealed top-k",
             __doc__.split("\n\n")[1] + " One training run each.",
             table(header, lines),
-            f"Edges at a target loss of {target:g}, every pruning seed ({CONFIG.seeds}):",
-            table(("task", *names), by_task),
+            f"By task: edges for every pruning seed ({CONFIG.seeds}), nodes the seeds share "
+            "(Jaccard), loss of the smallest circuit on its prompts → on unseen templates:",
+            table(
+                (
+                    "task",
+                    "target loss",
+                    "top-k: edges",
+                    "shared",
+                    "loss",
+                    "RCD: edges",
+                    "shared",
+                    "loss",
+                ),
+                by_task,
+            ),
             "Each nonzero weight between nodes times 1 + noise · N(0, 1): mean task loss over the "
             f"tasks and {DRAWS} draws, on unseen templates. The model is calibrated once, without "
             "noise.",

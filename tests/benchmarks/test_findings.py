@@ -5,8 +5,16 @@ import torch
 from datasets import DatasetDict
 from transformers import TrainerControl
 
+from hf_circuit_sparsity.benchmarks import pruning_frontier
 from hf_circuit_sparsity.benchmarks.circuit_anatomy import describe_nodes
-from hf_circuit_sparsity.benchmarks.findings import edges_mean, kept, smallest
+from hf_circuit_sparsity.benchmarks.findings import (
+    edges_mean,
+    frontier,
+    kept,
+    lowest_common_target,
+    smallest,
+    stored_tasks,
+)
 from hf_circuit_sparsity.benchmarks.rcd_against_topk import noisy_weights
 from hf_circuit_sparsity.benchmarks.trained_models import (
     NONZEROS,
@@ -98,3 +106,38 @@ def test_the_smallest_circuit_and_the_mean():
     assert smallest(rows, 0.15)["nodes"] == 12 and smallest(rows, 0.5) is None
     assert edges_mean([2, 8]) == pytest.approx(4) and edges_mean([0, 4]) == pytest.approx(2)
     assert edges_mean([]) != edges_mean([])  # NaN
+
+
+def test_models_are_compared_at_the_lowest_target_that_all_reach():
+    easy = [{"target": t, "edges": 3, "nodes": 4} for t in (0.15, 0.3, 0.5)]
+    assert lowest_common_target([easy, easy]) == 0.15
+    assert lowest_common_target([easy, easy[1:]]) == 0.3
+    assert lowest_common_target([easy, []]) is None
+
+
+def test_circuits_of_another_search_are_kept_apart(tmp_path):
+    rows = [{"target": 0.3, "edges": 3, "nodes": 4, "seed": 0}]
+    path = tmp_path / "measured" / "some-model" / "frontier-dear-twice-the-updates" / "a_task.json"
+    kept(path, lambda: rows)
+    search = "dear, twice the updates"
+    assert frontier("some-model", "a_task", tmp_path, search=search) == rows
+    assert stored_tasks(["some-model"], ["a_task"], tmp_path, search) == ["a_task"]
+    assert stored_tasks(["some-model"], ["a_task"], tmp_path) == []
+
+
+def test_the_pruning_frontier_is_drawn_from_what_is_stored(tmp_path):
+    assert "Not measured yet" in pruning_frontier.run(tmp_path, tmp_path, stored_only=True)
+    sizes = {"nodes": 9, "edges": 8, "train_circuit_loss": 0.1, "circuit_loss": 0.12}
+    measured = {
+        "machine": "a machine",
+        "seconds": {"together": 0.1, "one by one": 0.2, "all": 99.0},
+        "ranked": [[5, 0.7], [10, 0.4]],
+        "circuits": [{"target": 0.15, **sizes}, {"target": 0.3, **sizes, "edges": 0}],
+    }
+    kept(tmp_path / "measured" / pruning_frontier.MODEL / "pruning_frontier.json", lambda: measured)
+    report = pruning_frontier.run(tmp_path, tmp_path, stored_only=True)
+    assert (
+        "| 0.15 | 9 | 8 | 0.100 | 0.120 |" in report
+        and "took 99 s, of which the masks 80 s" in report
+    )
+    assert (tmp_path / "pruning_frontier.png").stat().st_size > 1000
