@@ -45,9 +45,9 @@ CONFIG = PruningConfig(
 # a price far below that masks stay open and the clean-up has most of the work.
 SEARCHES = {
     "quick": CONFIG,
-    "dear": replace(CONFIG, k_coef=1e-3),
-    "dear, twice the updates": replace(CONFIG, k_coef=1e-3, steps=240),
-    "dearer": replace(CONFIG, k_coef=3e-3),
+    "dear": replace(CONFIG, k_coef=1e-3, steps=240),
+    "dear, twice the updates": replace(CONFIG, k_coef=1e-3, steps=480),
+    "dearer": replace(CONFIG, k_coef=3e-3, steps=240),
     "thorough": replace(
         CONFIG, steps=400, learning_rate=3e-3, batch_size=16, selection_prompts=1024, seeds=3
     ),

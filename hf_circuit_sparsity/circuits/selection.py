@@ -172,14 +172,23 @@ def bisect(scores: Masks, selector: Selector) -> Masks:
         parts = kept.split([len(score) for score in scores.values()])
         return dict(zip(scores, parts, strict=True))
 
-    low, high = 0, len(flat)  # the target is reached at high, not at low
-    while high - low > 1:
-        middle = (low + high) // 2
-        if selector.reaches(best(middle)):
-            high = middle
-        else:
-            low = middle
-    return best(high)
+    def fewest(high: int) -> int:
+        low = 0  # the target is reached at high, not at low
+        while high - low > 1:
+            middle = (low + high) // 2
+            if selector.reaches(best(middle)):
+                high = middle
+            else:
+                low = middle
+        return high
+
+    k = fewest(len(flat))
+    # The loss may rise again with nodes that the masks had closed, and bisection then stops above
+    # them; the nodes left open are the ones that the masks were trained with.
+    opened = int((flat > 0).sum())
+    if 0 < opened < k and selector.reaches(best(opened)):
+        k = fewest(opened)
+    return best(k)
 
 
 def drop_unconnected(

@@ -10,6 +10,7 @@ from hf_circuit_sparsity.circuits import (
     mean_activations,
 )
 from hf_circuit_sparsity.circuits.mask_learning import Gate
+from hf_circuit_sparsity.circuits.selection import bisect
 from hf_circuit_sparsity.tasks import BinaryTask
 from tests.circuits.planted import (
     NO,
@@ -47,6 +48,28 @@ def test_a_planted_circuit_is_found(seed):
     assert metrics["nodes"] == 6 and metrics["edges"] == 4
     assert metrics["circuit_loss"] <= 0.15 and metrics["circuit_accuracy"] == 1
     assert metrics["ablated_loss"] >= 0.6
+
+
+@pytest.mark.parametrize(
+    ("reached_by", "found"),
+    [
+        (lambda k: k >= 7, 7),
+        # Above what the masks left open (10) the loss rises again; below, it does not.
+        (lambda k: k >= 90 or 4 <= k <= 12, 4),
+        (lambda k: k >= 90 or 4 <= k <= 9, 90),  # not even the open nodes reach the target
+    ],
+)
+def test_bisection_goes_on_below_the_nodes_left_open(reached_by, found):
+    class Reached:
+        def reaches(self, keep):
+            return reached_by(int(sum(mask.sum() for mask in keep.values())))
+
+    ranked = torch.linspace(1, -1, 100)
+    scores = {"a": ranked[:60] - 0.8, "b": ranked[60:] - 0.8}
+    assert (torch.cat(list(scores.values())) > 0).sum() == 10
+    keep = bisect(scores, Reached())
+    kept = torch.cat(list(keep.values()))
+    assert kept[:found].all() and kept.sum() == found
 
 
 def test_masks_alone_open_the_planted_nodes_and_hardly_another():
