@@ -27,7 +27,7 @@ from .findings import (
 from .measure import machine, table
 from .trained_models import FOLDER
 
-MODEL, TASK, SEARCH = "topk-128-seed0", "single_double_quote", "thorough"
+MODEL, TASK, SEARCH = "topk-128-seed0", "single_double_quote", "dear"
 CONFIG = replace(SEARCHES[SEARCH], seeds=1)
 TARGETS = (0.15, 0.2, 0.3, 0.4, 0.5, 0.6)
 STEPS_TIMED = 15

@@ -186,10 +186,18 @@ def _draw(tasks: list[str], rows: dict, curves: dict, path: Path) -> None:
         for task in tasks:
             at = [(t, smallest(rows[name][task], t)) for t in TARGETS]
             points = [(t, max(1, row["edges"])) for t, row in at if row]
-            axes.plot(*zip(*points, strict=True), colour, linewidth=0.7, alpha=0.4)
+            axes.plot(*zip(*points, strict=True), f"{colour}.-", linewidth=0.7, alpha=0.4)
         axes.plot(TARGETS, curves[name], f"{colour}-o", label=f"{label}, geometric mean")
     axes.set(yscale="log", xlabel="target loss (nats; guessing is 0.69)", ylabel="edges in circuit")
-    axes.set_title(f"Circuits of {len(tasks)} tasks at equal pretraining loss")
+    reached = (
+        sum(all(smallest(by_task[task], t) for by_task in rows.values()) for task in tasks)
+        for t in TARGETS
+    )
+    axes.set_title(
+        f"Circuits at equal pretraining loss\n(means over the {', '.join(map(str, reached))} tasks "
+        "that both models do to that loss)",
+        fontsize="medium",
+    )
     axes.legend()
     save_figure(figure, path)
     pyplot.close(figure)
