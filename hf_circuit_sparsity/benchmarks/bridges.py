@@ -1,6 +1,7 @@
 """Bridges from a dense GPT-2 to a sparse twin: how exact they are, and steering through them."""
 
 import argparse
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ ROWS = 48  # prompts of each kind that steering is measured on
 RANDOM_CHANNELS = 5
 # Being trained as a twin, with few steps, costs more than the quickstart's target of 0.15 allows.
 CIRCUIT_LOSS = 0.3
-TRIED = 12  # candidates that are tried on training prompts
+TRIED = 12  # channels of the circuit, and as many others, that are tried on training prompts
 TRIED_ROWS = 24
 TRIED_DOSES = (4.0, 8.0, 16.0, 32.0)
 KEYS = ("encode_nmse", "decode_nmse", "dense_to_sparse_kl", "sparse_to_dense_kl")
@@ -129,6 +130,20 @@ def twin_circuit(
     return circuit
 
 
+def promising(
+    bridged: BridgedCausalLM, task: BinaryTask, target: int, circuit: Circuit | None
+) -> tuple[list[SteeringCandidate], list[SteeringCandidate]]:
+    """The best channels of the twin's circuit, and the best of the others, to first order.
+
+    A small circuit may say with one channel, by its sign, what the dense model keeps in two.
+    """
+    own: list[SteeringCandidate] = []
+    if circuit is not None:
+        own = steering_candidates(bridged, task, target, circuit=circuit, rows=ROWS)[:TRIED]
+    everywhere = steering_candidates(bridged, task, target, rows=ROWS)
+    return own, [candidate for candidate in everywhere if candidate not in own][:TRIED]
+
+
 class Choice(NamedTuple):
     """The channel to steer, and how far."""
 
@@ -169,7 +184,7 @@ def choose_channel(
         with bridged.steer(candidate.location, candidate.channel, strength):
             return answer_probabilities(bridged, tensors, same)[1]
 
-    return max((Choice(c, dose) for c in candidates[:TRIED] for dose in TRIED_DOSES), key=moved)
+    return max((Choice(c, dose) for c in candidates for dose in TRIED_DOSES), key=moved)
 
 
 def steering(
@@ -190,8 +205,8 @@ def steering(
             circuit_rows.append((name, m["nodes"], m["edges"], *losses, written(circuit)))
         answers = sorted(set(task.test["target_id"]))
         for target in answers:
-            found = steering_candidates(bridged, task, target, circuit=circuit, rows=ROWS)
-            choice = choose_channel(bridged, tokenizer, task, target, found)
+            own, others = promising(bridged, task, target, circuit)
+            choice = choose_channel(bridged, tokenizer, task, target, own + others)
             best = choice.candidate
             say(f"  {name}: channel {best.channel} at location {best.location}")
             sweep = steering_sweep(
@@ -200,7 +215,7 @@ def steering(
                 random_channels=RANDOM_CHANNELS, tokenizer=tokenizer,
             )  # fmt: skip
             sweeps.append(sweep)
-            rows += sweep_rows(sweep, choice)
+            rows += sweep_rows(sweep, choice, best in own)
     circuits = table(
         (
             "task",
@@ -218,21 +233,35 @@ def steering(
     return circuits, table(header, rows), sweeps
 
 
-def sweep_rows(sweep: SteeringSweep, choice: Choice) -> list[tuple]:
-    """The lines of the table about one sweep: up to the dose that was best in training prompts."""
+def sweep_rows(sweep: SteeringSweep, choice: Choice, of_circuit: bool = False) -> list[tuple]:
+    """The lines of the table about one sweep: up to the dose that was best on training prompts."""
     rows, best = [], choice.candidate
-    for dose in sorted({0.0, 1.0, choice.dose / 2, choice.dose}):
+    place = f"{best.channel} after {location_name(best.location)}"
+    place += " (circuit's)" if of_circuit else ""
+    for dose in (dose for dose in DOSES if dose <= choice.dose):
         i = sweep.strengths.index(dose * best.difference)
         others = [line[i] for line in sweep.random_probability]
         text = [line[i] for line in sweep.random_text_kl]
         rows.append(
             (sweep.task, f"`{sweep.answer!r}` → `{sweep.other!r}`",
-             f"{best.channel} after {location_name(best.location)}", f"{dose:g}",
+             place, f"{dose:g}",
              f"{sweep.answer_probability[i]:.3f}", f"{sweep.other_probability[i]:.3f}",
              f"{sum(others) / len(others):.3f} ({max(others):.3f})",
              f"{sweep.text_kl[i]:.3f}", f"{sum(text) / len(text):.3f}")
         )  # fmt: skip
     return rows
+
+
+def circuit_pictures(folder: Path, output: Path) -> list[str]:
+    """Put the pictures of the twin's circuits beside the report; returns what shows them there."""
+    lines = []
+    for name in TASKS:
+        picture = folder / "circuits" / name / "circuit.png"
+        if picture.is_file():
+            copied = output.with_name(f"{output.stem}_{name}.png")
+            shutil.copyfile(picture, copied)
+            lines.append(f"![The twin's circuit for {name}]({copied.name})")
+    return lines
 
 
 def draw(sweeps: Sequence[SteeringSweep], picture: Path) -> None:
@@ -267,6 +296,7 @@ def report(folder: Path, findings: Path, output: Path, n_text: int = 64, steps: 
     text = "\n\n".join([
         "# Bridges", machine("cpu"), training, "## How exact the bridges are", exact,
         "## The twin's circuits", CIRCUITS.format(steps=steps, loss=CIRCUIT_LOSS), circuits,
+        *circuit_pictures(folder, output),
         "## Steering the dense model", STEERING, steered,
         f"![Answer probability against strength]({output.with_suffix('.png').name})",
     ])  # fmt: skip
@@ -293,10 +323,11 @@ CIRCUITS = (
 
 STEERING = (
     "One channel of the sparse residual stream is moved at every token, the difference decoded and "
-    "added to the dense GPT-2's stream. Channel and dose are chosen on training prompts among the "
-    "channels that the twin's circuit reads from or writes to the stream; what is shown is the "
-    f"mean over {ROWS} held-out prompts. The probability of an answer is that of all tokens that "
-    "begin with it. Dose 1 is the twin's own mean difference between the two kinds of prompts. "
+    "added to the dense GPT-2's stream. Channel and dose are chosen on training prompts, among the "
+    f"{TRIED} channels of the twin's circuit and the {TRIED} others that promise most to first "
+    f"order; what is shown is the mean over {ROWS} held-out prompts. The probability of an answer "
+    "is that of all tokens that begin with it. Dose 1 is the twin's own mean difference between "
+    "the two kinds of prompts. "
     f"The {RANDOM_CHANNELS} random channels move the dense stream by a vector of the same length. "
     "KL on text: KL(unsteered ‖ steered) on unrelated validation text, nats per token."
 )

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from hf_circuit_sparsity.benchmarks.bridges import bridge_figures, choose_channel, draw, sweep_rows
+from hf_circuit_sparsity.benchmarks.bridges import (
+    DOSES,
+    bridge_figures,
+    choose_channel,
+    draw,
+    sweep_rows,
+)
 from hf_circuit_sparsity.benchmarks.circuit_finetuning import (
     adapters,
     follows,
@@ -53,14 +59,14 @@ def test_tables_and_picture_of_a_sweep(bridged, tmp_path):
     candidates = steering_candidates(bridged, task, YES)
     choice = choose_channel(bridged, tokenizer, task, YES, candidates)
     best = choice.candidate
-    doses = [0.0, 1.0, choice.dose / 2, choice.dose]
     sweep = steering_sweep(
-        bridged, task, YES, best.location, best.channel, [d * best.difference for d in doses],
+        bridged, task, YES, best.location, best.channel, [d * best.difference for d in DOSES],
         text=reference_ids()[:4], random_channels=3, tokenizer=tokenizer,
     )  # fmt: skip
-    rows = sweep_rows(sweep, choice)
-    assert [float(row[3]) for row in rows] == doses
-    assert float(rows[3][5]) > 0.5 > float(rows[0][5])
+    rows = sweep_rows(sweep, choice, of_circuit=True)
+    assert [float(row[3]) for row in rows] == [dose for dose in DOSES if dose <= choice.dose]
+    assert float(rows[-1][5]) > 0.5 > float(rows[0][5])
+    assert "(circuit's)" in rows[0][2]
     draw([sweep] * 4, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
