@@ -175,27 +175,27 @@ class SteeringSweep:
 
     def draw(self, axes: object, title: str | None = None) -> None:
         """The same into axes of one's own."""
+        # Not as repr: quotes around quotes cannot be told apart in a picture.
+        answer, other = (f"‹{text}›".replace("\n", "\\n") for text in (self.answer, self.other))
         for i, line in enumerate(self.random_probability):
             axes.plot(
                 self.strengths, line, color="#9a9a9a", linewidth=0.8, zorder=1,
-                label=f"{self.other!r}, random channels" if i == 0 else None,
+                label=f"{other}, random channels" if i == 0 else None,
             )  # fmt: skip
         axes.axhline(
             self.unsteered_probability, color="#1b1b1b", linestyle=":", linewidth=1,
-            label=f"{self.other!r}, unsteered",
+            label=f"{other}, unsteered",
         )  # fmt: skip
-        axes.plot(
-            self.strengths, self.answer_probability, color="#0067a5", label=f"{self.answer!r}"
-        )
+        axes.plot(self.strengths, self.answer_probability, color="#0067a5", label=answer)
         axes.plot(
             self.strengths, self.other_probability, color="#c65300", linewidth=2,
-            label=f"{self.other!r}",
+            label=other,
         )  # fmt: skip
         where = f"location {self.where}" if isinstance(self.where, int) else self.where
         axes.set_xlabel(f"strength at {where}, channel {self.channel} (twin's units)")
         axes.set_ylabel("dense model's probability")
         axes.set_ylim(-0.02, 1.02)
-        axes.set_title(title or f"{self.task}: steering {self.answer!r} to {self.other!r}")
+        axes.set_title(title or f"{self.task}: steering {answer} to {other}")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
 
