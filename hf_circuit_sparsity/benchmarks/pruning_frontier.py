@@ -116,6 +116,7 @@ def _draw(metrics: list[dict], ranked: list, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(8, 3.6), sharey=True, layout="constrained"
@@ -126,8 +127,13 @@ def _draw(metrics: list[dict], ranked: list, path: Path) -> None:
     right.plot([max(1, m["edges"]) for m in metrics], losses, "C0-o", label="cleaned up")
     for axes, what in ((left, "nodes"), (right, "edges")):
         axes.axhline(0.693, color="C7", linewidth=0.8, linestyle=":")
-        axes.set(xscale="log", xlabel=what)
+        axes.set(xlabel=what)
         axes.legend()
+    left.set_xscale("log")
+    ticks = (5, 10, 20, 50, 100, 200, 400)
+    left.set_xticks(ticks, map(str, ticks))
+    left.minorticks_off()
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_ylabel("task loss (nats), training prompts")
     figure.suptitle(f"{TASK}: loss against the size of the circuit")
     save_figure(figure, path)

@@ -195,7 +195,7 @@ def _draw(tasks: list[str], rows: dict, curves: dict, path: Path) -> None:
     )
     axes.set_title(
         f"Circuits at equal pretraining loss\n(means over the {', '.join(map(str, reached))} tasks "
-        "that both models do to that loss)",
+        "whose circuits in both models reach it)",
         fontsize="medium",
     )
     axes.legend()
