@@ -128,8 +128,8 @@ def _by_task(tasks: list[str], rows: dict) -> str:
          f"**{means[DENSE]:.1f}**", "", f"**{ratio:.1f} ×**")
     )  # fmt: skip
     header = (
-        "task", "target loss", "sparse: nodes", "edges (every seed)", "held-out loss",
-        "dense: nodes", "edges (every seed)", "held-out loss", "dense / sparse",
+        "task", "target loss", "sparse: nodes", "edges (every search)", "held-out loss",
+        "dense: nodes", "edges (every search)", "held-out loss", "dense / sparse",
     )  # fmt: skip
     return (
         "At the lowest target loss, of those tried, that both models reach on the prompts circuits "
