@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -19,6 +20,7 @@ from ..trainer import (
     InterruptCallback,
     SparseTrainer,
     SparseTrainingArguments,
+    initialize_bigram_table_,
     plot_training_curves,
 )
 from .console import TrainingDisplay, quiet_libraries, say, table
@@ -117,10 +119,12 @@ def train_model(
     resume_from_checkpoint: str | None = None,
     measure: Any = None,
     callbacks: Sequence[TrainerCallback] = (),
+    start_at_bigrams: bool = False,
 ) -> dict[str, Any]:
     """Train one model from scratch or from a checkpoint, evaluate it and save it.
 
     Args:
+        start_at_bigrams: whether the bigram table begins at the counts of the training blocks.
         measure: called with the model at every log; returns cells for the progress lines.
         callbacks: more callbacks for the Trainer.
 
@@ -128,6 +132,8 @@ def train_model(
         Loss, perplexity, density, nonzeros, tokens per second, and where the model is.
     """
     model = CircuitGPTForCausalLM(config)
+    if start_at_bigrams and resume_from_checkpoint is None:
+        initialize_bigram_table_(model, torch.tensor(blocks["train"]["input_ids"]))
     trainer = SparseTrainer(
         model=model,
         args=args,

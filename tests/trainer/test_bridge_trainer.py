@@ -1,10 +1,6 @@
 """Training bridges: what is logged, what is sparse, and that a resumed run is the same run."""
 
 import math
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -20,6 +16,7 @@ from hf_circuit_sparsity.trainer import (
     standardize_bridges_,
 )
 from tests.trainer.test_sparse_trainer import assert_same_run, training_logs
+from tests.trainer.two_processes import launch
 
 
 def twin_config(**fields):
@@ -338,24 +335,13 @@ SCRIPT = """
 @pytest.mark.slow
 @pytest.mark.parametrize("sparsifier", ["topk", "rcd"])
 def test_two_processes_keep_ranks_equal_and_resume(sparsifier, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(textwrap.dedent(SCRIPT), encoding="utf-8")
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-
-    def launch(folder, *more):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   "--nproc_per_node", "2", str(script), str(folder)]  # fmt: skip
-        command += [sparsifier, *more]
-        subprocess.run(command, check=True, env=environment, timeout=600)
-        return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-
-    first, second = launch(tmp_path / "whole")
+    first, second = launch(SCRIPT, tmp_path / "whole", sparsifier)
     for name, value in first["weights"].items():
         assert torch.equal(value, second["weights"][name]), name
     # Means over both processes, so the same in each.
     assert first["logs"] == second["logs"] and len(first["logs"]) == 6
-    resumed, other = launch(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-3"))
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    resumed, other = launch(SCRIPT, tmp_path / "again", sparsifier, str(checkpoint))
     for name, value in first["weights"].items():
         assert torch.equal(resumed["weights"][name], other["weights"][name]), name
         assert torch.equal(resumed["weights"][name], value), name

@@ -1,11 +1,5 @@
 """Several processes that share the coordinates: equal bit for bit, and few bytes."""
 
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,6 +16,7 @@ from hf_circuit_sparsity.trainer import (
 )
 from hf_circuit_sparsity.trainer.rcd_workers import part_of
 from tests.conftest import random_model
+from tests.trainer.two_processes import launch
 
 SETTINGS = {"lr": 0.05, "target_density": 1 / 8, "block_fraction": 1 / 4, "grad_rms": "always"}
 
@@ -168,23 +163,11 @@ SCRIPT = """
 
 @pytest.mark.slow
 def test_the_trainer_with_two_processes_keeps_ranks_equal_and_resumes(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(textwrap.dedent(SCRIPT), encoding="utf-8")
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-
-    def launch(folder, *more):
-        # What `accelerate launch` runs for several GPUs; with --cpu it starts one process (1.15).
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   "--nproc_per_node", "2", str(script), str(folder), *more]  # fmt: skip
-        subprocess.run(command, check=True, env=environment, timeout=600)
-        return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-
-    first, second = launch(tmp_path / "whole")
+    first, second = launch(SCRIPT, tmp_path / "whole")
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
     checkpoint = tmp_path / "whole" / "checkpoint-3"
-    resumed, other = launch(tmp_path / "again", str(checkpoint))
+    resumed, other = launch(SCRIPT, tmp_path / "again", str(checkpoint))
     for key, value in first.items():
         assert torch.equal(resumed[key], other[key]), key
         assert torch.equal(resumed[key], value), key
