@@ -41,7 +41,7 @@ NONZEROS = 46_700
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is trained; what is not said here is the quickstart's."""
+    """How one model is trained: as the first quickstart did where nothing else is said."""
 
     d_model: int = 128
     sparsifier: str = "topk"
