@@ -25,9 +25,11 @@ BLOCK_SIZE = 128
 BATCH_SIZE = 16
 DENSITY = 0.05
 STEPS = 2500
-# From a bigram table of zeros it takes 2e-2 to get as far in so few steps, and of two such runs one
-# did not learn the quotes well enough for a circuit at the first target.
-LEARNING_RATE = 1e-2
+# Begun at the bigram counts: with 1e-2 the same run ends at a validation loss of 3.73 instead of
+# 3.68, and with a circuit of 30 nodes instead of 21 (one run each). A bigram table of zeros takes
+# 2e-2 to get as far, and of two such runs one did not learn the quotes well enough for the first
+# target.
+LEARNING_RATE = 4e-3
 # Losses, in nats, to which the circuit is cut down; the paper's first.
 TARGETS = (0.15, 0.3, 0.5)
 SETTINGS_NAME = "quickstart.json"
