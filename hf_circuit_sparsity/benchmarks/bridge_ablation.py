@@ -32,7 +32,7 @@ from .bridge_models import (
     ridge_tokens,
 )
 from .bridges import KEYS, bridge_figures
-from .measure import machine, table
+from .measure import machine, table, write_text
 
 N_TEXT = 32
 
@@ -168,10 +168,7 @@ def report(folder: Path, findings: Path, output: Path, steps: int) -> str:
     parts = ["# Training bridges: what matters", machine("cpu"),
              HEAD.format(steps=steps, text=N_TEXT * BLOCK_SIZE), table(header, rows)]  # fmt: skip
     text_out = "\n\n".join(parts) + "\n"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{output.name}.partial")
-    partial.write_text(text_out, encoding="utf-8")
-    partial.replace(output)
+    write_text(output, text_out)
     return text_out
 
 

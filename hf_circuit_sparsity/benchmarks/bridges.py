@@ -40,7 +40,7 @@ from .bridge_models import (
     load_models,
     ridge_tokens,
 )
-from .measure import machine, table
+from .measure import machine, save_figure, table, write_text
 
 TASKS = ("single_double_quote", "while_return_true")
 DOSES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -271,10 +271,7 @@ def draw(sweeps: Sequence[SteeringSweep], picture: Path) -> None:
     figure = Figure(figsize=(5 * len(sweeps) / 2, 7), layout="constrained")
     for axes, sweep in zip(figure.subplots(2, len(sweeps) // 2).T.flat, sweeps, strict=True):
         sweep.draw(axes)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    partial = picture.with_name(f"{picture.name}.partial")
-    figure.savefig(partial, dpi=110, format="png")
-    partial.replace(picture)
+    save_figure(figure, picture, dpi=110)
 
 
 def report(folder: Path, findings: Path, output: Path, n_text: int = 64, steps: int = 200) -> str:
@@ -300,10 +297,7 @@ def report(folder: Path, findings: Path, output: Path, n_text: int = 64, steps: 
         "## Steering the dense model", STEERING, steered,
         f"![Answer probability against strength]({output.with_suffix('.png').name})",
     ])  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{output.name}.partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(output)
+    write_text(output, text + "\n")
     return text
 
 

@@ -23,7 +23,7 @@ from ..modeling import CircuitGPTForCausalLM
 from ..modeling.bridge_losses import mean_kl
 from ..tasks import TaskNotExpressibleError, list_tasks, load_task
 from .bridge_models import BLOCK_SIZE, FINDINGS, text_blocks
-from .measure import machine, table
+from .measure import machine, table, write_text
 from .trained_models import load_trained
 
 MODEL = "topk-128-seed0"
@@ -167,10 +167,7 @@ def report(findings: Path, output: Path, steps: int = 60, rows: int = 64) -> str
               "other tasks: mean change", "largest", "KL on text")  # fmt: skip
     parts = ["# Fine-tuning one circuit", machine("cpu"), head, table(header, lines)]
     text_out = "\n\n".join(parts) + "\n"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{output.name}.partial")
-    partial.write_text(text_out, encoding="utf-8")
-    partial.replace(output)
+    write_text(output, text_out)
     return text_out
 
 

@@ -24,6 +24,7 @@ from ..commands.train import write_json
 from ..metrics.circuit_size.geometric_mean import geometric_mean
 from ..modeling import CircuitGPTForCausalLM
 from ..tasks import BinaryTask, load_task
+from .measure import write_text
 from .trained_models import FOLDER, load_trained
 
 RESULTS = Path("benchmarks/results")
@@ -224,19 +225,8 @@ def edges_mean(values: Sequence[float]) -> float:
 
 def write_report(results: Path, name: str, text: str) -> None:
     """Print a report and write it as `<name>.md`."""
-    results.mkdir(parents=True, exist_ok=True)
-    partial = results / f".{name}.md.partial"
-    partial.write_text(text.rstrip() + "\n", encoding="utf-8")
-    partial.replace(results / f"{name}.md")
+    write_text(results / f"{name}.md", text.rstrip() + "\n")
     print(text)
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, moved into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=150, format="png")
-    partial.replace(path)
 
 
 def arguments(description: str | None) -> argparse.Namespace:

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from ..modeling import CircuitGPTConfig, CircuitGPTForCausalLM
 from ..modeling.sparse_execution import to_sparse
-from .measure import machine, table
+from .measure import machine, table, write_text
 from .rcd_headline import tokens
 from .rcd_race import Recipe, Training
 
@@ -203,11 +203,9 @@ def main() -> None:
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             results.append(json.loads(out.splitlines()[-1]))
             print(results[-1], flush=True)
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            partial.replace(file)
+            write_text(file, json.dumps(results, indent=1) + "\n")
     text = report(results, args)
-    (args.folder / "optimizer_comparison.md").write_text(text, encoding="utf-8")
+    write_text(args.folder / "optimizer_comparison.md", text)
     print(text)
 
 

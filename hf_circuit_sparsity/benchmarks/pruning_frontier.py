@@ -20,11 +20,10 @@ from .findings import (
     arguments,
     kept,
     loaded,
-    save_figure,
     task_for,
     write_report,
 )
-from .measure import machine, table
+from .measure import machine, save_figure, table
 from .trained_models import FOLDER
 
 MODEL, TASK, SEARCH = "topk-128-seed0", "single_double_quote", "dear"

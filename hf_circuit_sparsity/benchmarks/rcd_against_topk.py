@@ -27,7 +27,6 @@ from .findings import (
     learned_tasks,
     loaded,
     lowest_common_target,
-    save_figure,
     smallest,
     stored_circuits,
     stored_tasks,
@@ -35,7 +34,7 @@ from .findings import (
     task_losses,
     write_report,
 )
-from .measure import table
+from .measure import save_figure, table
 from .trained_models import FOLDER, training_summary
 
 TOPK, RCD = "topk-64-seed0", "rcd-64-seed0"

@@ -19,7 +19,7 @@ from datasets.utils.logging import disable_progress_bar
 from ..modeling import CircuitGPTConfig, CircuitGPTForCausalLM
 from ..tasks import build_corpus, pack, train_tokenizer
 from ..trainer import initialize_bigram_table_, sparse_from_config
-from .measure import machine, table
+from .measure import machine, save_figure, table, write_text
 from .rcd_race import Recipe, Training, bigram_loss, race, seconds_to
 
 DENSITY = 1 / 64
@@ -125,16 +125,10 @@ def report(
         "reached": reached,
         "curves": {name: t.curve for name, t in trainings.items()},
     }
-    _write(folder / "rcd_headline.json", json.dumps(content, indent=1) + "\n")
-    _write(folder / "rcd_headline.md", text)
+    write_text(folder / "rcd_headline.json", json.dumps(content, indent=1) + "\n")
+    write_text(folder / "rcd_headline.md", text)
     _draw({name: t.curve for name, t in trainings.items()}, bigram, folder / "rcd_headline.png")
     return text
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _draw(curves: dict[str, list[dict[str, float]]], bigram: float, path: Path) -> None:
@@ -169,10 +163,8 @@ def _draw(curves: dict[str, list[dict[str, float]]], bigram: float, path: Path) 
     left.set(ylabel="validation loss (nats per token)", title="against wall-clock time")
     right.set(title="against tokens")
     right.legend()
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, dpi=150, format="png")
+    save_figure(figure, path)
     pyplot.close(figure)
-    partial.replace(path)
 
 
 def main() -> None:

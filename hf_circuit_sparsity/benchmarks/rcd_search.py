@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..modeling import CircuitGPTConfig
-from .measure import machine, table
+from .measure import machine, table, write_text
 from .rcd_headline import builders, tokens
 from .rcd_race import Recipe, Training
 
@@ -117,7 +117,7 @@ def main() -> None:
         print(f"{found['loss']:.4f}  {line}", flush=True)
     results = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     text = report(results, args)
-    (args.folder / "rcd_search.md").write_text(text, encoding="utf-8")
+    write_text(args.folder / "rcd_search.md", text)
     print("\n" + text)
 
 

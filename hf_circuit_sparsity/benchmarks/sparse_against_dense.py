@@ -18,13 +18,12 @@ from .findings import (
     frontier,
     learned_tasks,
     lowest_common_target,
-    save_figure,
     smallest,
     stored_tasks,
     task_losses,
     write_report,
 )
-from .measure import table
+from .measure import save_figure, table
 from .trained_models import FOLDER, RECIPES, training_summary
 
 SPARSE, DENSE = "topk-128-seed0", "dense-128-seed0"

@@ -7,7 +7,7 @@ import torch
 
 from ..modeling import CircuitGPTConfig
 from ..modeling.sparse_execution import sparse_layers
-from .measure import interleaved, main, ratio, table
+from .measure import interleaved, main, ratio, save_figure, table
 from .plain import random_sparse_model
 
 NONZEROS = 100_000  # per model: what 2 layers of d_model 2048 hold at 1 in 1000
@@ -89,11 +89,8 @@ def _draw(results: list, picture: Path) -> str:
     axes.set_xticks(widths, [str(w) for w in widths])
     axes.minorticks_off()
     axes.legend()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    partial = picture.with_name(f"{picture.name}.partial")
-    figure.savefig(partial, dpi=150, format="png")
+    save_figure(figure, picture)
     pyplot.close(figure)
-    partial.replace(picture)
     return f"![Time against width]({picture.name})"
 
 

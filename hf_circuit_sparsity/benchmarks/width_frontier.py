@@ -14,13 +14,12 @@ from .findings import (
     edges_mean,
     frontier,
     learned_tasks,
-    save_figure,
     smallest,
     stored_tasks,
     task_losses,
     write_report,
 )
-from .measure import table
+from .measure import save_figure, table
 from .trained_models import FOLDER, RECIPES, training_summary
 
 MODELS = ("topk-32-seed0", "topk-64-seed0", "topk-128-seed0", "topk-256-seed0")
