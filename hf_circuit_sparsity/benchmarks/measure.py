@@ -71,6 +71,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
+def peak_memory() -> int:
+    """Bytes of memory that this process has had at most.
+
+    Where the system says so (Linux), of this program alone: what `getrusage` counts is inherited
+    from the process that started it.
+    """
+    try:
+        with open("/proc/self/status", encoding="utf-8") as status:
+            return next(1024 * int(x.split()[1]) for x in status if x.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its place and move it there; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

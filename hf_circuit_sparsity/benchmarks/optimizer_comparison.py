@@ -9,7 +9,6 @@ import argparse
 import copy
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from transformers.utils import logging
 
 from ..modeling import CircuitGPTConfig, CircuitGPTForCausalLM
 from ..modeling.sparse_execution import to_sparse
-from .measure import machine, table, write_text
+from .measure import machine, peak_memory, table, write_text
 from .rcd_headline import tokens
 from .rcd_race import Recipe, Training
 
@@ -82,7 +81,7 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
     data = tokens(args.folder, args.vocabulary, CONTEXT)
     held_out = torch.from_numpy(data["validation"])
     held_out = held_out[:: max(1, len(held_out) // 128)][:128]
-    before = _peak()
+    before = peak_memory()
     kind, _, settings = METHODS[args.method]
     recipe = Recipe(kind, args.steps, args.lr, args.batch, settings)
     training = Training(
@@ -94,7 +93,7 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
     )
     while not training.finished:
         training.run(args.steps)
-    peak = _peak() - before
+    peak = peak_memory() - before
     loss = training.evaluate()
     training.close()
     nonzeros, entries = training.nonzeros()
@@ -109,15 +108,10 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
         "density": nonzeros / entries,
         "step_ms": 1e3 * training.seconds / args.steps,
         "step_cpu_ms": 1e3 * training.cpu_seconds / args.steps,
-        "peak_mb": peak / 1024,
+        "peak_mb": peak / 1024**2,
         "tokens_per_second": _speed(model, held_out[:2]),
         "parameters": training.model.num_parameters(),
     }
-
-
-def _peak() -> float:
-    """Peak memory of this process so far, in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @torch.no_grad()
@@ -149,7 +143,7 @@ def report(results: list[dict[str, Any]], args: argparse.Namespace) -> str:
         if not tried:
             continue
         by_method = {m: [r for r in tried if r["method"] == m] for m in METHODS}
-        own = [min(runs, key=lambda r: r["loss"]) for runs in by_method.values() if runs]
+        own = [min(runs, key=_by_loss) for runs in by_method.values() if runs]
         rows = [
             (r["method"], f"{r['lr']:g}", _losses(r, by_method[r["method"]]),
              f"{math.exp(min(r['loss'], 50)):.1f}", f"{r['density']:.4f}",
@@ -163,6 +157,11 @@ def report(results: list[dict[str, Any]], args: argparse.Namespace) -> str:
         )
         parts += [f"## {title}", table(header, rows)]
     return "\n\n".join(parts) + "\n"
+
+
+def _by_loss(run: dict[str, Any]) -> tuple[bool, float]:
+    """Diverged runs last: NaN is neither below nor above anything."""
+    return math.isnan(run["loss"]), run["loss"]
 
 
 def _losses(best: dict[str, Any], runs: list[dict[str, Any]]) -> str:

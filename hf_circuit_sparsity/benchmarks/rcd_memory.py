@@ -6,7 +6,6 @@ state and gradients are the bytes of their tensors; the peak is what the process
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ from ..trainer import (
     sparse_param_groups,
     sparsify_initialization_,
 )
-from .measure import machine, table
+from .measure import machine, peak_memory, table
 
 DENSITY = 1 / 64
 SIDES = ("top-k AdamW", "RCD, whole matrices", "RCD, nonzeros alone")
@@ -32,7 +31,7 @@ SIDES = ("top-k AdamW", "RCD, whole matrices", "RCD, nonzeros alone")
 def run_side(side: str, width: int, layers: int, steps: int) -> dict[str, float]:
     """Bytes of weights, state and gradients, and what the process grew by, at most."""
     torch.manual_seed(0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     config = CircuitGPTConfig(
         n_layer=layers, d_model=width, d_head=16, block_size=128, vocab_size=2048,
         enable_bigram_table=False,
@@ -67,7 +66,7 @@ def run_side(side: str, width: int, layers: int, steps: int) -> dict[str, float]
         "weights": _bytes([*model.parameters(), *model.buffers()]),
         "state": _bytes(x for x in state if isinstance(x, torch.Tensor)),
         "gradients": gradients,
-        "peak": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before),
+        "peak": peak_memory() - before,
     }
 
 
