@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: quickstart test test-slow lint format
+.PHONY: quickstart test test-slow benchmark lint format
 
 quickstart: $(INSTALLED)
 	$(BIN)/hf-circuit-sparsity quickstart $(ARGS)
@@ -28,3 +28,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
+
+benchmark: $(INSTALLED)
+	$(BIN)/python -m benchmarks.speed $(ARGS)

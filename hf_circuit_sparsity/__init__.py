@@ -8,44 +8,30 @@ from . import (
     hub_cards,  # noqa: F401  fills the slot of what is known about the Hub
     kernels,  # noqa: F401  fills the slot that `modeling` asks for faster loops
 )
-from .circuits import (
-    Circuit,
-    PruningConfig,
-    TaskNotLearnedError,
-    evaluate_tasks,
-    find_circuit,
-    list_circuits,
-    search_circuit,
-)
-from .modeling import (
-    BridgedCausalLM,
-    CircuitGPTConfig,
-    CircuitGPTForCausalLM,
-    CircuitGPTModel,
-    NodeSite,
-)
-from .tasks import (
-    BinaryTask,
-    build_corpus,
-    build_task_dataset,
-    list_tasks,
-    load_task,
-    pack,
-    tokenizer_from_openai,
-    train_tokenizer,
-)
-from .trainer import (
-    BridgeTrainer,
-    BridgeTrainingArguments,
-    PartialGradients,
-    RCDSparseOptimizer,
-    SparseTrainer,
-    SparseTrainingArguments,
-    TopKAdamW,
-    extract_mask,
-    sparse_param_groups,
-    sparsify_initialization_,
-)
+from .bridge.bridge_config import BridgeTrainingArguments
+from .bridge.bridge_trainer import BridgeTrainer
+from .bridge.modeling_bridge import BridgedCausalLM
+from .circuits.circuit import Circuit
+from .circuits.hub import list_circuits
+from .circuits.pruning.config import PruningConfig
+from .circuits.pruning.find import TaskNotLearnedError, find_circuit
+from .circuits.pruning.tune import search_circuit
+from .circuits.task_scores import evaluate_tasks
+from .modeling.configuration_circuitgpt import CircuitGPTConfig
+from .modeling.modeling_circuitgpt import CircuitGPTForCausalLM, CircuitGPTModel, NodeSite
+from .optim.param_groups import sparse_param_groups
+from .optim.rcd.optimizer import RCDSparseOptimizer
+from .optim.rcd.partial_gradients import PartialGradients
+from .optim.sparse_init import sparsify_initialization_
+from .optim.topk_adamw import TopKAdamW
+from .optim.weight_mask import extract_mask
+from .tasks.binary_task import BinaryTask
+from .tasks.corpus import build_corpus
+from .tasks.load import build_task_dataset, list_tasks, load_task
+from .tasks.packing import pack
+from .tasks.tokenizer import tokenizer_from_openai, train_tokenizer
+from .trainer.sparse_config import SparseTrainingArguments
+from .trainer.sparse_trainer import SparseTrainer
 
 __version__ = "0.1.0"
 

@@ -5,11 +5,10 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import torch
 from transformers import HfArgumentParser
 
-from .circuits import PruningConfig
-from .commands.benchmark import run_benchmark
+from .bridge.bridge_config import BridgeTrainingArguments
+from .circuits.pruning.config import PruningConfig
 from .commands.bridge import BridgeModelArguments, print_bridge_summary, run_bridge
 from .commands.console import say
 from .commands.evaluate import run_evaluate
@@ -24,8 +23,8 @@ from .commands.train import (
     run_train,
 )
 from .commands.view import print_view_summary, run_view
-from .tasks import list_tasks
-from .trainer import BridgeTrainingArguments, SparseTrainingArguments
+from .tasks.load import list_tasks
+from .trainer.sparse_config import SparseTrainingArguments
 
 PRUNING_OPTIONS = (
     "target_loss", "steps", "batch_size", "k_coef", "learning_rate", "seed", "seeds"
@@ -127,11 +126,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     publish.add_argument("--corpus", help="folder of Python for the viewer's examples")
 
-    bench = commands.add_parser("benchmark", help="run every benchmark and write one report")
-    bench.add_argument("--output", default="benchmark.md", help="(default: %(default)s)")
-    bench.add_argument("--quick", action="store_true", help="small sizes, to see that all runs")
-    bench.add_argument("--device", help="(default: the accelerator if there is one, else the CPU)")
-    bench.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     return parser
 
 
@@ -187,10 +181,6 @@ def _publish(args: argparse.Namespace) -> None:
     )
 
 
-def _benchmark(args: argparse.Namespace) -> None:
-    run_benchmark(args.output, args.quick, args.device, getattr(torch, args.dtype))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
@@ -207,7 +197,6 @@ def main(argv: list[str] | None = None) -> int:
                 "view": _view,
                 "evaluate": _evaluate,
                 "publish": _publish,
-                "benchmark": _benchmark,
             }
             run[args.command](args)
     except Interrupted as interruption:

@@ -9,8 +9,9 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from ..modeling import BridgeConfig, BridgedCausalLM
-from ..modeling.bridge_checkpoint import PEFT_TYPE, check_base
+from ..bridge.checkpoint import PEFT_TYPE, check_base
+from ..bridge.configuration_bridge import BridgeConfig
+from ..bridge.modeling_bridge import BridgedCausalLM
 
 _PART = "bridge_parts."
 

@@ -14,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..circuits import Circuit, Edge
+from ..circuits.circuit import Circuit
+from ..circuits.edges import Edge
 from ..modeling.fingerprint import model_fingerprint
 
 UNEMBEDDING = "lm_head"

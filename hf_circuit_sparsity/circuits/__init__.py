@@ -2,18 +2,17 @@
 
 from ..modeling.fingerprint import model_fingerprint
 from .ablation import mean_ablated, mean_activations
-from .checks import Check, Verification
 from .circuit import Circuit
-from .circuit_hub import CircuitOnHub, list_circuits
 from .edges import Edge
-from .faithfulness import evaluate_circuit
-from .pruning import TaskNotLearnedError, find_circuit, find_circuits, find_frontier
-from .pruning_config import PruningConfig
-from .search import search_circuit
-from .steering import SteeringCandidate, SteeringSweep, steering_candidates, steering_sweep
+from .evaluation.checks import Check, Verification
+from .evaluation.faithfulness import evaluate_circuit
+from .hub import CircuitOnHub, list_circuits
+from .pruning.config import PruningConfig
+from .pruning.find import TaskNotLearnedError, find_circuit, find_circuits, find_frontier
+from .pruning.tune import search_circuit
 from .task_loss import Calibration, binary_accuracy, binary_loss
 from .task_scores import TaskScore, evaluate_tasks
-from .viewer import ReportConfig
+from .viewer.settings import ReportConfig
 
 __all__ = [
     "Calibration",
@@ -23,8 +22,6 @@ __all__ = [
     "Edge",
     "PruningConfig",
     "ReportConfig",
-    "SteeringCandidate",
-    "SteeringSweep",
     "TaskNotLearnedError",
     "TaskScore",
     "Verification",
@@ -40,6 +37,4 @@ __all__ = [
     "mean_activations",
     "model_fingerprint",
     "search_circuit",
-    "steering_candidates",
-    "steering_sweep",
 ]

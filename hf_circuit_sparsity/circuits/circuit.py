@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from ..hub import is_hub_id
-from ..modeling.checked_files import ArtifactError
+from ..hub.repository import is_hub_id
 from ..modeling.fingerprint import model_fingerprint
+from ..modeling.validation import ArtifactError
 from .ablation import TOKENS, hooked, mean_ablated, node_sites
-from .checks import Verification
 from .circuit_file import JSON_NAME, read_circuit, write_circuit
-from .circuit_hub import download_circuit, model_source, model_text
 from .circuit_push import CircuitPushMixin
 from .edge_ablation import edge_hooks, edge_name
 from .edges import Edge, circuit_edges
+from .evaluation.checks import Verification
+from .hub import download_circuit, model_source, model_text
 from .task_loss import Calibration
 
 if TYPE_CHECKING:
     from .reference_tokens import ReferenceTokens
-    from .viewer import ReportConfig
+    from .viewer.settings import ReportConfig
 
 
 @dataclass
@@ -238,7 +238,7 @@ class Circuit(CircuitPushMixin):
             TaskNotLearnedError: the model does not solve the task, so there is nothing to check.
             ValueError: an empty circuit, one of another model, or prompts longer than the context.
         """
-        from .verification import verify_circuit
+        from .evaluation.verification import verify_circuit
 
         verification = verify_circuit(self, model, tokenizer, task, **options)
         self.verification = verification.numbers()
@@ -259,7 +259,7 @@ class Circuit(CircuitPushMixin):
             tokenizer: names the tokens at both ends, if given.
             column: fits one column of a two-column page (3.25 inches) or both (6.75 inches).
         """
-        from .plot import plot_circuit
+        from .viewer.plot import plot_circuit
 
         return plot_circuit(self, path, model, tokenizer, column)
 
@@ -292,7 +292,7 @@ class Circuit(CircuitPushMixin):
             ValueError: an empty circuit, one of another model, or of a task that is not built in
                 and was not passed.
         """
-        from .viewer import write_report
+        from .viewer.report import write_report
 
         return write_report(
             self, path, model, tokenizer,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..modeling.checked_files import ArtifactError, Field, check_vector, read_json, read_tensors
+from ..modeling.validation import ArtifactError, Field, check_vector, read_json, read_tensors
 
 FORMAT_VERSION = 2
 _READABLE = (1, 2)  # 1 had neither pruned edges, pruned tokens nor a verification

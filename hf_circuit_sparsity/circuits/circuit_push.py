@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from torch import nn
 
-from ..hub import HubAccessError, hub_errors, is_hub_id
+from ..hub.errors import HubAccessError, hub_errors
+from ..hub.repository import is_hub_id
 from ..modeling.hub_slot import card_of
-from .circuit_hub import PICTURE_NAME
+from .hub import PICTURE_NAME
 
 if TYPE_CHECKING:
     from .circuit import Circuit

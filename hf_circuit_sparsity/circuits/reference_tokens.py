@@ -6,7 +6,8 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from ..tasks import build_corpus, pack
+from ..tasks.corpus import build_corpus
+from ..tasks.packing import pack
 
 ReferenceTokens = Dataset | torch.Tensor | None
 

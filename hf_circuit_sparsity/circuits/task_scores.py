@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..tasks import TaskNotExpressibleError, TaskTooLongError, list_tasks, load_task
+from ..tasks.binary_task import TaskNotExpressibleError, TaskTooLongError
+from ..tasks.load import list_tasks, load_task
 from .task_loss import all_pair_logits, binary_accuracy, binary_loss, fit_calibration
 
 

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from ..modeling import BridgedCausalLM, default_twin
-from ..modeling.bridge_checkpoint import load_dense
-from ..tasks import build_corpus, pack
-from ..trainer import BridgeTrainer, BridgeTrainingArguments, ridge_bridges_
+from ..bridge.bridge_config import BridgeTrainingArguments
+from ..bridge.bridge_trainer import BridgeTrainer
+from ..bridge.checkpoint import load_dense
+from ..bridge.initialization import ridge_bridges_
+from ..bridge.modeling_bridge import BridgedCausalLM, default_twin
+from ..tasks.corpus import build_corpus
+from ..tasks.packing import pack
 from .console import columns, quiet_libraries, say, table
 from .prune import load_model
 from .train import checkpoint_to_resume, fit, spread_sample, write_json

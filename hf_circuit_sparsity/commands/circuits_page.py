@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from html import escape
 from urllib.parse import quote
 
-from ..circuits import Circuit
+from ..circuits.circuit import Circuit
 
 _STYLE = """
 :root { color-scheme: light dark; }

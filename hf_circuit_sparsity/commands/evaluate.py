@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..circuits import TaskScore, evaluate_tasks
+from ..circuits.task_scores import TaskScore, evaluate_tasks
 from ..modeling.fingerprint import model_fingerprint
 from .console import columns, quiet_libraries, say
 from .prune import load_model

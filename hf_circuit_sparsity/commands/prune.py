@@ -7,10 +7,17 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..circuits import Circuit, PruningConfig, find_circuit, search_circuit
-from ..hub import HubAccessError, hub_errors, is_hub_id
-from ..modeling import CircuitGPTForCausalLM
-from ..tasks import BinaryTask, build_corpus, load_task, pack
+from ..circuits.circuit import Circuit
+from ..circuits.pruning.config import PruningConfig
+from ..circuits.pruning.find import find_circuit
+from ..circuits.pruning.tune import search_circuit
+from ..hub.errors import HubAccessError, hub_errors
+from ..hub.repository import is_hub_id
+from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from ..tasks.binary_task import BinaryTask
+from ..tasks.corpus import build_corpus
+from ..tasks.load import load_task
+from ..tasks.packing import pack
 from .console import quiet_libraries, say, table
 
 

@@ -9,12 +9,16 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData, SpaceCard, SpaceCardData
 from transformers import PreTrainedTokenizerBase
 
-from ..circuits import Circuit, ReportConfig, TaskScore
+from ..circuits.circuit import Circuit
+from ..circuits.task_scores import TaskScore
+from ..circuits.viewer.settings import ReportConfig
 from ..hub.errors import Kind
-from ..hub_cards import circuit_card, model_card, task_dataset_card
-from ..modeling import CircuitGPTForCausalLM
+from ..hub_cards.circuit_card import circuit_card
+from ..hub_cards.model_card import model_card
+from ..hub_cards.task_dataset_card import task_dataset_card
 from ..modeling.fingerprint import model_fingerprint
-from ..tasks import build_task_dataset, list_tasks
+from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from ..tasks.load import build_task_dataset, list_tasks
 from .circuits_page import circuits_page
 from .evaluate import FILE_NAME as SCORES_NAME
 from .prune import load_model

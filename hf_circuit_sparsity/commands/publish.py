@@ -11,9 +11,10 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from ..hub import hub_errors
+from ..hub.errors import hub_errors
 from ..hub.repository import check_hub_id, web_address
-from ..tasks import build_corpus, pack
+from ..tasks.corpus import build_corpus
+from ..tasks.packing import pack
 from .console import columns, quiet_libraries, say
 from .publication import UNKNOWN_COMMIT, Names, Part, parts_of, read_run
 

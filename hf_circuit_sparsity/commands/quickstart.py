@@ -10,11 +10,17 @@ import torch
 from transformers import AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..circuits import Circuit, PruningConfig, TaskNotLearnedError
+from ..circuits.circuit import Circuit
+from ..circuits.pruning.config import PruningConfig
+from ..circuits.pruning.find import TaskNotLearnedError
 from ..circuits.task_loss import all_pair_logits, binary_accuracy
-from ..modeling import CircuitGPTConfig, CircuitGPTForCausalLM
-from ..tasks import build_corpus, load_task
-from ..trainer import SparseTrainingArguments, TopKAdamW, sparse_param_groups
+from ..modeling.configuration_circuitgpt import CircuitGPTConfig
+from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from ..optim.param_groups import sparse_param_groups
+from ..optim.topk_adamw import TopKAdamW
+from ..tasks.corpus import build_corpus
+from ..tasks.load import load_task
+from ..trainer.sparse_config import SparseTrainingArguments
 from .console import quiet_libraries, say, table
 from .prune import circuit_rows, prune_model
 from .train import prepare_data, train_model, training_rows, write_json

@@ -14,15 +14,16 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..modeling import CircuitGPTConfig, CircuitGPTForCausalLM
-from ..tasks import build_corpus, pack, train_tokenizer
-from ..trainer import (
-    InterruptCallback,
-    SparseTrainer,
-    SparseTrainingArguments,
-    initialize_bigram_table_,
-    plot_training_curves,
-)
+from ..modeling.configuration_circuitgpt import CircuitGPTConfig
+from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from ..tasks.corpus import build_corpus
+from ..tasks.packing import pack
+from ..tasks.tokenizer import train_tokenizer
+from ..trainer.bigram_init import initialize_bigram_table_
+from ..trainer.callbacks import InterruptCallback
+from ..trainer.sparse_config import SparseTrainingArguments
+from ..trainer.sparse_trainer import SparseTrainer
+from ..trainer.training_curves import plot_training_curves
 from .console import TrainingDisplay, quiet_libraries, say, table
 
 

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from ..circuits import Circuit, ReportConfig
-from ..tasks import build_corpus, pack
+from ..circuits.circuit import Circuit
+from ..circuits.viewer.settings import ReportConfig
+from ..tasks.corpus import build_corpus
+from ..tasks.packing import pack
 from .console import quiet_libraries, say, table
 from .prune import load_model
 

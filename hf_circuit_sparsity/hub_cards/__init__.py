@@ -1,6 +1,6 @@
 """Cards of what is published: models, circuits, bridges and datasets of tasks."""
 
-from ..hub import hub_errors
+from ..hub.errors import hub_errors
 from ..modeling.hub_slot import fill_hub_slot
 from .bridge_card import bridge_card
 from .circuit_card import circuit_card

@@ -5,8 +5,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..hub import is_hub_id
-from ..modeling import BridgedCausalLM
+from ..bridge.modeling_bridge import BridgedCausalLM
+from ..hub.repository import is_hub_id
 from .markdown import NOT_MEASURED, code, number, python, table, text
 from .metadata import LIBRARY, all_tags, measured, render, repo_title, result
 

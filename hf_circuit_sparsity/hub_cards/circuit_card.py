@@ -6,8 +6,8 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..circuits import Circuit
-from ..hub import is_hub_id
+from ..circuits.circuit import Circuit
+from ..hub.repository import is_hub_id
 from .markdown import NOT_MEASURED, block, code, number, python, table, text, visible
 from .metadata import LIBRARY, all_tags, measured, render, repo_title, result
 

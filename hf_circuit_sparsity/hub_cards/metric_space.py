@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
 
-from ..hub import hub_errors
+from ..hub.errors import hub_errors
 from ..metrics import metric_path
 
 

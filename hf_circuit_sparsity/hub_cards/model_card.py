@@ -8,9 +8,9 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
-from ..circuits import Circuit
+from ..circuits.circuit import Circuit
 from ..circuits.task_scores import TaskScore
-from ..modeling.sparse_linear import SparseWeight
+from ..modeling.sparse_layers import SparseWeight
 from .circuit_card import TASKS_NAME, circuit_results
 from .markdown import NOT_MEASURED, code, number, python, table, text
 from .metadata import all_tags, measured, render, repo_title, result

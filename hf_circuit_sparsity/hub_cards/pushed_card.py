@@ -7,7 +7,8 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from torch import nn
 
-from ..circuits import Circuit, CircuitOnHub, list_circuits
+from ..circuits.circuit import Circuit
+from ..circuits.hub import CircuitOnHub, list_circuits
 from .circuit_card import circuit_card
 from .model_card import model_card
 

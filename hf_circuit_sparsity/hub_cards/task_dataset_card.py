@@ -6,7 +6,7 @@ from typing import Any
 from datasets import DatasetDict
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from ..tasks.definitions import DEFINITIONS
+from ..tasks.definitions.base import DEFINITIONS
 from .markdown import code, python, table, text
 from .metadata import all_tags, render, repo_title
 

@@ -2,37 +2,22 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .configuration_bridge import BridgeConfig
 from .configuration_circuitgpt import ACTIVATION_SITES, CircuitGPTConfig
-from .modeling_bridge import LOSS_TERMS, BridgedCausalLM, BridgeOutput, default_twin
 from .modeling_circuitgpt import CircuitGPTForCausalLM, CircuitGPTModel, NodeSite
-from .residual_streams import ResidualStream, register_residual_stream, residual_stream
 
 AutoConfig.register(CircuitGPTConfig.model_type, CircuitGPTConfig, exist_ok=True)
 AutoModel.register(CircuitGPTConfig, CircuitGPTModel, exist_ok=True)
 AutoModelForCausalLM.register(CircuitGPTConfig, CircuitGPTForCausalLM, exist_ok=True)
-AutoConfig.register(BridgeConfig.model_type, BridgeConfig, exist_ok=True)
-AutoModelForCausalLM.register(BridgeConfig, BridgedCausalLM, exist_ok=True)
 # With these, save_pretrained writes the model's code beside its weights (auto_map), so that people
 # without this package load it with trust_remote_code=True.
 CircuitGPTConfig.register_for_auto_class()
 CircuitGPTModel.register_for_auto_class("AutoModel")
 CircuitGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-BridgeConfig.register_for_auto_class()
-BridgedCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = [
     "ACTIVATION_SITES",
-    "LOSS_TERMS",
-    "BridgeConfig",
-    "BridgeOutput",
-    "BridgedCausalLM",
     "CircuitGPTConfig",
     "CircuitGPTForCausalLM",
     "CircuitGPTModel",
     "NodeSite",
-    "ResidualStream",
-    "default_twin",
-    "register_residual_stream",
-    "residual_stream",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .checked_files import CheckedConfig, Field
+from .validation import CheckedConfig, Field
 
 # Every place where AbsTopK may act, by OpenAI's name for it (METHOD: "activation sparsity").
 ACTIVATION_SITES = (

@@ -24,9 +24,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
+from .abs_topk import abs_topk
+from .attention import sdpa_attention_with_sink
 from .configuration_circuitgpt import CircuitGPTConfig
-from .sink_attention import sdpa_attention_with_sink
-from .sparse_ops import abs_topk
 from .sparse_pretrained import SparsePreTrainedModel
 
 # torch's RMSNorm derives its epsilon from the dtype; OpenAI's models were trained in float32, and

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .checked_files import ArtifactError, read_json
 from .configuration_circuitgpt import CircuitGPTConfig
 from .modeling_circuitgpt import CircuitGPTForCausalLM
+from .validation import ArtifactError, read_json
 
 # What OpenAI's code assumes where an old config does not say (its `GPTConfig`). Our own defaults
 # are the paper's model and would give such a checkpoint another architecture.

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers.utils import cached_file
 
-from .checked_files import FLOAT_DTYPES, ArtifactError, read_tensors, tensor_shapes
 from .sparse_execution import dense_layer, replace_module
-from .sparse_linear import SparseEmbedding, SparseLinear, SparseWeight, nonzeros_of
+from .sparse_layers import SparseEmbedding, SparseLinear, SparseWeight, nonzeros_of
+from .validation import FLOAT_DTYPES, ArtifactError, read_tensors, tensor_shapes
 
 VALUES, COLUMNS, ROW_COUNTS = ".values", ".columns", ".row_counts"
 PARTS = (VALUES, COLUMNS, ROW_COUNTS)

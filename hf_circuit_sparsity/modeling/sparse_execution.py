@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .sparse_linear import SparseEmbedding, SparseLinear, SparseWeight, nonzeros_of
+from .sparse_layers import SparseEmbedding, SparseLinear, SparseWeight, nonzeros_of
 
 logger = logging.get_logger(__name__)
 

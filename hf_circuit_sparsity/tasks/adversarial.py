@@ -10,7 +10,7 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerBase
 
 from .binary_task import BinaryTask, EncodedPair, encode_pairs
-from .definitions import DEFINITIONS, Example, Pair
+from .definitions.base import DEFINITIONS, Example, Pair
 from .definitions.brackets import TEMPLATES as LIST_TEMPLATES
 from .definitions.words import WORDS, surround
 

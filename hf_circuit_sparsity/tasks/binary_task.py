@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from .definitions import Example, Pair, Split
+from .definitions.base import Example, Pair, Split
 
 FEATURES = Features(
     {

@@ -15,7 +15,7 @@ from .binary_task import (
     check_distinct,
     encode_pairs,
 )
-from .definitions import DEFINITIONS, Split, TaskDefinition
+from .definitions.base import DEFINITIONS, Split, TaskDefinition
 
 
 def list_tasks() -> list[str]:

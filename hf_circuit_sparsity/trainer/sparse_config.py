@@ -6,11 +6,11 @@ from typing import Any, Literal, get_args
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .coordinate_blocks import BlockKind, Selection
-from .rcd_settings import check_schedule, check_settings
-from .schedules import DensitySchedule
-from .sparse_start import SUPPORTS
-from .topk import GRAD_RMS_MODES
+from ..optim.rcd.blocks import BlockKind, Selection
+from ..optim.rcd.config import check_schedule, check_settings
+from ..optim.schedules import DensitySchedule
+from ..optim.sparse_init import SUPPORTS
+from ..optim.topk_adamw import GRAD_RMS_MODES
 
 Sparsifier = Literal["topk", "rcd", "none"]
 SPARSIFIERS: tuple[str, ...] = get_args(Sparsifier)

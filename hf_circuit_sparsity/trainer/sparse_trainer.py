@@ -14,20 +14,20 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..hub import hub_errors
+from ..hub.errors import hub_errors
 from ..modeling.hub_slot import card_of
+from ..modeling.nonzero_checkpoint import load_nonzeros
 from ..modeling.sparse_execution import sparse_layers
 from ..modeling.sparse_pretrained import SparsePreTrainedModel
-from .nonzero_checkpoint import load_nonzeros
-from .nonzero_linear import MAX_DENSITY, on_nonzeros
-from .param_groups import sparse_param_groups
-from .partial_gradients import PartialGradients
-from .rcd import RCDSparseOptimizer
-from .rcd_workers import Workers
+from ..optim.param_groups import sparse_param_groups
+from ..optim.rcd.distributed import Workers
+from ..optim.rcd.optimizer import RCDSparseOptimizer
+from ..optim.rcd.partial_gradients import PartialGradients
+from ..optim.sparse_compute import MAX_DENSITY, on_nonzeros
+from ..optim.sparse_init import sparsify_initialization_
+from ..optim.topk_adamw import TopKAdamW
 from .sparse_config import SparseTrainingArguments
-from .sparse_start import sparsify_initialization_
 from .sparsity_monitor import SparsityMonitor
-from .topk import TopKAdamW
 
 logger = logging.getLogger(__name__)
 

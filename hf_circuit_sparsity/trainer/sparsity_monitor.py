@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from torch import Tensor
 
-from ..modeling.sparse_linear import SparseWeight
+from ..modeling.sparse_layers import SparseWeight
 
 # Number of set bits of every byte.
 _BITS_SET = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)

@@ -6,9 +6,9 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from hf_circuit_sparsity.adapters import BridgePeftConfig
-from hf_circuit_sparsity.modeling import BridgedCausalLM
-from tests.modeling.dense_models import gpt2, llama
-from tests.modeling.test_bridge import IDS, hybrids, twin
+from hf_circuit_sparsity.bridge.modeling_bridge import BridgedCausalLM
+from tests.bridge.test_bridge import IDS, hybrids, twin
+from tests.decoders.dense_models import gpt2, llama
 
 
 @pytest.fixture

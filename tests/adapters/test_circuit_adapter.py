@@ -9,8 +9,10 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from hf_circuit_sparsity.adapters import CircuitPeftConfig
-from hf_circuit_sparsity.circuits import Circuit, mean_activations, model_fingerprint
+from hf_circuit_sparsity.circuits.ablation import mean_activations
+from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.task_loss import pair_logits
+from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from tests.circuits.planted import (
     NO,
     PLANTED_EDGES,

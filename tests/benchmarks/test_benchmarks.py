@@ -5,19 +5,20 @@ import copy
 import pytest
 import torch
 
-from hf_circuit_sparsity.benchmarks import measure, projection, training_step, width
-from hf_circuit_sparsity.benchmarks.measure import Timing, interleaved, ratio, table
-from hf_circuit_sparsity.benchmarks.plain import (
+from benchmarks.speed import __main__ as benchmark
+from benchmarks.speed import measure, projection, training_step, width
+from benchmarks.speed.measure import Timing, interleaved, ratio, table
+from benchmarks.speed.plain import (
     abs_topk_plain,
     plainly,
     project_plain_,
     random_sparse_model,
     sparse_matrices,
 )
-from hf_circuit_sparsity.commands import benchmark
-from hf_circuit_sparsity.modeling import CircuitGPTConfig, modeling_circuitgpt
-from hf_circuit_sparsity.modeling.sparse_ops import abs_topk_reference
-from hf_circuit_sparsity.trainer import project_topk_reference_
+from hf_circuit_sparsity.modeling import modeling_circuitgpt
+from hf_circuit_sparsity.modeling.abs_topk import abs_topk_reference
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.optim.projection import project_topk_reference_
 
 
 def test_sides_take_turns_and_the_first_round_does_not_count():

@@ -5,23 +5,17 @@ import math
 import pytest
 import torch
 
-from hf_circuit_sparsity.benchmarks.bridges import (
-    DOSES,
-    bridge_figures,
-    choose_channel,
-    draw,
-    sweep_rows,
-)
-from hf_circuit_sparsity.benchmarks.circuit_finetuning import (
+from benchmarks.findings.bridges import DOSES, bridge_figures, choose_channel, draw, sweep_rows
+from benchmarks.findings.circuit_finetuning import (
     adapters,
     follows,
     opposite_loss,
     side_effects,
     teach,
 )
-from hf_circuit_sparsity.circuits import steering_candidates, steering_sweep
+from hf_circuit_sparsity.bridge.modeling_bridge import BridgedCausalLM
+from hf_circuit_sparsity.bridge.steering import steering_candidates, steering_sweep
 from hf_circuit_sparsity.circuits.task_loss import all_pair_logits, binary_loss
-from hf_circuit_sparsity.modeling import BridgedCausalLM
 from tests.adapters.test_circuit_adapter import planted_circuit
 from tests.circuits.planted import (
     NO,

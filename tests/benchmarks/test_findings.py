@@ -5,9 +5,9 @@ import torch
 from datasets import DatasetDict
 from transformers import TrainerControl
 
-from hf_circuit_sparsity.benchmarks import pruning_frontier
-from hf_circuit_sparsity.benchmarks.circuit_anatomy import describe_nodes
-from hf_circuit_sparsity.benchmarks.findings import (
+from benchmarks.findings import pruning_frontier
+from benchmarks.findings.circuit_anatomy import describe_nodes
+from benchmarks.findings.findings import (
     edges_mean,
     frontier,
     kept,
@@ -15,15 +15,14 @@ from hf_circuit_sparsity.benchmarks.findings import (
     smallest,
     stored_tasks,
 )
-from hf_circuit_sparsity.benchmarks.rcd_against_topk import noisy_weights
-from hf_circuit_sparsity.benchmarks.trained_models import (
-    NONZEROS,
-    RECIPES,
-    StopAtLoss,
-    with_lessons,
-)
-from hf_circuit_sparsity.circuits import Circuit, mean_activations, model_fingerprint
-from hf_circuit_sparsity.tasks import build_corpus, pack, train_tokenizer
+from benchmarks.findings.rcd_against_topk import noisy_weights
+from benchmarks.findings.trained_models import NONZEROS, RECIPES, StopAtLoss, with_lessons
+from hf_circuit_sparsity.circuits.ablation import mean_activations
+from hf_circuit_sparsity.circuits.circuit import Circuit
+from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
+from hf_circuit_sparsity.tasks.corpus import build_corpus
+from hf_circuit_sparsity.tasks.packing import pack
+from hf_circuit_sparsity.tasks.tokenizer import train_tokenizer
 from tests.circuits.planted import (
     PLANTED_NODES,
     on_off_task,

@@ -6,16 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from hf_circuit_sparsity.benchmarks.optimizer_comparison import ARCHITECTURES, METHODS, builder
-from hf_circuit_sparsity.benchmarks.rcd_headline import builders
-from hf_circuit_sparsity.benchmarks.rcd_race import (
-    Recipe,
-    Training,
-    bigram_loss,
-    race,
-    seconds_to,
-)
-from hf_circuit_sparsity.benchmarks.rcd_search import parse
+from benchmarks.findings.optimizer_comparison import ARCHITECTURES, METHODS, builder
+from benchmarks.findings.rcd_headline import builders
+from benchmarks.findings.rcd_race import Recipe, Training, bigram_loss, race, seconds_to
+from benchmarks.findings.rcd_search import parse
 from tests.conftest import random_model
 
 BLOCKS = torch.arange(64 * 16).reshape(64, 16) % 61

@@ -4,8 +4,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_circuit_sparsity.modeling import CircuitGPTConfig, CircuitGPTForCausalLM
-from hf_circuit_sparsity.tasks import BinaryTask
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from hf_circuit_sparsity.tasks.binary_task import BinaryTask
 
 WORDS = ["<pad>", "yes", "no", "on", "off", *(f"w{i}" for i in range(11))]
 YES, NO, ON, OFF = (WORDS.index(w) for w in ("yes", "no", "on", "off"))

@@ -5,14 +5,15 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from hf_circuit_sparsity.circuits import (
+from hf_circuit_sparsity.circuits.ablation import mean_activations
+from hf_circuit_sparsity.circuits.circuit import Circuit
+from hf_circuit_sparsity.circuits.task_loss import (
     Calibration,
-    Circuit,
+    all_pair_logits,
     binary_loss,
-    mean_activations,
-    model_fingerprint,
+    fit_calibration,
 )
-from hf_circuit_sparsity.circuits.task_loss import all_pair_logits, fit_calibration
+from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from tests.circuits.planted import (
     PLANTED_NODES,
     on_off_task,

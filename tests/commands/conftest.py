@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hf_circuit_sparsity import CircuitGPTConfig, CircuitGPTForCausalLM, train_tokenizer
-from hf_circuit_sparsity.tasks import build_corpus
+from hf_circuit_sparsity.tasks.corpus import build_corpus
 
 
 @pytest.fixture(scope="session")

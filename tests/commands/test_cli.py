@@ -183,5 +183,5 @@ def test_help_lists_the_commands(capsys):
         main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert all(command in printed for command in ("quickstart", "train", "prune", "benchmark"))
+    assert all(command in printed for command in ("quickstart", "train", "prune", "view"))
     assert ModelArguments().d_model == 256

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from hf_circuit_sparsity import CircuitGPTForCausalLM
-from hf_circuit_sparsity.circuits import evaluate_tasks
+from hf_circuit_sparsity.circuits.task_scores import evaluate_tasks
 from hf_circuit_sparsity.cli import main
 from tests.circuits.planted import planted_model, word_tokenizer
 

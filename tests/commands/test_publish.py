@@ -25,9 +25,11 @@ from hf_circuit_sparsity import (
     load_task,
     tokenizer_from_openai,
 )
-from hf_circuit_sparsity.circuits import ReportConfig, TaskScore, model_fingerprint
+from hf_circuit_sparsity.circuits.task_scores import TaskScore
+from hf_circuit_sparsity.circuits.viewer.settings import ReportConfig
 from hf_circuit_sparsity.cli import main
 from hf_circuit_sparsity.commands import publication
+from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from tests.conftest import FIXTURES, random_model, sparsify
 
 TASKS = ("single_double_quote", "while_return_true")

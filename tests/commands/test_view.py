@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_circuit_sparsity.circuits import Circuit, mean_activations, model_fingerprint
+from hf_circuit_sparsity.circuits.ablation import mean_activations
+from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.cli import main
-from hf_circuit_sparsity.modeling import CircuitGPTConfig
-from hf_circuit_sparsity.tasks import build_corpus, pack, train_tokenizer
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
+from hf_circuit_sparsity.tasks.corpus import build_corpus
+from hf_circuit_sparsity.tasks.packing import pack
+from hf_circuit_sparsity.tasks.tokenizer import train_tokenizer
 from tests.conftest import random_model
 
 

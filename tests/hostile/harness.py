@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .mutations import mutated_file
+from tests.hostile.mutations import mutated_file
 
 MEMORY = 1 << 30  # what reading a damaged file may take on top, in bytes
 

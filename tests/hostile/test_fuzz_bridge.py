@@ -6,13 +6,12 @@ import pytest
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
-from hf_circuit_sparsity.modeling import BridgedCausalLM
-from hf_circuit_sparsity.modeling.bridge_checkpoint import adapter_state_dict
-from hf_circuit_sparsity.modeling.checked_files import ArtifactError
+from hf_circuit_sparsity.bridge.checkpoint import adapter_state_dict
+from hf_circuit_sparsity.bridge.modeling_bridge import BridgedCausalLM
+from hf_circuit_sparsity.modeling.validation import ArtifactError
 from tests.circuits.planted import planted_model
+from tests.hostile.harness import fuzz
 from tests.hub_cards.artifacts import bridge
-
-from .harness import fuzz
 
 
 @pytest.fixture

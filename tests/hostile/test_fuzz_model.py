@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from hf_circuit_sparsity.modeling import CircuitGPTConfig, CircuitGPTForCausalLM
-from hf_circuit_sparsity.modeling.checked_files import ArtifactError
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from hf_circuit_sparsity.modeling.validation import ArtifactError
 from tests.conftest import random_model, sparsify
-
-from .harness import fuzz
+from tests.hostile.harness import fuzz
 
 DTYPES = {"F32": "<f4", "U8": "u1", "U16": "<u2", "U32": "<u4", "I32": "<i4", "I8": "i1"}
 

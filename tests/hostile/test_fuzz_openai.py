@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from hf_circuit_sparsity import CircuitGPTForCausalLM, tokenizer_from_openai
-from hf_circuit_sparsity.modeling.checked_files import ArtifactError
+from hf_circuit_sparsity.modeling.validation import ArtifactError
 from tests.conftest import FIXTURES
-
-from .harness import fuzz
+from tests.hostile.harness import fuzz
 
 
 def check_model(model, folder):

@@ -15,7 +15,7 @@ from hf_circuit_sparsity import (
     SparseTrainingArguments,
 )
 from hf_circuit_sparsity.cli import main
-from hf_circuit_sparsity.hub import HubAccessError
+from hf_circuit_sparsity.hub.errors import HubAccessError
 from tests.conftest import FIXTURES, random_model, sparsify
 from tests.hub.outside import run_outside
 from tests.modeling.test_checkpoints import openai_hub_folder

@@ -3,8 +3,10 @@
 import torch
 
 from hf_circuit_sparsity import BridgedCausalLM, Circuit
-from hf_circuit_sparsity.circuits import evaluate_circuit, mean_activations, model_fingerprint
-from hf_circuit_sparsity.modeling import CircuitGPTConfig
+from hf_circuit_sparsity.circuits.ablation import mean_activations
+from hf_circuit_sparsity.circuits.evaluation.faithfulness import evaluate_circuit
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from tests.circuits.planted import PLANTED_NODES, on_off_task, planted_model, reference_ids
 
 SUMMARY = {

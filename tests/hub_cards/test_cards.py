@@ -9,11 +9,13 @@ from huggingface_hub import DatasetCard, metadata_load
 from markdown_it import MarkdownIt
 
 from hf_circuit_sparsity.circuits.task_scores import TaskScore
-from hf_circuit_sparsity.hub_cards import bridge_card, circuit_card, model_card, task_dataset_card
+from hf_circuit_sparsity.hub_cards.bridge_card import bridge_card
+from hf_circuit_sparsity.hub_cards.circuit_card import circuit_card
 from hf_circuit_sparsity.hub_cards.markdown import NOT_MEASURED, block, python, text, visible
+from hf_circuit_sparsity.hub_cards.model_card import model_card
+from hf_circuit_sparsity.hub_cards.task_dataset_card import task_dataset_card
 from tests.circuits.planted import on_off_task, planted_model
-
-from .artifacts import BRIDGE_SUMMARY, SUMMARY, bridge, planted_circuit
+from tests.hub_cards.artifacts import BRIDGE_SUMMARY, SUMMARY, bridge, planted_circuit
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -13,13 +13,11 @@ from hf_circuit_sparsity import (
     SparseTrainer,
     SparseTrainingArguments,
 )
-from hf_circuit_sparsity.hub_cards import (
-    bridge_card,
-    circuit_card,
-    model_card,
-    task_dataset_card,
-)
+from hf_circuit_sparsity.hub_cards.bridge_card import bridge_card
+from hf_circuit_sparsity.hub_cards.circuit_card import circuit_card
+from hf_circuit_sparsity.hub_cards.model_card import model_card
 from hf_circuit_sparsity.hub_cards.pushed_card import MARK
+from hf_circuit_sparsity.hub_cards.task_dataset_card import task_dataset_card
 from tests.circuits.planted import planted_model, word_tokenizer
 from tests.hub_cards.artifacts import bridge, planted_circuit
 from tests.hub_cards.test_cards import task_splits

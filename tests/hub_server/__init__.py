@@ -6,8 +6,8 @@ redirects, listings, references, private and gated repositories, collections. It
 (clients are told so by `HF_HUB_DISABLE_XET`), and it has no pull requests.
 """
 
-from .environment import client_environment
-from .errors import HubError
-from .server import HubServer
+from tests.hub_server.environment import client_environment
+from tests.hub_server.errors import HubError
+from tests.hub_server.server import HubServer
 
 __all__ = ["HubError", "HubServer", "client_environment"]

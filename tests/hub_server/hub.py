@@ -9,8 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import HubError, repository_not_found
-from .repository import GITATTRIBUTES, BlobStore, File, Repository
+from tests.hub_server.errors import HubError, repository_not_found
+from tests.hub_server.repository import GITATTRIBUTES, BlobStore, File, Repository
 
 Role = Literal["read", "write"]
 

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .errors import HubError
+from tests.hub_server.errors import HubError
 
 # What a new repository's .gitattributes sends to LFS, as on the Hub.
 LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.parquet", "*.arrow", "*.npz", "*.tar", "*.zip")

@@ -15,10 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from .errors import HubError
-from .hub import Hub, Role, Token
-from .routes import HUB, STORAGE
-from .wire import Request, Response, Router
+from tests.hub_server.errors import HubError
+from tests.hub_server.hub import Hub, Role, Token
+from tests.hub_server.routes import HUB, STORAGE
+from tests.hub_server.wire import Request, Response, Router
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from .environment import client_environment
-from .server import HubServer
+from tests.hub_server.environment import client_environment
+from tests.hub_server.server import HubServer
 
 _FOLDER = Path(tempfile.mkdtemp(prefix="hub-of-tests-"))
 atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)

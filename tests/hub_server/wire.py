@@ -8,8 +8,8 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-from .errors import HubError
-from .hub import Hub, Token
+from tests.hub_server.errors import HubError
+from tests.hub_server.hub import Hub, Token
 
 
 @dataclass

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from hf_circuit_sparsity.kernels import load_kernels
+from hf_circuit_sparsity.kernels.cpu import load_kernels
 from hf_circuit_sparsity.modeling import worker_threads
+from hf_circuit_sparsity.modeling.abs_topk import abs_topk_reference
 from hf_circuit_sparsity.modeling.kernel_slot import kernels_for
-from hf_circuit_sparsity.modeling.sparse_linear import nonzeros_of, transposed
-from hf_circuit_sparsity.modeling.sparse_ops import abs_topk_reference
+from hf_circuit_sparsity.modeling.sparse_layers import nonzeros_of, transposed
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C compiler, or switched off")
 

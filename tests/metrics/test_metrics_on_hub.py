@@ -8,7 +8,7 @@ import evaluate
 import pytest
 from huggingface_hub import HfApi
 
-from hf_circuit_sparsity.hub_cards import push_metric
+from hf_circuit_sparsity.hub_cards.metric_space import push_metric
 from hf_circuit_sparsity.metrics import METRICS, metric_path
 
 INPUTS = {

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from hf_circuit_sparsity.modeling import CircuitGPTConfig, CircuitGPTForCausalLM
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from tests.conftest import FIXTURES, random_model, sparsify
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -196,17 +197,17 @@ def test_loads_by_remote_code_where_the_package_is_not_installed(tiny_model, tmp
         sparsify(tiny_model)
     tiny_model.save_pretrained(folder, sparse=sparse)
     assert {p.name for p in folder.glob("*.py")} == {
-        "checked_files.py",
         "configuration_circuitgpt.py",
         "hub_slot.py",
         "kernel_slot.py",
         "modeling_circuitgpt.py",
-        "sink_attention.py",
+        "attention.py",
         "sparse_checkpoint.py",
         "sparse_execution.py",
-        "sparse_linear.py",
-        "sparse_ops.py",
+        "sparse_layers.py",
+        "abs_topk.py",
         "sparse_pretrained.py",
+        "validation.py",
         "worker_threads.py",
     }
     torch.save(IDS, tmp_path / "ids.pt")

@@ -6,7 +6,8 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 
-from hf_circuit_sparsity.modeling import CircuitGPTConfig, CircuitGPTForCausalLM
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from tests.conftest import random_model
 
 IDS = torch.arange(24).reshape(2, 12)

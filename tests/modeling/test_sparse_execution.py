@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_circuit_sparsity.circuits.edges import circuit_edges
-from hf_circuit_sparsity.modeling import CircuitGPTConfig, CircuitGPTForCausalLM
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
+from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.modeling.sparse_execution import sparse_layers
-from hf_circuit_sparsity.modeling.sparse_linear import (
+from hf_circuit_sparsity.modeling.sparse_layers import (
     SparseEmbedding,
     SparseLinear,
     nonzeros_of,

@@ -2,7 +2,8 @@ import pytest
 from datasets import DatasetDict
 from transformers import PreTrainedTokenizerFast
 
-from hf_circuit_sparsity.tasks import build_corpus, tokenizer_from_openai, train_tokenizer
+from hf_circuit_sparsity.tasks.corpus import build_corpus
+from hf_circuit_sparsity.tasks.tokenizer import tokenizer_from_openai, train_tokenizer
 from tests.conftest import FIXTURES
 
 

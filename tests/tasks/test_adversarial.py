@@ -2,8 +2,9 @@
 
 import pytest
 
-from hf_circuit_sparsity.tasks import build_corpus, load_adversarial_tasks, train_tokenizer
-from hf_circuit_sparsity.tasks.adversarial import ADVERSARIES
+from hf_circuit_sparsity.tasks.adversarial import ADVERSARIES, load_adversarial_tasks
+from hf_circuit_sparsity.tasks.corpus import build_corpus
+from hf_circuit_sparsity.tasks.tokenizer import train_tokenizer
 from tests.tasks.rules import open_brackets, open_quote
 
 

@@ -2,15 +2,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_circuit_sparsity.tasks import (
-    BinaryTask,
-    TaskNotExpressibleError,
-    build_task_dataset,
-    list_tasks,
-    load_task,
-)
-from hf_circuit_sparsity.tasks.binary_task import encode_pairs
-from hf_circuit_sparsity.tasks.definitions import DEFINITIONS, Example, TaskDefinition
+from hf_circuit_sparsity.tasks.binary_task import BinaryTask, TaskNotExpressibleError, encode_pairs
+from hf_circuit_sparsity.tasks.definitions.base import DEFINITIONS, Example, TaskDefinition
+from hf_circuit_sparsity.tasks.load import build_task_dataset, list_tasks, load_task
 
 PAIRS = [
     (("x = 'a", "'"), ('x = "a', '"')),

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_circuit_sparsity.tasks import build_corpus
+from hf_circuit_sparsity.tasks.corpus import build_corpus
 
 
 @pytest.fixture

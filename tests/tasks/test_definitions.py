@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import pytest
 
-from hf_circuit_sparsity.tasks import BinaryTask, list_tasks, load_task
+from hf_circuit_sparsity.tasks.binary_task import BinaryTask
 from hf_circuit_sparsity.tasks.definitions import words
 from hf_circuit_sparsity.tasks.definitions.base import define
 from hf_circuit_sparsity.tasks.definitions.words import Bank
+from hf_circuit_sparsity.tasks.load import list_tasks, load_task
 from tests.tasks.rules import GRAMMAR_LEAVES_OPEN, RULES, last_line, open_quote, parses
 
 

@@ -9,7 +9,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_circuit_sparsity.tasks import pack
+from hf_circuit_sparsity.tasks.packing import pack
 
 TEXTS = ["x = 1\n", "def f(x):\n    return x\n", "import os\n", "y = [1, 2, 3]\n"]
 

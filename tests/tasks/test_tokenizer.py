@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from hf_circuit_sparsity.tasks import (
+from hf_circuit_sparsity.tasks.tokenizer import (
     decode_bytes,
     encode_bytes,
     tokenizer_from_openai,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_circuit_sparsity.trainer import InterruptCallback
+from hf_circuit_sparsity.trainer.callbacks import InterruptCallback
 
 
 class PressCtrlC(TrainerCallback):

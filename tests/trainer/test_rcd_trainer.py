@@ -6,12 +6,10 @@ import pytest
 import torch
 from transformers import HfArgumentParser, TrainerCallback
 
-from hf_circuit_sparsity.trainer import (
-    RCDSparseOptimizer,
-    SparseTrainingArguments,
-    nonzero_budget,
-    sparse_param_groups,
-)
+from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
+from hf_circuit_sparsity.optim.projection import nonzero_budget
+from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
+from hf_circuit_sparsity.trainer.sparse_config import SparseTrainingArguments
 from tests.conftest import random_model
 
 

@@ -1,7 +1,7 @@
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_circuit_sparsity.trainer import SparseTrainingArguments
+from hf_circuit_sparsity.trainer.sparse_config import SparseTrainingArguments
 
 
 @pytest.fixture

@@ -6,13 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_circuit_sparsity.trainer import (
-    DensitySchedule,
-    SparseTrainer,
-    TopKAdamW,
-    nonzero_budget,
-    sparse_param_groups,
-)
+from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
+from hf_circuit_sparsity.optim.projection import nonzero_budget
+from hf_circuit_sparsity.optim.schedules import DensitySchedule
+from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
+from hf_circuit_sparsity.trainer.sparse_trainer import SparseTrainer
 
 
 def expected_nonzeros(model, density, **kwargs):

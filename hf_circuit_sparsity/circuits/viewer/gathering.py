@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...tasks import BinaryTask
-from ..layered_graph import Key, LayeredGraph, layered_graph
+from ...tasks.binary_task import BinaryTask
 from ..reference_tokens import ReferenceTokens, reference_input_ids
 from .activations import Activations, extreme_examples, histogram, record_activations
 from .attention import attention_patterns
 from .embeddings import channel_embeddings
+from .layout import Key, LayeredGraph, layered_graph
 from .losses import (
     before_and_after,
     curve_sizes,

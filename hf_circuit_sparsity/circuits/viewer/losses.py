@@ -8,13 +8,7 @@ import torch
 from torch import nn
 
 from ..ablation import ablation_hook, hooked_sites, mean_ablated
-from ..task_loss import (
-    TaskTensors,
-    all_pair_logits,
-    binary_accuracy,
-    binary_loss,
-    fit_calibration,
-)
+from ..task_loss import TaskTensors, all_pair_logits, binary_accuracy, binary_loss, fit_calibration
 
 if TYPE_CHECKING:
     from ..circuit import Circuit

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ...tasks import BinaryTask, list_tasks, load_task
+from ...tasks.binary_task import BinaryTask
+from ...tasks.load import list_tasks, load_task
 from ..reference_tokens import ReferenceTokens
 from .gathering import Gathering, shortened
 from .page import render_page

@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 
-from hf_circuit_sparsity.circuits import Circuit, ReportConfig
 from hf_circuit_sparsity.circuits.ablation import hooked_sites, mean_ablated, node_sites
+from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.task_loss import all_pair_logits, binary_loss
 from hf_circuit_sparsity.circuits.viewer.activations import (
     extreme_examples,
@@ -20,6 +20,7 @@ from hf_circuit_sparsity.circuits.viewer.embeddings import channel_embeddings
 from hf_circuit_sparsity.circuits.viewer.losses import curve_sizes, node_effects
 from hf_circuit_sparsity.circuits.viewer.page import json_for_html, render_page
 from hf_circuit_sparsity.circuits.viewer.report import report_data
+from hf_circuit_sparsity.circuits.viewer.settings import ReportConfig
 from tests.circuits.planted import NO, ON, YES, planted_model, reference_ids
 from tests.circuits.viewer.conftest import SMALL
 from tests.conftest import random_model

@@ -1,7 +1,15 @@
 """The Hub's HTTP interface, one module per part of it. Importing it fills the routers."""
 
-from . import accounts, collections, files, listings, repositories, storage, uploads
-from .paths import HUB, STORAGE
+from tests.hub_server.routes import (
+    accounts,
+    collections,
+    files,
+    listings,
+    repositories,
+    storage,
+    uploads,
+)
+from tests.hub_server.routes.paths import HUB, STORAGE
 
 __all__ = [
     "HUB",

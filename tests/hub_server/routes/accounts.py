@@ -2,10 +2,10 @@
 
 import yaml
 
-from ..errors import HubError
-from ..hub import Hub
-from ..wire import Request, Response
-from .paths import API, HUB
+from tests.hub_server.errors import HubError
+from tests.hub_server.hub import Hub
+from tests.hub_server.routes.paths import API, HUB
+from tests.hub_server.wire import Request, Response
 
 
 @HUB.route("GET", "/api/whoami-v2")

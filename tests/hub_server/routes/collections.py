@@ -2,10 +2,10 @@
 
 import re
 
-from ..errors import HubError
-from ..hub import Hub, object_id
-from ..wire import Request, Response
-from .paths import HUB
+from tests.hub_server.errors import HubError
+from tests.hub_server.hub import Hub, object_id
+from tests.hub_server.routes.paths import HUB
+from tests.hub_server.wire import Request, Response
 
 SLUG = r"/api/collections/([^/]+/[^/]+)"
 

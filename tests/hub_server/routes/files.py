@@ -2,9 +2,9 @@
 
 from urllib.parse import quote
 
-from ..hub import Hub
-from ..wire import Request, Response, ranged
-from .paths import HUB, REVISION, WEB, kind_of
+from tests.hub_server.hub import Hub
+from tests.hub_server.routes.paths import HUB, REVISION, WEB, kind_of
+from tests.hub_server.wire import Request, Response, ranged
 
 
 @HUB.route("GET", rf"{WEB}/(?:resolve|raw)/{REVISION}/(.+)")

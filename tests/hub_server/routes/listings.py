@@ -5,12 +5,12 @@ from typing import Any
 
 import yaml
 
-from ..errors import HubError
-from ..hub import Hub
-from ..repository import Commit, Repository
-from ..wire import Request, Response
-from .accounts import card_data
-from .paths import API, HUB, REVISION
+from tests.hub_server.errors import HubError
+from tests.hub_server.hub import Hub
+from tests.hub_server.repository import Commit, Repository
+from tests.hub_server.routes.accounts import card_data
+from tests.hub_server.routes.paths import API, HUB, REVISION
+from tests.hub_server.wire import Request, Response
 
 
 @HUB.route("GET", rf"{API}(?:/revision/{REVISION})?")

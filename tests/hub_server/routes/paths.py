@@ -1,6 +1,6 @@
 """Pieces of the Hub's paths, and the two routers: the Hub itself and its file storage."""
 
-from ..wire import Router
+from tests.hub_server.wire import Router
 
 HUB, STORAGE = Router(), Router()
 

@@ -2,10 +2,10 @@
 
 import re
 
-from ..errors import HubError, repository_not_found
-from ..hub import Hub
-from ..wire import Request, Response
-from .paths import API, HUB, REVISION, web_path
+from tests.hub_server.errors import HubError, repository_not_found
+from tests.hub_server.hub import Hub
+from tests.hub_server.routes.paths import API, HUB, REVISION, web_path
+from tests.hub_server.wire import Request, Response
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 

@@ -1,9 +1,9 @@
 """Where LFS files lie. It knows signed addresses only, and no access tokens."""
 
-from ..errors import HubError
-from ..hub import Hub
-from ..wire import Request, Response, ranged
-from .paths import STORAGE
+from tests.hub_server.errors import HubError
+from tests.hub_server.hub import Hub
+from tests.hub_server.routes.paths import STORAGE
+from tests.hub_server.wire import Request, Response, ranged
 
 OID = r"/objects/([0-9a-f]{64})"
 

@@ -4,11 +4,11 @@ import base64
 import json
 from typing import Any
 
-from ..errors import HubError
-from ..hub import Hub
-from ..repository import Commit, File, git_hash, lfs_pointer
-from ..wire import Request, Response
-from .paths import API, HUB, REVISION, WEB, kind_of, web_path
+from tests.hub_server.errors import HubError
+from tests.hub_server.hub import Hub
+from tests.hub_server.repository import Commit, File, git_hash, lfs_pointer
+from tests.hub_server.routes.paths import API, HUB, REVISION, WEB, kind_of, web_path
+from tests.hub_server.wire import Request, Response
 
 
 @HUB.route("POST", f"{API}/preupload/{REVISION}")

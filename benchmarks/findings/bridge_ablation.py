@@ -1,0 +1,196 @@
+"""What makes bridges worse than ridge regression when they are trained, and what makes them better.
+
+Twin and bridges are trained together for a few steps, each time with one thing done otherwise.
+"""
+
+import argparse
+import copy
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback, set_seed
+
+from hf_circuit_sparsity.bridge.bridge_config import BridgeTrainingArguments
+from hf_circuit_sparsity.bridge.bridge_trainer import BridgeTrainer
+from hf_circuit_sparsity.bridge.initialization import ridge_bridges_
+from hf_circuit_sparsity.bridge.modeling_bridge import BridgedCausalLM
+from hf_circuit_sparsity.commands.console import quiet_libraries, say
+from hf_circuit_sparsity.commands.train import spread_sample, write_json
+
+from ..speed.measure import machine, table, write_text
+from .bridge_models import (
+    BLOCK_SIZE,
+    BRIDGE_BATCH_SIZE,
+    BRIDGE_LEARNING_RATE,
+    DENSITY,
+    FINDINGS,
+    FOLDER,
+    NMSE_WEIGHT,
+    ensure_dense,
+    fresh_bridge,
+    ridge_tokens,
+)
+from .bridges import KEYS, bridge_figures
+
+N_TEXT = 32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is done otherwise."""
+
+    learning_rate: float = BRIDGE_LEARNING_RATE
+    nmse_weight: float = NMSE_WEIGHT
+    units: bool = True
+    """Whether bridges read and write the dense stream in standard units."""
+    sharkfin: bool = False
+    """Whether the bridges, which are dense, have the sparse twin's learning rate."""
+    hybrids: bool = True
+
+
+_FORMER = Variant(learning_rate=3e-3, nmse_weight=1.0, units=False, sharkfin=True)
+
+VARIANTS: dict[str, Variant] = {
+    "as the benchmark does": Variant(),
+    "weight of the NMSE 1": Variant(nmse_weight=1.0),
+    "no hybrid runs": Variant(hybrids=False),
+    "dense stream in its own units": Variant(units=False),
+    "learning rate of bridges with sharkfin": Variant(sharkfin=True),
+    "learning rate 3e-3": Variant(learning_rate=3e-3),
+    "all as before: own units, sharkfin, 3e-3, weight 1": _FORMER,
+    "as before, but standard units": replace(_FORMER, units=True),
+    "as before, a tenth of the learning rate": replace(_FORMER, learning_rate=3e-4),
+    "that in standard units": replace(_FORMER, learning_rate=3e-4, units=True),
+}
+
+
+@torch.no_grad()
+def without_units_(bridged: BridgedCausalLM) -> BridgedCausalLM:
+    """Fold the standardization into the weights, so that the maps stay as they are."""
+    for bridge in bridged.bridges:
+        encoder, decoder = bridge.encoder, bridge.decoder
+        encoder.weight /= bridge.dense_scale
+        encoder.bias -= encoder.weight @ bridge.dense_mean
+        decoder.weight *= bridge.dense_scale[:, None]
+        decoder.bias.copy_(bridge.dense_mean + bridge.dense_scale * decoder.bias)
+        bridge.dense_mean.zero_()
+        bridge.dense_scale.fill_(1.0)
+    return bridged
+
+
+class _Trainer(BridgeTrainer):
+    """A [`BridgeTrainer`] whose bridges may have the twin's learning rate."""
+
+    sharkfin_everywhere = False
+
+    def _param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        groups = super()._param_groups(model)
+        return [{**g, "sharkfin": True} for g in groups] if self.sharkfin_everywhere else groups
+
+
+class _Largest(TrainerCallback):
+    nmse = 0.0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict, **kwargs: Any) -> None:
+        self.nmse = max(self.nmse, logs.get("nmse", 0.0))
+
+
+@torch.no_grad()
+def stream_length(bridged: BridgedCausalLM, text: torch.Tensor) -> float:
+    """The standard deviation of the twin's stream after its last block, over tokens."""
+    stream = bridged.sparse_stream
+    x = stream.run(*stream.embed(text, None))[-1].flatten(0, 1)
+    return (x - x.mean(0)).square().sum(-1).mean().sqrt().item()
+
+
+def measure(
+    bridged: BridgedCausalLM, variant: Variant | None, blocks: Any, steps: int, folder: Path
+) -> dict[str, Any]:
+    """Train a copy of `bridged` as `variant` says (not at all if `None`) and measure it."""
+    set_seed(0)
+    bridged = copy.deepcopy(bridged)
+    largest = _Largest()
+    if variant is not None:
+        if not variant.units:
+            without_units_(bridged)
+        hybrid = 1.0 if variant.hybrids else 0.0
+        arguments = BridgeTrainingArguments(
+            str(folder), max_steps=steps, learning_rate=variant.learning_rate,
+            nmse_weight=variant.nmse_weight, dense_to_sparse_weight=hybrid,
+            sparse_to_dense_weight=hybrid, standardize_bridges=variant.units,
+            target_density=DENSITY, anneal_start=0.0, anneal_end=0.0,
+            per_device_train_batch_size=BRIDGE_BATCH_SIZE, logging_steps=1, save_strategy="no",
+            report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = _Trainer(bridged, arguments, train_dataset=blocks["train"], callbacks=[largest])
+        trainer.sharkfin_everywhere = variant.sharkfin
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    text = torch.tensor(spread_sample(blocks["validation"], N_TEXT)["input_ids"][:])[:N_TEXT]
+    bridged.eval()
+    found = bridge_figures(bridged, text)
+    return {**found, "largest": largest.nmse, "length": stream_length(bridged, text)}
+
+
+def report(folder: Path, findings: Path, output: Path, steps: int) -> str:
+    """Measure every variant that has not been measured yet, and write the table."""
+    quiet_libraries()
+    _, blocks = ensure_dense(folder, findings)
+    place = folder / f"ablation-{steps}"
+    start = ridge_bridges_(fresh_bridge(folder / "dense", findings), ridge_tokens(blocks))
+    rows: list[tuple] = []
+    regression: dict[str, Any] = {}
+    for name, variant in {"ridge regression": None, **VARIANTS}.items():
+        path = place / f"{re.sub(r'[^a-zA-Z0-9]+', '-', name)}.json"
+        if not path.is_file():
+            place.mkdir(parents=True, exist_ok=True)
+            write_json(path, measure(start, variant, blocks, steps, place / "run"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        regression = regression or found
+        pairs = [pair for key in KEYS for pair in zip(found[key], regression[key], strict=True)]
+        rows.append(
+            (
+                name,
+                *(f"{sum(found[key]) / len(found[key]):.3f}" for key in KEYS),
+                f"{sum(a < b for a, b in pairs)} of {len(pairs)}" if variant else "",
+                f"{found['largest']:.2f}" if variant else "",
+                f"{found['length']:.1f}",
+                f"{found['lm']:.2f}",
+            )
+        )
+        say(f"  {rows[-1]}")
+    header = (
+        "", "NMSE encoding", "NMSE decoding", "KL dense→sparse", "KL sparse→dense",
+        "better than regression", "largest NMSE on the way", "twin's stream", "twin's loss",
+    )  # fmt: skip
+    parts = ["# Training bridges: what matters", machine("cpu"),
+             HEAD.format(steps=steps, text=N_TEXT * BLOCK_SIZE), table(header, rows)]  # fmt: skip
+    text_out = "\n\n".join(parts) + "\n"
+    write_text(output, text_out)
+    return text_out
+
+
+HEAD = (
+    "Twin and bridges start from ridge regression and are trained together for {steps} steps of "
+    "1,024 tokens, each time with one thing done otherwise; one run each. NMSE (of encoding and "
+    "decoding; on the way, their sum) and KL as in bridges.md, means over the five locations, on "
+    "{text:,} validation tokens; how many of the twenty figures are better than regression's; the "
+    "standard deviation over tokens of the twin's stream after its last block."
+)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="(default: %(default)s)")
+    parser.add_argument("--findings", type=Path, default=FINDINGS, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="(default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("bridge_ablation.md"), help="(default: %(default)s)"
+    )
+    options = parser.parse_args()
+    say(report(options.folder, options.findings, options.output, options.steps))

@@ -1,0 +1,137 @@
+"""Loss against nodes and edges for one task, and the seconds it takes.
+
+Masks of several seeds are learned together in one forward pass, and one after the other.
+"""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_circuit_sparsity.circuits.ablation import mean_ablated
+from hf_circuit_sparsity.circuits.pruning.find import find_frontier
+from hf_circuit_sparsity.circuits.pruning.masks import learn_masks
+from hf_circuit_sparsity.circuits.task_loss import all_pair_logits, binary_loss, fit_calibration
+
+from ..speed.measure import machine, save_figure, table
+from .findings import RESULTS, SEARCHES, arguments, kept, loaded, task_for, write_report
+from .trained_models import FOLDER
+
+MODEL, TASK, SEARCH = "topk-128-seed0", "single_double_quote", "dear"
+CONFIG = replace(SEARCHES[SEARCH], seeds=1)
+TARGETS = (0.15, 0.2, 0.3, 0.4, 0.5, 0.6)
+STEPS_TIMED = 15
+SEEDS_TIMED = 3
+
+
+def run(folder: Path = FOLDER, results: Path = RESULTS, stored_only: bool = False) -> str:
+    """Find the circuits, time the parts, draw the plot; returns the report."""
+    path = folder / "measured" / MODEL / "pruning_frontier.json"
+    if stored_only and not path.is_file():
+        return "# Loss against the size of the circuit\n\nNot measured yet."
+    found = kept(path, lambda: _measured(folder))
+    _draw(found["circuits"], found["ranked"], results / "pruning_frontier.png")
+    lines = [
+        (f"{m['target']:g}", m["nodes"], m["edges"], f"{m['train_circuit_loss']:.3f}",
+         f"{m['circuit_loss']:.3f}")
+        for m in found["circuits"]
+    ]  # fmt: skip
+    seconds = found["seconds"]
+    header = ("target loss", "nodes", "edges", "loss, training prompts", "loss, held-out prompts")
+    return "\n\n".join(
+        [
+            "# Loss against the size of the circuit",
+            f"{MODEL}, {TASK}. {found['machine']}; CPU seconds.",
+            table(header, lines),
+            "![Loss against nodes and edges](pruning_frontier.png)",
+            "Before the clean-up, keeping the nodes of largest mask parameter:",
+            table(
+                ("nodes", "loss, training prompts"), [(k, f"{v:.3f}") for k, v in found["ranked"]]
+            ),
+            f"All of it took {seconds['all']:.0f} s, of which the masks "
+            f"{CONFIG.steps * seconds['one by one']:.0f} s ({CONFIG.steps} updates of "
+            f"{CONFIG.batch_size} pairs, at the pace below), the rest bisection and clean-up on "
+            f"{CONFIG.selection_prompts} prompts for {len(TARGETS)} targets.",
+            table(
+                ("masks of " + str(SEEDS_TIMED) + " seeds", "seconds per update and seed"),
+                [(how, f"{seconds[how]:.3f}") for how in ("together", "one by one")],
+            ),
+        ]
+    )
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    """Circuits at every target, losses by rank, and seconds; what the report is made of."""
+    model, tokenizer, inputs = loaded(MODEL, folder)
+    task = task_for(MODEL, TASK, folder, SEARCH)
+    train = task.tensors("train")
+    seconds: dict[str, float] = {}
+    # One by one is what so little memory leaves; the first of the two rounds warms up.
+    for how, memory in (("together", 64.0), ("together", 64.0), ("one by one", 1e-6)):
+        start = time.process_time()
+        config = replace(CONFIG, steps=STEPS_TIMED, memory_gb=memory)
+        learn_masks(model, train, inputs.means.nodes, config, range(SEEDS_TIMED), progress=False)
+        seconds[how] = (time.process_time() - start) / STEPS_TIMED / SEEDS_TIMED
+    start = time.process_time()
+    found = find_frontier(model, tokenizer, task, TARGETS, CONFIG, inputs=inputs)
+    seconds["all"] = time.process_time() - start
+    circuits = [circuit for (circuit,) in found]
+    return {
+        "machine": machine("cpu"),
+        "seconds": seconds,
+        "ranked": _by_rank(model, task, inputs, circuits[0].scores),
+        "circuits": [
+            {"target": target, **c.metrics} for target, c in zip(TARGETS, circuits, strict=True)
+        ],
+    }
+
+
+def _by_rank(model: Any, task: Any, inputs: Any, scores: Any) -> list[tuple[int, float]]:
+    """Nodes kept, in order of their mask parameters, and the calibrated loss."""
+    rows = {k: v[: CONFIG.selection_prompts] for k, v in task.tensors("train").items()}
+    order = torch.cat(list(scores.values())).argsort(descending=True)
+    result = []
+    for k in (5, 10, 15, 20, 30, 50, 100, 200, 400):
+        flat = torch.zeros(len(order), dtype=torch.bool)
+        flat[order[:k]] = True
+        masks = dict(zip(scores, flat.split([len(s) for s in scores.values()]), strict=True))
+        with mean_ablated(model, masks, inputs.means.nodes):
+            pairs = all_pair_logits(model, rows)
+        result.append((k, binary_loss(fit_calibration(pairs, rows).pairs(pairs, rows)).item()))
+    return result
+
+
+def _draw(metrics: list[dict], ranked: list, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(8, 3.6), sharey=True, layout="constrained"
+    )
+    losses = [m["train_circuit_loss"] for m in metrics]
+    left.plot([k for k, _ in ranked], [v for _, v in ranked], "C7--o", label="by rank alone")
+    left.plot([max(1, m["nodes"]) for m in metrics], losses, "C0-o", label="cleaned up")
+    right.plot([max(1, m["edges"]) for m in metrics], losses, "C0-o", label="cleaned up")
+    for axes, what in ((left, "nodes"), (right, "edges")):
+        axes.axhline(0.693, color="C7", linewidth=0.8, linestyle=":")
+        axes.set(xlabel=what)
+        axes.legend()
+    left.set_xscale("log")
+    ticks = (5, 10, 20, 50, 100, 200, 400)
+    left.set_xticks(ticks, map(str, ticks))
+    left.minorticks_off()
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.set_ylabel("task loss (nats), training prompts")
+    figure.suptitle(f"{TASK}: loss against the size of the circuit")
+    save_figure(figure, path)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    args = arguments(__doc__)
+    write_report(args.results, "pruning_frontier", run(args.folder, args.results, args.stored_only))

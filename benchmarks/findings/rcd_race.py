@@ -1,0 +1,268 @@
+"""Random coordinate descent against top-k annealed AdamW: two trainings that take turns."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from hf_circuit_sparsity.modeling.sparse_execution import sparse_layers
+from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
+from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
+from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
+from hf_circuit_sparsity.optim.sparse_compute import on_nonzeros
+from hf_circuit_sparsity.optim.sparse_init import sparsify_initialization_
+from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
+
+MIN_NONZEROS = 4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training.
+
+    Args:
+        method: "topk", "rcd", or without any sparsity "adamw" or "sgd".
+        steps: optimizer steps.
+        lr: peak learning rate; linear warm-up over 1 % of the steps, then linear decay.
+        batch: sequences per step.
+        settings: of the optimizer, beside those of the recipe of Gao et al. 2025, section 2.
+        seed: of initialization, order of the data and blocks.
+    """
+
+    method: str
+    steps: int
+    lr: float
+    batch: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+
+class Training:
+    """A training with a clock of its own, which stands still while others run or it is evaluated.
+
+    Args:
+        build: makes the model.
+        build_sparse: makes it with so small a density, as nonzeros alone, where that is how random
+            coordinate descent is to begin.
+        blocks: training tokens, ``(n, context)`` int64.
+        held_out: validation tokens, ``(n, context)`` int64.
+
+    Attributes:
+        curve: per evaluation: step, tokens, seconds (wall), cpu_seconds, loss (nats per token).
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], PreTrainedModel],
+        recipe: Recipe,
+        density: float,
+        blocks: torch.Tensor,
+        held_out: torch.Tensor,
+        build_sparse: Callable[[float], PreTrainedModel] | None = None,
+    ) -> None:
+        self.recipe, self.blocks, self.held_out = recipe, blocks, held_out
+        self.done, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
+        self.curve: list[dict[str, float]] = []
+        torch.manual_seed(recipe.seed)
+        start = recipe.settings.get("start_density") or density
+        if recipe.method == "rcd" and build_sparse is not None:
+            self.model = build_sparse(start)
+        else:
+            self.model = build()
+            if recipe.method == "rcd":
+                sparsify_initialization_(
+                    self.model, start, min_nonzeros=MIN_NONZEROS, seed=recipe.seed
+                )
+        self._computing: Any = nullcontext()
+        self.optimizer = self._optimizer(density)
+        self._computing.__enter__()
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
+        generator = torch.Generator().manual_seed(recipe.seed)
+        self.order = torch.randperm(len(blocks), generator=generator)
+
+    def _optimizer(self, density: float) -> torch.optim.Optimizer:
+        recipe = self.recipe
+        groups = sparse_param_groups(self.model, min_nonzeros=MIN_NONZEROS)
+        if recipe.method in ("adamw", "sgd"):
+            plain = [{"params": [p for _, p in g["params"]], "weight_decay": g["weight_decay"]}
+                     for g in groups]  # fmt: skip
+            kind = torch.optim.AdamW if recipe.method == "adamw" else torch.optim.SGD
+            return kind(plain, lr=recipe.lr, **recipe.settings)
+        common = {
+            "lr": recipe.lr,
+            "betas": (0.9, 0.95),
+            "eps": 0.1,
+            "target_density": density,
+            "total_steps": recipe.steps,
+            "sharkfin": True,
+            "grad_rms": "always",
+            **recipe.settings,
+        }
+        if recipe.method == "topk":
+            self._computing = on_nonzeros(self.model)
+            return TopKAdamW(groups, **common)
+        optimizer = RCDSparseOptimizer(groups, seed=recipe.seed, **common)
+        self._computing = PartialGradients(self.model, optimizer)
+        return optimizer
+
+    def _factor(self, step: int) -> float:
+        warmup = max(1, round(0.01 * self.recipe.steps))
+        left = (self.recipe.steps - step) / (self.recipe.steps - warmup + 1)
+        return max(0.0, min((step + 1) / warmup, left))
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.done >= self.recipe.steps
+
+    def run(self, steps: int) -> float:
+        """Train for at most so many steps more; returns the mean training loss."""
+        self.model.train()
+        losses = []
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(min(steps, self.recipe.steps - self.done)):
+            first = self.done * self.recipe.batch
+            places = torch.arange(first, first + self.recipe.batch) % len(self.order)
+            batch = self.blocks[self.order[places]]
+            loss = self.model(batch, labels=batch, use_cache=False).loss
+            loss.backward()
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+            self.done += 1
+            losses.append(loss.item())
+        self.seconds += time.perf_counter() - wall
+        self.cpu_seconds += time.process_time() - cpu
+        return sum(losses) / len(losses)
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Validation loss in nats per token; adds a point to the curve."""
+        self.model.eval()
+        total = 0.0
+        for piece in self.held_out.split(16):
+            total += self.model(piece, labels=piece, use_cache=False).loss.item() * len(piece)
+        loss = total / len(self.held_out)
+        self.curve.append(
+            {
+                "step": self.done,
+                "tokens": self.done * self.recipe.batch * self.blocks.shape[1],
+                "seconds": self.seconds,
+                "cpu_seconds": self.cpu_seconds,
+                "loss": loss,
+            }
+        )
+        return loss
+
+    def close(self) -> None:
+        """Give the model's layers back their own ways to compute."""
+        self._computing.__exit__(None, None, None)
+
+    def nonzeros(self) -> tuple[int, int]:
+        """Nonzeros, and entries, of the parameters that are sparse by the paper's rule."""
+        groups = [g for g in sparse_param_groups(self.model) if g["sparse"]]
+        sparse = [p for g in groups for _, p in g["params"]]
+        sizes = {id(m.values): math.prod(m.shape) for m in sparse_layers(self.model).values()}
+        entries = sum(sizes.get(id(p), p.numel()) for p in sparse)
+        return sum(int(torch.count_nonzero(p)) for p in sparse), entries
+
+    def save(self, path: Path) -> None:
+        """Write all that :meth:`load` needs, to a temporary name first."""
+        partial = path.with_name(f"{path.name}.partial")
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "clock": [self.done, self.seconds, self.cpu_seconds],
+                "curve": self.curve,
+            },
+            partial,
+        )
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        """Go on where :meth:`save` left."""
+        saved = torch.load(path, weights_only=True)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        saved["schedule"]["lr_lambdas"] = [None] * len(self.optimizer.param_groups)
+        self.schedule.load_state_dict(saved["schedule"])
+        self.done, self.seconds, self.cpu_seconds = saved["clock"]
+        self.curve = saved["curve"]
+
+
+def race(
+    trainings: dict[str, Training],
+    folder: Path,
+    turn_seconds: float,
+    evaluations: int,
+    say: Callable[[str], None],
+) -> None:
+    """Run all trainings to their ends, in turns of equal length, each evaluated as often.
+
+    What a turn on a shared machine is disturbed by so falls on all alike. After every round all are
+    saved to ``folder``; a race whose folder has such files goes on from there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: folder / f"{name}.pt" for name in trainings}
+    for name, training in trainings.items():
+        if files[name].is_file():
+            training.load(files[name])
+            say(f"{name}: going on at step {training.done}")
+    while not all(t.finished for t in trainings.values()):
+        for name, training in trainings.items():
+            if training.finished:
+                continue
+            every = max(1, training.recipe.steps // evaluations)
+            until = training.seconds + turn_seconds
+            while training.seconds < until and not training.finished:
+                train_loss = training.run(every - training.done % every)
+                loss = training.evaluate()
+                say(
+                    f"{name}: step {training.done}/{training.recipe.steps}, "
+                    f"{training.seconds:.0f} s, training loss {train_loss:.3f}, "
+                    f"validation {loss:.4f}"
+                )
+            training.save(files[name])
+
+
+def seconds_to(curve: list[dict[str, float]], loss: float, clock: str = "seconds") -> float | None:
+    """When a curve first was at or below a loss, between evaluations by interpolation."""
+    before = None
+    for point in curve:
+        if point["loss"] <= loss:
+            if before is None:
+                return point[clock]
+            share = (before["loss"] - loss) / (before["loss"] - point["loss"])
+            return before[clock] + share * (point[clock] - before[clock])
+        before = point
+    return None
+
+
+def bigram_loss(blocks: np.ndarray, held_out: np.ndarray, vocabulary: int) -> tuple[float, float]:
+    """Loss of the best smoothed table of bigram counts, and the smoothing, chosen on the held-out.
+
+    Counts are smoothed with ``smoothing`` pseudo-counts spread as the single tokens are.
+    """
+    counts = np.zeros((vocabulary, vocabulary))
+    np.add.at(counts, (blocks[:, :-1].ravel(), blocks[:, 1:].ravel()), 1)
+    single = np.bincount(blocks.ravel(), minlength=vocabulary) + 1.0
+    single /= single.sum()
+    first, second = held_out[:, :-1], held_out[:, 1:]
+    totals = counts.sum(1)[first]
+    found, best = math.inf, 0.0
+    for smoothing in (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0):
+        share = (counts[first, second] + smoothing * single[second]) / (totals + smoothing)
+        loss = float(-np.log(share).mean())
+        if loss < found:
+            found, best = loss, smoothing
+    return found, best

@@ -1,0 +1,112 @@
+"""Memory of training: top-k on whole matrices against random coordinate descent on nonzeros.
+
+Every side is a process of its own that makes a CircuitGPT and takes a few steps. Weights, optimizer
+state and gradients are the bytes of their tensors; the peak is what the process grew by.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+
+import torch
+
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
+from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
+from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
+from hf_circuit_sparsity.optim.sparse_compute import on_nonzeros
+from hf_circuit_sparsity.optim.sparse_init import sparse_from_config, sparsify_initialization_
+from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
+
+from .measure import machine, peak_memory, table
+
+DENSITY = 1 / 64
+SIDES = ("top-k AdamW", "RCD, whole matrices", "RCD, nonzeros alone")
+
+
+def run_side(side: str, width: int, layers: int, steps: int) -> dict[str, float]:
+    """Bytes of weights, state and gradients, and what the process grew by, at most."""
+    torch.manual_seed(0)
+    before = peak_memory()
+    config = CircuitGPTConfig(
+        n_layer=layers, d_model=width, d_head=16, block_size=128, vocab_size=2048,
+        enable_bigram_table=False,
+    )  # fmt: skip
+    if side == "RCD, nonzeros alone":
+        model = sparse_from_config(config, DENSITY)
+    else:
+        model = CircuitGPTForCausalLM(config)
+        sparsify_initialization_(model, DENSITY)
+    groups = sparse_param_groups(model)
+    if side == "top-k AdamW":
+        optimizer: torch.optim.Optimizer = TopKAdamW(
+            groups, target_density=DENSITY, anneal_start=0.0, anneal_end=0.0
+        )
+        computing = on_nonzeros(model)
+    else:
+        optimizer = RCDSparseOptimizer(groups, lr=1e-2, target_density=DENSITY)
+        computing = PartialGradients(model, optimizer)
+    batch = torch.randint(2048, (2, 128), generator=torch.Generator().manual_seed(1))
+    gradients = 0
+    with computing:
+        for _ in range(steps):
+            model(batch, labels=batch, use_cache=False).loss.backward()
+            held = [p.grad for p in model.parameters() if p.grad is not None]
+            if isinstance(optimizer, RCDSparseOptimizer):
+                held += [g for pair in optimizer._partial.values() for g in pair if g is not None]
+            gradients = max(gradients, _bytes(held))
+            optimizer.step()
+            optimizer.zero_grad()
+    state = [x for own in optimizer.state.values() for x in own.values()]
+    return {
+        "weights": _bytes([*model.parameters(), *model.buffers()]),
+        "state": _bytes(x for x in state if isinstance(x, torch.Tensor)),
+        "gradients": gradients,
+        "peak": peak_memory() - before,
+    }
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def run(width: int, layers: int, steps: int) -> str:
+    """The table."""
+    rows, results = [], {}
+    for side in SIDES:
+        command = [sys.executable, "-m", __spec__.name, "--side", side, "--width", str(width),
+                   "--layers", str(layers), "--steps", str(steps)]  # fmt: skip
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found = results[side] = json.loads(out.splitlines()[-1])
+        megabytes = [f"{found[name] / 1e6:,.1f}" for name in found]
+        share = results[SIDES[0]]["peak"] / found["peak"]
+        rows.append((side, *megabytes, f"{share:.1f} ×"))
+    header = ("side", "weights (MB)", "optimizer state (MB)", "gradients (MB)", "peak (MB)",
+              "top-k's peak / this")  # fmt: skip
+    return (
+        f"CircuitGPT, d_model {width}, {layers} layers, density 1/64, no bigram table, {steps} "
+        "steps of 2 × 128 tokens; block fraction 1/16. Activations are part of the peak.\n\n"
+        + table(header, rows)
+    )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(run_side(args.side, args.width, args.layers, args.steps)))
+        return
+    print(machine("cpu"), end="\n\n")
+    print(run(args.width, args.layers, args.steps))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What workers that share the coordinates tell each other, and what waiting less for them costs."""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from hf_circuit_sparsity.optim.param_groups import sparse_param_groups as groups_of
+from hf_circuit_sparsity.optim.rcd.distributed import Workers
+from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
+from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
+from hf_circuit_sparsity.optim.sparse_init import sparse_from_config
+
+from ..findings.rcd_headline import tokens
+from ..findings.rcd_race import Recipe, Training
+from .measure import machine, table
+
+RANKS = 2
+STALENESS = (0, 1, 2, 4, 8)
+
+
+def _config(width: int, layers: int, vocabulary: int) -> CircuitGPTConfig:
+    return CircuitGPTConfig(
+        n_layer=layers, d_model=width, d_head=16, block_size=64, vocab_size=vocabulary
+    )
+
+
+def _rank(rank: int, folder: str, width: int, layers: int, steps: int) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
+    config = _config(width, layers, 2048)
+    generator = torch.Generator().manual_seed(rank)
+    batches = [torch.randint(2048, (2, 64), generator=generator) for _ in range(steps)]
+
+    model = sparse_from_config(config, 1 / 64)
+    workers = Workers()
+    optimizer = RCDSparseOptimizer(
+        groups_of(model), lr=1e-2, target_density=1 / 64, grad_rms="always", workers=workers,
+        selection="gradient",
+    )  # fmt: skip
+    with PartialGradients(model, optimizer):
+        for batch in batches:
+            model(batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    held = [g for g in groups_of(model) if not g["sparse"]]
+    dense = 4 * sum(p.numel() for g in held for _, p in g["params"])
+
+    sent = []
+
+    def count(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        sent.append(bucket.buffer().numel() * bucket.buffer().element_size())
+        future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return future.then(lambda done: done.value()[0])
+
+    ddp = DistributedDataParallel(CircuitGPTForCausalLM(config))
+    ddp.register_comm_hook(None, count)
+    ddp(batches[0], labels=batches[0]).loss.backward()
+    if rank == 0:
+        torch.save([workers.bytes_sent / steps, dense, sum(sent)], f"{folder}/bytes.pt")
+    dist.destroy_process_group()
+
+
+def bytes_per_step(width: int, layers: int, steps: int) -> str:
+    """What a rank hands over in a step, counted, against DDP's all-reduce."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (folder, width, layers, steps), nprocs=RANKS)
+        ours, dense, ddp = torch.load(Path(folder, "bytes.pt"), weights_only=True)
+    rows = [
+        ("DDP, all gradients", f"{ddp:,.0f}", ""),
+        ("of them, of dense parameters", f"{dense:,.0f}", ""),
+        ("RCD, sparse parameters", f"{ours:,.0f}", f"{(ddp - dense) / ours:.0f} ×"),
+        ("RCD, in all", f"{ours + dense:,.0f}", f"{ddp / (ours + dense):.1f} ×"),
+    ]
+    return (
+        f"{RANKS} ranks, CircuitGPT, d_model {width}, {layers} layers, density 1/64, mean over "
+        f"{steps} steps. The dense parameters are the bigram table, norms and sinks.\n\n"
+        + table(("what a rank hands over per step", "bytes", "DDP / this"), rows)
+    )
+
+
+def staleness(folder: Path, steps: int) -> str:
+    """The loss after so many steps with gradients used some steps late."""
+    data = {name: torch.from_numpy(x) for name, x in tokens(folder, 512, 64).items()}
+    held_out = data["validation"][:: max(1, len(data["validation"]) // 128)][:128]
+    config, rows, first = _config(96, 2, 512), [], None
+    for late in STALENESS:
+        settings = {"selection": "gradient", "block_fraction": 1 / 4, "staleness": late}
+        training = Training(
+            lambda: CircuitGPTForCausalLM(config),
+            Recipe("rcd", steps, 1e-2, 8, settings),
+            1 / 16,
+            data["train"],
+            held_out,
+        )
+        training.run(steps)
+        loss = training.evaluate()
+        training.close()
+        first = loss if first is None else first
+        rows.append((late, f"{loss:.4f}", f"{loss - first:+.4f}"))
+    return (
+        f"CircuitGPT, d_model 96, 2 layers, density 1/16, vocabulary 512, {steps} steps of 8 × 64 "
+        "tokens, one seed; gradients of live coordinates are used so many steps late, with the "
+        "learning rate as it is.\n\n" + table(("steps late", "validation loss", "against 0"), rows)
+    )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="for the data")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--bytes-steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=300)
+    args = parser.parse_args()
+    print(machine("cpu"), end="\n\n")
+    print(bytes_per_step(args.width, args.layers, args.bytes_steps), end="\n\n", flush=True)
+    print(staleness(args.folder, args.steps))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""A sparse model run on its nonzeros: forward and `generate`, against dense."""
+
+import copy
+import time
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.modeling.kernel_slot import without_kernels
+from hf_circuit_sparsity.modeling.modeling_circuitgpt import (
+    AbsTopK,
+    CircuitGPTAttention,
+    CircuitGPTForCausalLM,
+)
+from hf_circuit_sparsity.modeling.sparse_layers import SparseWeight, nonzeros_of, sparse_matmul
+
+from .measure import Timing, interleaved, main, ratio, table
+from .plain import plainly, random_sparse_model
+
+KINDS = (
+    ("linear layers and embeddings", (SparseWeight, nn.Linear, nn.Embedding)),
+    ("AbsTopK", (AbsTopK,)),
+    ("norm", (nn.RMSNorm, nn.LayerNorm)),
+    ("GELU", (nn.GELU, nn.ReLU)),
+    ("attention", (CircuitGPTAttention,)),
+)
+
+
+@torch.no_grad()
+def run(device: str, dtype: torch.dtype, quick: bool) -> str:
+    """Three tables: forward, generation, and the density at which the two ways break even."""
+    config = CircuitGPTConfig(n_layer=2, d_model=256, vocab_size=512) if quick else None
+    dense = random_sparse_model(config or CircuitGPTConfig(), 1e-3, device, dtype)
+    sparse = copy.deepcopy(dense).to_sparse()
+    parts = [_forward(dense, sparse, quick), _generate(dense, sparse, quick)]
+    del dense, sparse
+    parts.append(_crossover(device, dtype, quick))
+    return "\n\n".join(parts)
+
+
+def _forward(dense: CircuitGPTForCausalLM, sparse: CircuitGPTForCausalLM, quick: bool) -> str:
+    config, device = dense.config, str(dense.device)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(config.vocab_size, (1, 256), generator=generator).to(dense.device)
+
+    def run_plain() -> torch.Tensor:
+        with plainly(dense):
+            return dense(ids).logits
+
+    def run_without_kernels() -> torch.Tensor:
+        with without_kernels():
+            return sparse(ids).logits
+
+    apart = float((dense(ids).logits - sparse(ids).logits).abs().max())
+    times = interleaved(
+        {
+            "plain": run_plain,
+            "ours, dense": lambda: dense(ids),
+            "ours, on the nonzeros": lambda: sparse(ids),
+            "the same without kernels": run_without_kernels,
+        },
+        rounds=3 if quick else 5,
+        device=device,
+    )
+    lines = []
+    for name, model in (("ours, dense", dense), ("ours, on the nonzeros", sparse)):
+        lines.append((name, times[name], ratio(times["plain"], times[name]),
+                      ratio(times["ours, dense"], times[name]), _shares(model, ids)))  # fmt: skip
+    with plainly(dense):
+        share = _shares(dense, ids)
+    with without_kernels():
+        name = "the same without kernels"
+        lines.append((name, times[name], ratio(times["plain"], times[name]),
+                      ratio(times["ours, dense"], times[name]), _shares(sparse, ids)))  # fmt: skip
+    lines.insert(0, ("plain", times["plain"], "1.0 ×", "", share))
+    return (
+        f"Forward of 256 tokens: {config.n_layer} layers, d_model {config.d_model}, d_mlp "
+        f"{config.d_mlp}, {config.n_head} heads, vocabulary {config.vocab_size}, AbsTopK at eight "
+        f"sites, 1 in 1000 nonzero, {dense.dtype}; ms, median (range). The logits of the two ways "
+        f"are at most {apart:.1g} apart.\n\n"
+        + table(("implementation", "ms", "plain / this", "ours dense / this", "of which"), lines)
+    )
+
+
+def _shares(model: nn.Module, ids: torch.Tensor) -> str:
+    """What share of a forward pass each kind of module takes, without what lies within it."""
+    spent: dict[str, float] = defaultdict(float)
+    open_: list[list[float]] = []
+
+    def now() -> float:
+        if ids.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def enter(*_: object) -> None:
+        open_.append([now(), 0.0])
+
+    def leave(kind: str) -> None:
+        start, within = open_.pop()
+        took = now() - start
+        spent[kind] += took - within
+        if open_:
+            open_[-1][1] += took
+
+    hooks = []
+    for module in model.modules():
+        kind = next((name for name, types in KINDS if isinstance(module, types)), None)
+        if kind is not None:
+            hooks.append(module.register_forward_pre_hook(enter))
+            hooks.append(module.register_forward_hook(lambda *_, kind=kind: leave(kind)))
+    start = now()
+    model(ids)
+    total = now() - start
+    for hook in hooks:
+        hook.remove()
+    spent["rest"] = total - sum(spent.values())
+    return ", ".join(f"{k} {100 * s / total:.0f} %" for k, s in sorted(spent.items(), key=_size))
+
+
+def _size(item: tuple[str, float]) -> float:
+    return -item[1]
+
+
+def _generate(dense: CircuitGPTForCausalLM, sparse: CircuitGPTForCausalLM, quick: bool) -> str:
+    config, device = dense.config, str(dense.device)
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(config.vocab_size, (1, 96), generator=generator).to(dense.device)
+    common = dict(do_sample=False, pad_token_id=0)
+
+    def new_tokens(model: CircuitGPTForCausalLM, prompt: int, count: int, **options: bool) -> None:
+        model.generate(
+            ids[:, :prompt], max_new_tokens=count, min_new_tokens=count, **common, **options
+        )
+
+    def recompute_plainly() -> None:
+        with plainly(dense):
+            new_tokens(dense, 95, 2, use_cache=False)
+
+    # Recomputing costs in proportion to the length, which is 96 in the middle of the 64 tokens
+    # that follow a prompt of 64: two steps there stand for all.
+    tokens = {"plain, recomputed": 2, "ours dense, recomputed": 2}
+    times = interleaved(
+        {
+            "plain, recomputed": recompute_plainly,
+            "ours dense, recomputed": lambda: new_tokens(dense, 95, 2, use_cache=False),
+            "ours dense, cached": lambda: new_tokens(dense, 64, 64),
+            "ours on the nonzeros, cached": lambda: new_tokens(sparse, 64, 64),
+        },
+        rounds=2 if quick else 3,
+        device=device,
+    )
+    each = {n: Timing(tuple(s / tokens.get(n, 64) for s in t.seconds)) for n, t in times.items()}
+    fast = each["ours on the nonzeros, cached"]
+    lines = [(name, timing, ratio(timing, fast)) for name, timing in each.items()]
+    return (
+        "`generate` of 64 tokens after a prompt of 64; ms per token, median (range).\n\n"
+        + table(("implementation", "ms per token", "this / ours on the nonzeros"), lines)
+    )
+
+
+def _crossover(device: str, dtype: torch.dtype, quick: bool) -> str:
+    rows, width = (1024, 256) if quick else (4096, 1024)
+    generator = torch.Generator().manual_seed(3)
+    lines = []
+    for divisor in (1000, 64, 16, 8, 6, 4, 3):
+        weight = torch.randn(rows, width, generator=generator)
+        weight *= torch.rand(rows, width, generator=generator) < 1 / divisor
+        weight = weight.to(device=device, dtype=dtype)
+        parts = nonzeros_of(weight)
+        line = [f"1/{divisor}"]
+        for tokens in (1, 256):
+            x = torch.randn(tokens, width, generator=generator).to(device=device, dtype=dtype)
+            times = interleaved(
+                {
+                    "dense": lambda x=x, weight=weight: nn.functional.linear(x, weight),
+                    "sparse": lambda x=x, parts=parts: sparse_matmul(x, *parts, rows=rows),
+                },
+                rounds=5 if quick else 15,
+                device=device,
+            )
+            line += [times["dense"], times["sparse"], ratio(times["dense"], times["sparse"])]
+        lines.append(tuple(line))
+    header = ("nonzero", "1 token: dense (ms)", "on the nonzeros", "ratio")
+    header += ("256 tokens: dense", "on the nonzeros", "ratio")
+    return f"One linear layer {rows} × {width}: where a layer breaks even.\n\n" + table(
+        header, lines
+    )
+
+
+if __name__ == "__main__":
+    main(__doc__, run)

@@ -1,0 +1,131 @@
+"""A training step: dense and on the nonzeros, against the plain implementation."""
+
+import copy
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.modeling.kernel_slot import without_kernels
+from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
+from hf_circuit_sparsity.optim.projection import nonzero_budget
+from hf_circuit_sparsity.optim.sparse_compute import on_nonzeros
+from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
+
+from .measure import Timing, interleaved, main, ratio, table
+from .plain import plainly, project_plain_, random_sparse_model
+
+PARTS = ("forward", "backward", "AdamW", "projection")
+
+
+class _Step:
+    """One step of training, with the time each part takes."""
+
+    def __init__(
+        self,
+        model: CircuitGPTForCausalLM,
+        batch: torch.Tensor,
+        density: float,
+        plain: bool = False,
+        nonzeros: bool = True,
+        kernels: bool = True,
+    ):
+        self.around = nullcontext if kernels else without_kernels
+        self.model, self.batch = model.train(), batch
+        self.density, self.plain, self.nonzeros = density, plain, nonzeros
+        self.parts: dict[str, list[float]] = {part: [] for part in PARTS}
+        groups = sparse_param_groups(model)
+        if plain:
+            self.sparse = [(p, g["min_nonzeros"]) for g in groups for _, p in g["params"]
+                           if g["sparse"]]  # fmt: skip
+            decay = [
+                {"params": [p for _, p in g["params"]], "weight_decay": g["weight_decay"]}
+                for g in groups
+            ]
+            self.optimizer = torch.optim.AdamW(decay, lr=1e-5, betas=(0.9, 0.95), eps=0.1)
+        else:
+            self.optimizer = TopKAdamW(
+                groups, lr=1e-5, target_density=density, anneal_start=0.0, anneal_end=0.0
+            )
+
+    def __call__(self) -> None:
+        with self.around():
+            self._step()
+
+    def _step(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+        plain = plainly(self.model) if self.plain else nullcontext()
+        with plain, on_nonzeros(self.model) if self.nonzeros else nullcontext():
+            loss = self._timed("forward", lambda: self.model(self.batch, labels=self.batch).loss)
+            self._timed("backward", loss.backward)
+        if not self.plain:
+            self._timed("AdamW", self.optimizer.step)  # the projection is part of it
+            return
+        self._timed("AdamW", self._plain_adamw)
+        self._timed("projection", self._plain_projection)
+
+    def _plain_adamw(self) -> None:
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        squares = sum(float(g.pow(2).sum()) for g in grads)
+        rms = (squares / sum(g.numel() for g in grads)) ** 0.5
+        for grad in grads:
+            grad.div_(rms)
+        self.optimizer.step()
+
+    def _plain_projection(self) -> None:
+        if self.density < 1:
+            for weight, minimum in self.sparse:
+                minimum = minimum if weight.dim() > 1 else 0
+                project_plain_(weight, nonzero_budget(weight.numel(), self.density), minimum)
+
+    def _timed(self, part: str, call: Callable[[], object]) -> object:
+        if self.batch.device.type != "cpu":
+            torch.accelerator.synchronize()
+        start = time.perf_counter()
+        result = call()
+        if self.batch.device.type != "cpu":
+            torch.accelerator.synchronize()
+        self.parts[part].append(time.perf_counter() - start)
+        return result
+
+    def shares(self) -> str:
+        medians = {part: Timing(tuple(s[1:])).median for part, s in self.parts.items() if s[1:]}
+        total = sum(medians.values())
+        return ", ".join(f"{part} {100 * m / total:.0f} %" for part, m in medians.items())
+
+
+def run(device: str, dtype: torch.dtype, quick: bool) -> str:
+    """The table, and below it how far the losses of the two ways to compute are apart."""
+    width, layers, context, batch = (128, 2, 64, 4) if quick else (1024, 4, 128, 16)
+    config = CircuitGPTConfig(
+        n_layer=layers, d_model=width, d_head=16, block_size=context, vocab_size=2048
+    )
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(config.vocab_size, (batch, context), generator=generator).to(device)
+    rows = []
+    for density, label in ((0.5, "1/2 (annealing)"), (1 / 64, "1/64")):
+        model = random_sparse_model(config, density, device, dtype)
+        sides = {
+            "plain": _Step(copy.deepcopy(model), tokens, density, plain=True, nonzeros=False),
+            "ours, every product dense": _Step(
+                copy.deepcopy(model), tokens, density, nonzeros=False
+            ),
+            "ours": _Step(copy.deepcopy(model), tokens, density),
+            "ours without kernels": _Step(copy.deepcopy(model), tokens, density, kernels=False),
+        }
+        times = interleaved(sides, rounds=3, device=device)
+        for name, step in sides.items():
+            faster = ratio(times["plain"], times[name])
+            rows.append((label, name, times[name], faster, step.shares()))
+    return (
+        f"d_model {width}, {layers} layers, {batch} × {context} tokens, {dtype}; ms per step, "
+        "median (range). In ours the projection is part of AdamW's time.\n\n"
+        + table(("density", "implementation", "ms", "plain / this", "of which"), rows)
+    )
+
+
+if __name__ == "__main__":
+    main(__doc__, run)

@@ -1,0 +1,324 @@
+"""Trying on a dense model what its sparse twin says: which channel to move, and what it does.
+
+METHOD 4: move one sparse channel, decode the difference, add it to the dense stream, and watch the
+dense model's answer move, against no steering and against random channels.
+"""
+
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from ..circuits.circuit import Circuit
+from ..circuits.task_loss import TaskTensors, trimmed
+from ..decoders.residual_stream import position_ids
+from ..tasks.binary_task import BinaryTask
+from .intervention import decoded_direction, steering_place
+from .losses import mean_kl
+from .modeling_bridge import BridgedCausalLM
+
+RESIDUAL_SITES = ("act_in", "resid_delta")
+
+
+class SteeringCandidate(NamedTuple):
+    """A sparse channel that tells a task's two answers apart."""
+
+    location: int
+    """Where in the residual stream; see `residual_streams.py`."""
+    channel: int
+    """Its index there."""
+    difference: float
+    """The twin's mean value where the other answer is right minus where the first one is, at the
+    answer's position. Moving the channel by it should turn the one answer into the other."""
+    effect: float
+    """What that should do to the dense model's logit of the other answer minus that of the first,
+    to first order."""
+
+
+def answer_rows(task: BinaryTask, split: str, target_id: int, rows: int) -> dict[str, torch.Tensor]:
+    """The first so many prompts of a split whose right answer is `target_id`, as tensors.
+
+    Raises:
+        ValueError: there are none.
+    """
+    tensors = task.tensors(split)
+    chosen = (tensors["target_ids"] == target_id).nonzero().flatten()[:rows]
+    if not len(chosen):
+        answers = sorted(tensors["target_ids"].unique().tolist())
+        raise ValueError(
+            f"No {split} prompt of {task.name!r} has the answer {target_id}; its answers are the "
+            f"tokens {answers[:10]}{'…' if len(answers) > 10 else ''}."
+        )
+    return trimmed({name: tensor[chosen] for name, tensor in tensors.items()})
+
+
+def steering_candidates(
+    bridged: BridgedCausalLM,
+    task: BinaryTask,
+    target_id: int,
+    *,
+    circuit: Circuit | None = None,
+    rows: int = 128,
+) -> list[SteeringCandidate]:
+    """Channels to steer from one answer of a task to the other, the most promising first.
+
+    Args:
+        bridged: with a trained bridge.
+        task: its training prompts are used.
+        target_id: the answer to steer away from.
+        circuit: of the twin; only channels it reads from or writes to the residual stream count.
+        rows: prompts per answer.
+    """
+    first = answer_rows(task, "train", target_id, rows)
+    other = {  # the same pairs, seen from the other side
+        "input_ids": first["counterfactual_input_ids"],
+        "attention_mask": first["counterfactual_attention_mask"],
+    }
+    dense, sparse = bridged.dense_stream, bridged.sparse_stream
+    answers = first["target_ids"], first["counterfactual_target_ids"]
+    with torch.no_grad():
+        means = []
+        for tensors in (first, other):
+            x, context = sparse.embed(tensors["input_ids"], tensors["attention_mask"])
+            means.append([y[:, -1].float().mean(0) for y in sparse.run(x, context)])
+        x, context = dense.embed(first["input_ids"], first["attention_mask"])
+        streams = dense.run(x, context)
+    found = []
+    for location in range(bridged.n_locations):
+        with torch.enable_grad():
+            x = streams[location].detach().requires_grad_()
+            logits = dense.logits(dense.run(x, context, location)[-1], context)[:, -1].float()
+            margin = logits.gather(1, answers[1][:, None]) - logits.gather(1, answers[0][:, None])
+            (gradient,) = torch.autograd.grad(margin.mean(), x)
+        # Of moving every token's stream by the same vector.
+        gradient = gradient.sum((0, 1)).float()
+        difference = means[1][location] - means[0][location]
+        bridge = bridged.bridges[location]
+        with torch.no_grad():
+            units = torch.eye(len(difference), device=difference.device)
+            effect = difference * (bridge.decode_change(units).float() @ gradient)
+        for channel in _channels(bridged, circuit, location):
+            values = difference[channel].item(), effect[channel].item()
+            found.append(SteeringCandidate(location, channel, *values))
+    return sorted(found, key=lambda candidate: -candidate.effect)
+
+
+def _channels(bridged: BridgedCausalLM, circuit: Circuit | None, location: int) -> Sequence[int]:
+    width = bridged.sparse.config.d_model
+    if circuit is None:
+        return range(width)
+    found = set()
+    for site, nodes in circuit.nodes.items():
+        if site.rpartition(".")[2] in RESIDUAL_SITES:
+            for node in nodes:
+                if node < width and steering_place(bridged, site, node)[0] == location:
+                    found.add(node)
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class SteeringSweep:
+    """What steering did to the dense model, for every strength; probabilities are means.
+
+    Attributes:
+        task: its name.
+        where, channel, mode: what was steered.
+        answer, other: the two answers, as text.
+        strengths: in the twin's units.
+        other_probability: of the answer that is wrong without steering.
+        answer_probability: of the answer that is right without steering.
+        random_probability: of the other answer, for every random channel.
+        text_kl: KL(unsteered ‖ steered) on unrelated text, nats per token; empty without text.
+        random_text_kl: the same for every random channel.
+    """
+
+    task: str
+    where: int | str
+    channel: int
+    mode: str
+    answer: str
+    other: str
+    strengths: list[float]
+    other_probability: list[float]
+    answer_probability: list[float]
+    random_probability: list[list[float]]
+    text_kl: list[float]
+    random_text_kl: list[list[float]]
+
+    @property
+    def unsteered_probability(self) -> float:
+        """Of the other answer without steering."""
+        return self.other_probability[self.strengths.index(0.0)]
+
+    def plot(self, path: str | os.PathLike, title: str | None = None) -> Path:
+        """Draw the probabilities against strength, with both controls (needs matplotlib)."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "Drawing a sweep needs matplotlib; pip install 'hf-circuit-sparsity[viz]'."
+            ) from error
+        path = Path(path)
+        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+        self.draw(figure.subplots(), title)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+        figure.savefig(temporary, dpi=150, facecolor="white")
+        os.replace(temporary, path)
+        return path
+
+    def draw(self, axes: object, title: str | None = None) -> None:
+        """The same into axes of one's own."""
+        # Not as repr: quotes around quotes cannot be told apart in a picture.
+        answer, other = (f"‹{text}›".replace("\n", "\\n") for text in (self.answer, self.other))
+        for i, line in enumerate(self.random_probability):
+            axes.plot(
+                self.strengths, line, color="#9a9a9a", linewidth=0.8, zorder=1,
+                label=f"{other}, random channels" if i == 0 else None,
+            )  # fmt: skip
+        axes.axhline(
+            self.unsteered_probability, color="#1b1b1b", linestyle=":", linewidth=1,
+            label=f"{other}, unsteered",
+        )  # fmt: skip
+        axes.plot(self.strengths, self.answer_probability, color="#0067a5", label=answer)
+        axes.plot(
+            self.strengths, self.other_probability, color="#c65300", linewidth=2,
+            label=other,
+        )  # fmt: skip
+        where = f"location {self.where}" if isinstance(self.where, int) else self.where
+        axes.set_xlabel(f"strength at {where}, channel {self.channel} (twin's units)")
+        axes.set_ylabel("dense model's probability")
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_title(title or f"{self.task}: steering {answer} to {other}")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+
+
+@torch.no_grad()
+def steering_sweep(
+    bridged: BridgedCausalLM,
+    task: BinaryTask,
+    target_id: int,
+    where: int | str,
+    channel: int,
+    strengths: Sequence[float],
+    *,
+    mode: str = "add",
+    text: torch.Tensor | None = None,
+    random_channels: int = 8,
+    rows: int = 128,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> SteeringSweep:
+    """Steer a dense model with growing strength and watch its answer, with two controls.
+
+    The controls are no steering, which is added to the strengths if it is not among them, and other
+    channels of the same place, drawn at random and scaled so that the dense stream is moved by a
+    vector of the same length.
+
+    Args:
+        bridged: with a trained bridge.
+        task: its held-out prompts are used, those with the answer `target_id`.
+        target_id: the answer to steer away from.
+        where, channel, mode: as for [`BridgedCausalLM.steer`]; every token is steered.
+        strengths: in the twin's units.
+        text: token ids `(n, T)` of unrelated text, to see how much else changes.
+        random_channels: how many of them.
+        rows: prompts.
+        seed: of the random channels.
+        tokenizer: if given, the probability of an answer is that of all tokens whose text begins
+            with it: a quote may end a string alone or together with the bracket behind it.
+
+    Raises:
+        ValueError: no such place, channel or answer.
+    """
+    location, write = steering_place(bridged, where, channel)
+    tensors = answer_rows(task, "test", target_id, rows)
+    row = next(r for r in task.test if r["target_id"] == target_id)
+    strengths = sorted({0.0, *map(float, strengths)})
+    length = decoded_direction(bridged, location, channel, write).norm().item()
+    width = bridged.sparse.config.d_model
+    if isinstance(where, str) and write is not None:
+        width = bridged.sparse.node_sites()[where].width
+    others = [c for c in range(width) if c != channel]
+    controls = []
+    for c in random.Random(seed).sample(others, min(random_channels, len(others))):
+        _, control_write = steering_place(bridged, where, c)
+        norm = decoded_direction(bridged, location, c, control_write).norm().item()
+        if norm > 0:
+            controls.append((c, length / norm))
+    plain_text = None if text is None else bridged.dense(text).logits
+    same = None if tokenizer is None else tokens_beginning_alike(tokenizer, tensors)
+
+    def measure(c: int, strength: float) -> tuple[float, float, float | None]:
+        with bridged.steer(where, c, strength, mode=mode):
+            answer, other = answer_probabilities(bridged, tensors, same)
+            kl = None
+            if plain_text is not None:
+                kl = mean_kl(plain_text, bridged.dense(text).logits).item()
+        return answer, other, kl
+
+    steered = [measure(channel, strength) for strength in strengths]
+    random_ones = [[measure(c, s * scale) for s in strengths] for c, scale in controls]
+
+    def column(index: int, lines: list) -> list:
+        return [line[index] for line in lines if line[index] is not None]
+
+    return SteeringSweep(
+        task=task.name,
+        where=where,
+        channel=channel,
+        mode=mode,
+        answer=row["target"],
+        other=row["counterfactual_target"],
+        strengths=strengths,
+        answer_probability=column(0, steered),
+        other_probability=column(1, steered),
+        random_probability=[column(1, lines) for lines in random_ones],
+        text_kl=column(2, steered),
+        random_text_kl=[column(2, lines) for lines in random_ones],
+    )
+
+
+def answer_probabilities(
+    bridged: BridgedCausalLM, tensors: TaskTensors, same: Mapping[int, torch.Tensor] | None = None
+) -> tuple[float, float]:
+    """The dense model's mean probability of the right and of the other answer.
+
+    Args:
+        bridged: with the dense model.
+        tensors: of the prompts.
+        same: for each answer the tokens that count as it; see [`tokens_beginning_alike`].
+    """
+    ids, mask = tensors["input_ids"], tensors["attention_mask"]
+    # Not every architecture counts positions from the mask.
+    output = bridged.dense(
+        input_ids=ids, attention_mask=mask, position_ids=position_ids(ids, mask), use_cache=False
+    )
+    p = F.softmax(output.logits[:, -1].float(), dim=-1)
+
+    def mean_of(answers: torch.Tensor) -> float:
+        if same is None:
+            return p.gather(1, answers[:, None]).mean().item()
+        rows = [line[same[answer]].sum() for line, answer in zip(p, answers.tolist(), strict=True)]
+        return torch.stack(rows).mean().item()
+
+    return mean_of(tensors["target_ids"]), mean_of(tensors["counterfactual_target_ids"])
+
+
+def tokens_beginning_alike(
+    tokenizer: PreTrainedTokenizerBase, tensors: TaskTensors
+) -> dict[int, torch.Tensor]:
+    """For every answer of some prompts the ids of the tokens whose text begins with its text."""
+    answers = torch.cat([tensors["target_ids"], tensors["counterfactual_target_ids"]])
+    texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    return {
+        answer: torch.tensor([i for i, text in enumerate(texts) if text.startswith(texts[answer])])
+        for answer in answers.unique().tolist()
+    }

@@ -1,0 +1,1 @@
+"""Whether a circuit is the one: faithfulness and its controls."""

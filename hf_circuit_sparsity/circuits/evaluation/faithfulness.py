@@ -1,0 +1,74 @@
+"""Size, sufficiency and necessity of a circuit (METHOD section 2)."""
+
+from typing import Any
+
+from torch import nn
+
+from ...metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
+from ...metrics.circuit_size.geometric_mean import shares
+from ...metrics.task_loss.pair_loss import task_accuracy, task_loss
+from ..circuit import Circuit
+from ..edges import embedding_edges, site_weights
+from ..task_loss import all_pair_logits, fit_calibration
+
+
+def evaluate_circuit(circuit: Circuit, model: nn.Module, task: Any) -> dict[str, float]:
+    """Size, sufficiency and necessity of a circuit on the task's held-out prompts.
+
+    Returns:
+        `nodes`, `edges`: its size; `node_share`, `edge_share`: of the model's nodes and of its
+        nonzero weights between nodes; `token_nodes`, `token_edges`: kept tokens and their nonzero
+        embedding weights onto channels the circuit reads, where tokens were pruned.
+        `model_loss`, `model_accuracy`: of the whole model; `calibrated_model_loss` after a scale
+        and shift of its logits fitted on training prompts, as the circuit's logits have.
+        `circuit_loss`, `circuit_accuracy`: with everything else mean-ablated (sufficiency).
+        `ablated_loss`, `ablated_accuracy`: with the circuit mean-ablated and everything else kept
+        (necessity; ln 2 ≈ 0.69 is guessing).
+        `train_circuit_loss`: sufficiency on the prompts it was found with.
+        `agreement`: share of prompts on which the circuit prefers the candidate that the model
+        prefers; `kl`: mean KL(model ‖ circuit) over the two candidates; both against the
+        calibrated model.
+        Losses are mean cross-entropy on the two candidate tokens, and KL too is in nats. All are
+        computed by the functions of `hf_circuit_sparsity.metrics`.
+
+    Raises:
+        ValueError: the circuit was made for another model.
+    """
+    circuit.check_model(model)
+    model.eval()
+    test, train = task.tensors("test"), task.tensors("train")
+    whole = all_pair_logits(model, test)
+    calibration = fit_calibration(all_pair_logits(model, train), train)
+    calibrated = calibration.pairs(whole, test).numpy()
+    with circuit.applied(model):
+        alone, alone_train = all_pair_logits(model, test), all_pair_logits(model, train)
+    with circuit.applied(model, inverse=True):
+        without = all_pair_logits(model, test)
+    nodes, edges = len(circuit), len(circuit.split_edges(model)[0])
+    all_nodes = sum(len(mean) for mean in circuit.means.values())
+    all_edges = sum(int((weight != 0).sum()) for _, _, weight in site_weights(model))
+    node_share, edge_share = shares([nodes, edges], [all_nodes, all_edges]).tolist()
+    whole, alone, without, alone_train = (
+        pairs.numpy() for pairs in (whole, alone, without, alone_train)
+    )
+    pruned_tokens = {}
+    if circuit.tokens is not None:
+        pruned_tokens["token_nodes"] = len(circuit.tokens)
+        pruned_tokens["token_edges"] = len(embedding_edges(model, circuit.nodes, circuit.tokens))
+    return {
+        "nodes": nodes,
+        "edges": edges,
+        "node_share": node_share,
+        "edge_share": edge_share,
+        **pruned_tokens,
+        "model_loss": task_loss(whole),
+        "model_accuracy": task_accuracy(whole),
+        "calibrated_model_loss": task_loss(calibrated),
+        "circuit_loss": task_loss(alone),
+        "circuit_accuracy": task_accuracy(alone),
+        "ablated_loss": task_loss(without),
+        "ablated_accuracy": task_accuracy(without),
+        "train_circuit_loss": task_loss(alone_train),
+        "agreement": agreement(alone, calibrated),
+        "kl": pair_kl(alone, calibrated),
+    }

@@ -1,0 +1,343 @@
+"""Checks that would catch a wrong circuit, each beside random circuits of equal size.
+
+Sufficiency, necessity and the sizes are Gao et al. 2025 (METHOD section 2); completeness is that of
+Wang et al. 2022 (arXiv 2211.00593, section 4); interchange is the intervention of Geiger et al.
+2021 (arXiv 2106.02997).
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ...metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
+from ...tasks.adversarial import load_adversarial_tasks
+from ..ablation import hooked_sites, mean_ablated
+from ..circuit import Circuit
+from ..pruning.config import PruningConfig
+from ..pruning.find import TaskNotLearnedError, check_prompts_fit, find_circuits, jaccard
+from ..reference_tokens import ReferenceTokens
+from ..task_loss import (
+    Calibration,
+    TaskTensors,
+    all_pair_logits,
+    binary_accuracy,
+    binary_loss,
+    fit_calibration,
+    pair_logits,
+)
+from .checks import Check, Verification
+
+GUESSING = 0.6931  # nats; ln 2
+
+
+def verify_circuit(
+    circuit: Circuit,
+    model: nn.Module,
+    tokenizer: Any,
+    task: Any,
+    *,
+    prompts: int = 256,
+    random_circuits: int = 2,
+    subsets: int = 6,
+    stability_seeds: int = 2,
+    reference: ReferenceTokens = None,
+    others: Sequence[Circuit] | None = None,
+    adversarial: dict[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Verification:
+    """See [`Circuit.verify`]."""
+    if not len(circuit):
+        raise ValueError(
+            f"The circuit for {circuit.task!r} has no nodes, so there is nothing to verify; find "
+            "one with a lower target_loss."
+        )
+    circuit.check_model(model)
+    check_prompts_fit(model, task)
+    was_training = model.training
+    model.eval()
+    try:
+        if others is None:
+            others = _other_seeds(
+                circuit, model, tokenizer, task, stability_seeds, reference, progress
+            )
+        if adversarial is None:
+            adversarial = load_adversarial_tasks(
+                task.name,
+                tokenizer,
+                n=prompts,
+                seed=seed,
+                max_length=getattr(model.config, "max_position_embeddings", None),
+            )
+        suite = _Suite(model, task, prompts, subsets, seed, others, adversarial)
+        target = circuit.config.get("target_loss", 0.15)
+        generator = torch.Generator().manual_seed(seed)
+        candidates = [circuit]
+        vocabulary = model.get_input_embeddings().num_embeddings
+        candidates += [
+            random_circuit(circuit, generator, vocabulary) for _ in range(random_circuits)
+        ]
+        measured = [
+            suite.measure(candidate, real=candidate is circuit)
+            for candidate in tqdm(candidates, "verifying", disable=not progress, leave=False)
+        ]
+    finally:
+        model.train(was_training)
+    checks = []
+    for name, value in measured[0].items():
+        control = sum(m[name] for m in measured[1:]) / max(1, random_circuits)
+        threshold, at_least, meaning = _meaning(name, target, suite)
+        checks.append(Check(name, value, control, threshold, at_least, meaning))
+    return Verification(tuple(checks))
+
+
+def random_circuit(circuit: Circuit, generator: torch.Generator, vocabulary: int = 0) -> Circuit:
+    """As many nodes at every site, and tokens out of a vocabulary of that size where the circuit
+    names any, drawn at random; no edges are pruned."""
+    nodes = {
+        site: torch.randperm(len(circuit.means[site]), generator=generator)[: len(ids)].tolist()
+        for site, ids in circuit.nodes.items()
+    }
+    tokens = None
+    if circuit.tokens is not None:
+        drawn = torch.randperm(vocabulary, generator=generator)
+        tokens = sorted(drawn[: len(circuit.tokens)].tolist())
+    return Circuit(
+        nodes=nodes,
+        means=circuit.means,
+        task=circuit.task,
+        model_fingerprint=circuit.model_fingerprint,
+        config=dict(circuit.config),
+        tokens=tokens,
+        token_mean=circuit.token_mean,
+    )
+
+
+def _other_seeds(
+    circuit: Circuit,
+    model: nn.Module,
+    tokenizer: Any,
+    task: Any,
+    count: int,
+    reference: ReferenceTokens,
+    progress: bool,
+) -> list[Circuit]:
+    """Circuits found as this one was, from other seeds."""
+    if count < 1:
+        return []
+    known = {k: v for k, v in circuit.config.items() if k in PruningConfig.__dataclass_fields__}
+    config = PruningConfig(**{**known, "seeds": count, "seed": int(known.get("seed", 0)) + 1000})
+    return find_circuits(model, tokenizer, task, config, reference=reference, progress=progress)
+
+
+def _meaning(name: str, target: float, suite: "_Suite") -> tuple[float | None, bool, str]:
+    """Threshold, direction and meaning of a check."""
+    kind, _, detail = name.partition(": ")
+    where = detail.replace("_", " ")
+    model = suite.adversarial_accuracy.get(detail, 0.0)
+    about = {
+        "sufficiency": (target, False, "loss of the circuit alone, nats"),
+        "necessity": (0.5, True, "share of the model's skill that goes with the circuit"),
+        "completeness": (0.2, False, "loss of circuit and model without random parts, difference"),
+        "interchange": (
+            0.75,
+            True,
+            "answers that turn when only its nodes are from the other prompt",
+        ),
+        "transfer": (0.9, True, "skill on unseen templates, as a share of the model's"),
+        "pair KL": (target, False, "model's answer against the circuit's, of the two candidates"),
+        "vocabulary KL": (None, False, "model's next token against the circuit's"),
+        "stability": (0.5, True, "nodes shared with circuits of other seeds (Jaccard)"),
+        "adversarial": (0.75, True, f"agreement with the model where {where}"),
+        "accuracy": (None, True, f"right where {where}; the model: {model:.3f}"),
+    }
+    return about[kind]
+
+
+class _Suite:
+    """What every candidate is measured on; the whole model is measured once."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Any,
+        prompts: int,
+        subsets: int,
+        seed: int,
+        others: Sequence[Circuit],
+        adversarial: dict[str, Any],
+    ):
+        self.model = model
+        self.subsets = subsets
+        self.seed = seed
+        self.others = others
+        generator = torch.Generator().manual_seed(seed)
+        self.train = _some(task.tensors("train"), prompts, generator)
+        self.test = _some(task.tensors("test"), prompts, generator)
+        self.swaps = _equally_long(task, prompts)
+        self.model_pairs = all_pair_logits(model, self.test)
+        self.model_calibration = self._calibration()
+        self.model_loss = self._loss(self.model_pairs, self.model_calibration)
+        self.model_accuracy = binary_accuracy(self.model_pairs)
+        if self.model_loss > 0.9 * GUESSING or self.model_accuracy <= 0.5:
+            raise TaskNotLearnedError(
+                f"The whole model reaches a loss of {self.model_loss:.3f} and an accuracy of "
+                f"{self.model_accuracy:.1%} on the task {task.name!r}, hardly more than "
+                "guessing, so no circuit of it can be checked; train the model longer."
+            )
+        self.vocabulary = _next_token(model, self.test)
+        self.adversarial: dict[str, tuple[TaskTensors, torch.Tensor]] = {}
+        self.adversarial_accuracy: dict[str, float] = {}
+        for kind, adverse in adversarial.items():
+            tensors = adverse.tensors("test")
+            pairs = self.model_calibration.pairs(all_pair_logits(model, tensors), tensors)
+            self.adversarial[kind] = (tensors, pairs)
+            self.adversarial_accuracy[kind] = binary_accuracy(pairs)
+
+    def _calibration(self) -> Calibration:
+        return fit_calibration(all_pair_logits(self.model, self.train), self.train)
+
+    def _loss(self, pairs: torch.Tensor, calibration: Calibration) -> float:
+        return binary_loss(calibration.pairs(pairs, self.test)).item()
+
+    def measure(self, circuit: Circuit, real: bool) -> dict[str, float]:
+        """All numbers of one candidate. Random ones are calibrated here, as found ones were."""
+        model, test = self.model, self.test
+        with circuit.applied(model, calibrated=False):
+            calibration = circuit.calibration if real else self._calibration()
+            pairs = all_pair_logits(model, test)
+            next_token = _next_token(model, test, calibration)
+            adverse = {k: all_pair_logits(model, t) for k, (t, _) in self.adversarial.items()}
+        with circuit.applied(model, inverse=True):
+            # Calibrated anew: that the answers are merely shifted is not a loss of skill.
+            without = self._loss(all_pair_logits(model, test), self._calibration())
+        alone = calibration.pairs(pairs, test)
+        whole = self.model_calibration.pairs(self.model_pairs, test)
+        numbers = {
+            "sufficiency": binary_loss(alone).item(),
+            "necessity": (without - self.model_loss) / (GUESSING - self.model_loss),
+            "completeness": self._incompleteness(circuit),
+            "transfer": (binary_accuracy(alone) - 0.5) / (self.model_accuracy - 0.5),
+            "pair KL": pair_kl(alone.numpy(), whole.numpy()),
+            "vocabulary KL": _kl(self.vocabulary, next_token),
+        }
+        if self.swaps is not None:
+            numbers["interchange"] = self._interchange(circuit)
+        if self.others:
+            numbers["stability"] = self._stability(circuit, real)
+        for kind, (tensors, whole_pairs) in self.adversarial.items():
+            here = calibration.pairs(adverse[kind], tensors)
+            numbers[f"adversarial: {kind}"] = agreement(here.numpy(), whole_pairs.numpy())
+            numbers[f"accuracy: {kind}"] = binary_accuracy(here)
+        return numbers
+
+    def _incompleteness(self, circuit: Circuit) -> float:
+        """Mean |loss(circuit without K) − loss(model without K)| over random halves K of it."""
+        generator = torch.Generator().manual_seed(self.seed)
+        masks = circuit.masks()
+        gaps = []
+        for _ in range(self.subsets):
+            removed = {
+                site: mask & (torch.rand(len(mask), generator=generator) < 0.5)
+                for site, mask in masks.items()
+            }
+            losses = []
+            for keep in (
+                {site: masks[site] & ~gone for site, gone in removed.items()},
+                {site: ~gone for site, gone in removed.items()},
+            ):
+                with mean_ablated(self.model, keep, circuit.means):
+                    pairs = all_pair_logits(self.model, self.test)
+                calibration = fit_calibration(pairs, self.test)
+                losses.append(self._loss(pairs, calibration))
+            gaps.append(abs(losses[0] - losses[1]))
+        return sum(gaps) / max(1, len(gaps))
+
+    @torch.no_grad()
+    def _interchange(self, circuit: Circuit) -> float:
+        """Share of prompts that get the other answer when the circuit's nodes are the other's.
+
+        The prompts of a pair are equally long; everything outside the circuit sees its own prompt.
+        """
+        own, other = self.swaps
+        turned = []
+        for rows in torch.arange(len(own["target_ids"])).split(128):
+            here, there = ({k: v[rows] for k, v in part.items()} for part in (own, other))
+            seen: dict[str, torch.Tensor] = {}
+            with hooked_sites(self.model, {s: _recorder(seen, s) for s in circuit.nodes}):
+                pair_logits(self.model, there)
+            swap = {s: _swapper(seen[s], ids) for s, ids in circuit.nodes.items()}
+            with hooked_sites(self.model, swap):
+                pairs = pair_logits(self.model, here).cpu()
+            turned.append(self.model_calibration.pairs(pairs, here))
+        pairs = torch.cat(turned)
+        return (pairs[:, 1] > pairs[:, 0]).float().mean().item()
+
+    def _stability(self, circuit: Circuit, real: bool) -> float:
+        pairs = [(circuit, other) for other in self.others]
+        if real:
+            pairs += list(combinations(self.others, 2))
+        return sum(jaccard(a, b) for a, b in pairs) / len(pairs)
+
+
+def _some(tensors: TaskTensors, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    rows = torch.randperm(len(tensors["target_ids"]), generator=generator)[:count]
+    return {k: v[rows] for k, v in tensors.items()}
+
+
+def _equally_long(task: Any, count: int) -> tuple[TaskTensors, TaskTensors] | None:
+    """Held-out prompts and their counterfactuals, row by row; None if none are equally long."""
+    tensors = task.tensors("test")
+    lengths = tensors["attention_mask"].sum(1)
+    other = torch.arange(len(lengths)) ^ 1  # rows 2k and 2k+1 are a pair
+    rows = (lengths == lengths[other]).nonzero()[:, 0][:count]
+    if not len(rows):
+        return None
+    return {k: v[rows] for k, v in tensors.items()}, {k: v[other[rows]] for k, v in tensors.items()}
+
+
+def _recorder(seen: dict[str, torch.Tensor], site: str) -> Callable:
+    def hook(module, args, output):
+        seen[site] = output
+
+    return hook
+
+
+def _swapper(seen: torch.Tensor, ids: Sequence[int]) -> Callable:
+    def hook(module, args, output):
+        return output.index_copy(-1, torch.tensor(ids, device=output.device), seen[..., ids])
+
+    return hook
+
+
+@torch.no_grad()
+def _next_token(
+    model: nn.Module, tensors: TaskTensors, calibration: Calibration | None = None
+) -> torch.Tensor:
+    """Logits `(n, vocabulary)` after each prompt."""
+    device = next(model.parameters()).device
+    parts = []
+    for ids, mask in zip(
+        tensors["input_ids"].split(128), tensors["attention_mask"].split(128), strict=True
+    ):
+        output = model(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            use_cache=False,
+            logits_to_keep=1,
+        )
+        logits = output.logits[:, -1].float().cpu()
+        parts.append(logits if calibration is None else calibration.logits(logits))
+    return torch.cat(parts)
+
+
+def _kl(model: torch.Tensor, circuit: torch.Tensor) -> float:
+    """Mean KL(model ‖ circuit) of the distributions that rows of logits give, in nats."""
+    return F.kl_div(
+        circuit.log_softmax(-1), model.log_softmax(-1), log_target=True, reduction="batchmean"
+    ).item()

@@ -1,0 +1,1 @@
+"""The search for the smallest circuit: masks, then shrinking."""

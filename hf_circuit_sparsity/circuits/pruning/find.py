@@ -1,0 +1,295 @@
+"""Finding a circuit: learn which nodes a behaviour needs (METHOD section 2, Gao et al. 2025 A.5).
+
+One mask parameter τ per node is trained so that the model, with every node of τ ≤ 0 fixed at its
+mean, still solves the task with as few nodes as possible. Then nodes are ranked by τ, the smallest
+number of them that reaches the target loss is found by bisection, and what turns out not to be
+needed is dropped one by one. With several seeds the smallest circuit wins.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ...modeling.fingerprint import model_fingerprint
+from ..ablation import TOKENS, ReferenceMeans, node_sites, reference_means
+from ..circuit import Circuit
+from ..edge_ablation import cut_offsets, edge_name
+from ..edges import circuit_edges
+from ..evaluation.faithfulness import evaluate_circuit
+from ..hub import model_source
+from ..reference_tokens import ReferenceTokens, reference_input_ids
+from ..task_loss import TaskTensors, all_pair_logits, binary_loss, fit_calibration
+from .config import PruningConfig
+from .masks import Masks, learn_masks
+from .shrink import Selector, bisect, drop_edges, drop_unconnected, drop_unneeded
+
+
+class TaskNotLearnedError(ValueError):
+    """The model itself does not reach the loss that a circuit of it was asked to reach."""
+
+
+class PruningInputs(NamedTuple):
+    """What a search needs to know about the model once, whatever it tries."""
+
+    means: ReferenceMeans
+    fingerprint: str
+
+
+def find_circuit(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Any,
+    config: PruningConfig | None = None,
+    *,
+    reference: ReferenceTokens = None,
+    progress: bool = True,
+) -> Circuit:
+    """Find the smallest circuit of `model` that solves `task`.
+
+    Args:
+        model: a `CircuitGPTForCausalLM`; its weights are left as they are.
+        tokenizer: the model's.
+        task: a `BinaryTask` made with that tokenizer.
+        config: how to look.
+        reference: sample of the pretraining distribution for the nodes' means: a
+            `datasets.Dataset` with an `input_ids` column, or token ids `(n, length)`. If not given,
+            the Python standard library, tokenized.
+        progress: show a progress bar.
+
+    Returns:
+        The circuit, with losses on training and held-out prompts in `.metrics`; with several seeds
+        also `seed_jaccard`, how much the seeds' circuits have in common.
+
+    Raises:
+        TaskNotLearnedError: the model itself does not reach `config.target_loss`; says what it
+            reaches.
+        ValueError: a prompt is longer than the model's context.
+    """
+    circuits = find_circuits(model, tokenizer, task, config, reference=reference, progress=progress)
+    best = min(circuits, key=circuit_size)
+    if len(circuits) > 1:
+        best.metrics["seed_jaccard"] = mean_jaccard(circuits)
+    return best
+
+
+def find_circuits(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Any,
+    config: PruningConfig | None = None,
+    *,
+    reference: ReferenceTokens = None,
+    progress: bool = True,
+    inputs: PruningInputs | None = None,
+) -> list[Circuit]:
+    """As [`find_circuit`], but the circuits of all seeds, in the order of the seeds.
+
+    Args:
+        inputs: from [`pruning_inputs`], to compute them once for many calls; `reference` is not
+            looked at then.
+    """
+    config = config or PruningConfig()
+    (circuits,) = find_frontier(
+        model,
+        tokenizer,
+        task,
+        [config.target_loss],
+        config,
+        reference=reference,
+        progress=progress,
+        inputs=inputs,
+    )
+    return circuits
+
+
+def find_frontier(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Any,
+    targets: Sequence[float],
+    config: PruningConfig | None = None,
+    *,
+    reference: ReferenceTokens = None,
+    progress: bool = True,
+    inputs: PruningInputs | None = None,
+) -> list[list[Circuit]]:
+    """Circuits for several target losses: masks are learned once, and each next target starts from
+    the circuit of the one before.
+
+    Args:
+        targets: losses in nats, ascending; `config.target_loss` is not looked at.
+        The others are those of [`find_circuits`].
+
+    Returns:
+        For every target, the circuits of all seeds.
+
+    Raises:
+        TaskNotLearnedError: the model itself does not reach the first target.
+        ValueError: no targets or not ascending ones, or a prompt longer than the model's context.
+    """
+    config = config or PruningConfig()
+    if not targets or list(targets) != sorted(targets):
+        raise ValueError(f"targets={list(targets)} was passed, expected ascending losses.")
+    configs = [replace(config, target_loss=target) for target in targets]
+    node_sites(model)  # fails early on models that have none
+    was_training = model.training
+    model.eval()
+    try:
+        check_prompts_fit(model, task)
+        train = _sample_rows(task.tensors("train"), config.seed)
+        selection = {k: v[: config.selection_prompts] for k, v in train.items()}
+        _check_learned(model, task, selection, configs[0])
+        if inputs is None:
+            inputs = pruning_inputs(model, tokenizer, config, reference)
+        means = dict(inputs.means.nodes)
+        if config.token_nodes:
+            means[TOKENS] = inputs.means.token
+        seeds = range(config.seed, config.seed + config.seeds)
+        frontier: list[list[Circuit]] = [[] for _ in targets]
+        for seed, scores in zip(
+            seeds, learn_masks(model, train, means, config, seeds, progress), strict=True
+        ):
+            keep = None
+            for at_target, circuits in zip(configs, frontier, strict=True):
+                selector = Selector(model, selection, inputs.means, at_target)
+                keep = bisect(scores, selector) if keep is None else keep
+                keep = drop_unconnected(model, keep, selector)
+                if config.cleanup:
+                    keep = drop_unneeded(keep, selector, progress)
+                circuit = _circuit(model, task, keep, scores, selector, inputs, progress)
+                circuit.config = {**asdict(at_target), "seed": seed}
+                circuit.metrics = evaluate_circuit(circuit, model, task)
+                circuits.append(circuit)
+        return frontier
+    finally:
+        model.train(was_training)
+
+
+def pruning_inputs(
+    model: nn.Module, tokenizer: Any, config: PruningConfig, reference: ReferenceTokens = None
+) -> PruningInputs:
+    """Means over the reference distribution, and which model this is."""
+    input_ids = reference_input_ids(model, tokenizer, reference, config.reference_tokens)
+    return PruningInputs(reference_means(model, input_ids), model_fingerprint(model))
+
+
+def circuit_size(circuit: Circuit) -> tuple[float, ...]:
+    """What makes a circuit smaller than another: edges, then nodes, then tokens, then loss."""
+    m = circuit.metrics
+    return (m["edges"], m["nodes"], m.get("token_nodes", 0), m["train_circuit_loss"])
+
+
+def jaccard(first: Circuit, second: Circuit) -> float:
+    """Share of the nodes of either circuit that both have; 1 for two empty ones."""
+    nodes = [{(s, i) for s, ids in c.nodes.items() for i in ids} for c in (first, second)]
+    union = nodes[0] | nodes[1]
+    return len(nodes[0] & nodes[1]) / len(union) if union else 1.0
+
+
+def mean_jaccard(circuits: Sequence[Circuit]) -> float:
+    """Mean of [`jaccard`] over all pairs."""
+    pairs = list(combinations(circuits, 2))
+    return sum(jaccard(a, b) for a, b in pairs) / len(pairs)
+
+
+def check_prompts_fit(model: nn.Module, task: Any) -> None:
+    """Raise a `ValueError` if a prompt of the task is longer than the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    longest = max(task.tensors(split)["input_ids"].shape[1] for split in ("train", "test"))
+    if context is not None and longest > context:
+        raise ValueError(
+            f"The task {task.name!r} has a prompt of {longest} tokens, but the model reads at most "
+            f"{context}; make the task with max_length={context} to see which, and use shorter "
+            "prompts or a model with a longer context."
+        )
+
+
+def _sample_rows(tensors: TaskTensors, seed: int) -> dict[str, torch.Tensor]:
+    """The split's rows in a seeded order, so that any prefix of them is a fair sample."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(tensors["target_ids"]), generator=generator)
+    return {k: v[order] for k, v in tensors.items()}
+
+
+def _check_learned(
+    model: nn.Module, task: Any, tensors: TaskTensors, config: PruningConfig
+) -> None:
+    target = config.target_loss * config.selection_margin
+    pairs = all_pair_logits(model, tensors)
+    loss = binary_loss(
+        fit_calibration(pairs, tensors, config.calibration_steps).pairs(pairs, tensors)
+    )
+    if not loss <= target:
+        guessing = ", which is guessing" if loss > 0.95 * math.log(2) else ""
+        advice = (
+            "train the model longer, or see whether the task's prompts decide its answers"
+            if guessing
+            else f"train the model longer, or set target_loss above "
+            f"{loss / config.selection_margin:.2f}"
+        )
+        raise TaskNotLearnedError(
+            f"The whole model reaches a loss of {loss:.3f} on the task {task.name!r}{guessing}, so "
+            f"no circuit of it can reach target_loss={config.target_loss:g} (selected at "
+            f"{target:.3g} on training prompts); {advice}."
+        )
+
+
+def _circuit(
+    model: nn.Module,
+    task: Any,
+    keep: Masks,
+    scores: Masks,
+    selector: Selector,
+    inputs: PruningInputs,
+    progress: bool,
+) -> Circuit:
+    """The circuit of these nodes, its edges pruned if that is asked for."""
+    config = selector.config
+    cut = []
+    if config.prune_edges:
+        keep, cut = drop_edges(model, keep, selector, progress)
+    _, calibration = selector.loss(keep, cut)
+
+    nodes = {s: mask.nonzero()[:, 0].tolist() for s, mask in keep.items() if s != TOKENS}
+    pruned: dict[str, Any] = {}
+    if config.prune_edges:
+        gone = {edge_name(edge) for edge in cut}
+        names = [edge_name(edge) for edge in circuit_edges(model, nodes)]
+        pruned["kept_edges"] = [name for name in names if name not in gone]
+        pruned["edge_offsets"] = cut_offsets(cut, inputs.means)
+    if config.token_nodes:
+        pruned["tokens"] = keep[TOKENS].nonzero()[:, 0].tolist()
+        pruned["token_mean"] = inputs.means.token.cpu()
+    model_name, model_revision = model_source(model)
+    return Circuit(
+        nodes=nodes,
+        means={site: mean.cpu() for site, mean in inputs.means.nodes.items()},
+        scores={site: score.cpu() for site, score in scores.items() if site != TOKENS},
+        calibration=calibration,
+        task=task.name,
+        model_fingerprint=inputs.fingerprint,
+        model_name=model_name,
+        model_revision=model_revision,
+        example=_example(task),
+        **pruned,
+    )
+
+
+def _example(task: Any) -> dict[str, Any]:
+    """The first held-out prompt, for pictures."""
+    row = task.test[0]
+    return {
+        "prompt": row["prompt"],
+        "target": row["target"],
+        "counterfactual_target": row["counterfactual_target"],
+        "counterfactual_prompt": row["counterfactual_prompt"],
+        "token_ids": list(row["input_ids"]),
+        "counterfactual_token_ids": list(row["counterfactual_input_ids"]),
+        "target_id": int(row["target_id"]),
+        "counterfactual_target_id": int(row["counterfactual_target_id"]),
+    }

@@ -1,0 +1,274 @@
+"""From learned masks to the smallest circuit: bisect, then drop what is not needed."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..ablation import TOKENS, ReferenceMeans, hooked, hooked_sites, mean_ablated
+from ..edge_ablation import EdgeName, cut_offsets, edge_hooks, edge_name
+from ..edges import Edge, circuit_edges, site_weights
+from ..task_loss import (
+    Calibration,
+    TaskTensors,
+    all_pair_logits,
+    binary_loss,
+    fit_calibration,
+    pair_logits,
+    trimmed,
+)
+from .config import PruningConfig
+from .masks import Masks
+
+# What looks this many times worse than the target on a few prompts is not tried on all of them.
+_HOPELESS = 2.0
+# Circuits of more nodes are thinned out by estimates first.
+_FEW_NODES = 24
+
+
+class Selector:
+    """Measures candidate circuits: their loss after calibration, on training prompts.
+
+    Args:
+        model: in eval mode.
+        selection: training rows.
+        means: of the reference distribution; its `token` is used where masks name `TOKENS`.
+        config: how.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        selection: TaskTensors,
+        means: ReferenceMeans,
+        config: PruningConfig,
+    ):
+        self.model = model
+        self.means = means
+        self.config = config
+        self.target = config.target_loss * config.selection_margin
+        self._all = selection
+        few = config.screen_prompts
+        self._few = {k: v[:few] for k, v in selection.items()} if few else None
+
+    def loss(
+        self, keep: Masks, cut: Sequence[Edge] = (), few: bool = False
+    ) -> tuple[float, Calibration]:
+        """Loss and calibration of the model cut down to the kept nodes, without the cut edges."""
+        rows = self._few if few and self._few is not None else self._all
+        means = {**self.means.nodes, TOKENS: self.means.token}
+        cut_hooks = edge_hooks(self.model, cut, cut_offsets(cut, self.means)) if cut else []
+        with mean_ablated(self.model, keep, means), hooked(cut_hooks):
+            pairs = all_pair_logits(self.model, rows)
+        calibration = fit_calibration(pairs, rows, self.config.calibration_steps)
+        return binary_loss(calibration.pairs(pairs, rows)).item(), calibration
+
+    def reaches(self, keep: Masks, cut: Sequence[Edge] = ()) -> bool:
+        """Whether the target loss is reached; what looks hopeless on a few prompts does not."""
+        if self._few is not None and self.loss(keep, cut, few=True)[0] > _HOPELESS * self.target:
+            return False
+        return self.loss(keep, cut)[0] <= self.target
+
+    def estimates(self, keep: Masks) -> Masks:
+        """What dropping each kept node would add to the loss, to first order, in one backward pass.
+
+        The gradient of the loss by a node's gate, which is open, is the negative of that (as in
+        attribution patching, Nanda 2023).
+        """
+        rows = self._few if self._few is not None else self._all
+        calibration = self.loss(keep, few=True)[1]
+        means = {**self.means.nodes, TOKENS: self.means.token}
+        gates = {s: mask.to(torch.float32).requires_grad_() for s, mask in keep.items()}
+
+        def gate_hook(site: str) -> Callable:
+            def hook(module, args, output):
+                gate, mean = gates[site].to(output), means[site].to(output)
+                gate = gate[args[0]].unsqueeze(-1) if site == TOKENS else gate
+                return mean + gate * (output - mean)
+
+            return hook
+
+        with torch.enable_grad(), hooked_sites(self.model, {s: gate_hook(s) for s in keep}):
+            pairs = pair_logits(self.model, trimmed(rows)).cpu()
+            loss = binary_loss(calibration.pairs(pairs, rows))
+            gradients = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
+        return {
+            site: torch.zeros_like(mask, dtype=torch.float32) if g is None else -g
+            for (site, mask), g in zip(keep.items(), gradients, strict=True)
+        }
+
+    def drop_needless(
+        self,
+        items: Sequence[Any],
+        without: Callable[[Collection[Any]], tuple[Masks, Sequence[Edge]]],
+        name: str,
+        progress: bool,
+    ) -> list[Any]:
+        """The items that can go, found greedily: cheapest first, until none can go any more.
+
+        Args:
+            items: what may go.
+            without: makes the masks and the cut edges that leave the given items out.
+            name: of the items, for the progress bar.
+            progress: show it.
+        """
+        gone: list[Any] = []
+        slack = _HOPELESS if self._few is not None else 1.0
+        while True:
+            left = [item for item in items if item not in gone]
+            costs = {
+                item: self.loss(*without([*gone, item]), few=True)[0]
+                for item in tqdm(left, desc=f"dropping {name}", disable=not progress, leave=False)
+            }
+            # In order of what each costs alone; what it costs beside the others is measured again.
+            hopeful = sorted(
+                (i for i in left if costs[i] <= slack * self.target), key=costs.__getitem__
+            )
+            dropped = self.drop_in_order(hopeful, without, gone)
+            if not dropped:
+                return gone
+            gone += dropped
+
+    def drop_in_order(
+        self,
+        ordered: Sequence[Any],
+        without: Callable[[Collection[Any]], tuple[Masks, Sequence[Edge]]],
+        gone: Sequence[Any] = (),
+        patience: int | None = None,
+    ) -> list[Any]:
+        """Drop what can go, in the order given: many at once while that works, then fewer.
+
+        Args:
+            ordered: items to try.
+            without: as for [`Selector.drop_needless`].
+            gone: items that have gone before.
+            patience: give up after so many items that could not go.
+        """
+        dropped: list[Any] = []
+        at, chunk, failures = 0, max(1, len(ordered) // 2), 0
+        while at < len(ordered) and (patience is None or failures < patience):
+            part = ordered[at : at + chunk]
+            if self.reaches(*without([*gone, *dropped, *part])):
+                dropped += part
+                at += len(part)
+                chunk *= 2
+            elif len(part) > 1:
+                chunk = len(part) // 2
+            else:
+                at, failures = at + 1, failures + 1
+        return dropped
+
+
+def bisect(scores: Masks, selector: Selector) -> Masks:
+    """The fewest nodes, in order of their scores, that reach the target loss."""
+    flat = torch.cat(list(scores.values()))
+    order = flat.argsort(descending=True, stable=True)
+
+    def best(k: int) -> Masks:
+        kept = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+        kept[order[:k]] = True
+        parts = kept.split([len(score) for score in scores.values()])
+        return dict(zip(scores, parts, strict=True))
+
+    def fewest(high: int) -> int:
+        low = 0  # the target is reached at high, not at low
+        while high - low > 1:
+            middle = (low + high) // 2
+            if selector.reaches(best(middle)):
+                high = middle
+            else:
+                low = middle
+        return high
+
+    k = fewest(len(flat))
+    # The loss may rise again with nodes that the masks had closed, and bisection then stops above
+    # them; the nodes left open are the ones that the masks were trained with.
+    opened = int((flat > 0).sum())
+    if 0 < opened < k and selector.reaches(best(opened)):
+        k = fewest(opened)
+    return best(k)
+
+
+def drop_unconnected(
+    model: nn.Module, keep: Masks, selector: Selector, cut: Sequence[Edge] = ()
+) -> Masks:
+    """Drop kept nodes that no kept node reads or writes, where that does not cost the target.
+
+    Queries and keys need no reader: the attention scores read them.
+    """
+    matrices = [(source, target, weight != 0) for source, target, weight in site_weights(model)]
+    for source, target, live in matrices:
+        for edge in cut:
+            if (edge.source_site, edge.target_site) == (source, target):
+                live[edge.target, edge.source] = False
+    connected = {site: mask.clone() for site, mask in keep.items()}
+    changed = True
+    while changed:
+        changed = False
+        reads = {site: torch.zeros_like(mask) for site, mask in connected.items()}
+        writes = {site: torch.zeros_like(mask) for site, mask in connected.items()}
+        for source, target, live in matrices:
+            both = live & connected[target][:, None] & connected[source][None, :]
+            reads[source] |= both.any(0)
+            writes[target] |= both.any(1)
+        for site, mask in connected.items():
+            if site == TOKENS:
+                continue
+            needed = mask.clone()
+            if not site.endswith((".q", ".k", ".resid_delta")):
+                needed &= reads[site]
+            if not site.endswith(".act_in"):
+                needed &= writes[site]
+            if not torch.equal(needed, mask):
+                connected[site], changed = needed, True
+    if all(torch.equal(connected[site], mask) for site, mask in keep.items()):
+        return keep
+    return connected if selector.reaches(connected, _within(cut, connected)) else keep
+
+
+def drop_unneeded(keep: Masks, selector: Selector, progress: bool = True) -> Masks:
+    """Drop nodes one by one, cheapest first, as long as the target loss is still reached."""
+    nodes = [(site, i) for site, mask in keep.items() for i in mask.nonzero()[:, 0].tolist()]
+
+    def without(gone: Collection[tuple[str, int]]) -> tuple[Masks, Sequence[Edge]]:
+        smaller = {site: mask.clone() for site, mask in keep.items()}
+        for site, i in gone:
+            smaller[site][i] = False
+        return smaller, ()
+
+    # Roughly first: an estimate for all nodes costs as much as measuring two or three of them.
+    while len(nodes) > _FEW_NODES:
+        estimates = selector.estimates(without(())[0])
+        ordered = sorted(nodes, key=lambda node: estimates[node[0]][node[1]].item())
+        dropped = selector.drop_in_order(ordered, without, patience=3)
+        if not dropped:
+            break
+        keep = without(dropped)[0]
+        nodes = [node for node in nodes if node not in dropped]
+    return without(selector.drop_needless(nodes, without, "nodes", progress))[0]
+
+
+def drop_edges(
+    model: nn.Module, keep: Masks, selector: Selector, progress: bool = True
+) -> tuple[Masks, list[Edge]]:
+    """Cut weights between kept nodes one by one; nodes that are then unconnected go as well.
+
+    Returns:
+        The nodes that stay, and the edges between them that are cut.
+    """
+    nodes = {s: m.nonzero()[:, 0].tolist() for s, m in keep.items() if s != TOKENS}
+    edges = {edge_name(edge): edge for edge in circuit_edges(model, nodes)}
+
+    def without(gone: Collection[EdgeName]) -> tuple[Masks, Sequence[Edge]]:
+        return keep, [edges[name] for name in gone]
+
+    _, cut = without(selector.drop_needless(list(edges), without, "edges", progress))
+    keep = drop_unconnected(model, keep, selector, cut)
+    return keep, _within(cut, keep)
+
+
+def _within(cut: Sequence[Edge], keep: Masks) -> list[Edge]:
+    """The cut edges whose both ends are kept."""
+    return [e for e in cut if keep[e.source_site][e.source] and keep[e.target_site][e.target]]

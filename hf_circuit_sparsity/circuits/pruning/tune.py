@@ -1,0 +1,150 @@
+"""Searching the settings of mask learning for the smallest circuit.
+
+The paper tunes its pruning for every model and task, and so only the smallest circuit found counts
+(A.5). Here the search is optuna's TPE. Its state is a journal of JSON lines in a folder, so it goes
+on where it was stopped, and goes the same way as if it had not been.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..ablation import node_sites
+from ..circuit import Circuit
+from ..reference_tokens import ReferenceTokens
+from .config import PruningConfig
+from .find import circuit_size, find_circuits, mean_jaccard, pruning_inputs
+
+JOURNAL_NAME = "trials.jsonl"
+SETTINGS_NAME = "search.json"
+BEST_NAME = "smallest"
+# Settings and their ranges, by how optuna samples them; the defaults are well inside.
+_LOGARITHMIC = {
+    "k_coef": (1e-5, 3e-3),
+    "learning_rate": (1e-3, 3e-2),
+    "temperature": (0.2, 3.0),
+    "weight_decay": (1e-5, 1e-1),
+    "max_grad_norm": (0.1, 10.0),
+}
+_LINEAR = {"init_mean": (0.02, 0.5), "beta2": (0.85, 0.995)}
+SEARCHED = (*_LOGARITHMIC, *_LINEAR)
+
+
+def search_circuit(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Any,
+    config: PruningConfig | None = None,
+    *,
+    trials: int = 16,
+    folder: str | os.PathLike,
+    reference: ReferenceTokens = None,
+    progress: bool = True,
+) -> Circuit:
+    """The smallest circuit over many settings of [`find_circuit`].
+
+    The first trial has the settings passed, so the result is never larger than theirs.
+
+    Args:
+        model, tokenizer, task, reference, progress: as for [`find_circuit`].
+        config: what the search does not vary (target loss, steps, seeds, what may be pruned), and
+            where it starts for `SEARCHED`. Its seed is also that of the search.
+        trials: how many settings to try in all, those of an earlier call on this folder included.
+        folder: holds the state of the search. The same call goes on where it was stopped.
+
+    Returns:
+        The circuit with the fewest edges, then nodes.
+
+    Raises:
+        ValueError: optuna is not installed, or the folder holds a search with other settings.
+        TaskNotLearnedError: see [`find_circuit`].
+    """
+    optuna = _optuna()
+    config = config or PruningConfig()
+    if trials < 1:
+        raise ValueError(f"trials={trials} was passed, but it must be ≥ 1.")
+    node_sites(model)
+    folder = Path(folder)
+    inputs = pruning_inputs(model, tokenizer, config, reference)
+    _check_settings(folder, {"model": inputs.fingerprint, "task": task.name, **asdict(config)})
+
+    def measure(tried: PruningConfig) -> list[Circuit]:
+        return find_circuits(model, tokenizer, task, tried, inputs=inputs, progress=progress)
+
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL_NAME))
+    )
+    study = optuna.create_study(storage=storage, study_name="search", load_if_exists=True)
+    done = len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
+    with tqdm(
+        total=trials, initial=min(done, trials), desc="trials", disable=not progress, leave=False
+    ) as bar:
+        for number in range(done, trials):
+            # A sampler of its own for every trial: a search that was stopped and goes on must not
+            # draw its first numbers again.
+            study.sampler = optuna.samplers.TPESampler(
+                seed=config.seed * 1_000_003 + number, n_startup_trials=5
+            )
+            if number == 0:
+                study.enqueue_trial({name: getattr(config, name) for name in SEARCHED})
+            study.optimize(_objective(measure, config, folder), n_trials=1)
+            bar.update()
+            bar.set_postfix_str(f"fewest edges {int(study.best_value)}")
+    return Circuit.from_pretrained(folder / BEST_NAME)
+
+
+def _objective(
+    measure: Callable[[PruningConfig], list[Circuit]], config: PruningConfig, folder: Path
+) -> Callable[[Any], float]:
+    def objective(trial: Any) -> float:
+        settings = {n: trial.suggest_float(n, *r, log=True) for n, r in _LOGARITHMIC.items()}
+        settings |= {n: trial.suggest_float(n, *r) for n, r in _LINEAR.items()}
+        circuits = measure(replace(config, **settings))
+        best = min(circuits, key=circuit_size)
+        if len(circuits) > 1:
+            best.metrics["seed_jaccard"] = mean_jaccard(circuits)
+        # Saved before the trial counts as done, so that no recorded trial is without its circuit.
+        stored = folder / BEST_NAME
+        if not stored.is_dir() or circuit_size(best) < circuit_size(
+            Circuit.from_pretrained(stored)
+        ):
+            best.save_pretrained(stored)
+        # One number for optuna: edges, and nodes where edges are equal.
+        return best.metrics["edges"] + best.metrics["nodes"] / 1e4
+
+    return objective
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    path = folder / SETTINGS_NAME
+    if path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if stored.get(name) != value:
+                raise ValueError(
+                    f"{folder} holds a search with {name}={stored.get(name)!r}, but {value!r} was "
+                    "asked for; pass the same, choose another folder, or delete this one."
+                )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{SETTINGS_NAME}.tmp"
+    temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ValueError(
+            "Searching for settings needs optuna, which is not installed: "
+            "pip install 'hf-circuit-sparsity[search]'."
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna

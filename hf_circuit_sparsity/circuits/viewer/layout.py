@@ -1,0 +1,194 @@
+"""A circuit as a layered graph: what is drawn in which column and row, for pictures and pages.
+
+Computation runs from left to right: tokens, then every site of the model that has nodes in the
+circuit, then the answers. Queries, keys and values of a layer share a column, head by head.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import nn
+
+from ..ablation import node_sites
+from ..edges import embedding_edges, unembedding_edges
+
+if TYPE_CHECKING:
+    from ..circuit import Circuit
+
+Key = tuple[str, int]
+"""A node's site, or `token` / `answer`, and its index there, or the token's id."""
+
+SITE_WORDS = {
+    "attn.act_in": "reads",
+    "attn.q": "query",
+    "attn.k": "key",
+    "attn.v": "value",
+    "attn.resid_delta": "writes",
+    "mlp.act_in": "reads",
+    "mlp.post_act": "neurons",
+    "mlp.resid_delta": "writes",
+}
+MAX_TOKENS = 14
+HEAD_GAP = 0.9
+"""Rows left free between two heads of a column."""
+
+
+class Column(NamedTuple):
+    """What stands above a column; layer and block are empty at the graph's two ends."""
+
+    layer: str
+    block: str
+    role: str
+
+
+class GraphNode(NamedTuple):
+    """One box of the graph."""
+
+    column: int
+    key: Key
+    kind: str
+    """`token`, or the last part of the site: `act_in`, `q`, `k`, `v`, `post_act`, …"""
+    head: int | None
+    """Of queries, keys and values."""
+
+
+class GraphLink(NamedTuple):
+    """One line of the graph."""
+
+    source: Key
+    target: Key
+    weight: float
+    kind: str
+    """`weight`, `embed` (embedding or unembedding), or `residual`: the target reads the channel
+    that the source writes, and the weight is 0."""
+
+
+class LayeredGraph(NamedTuple):
+    """A circuit's nodes and lines, laid out."""
+
+    columns: list[Column]
+    nodes: dict[Key, GraphNode]
+    links: list[GraphLink]
+    rows: dict[Key, float]
+    """Vertical place of every node in rows, upwards, 0 in the middle of the column."""
+
+
+def layered_graph(circuit: "Circuit", model: nn.Module) -> LayeredGraph:
+    """Lay `circuit` out with the edges that `model`'s weights give it.
+
+    Raises:
+        ValueError: the circuit was made for another model.
+    """
+    links = _links(circuit, model)
+    columns, nodes = _columns(circuit, model)
+    links = [link for link in links if link.source in nodes and link.target in nodes]
+    linked = {end for link in links for end in (link.source, link.target)}
+    # A token that nothing in the circuit reads says nothing.
+    nodes = {key: n for key, n in nodes.items() if key[0] != "token" or key in linked}
+    return LayeredGraph(columns, nodes, links, _rows(nodes, links))
+
+
+def deciding_tokens(circuit: "Circuit") -> list[int]:
+    """Tokens in which the example and its counterfactual differ; all tokens if none do.
+
+    Where tokens were pruned, only those that are kept.
+    """
+    here = circuit.example.get("token_ids", [])
+    there = circuit.example.get("counterfactual_token_ids", [])
+    deciding = (set(here) ^ set(there)) or (set(here) | set(there))
+    return sorted(deciding if circuit.tokens is None else deciding & set(circuit.tokens))
+
+
+def answer_tokens(circuit: "Circuit") -> list[int]:
+    """The example's right answer and its counterfactual's, as far as the circuit names them."""
+    names = ("target_id", "counterfactual_target_id")
+    return [circuit.example[name] for name in names if name in circuit.example]
+
+
+def _columns(circuit: "Circuit", model: nn.Module) -> tuple[list[Column], dict[Key, GraphNode]]:
+    sites = list(node_sites(model))  # in the order of computation
+    columns = [Column("", "", "tokens that decide")]
+    nodes: dict[Key, GraphNode] = {}
+    strengths: dict[int, float] = {}
+    for token, _, weight in embedding_edges(model, circuit.nodes, deciding_tokens(circuit)):
+        strengths[token] = max(strengths.get(token, 0.0), abs(weight))
+    for token in sorted(strengths, key=strengths.__getitem__, reverse=True)[:MAX_TOKENS]:
+        nodes["token", token] = GraphNode(0, ("token", token), "token", None)
+    head_width = getattr(getattr(model, "config", None), "head_dim", None)
+    for site in sites:
+        if site not in circuit.nodes:
+            continue
+        _, layer, block, kind = site.split(".")
+        in_head = kind in ("q", "k", "v")
+        role = "query · key · value" if in_head else SITE_WORDS[f"{block}.{kind}"]
+        column = Column(layer, block, role)
+        if column != columns[-1]:
+            columns.append(column)
+        for index in circuit.nodes[site]:
+            head = index // head_width if in_head and head_width else None
+            nodes[site, index] = GraphNode(len(columns) - 1, (site, index), kind, head)
+    for token in answer_tokens(circuit):
+        nodes["answer", token] = GraphNode(len(columns), ("answer", token), "token", None)
+    return [*columns, Column("", "", "answers")], nodes
+
+
+def _links(circuit: "Circuit", model: nn.Module) -> list[GraphLink]:
+    links = [
+        GraphLink((e.source_site, e.source), (e.target_site, e.target), e.weight, "weight")
+        for e in circuit.edges(model)
+    ]
+    order = {site: place for place, site in enumerate(node_sites(model))}
+    readers = [(s, i) for s, ids in circuit.nodes.items() if s.endswith("act_in") for i in ids]
+    writers = [(s, i) for s, ids in circuit.nodes.items() if s.endswith("resid_delta") for i in ids]
+    for writer in writers:
+        for reader in readers:
+            if reader[1] == writer[1] and order.get(reader[0], 0) > order.get(writer[0], 0):
+                links.append(GraphLink(writer, reader, 0.0, "residual"))
+    for token, channel, weight in embedding_edges(model, circuit.nodes, deciding_tokens(circuit)):
+        source = ("token", token)
+        links += [GraphLink(source, r, weight, "embed") for r in readers if r[1] == channel]
+    for channel, token, weight in unembedding_edges(model, circuit.nodes, answer_tokens(circuit)):
+        target = ("answer", token)
+        links += [GraphLink(w, target, weight, "embed") for w in writers if w[1] == channel]
+    return links
+
+
+def _rows(nodes: dict[Key, GraphNode], links: list[GraphLink]) -> dict[Key, float]:
+    """Rows that keep lines short: barycentre sweeps over the columns, heads kept together."""
+    columns: dict[int, list[Key]] = {}
+    neighbours: dict[Key, list[Key]] = {key: [] for key in nodes}
+    for key, node in nodes.items():
+        columns.setdefault(node.column, []).append(key)
+    for source, target, *_ in links:
+        if source in nodes and target in nodes:
+            neighbours[source].append(target)
+            neighbours[target].append(source)
+    rows: dict[Key, float] = {}
+
+    def centre(key: Key) -> float:
+        around = [rows[n] for n in neighbours[key]]
+        return sum(around) / len(around) if around else rows[key]
+
+    def place(keys: list[Key], by: Callable[[Key], float]) -> None:
+        heads: dict[int | None, list[Key]] = {}
+        for key in sorted(keys, key=by, reverse=True):
+            heads.setdefault(nodes[key].head, []).append(key)
+        groups = sorted(
+            heads.values(), key=lambda keys: sum(map(by, keys)) / len(keys), reverse=True
+        )
+        row = (len(keys) - 1 + HEAD_GAP * (len(groups) - 1)) / 2
+        for group in groups:
+            for key in group:
+                rows[key] = row
+                row -= 1
+            row -= HEAD_GAP
+
+    for keys in columns.values():
+        start = {key: float(-i) for i, key in enumerate(keys)}
+        place(keys, start.__getitem__)
+    for sweep in range(8):
+        for column in sorted(columns, reverse=bool(sweep % 2)):
+            # Measured before any of them moves: a column has no lines of its own.
+            centres = {key: centre(key) for key in columns[column]}
+            place(columns[column], centres.__getitem__)
+    return rows

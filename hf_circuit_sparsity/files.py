@@ -1,0 +1,63 @@
+"""Files that appear whole or not at all."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which is moved into place when the block ends.
+
+    If the block raises, the temporary file is removed and what was at `path` stays as it was. The
+    folder is created if needed, and the file gets the permissions of any newly created one.
+
+    Args:
+        path: the file to write or replace.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the suffix may say the format
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_figure(
+    path: str | os.PathLike, draw: Callable[[type], Any], dpi: int = 300, **settings: Any
+) -> Path:
+    """Draw a matplotlib figure into a PNG, SVG or PDF file; no display is needed.
+
+    In an SVG text stays text, and the same figure is the same file.
+
+    Args:
+        path: its suffix says the format.
+        draw: called with `matplotlib.figure.Figure`, returns the figure.
+        dpi: of a PNG.
+        settings: matplotlib's `rcParams`, dots as double underscores (`font__size=7`).
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"matplotlib is needed to draw {Path(path).name}, but it is not installed; "
+            "pip install 'hf-circuit-sparsity[viz]'."
+        ) from error
+    params = {"svg.fonttype": "none", "svg.hashsalt": "hf-circuit-sparsity"}
+    params |= {name.replace("__", "."): value for name, value in settings.items()}
+    metadata = {"Date": None} if Path(path).suffix == ".svg" else None
+    with matplotlib.rc_context(params), replacing(path) as temporary:
+        draw(Figure).savefig(temporary, dpi=dpi, facecolor="white", metadata=metadata)
+    return Path(path)

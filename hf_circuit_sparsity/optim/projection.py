@@ -1,0 +1,150 @@
+"""Exact magnitude projection: keep the largest entries of a matrix and zero the others, in place.
+
+The definition is :func:`project_topk_reference_`, a dozen lines that sort. Training calls
+:func:`project_topk_`, which gives the same result entry for entry without sorting the matrix: in
+:mod:`~hf_circuit_sparsity.optim.projection_cpu` on the CPU, by bisection elsewhere.
+"""
+
+import torch
+from torch import Tensor
+
+from .projection_cpu import INTEGER_VIEW, infinity_bits, project_cpu_
+
+
+def nonzero_budget(numel: int, density: float) -> int:
+    """How many of ``numel`` entries a parameter keeps at ``density``: at least one."""
+    return max(1, round(numel * density))
+
+
+def project_topk_(weight: Tensor, k: int, min_nonzeros: int = 0, row_dim: int = 0) -> None:
+    """Keep the ``k`` largest-magnitude entries of ``weight`` and set the others to zero, in place.
+
+    Each row first keeps its own ``min_nonzeros`` largest nonzero entries; what is left of ``k``
+    goes to the largest of the remaining entries, wherever they are (Gao et al. 2025, section 2:
+    never fewer than j = 4 nonzeros per neuron or attention channel). So the matrix ends with
+    exactly ``max(k, rows * min(min_nonzeros, columns))`` nonzeros, fewer only where a row, or the
+    whole matrix, has not so many to begin with. Among equal magnitudes the lowest flat index wins,
+    so the result depends on the values alone, not on the device, the thread count or the run.
+
+    Args:
+        weight: any shape; float16, bfloat16, float32 or float64. Changed in place.
+        k: number of entries to keep, 0 <= k <= ``weight.numel()``.
+        min_nonzeros: entries that each row keeps in any case; 0 for no row rule.
+        row_dim: the dimension that counts output neurons: 0 for ``nn.Linear.weight``, 1 for the
+            weight of transformers' ``Conv1D``. Only read if ``min_nonzeros`` is above 0.
+
+    Raises:
+        ValueError: if an argument is out of range, or ``weight`` holds NaN or infinity (nothing has
+            been changed then).
+        TypeError: if ``weight`` is not a floating-point tensor of a supported dtype.
+    """
+    _check_arguments(weight, k, min_nonzeros, row_dim)
+    if weight.numel() == 0:
+        return
+    matrix = _as_matrix(weight)
+    project = project_cpu_ if weight.device.type == "cpu" else project_bisection_
+    with torch.no_grad():
+        project(matrix, k, min_nonzeros, row_dim)
+        if matrix.data_ptr() != weight.data_ptr():  # a non-contiguous weight had to be copied
+            weight.copy_(matrix.view(weight.shape))
+
+
+def project_topk_reference_(
+    weight: Tensor, k: int, min_nonzeros: int = 0, row_dim: int = 0
+) -> None:
+    """The definition of :func:`project_topk_`, by plain stable sorts. Same arguments and errors."""
+    _check_arguments(weight, k, min_nonzeros, row_dim)
+    with torch.no_grad():
+        magnitude = weight.abs()
+        if not magnitude.isfinite().all():
+            raise ValueError(_not_finite(weight.shape))
+        keep = torch.zeros_like(magnitude, dtype=torch.bool)
+        if min_nonzeros:
+            rows, keep_rows = magnitude.movedim(row_dim, 0), keep.movedim(row_dim, 0)
+            for row, keep_row in zip(rows, keep_rows, strict=True):
+                order = row.flatten().sort(descending=True, stable=True).indices
+                own = torch.zeros(row.numel(), dtype=torch.bool, device=row.device)
+                own[order[:min_nonzeros]] = True
+                keep_row.copy_(own.view(row.shape) & (row > 0))
+        rest = magnitude.masked_fill(keep, -1.0).flatten()
+        order = rest.sort(descending=True, stable=True).indices
+        budget = max(0, k - int(keep.sum()))
+        chosen = torch.zeros_like(rest, dtype=torch.bool)
+        chosen[order[:budget]] = True
+        weight.masked_fill_(~(keep | chosen.view(weight.shape)), 0.0)
+
+
+def project_bisection_(matrix: Tensor, k: int, min_nonzeros: int, row_dim: int) -> None:
+    """:func:`project_topk_` for a contiguous 2-D tensor on any device.
+
+    The bits of a non-negative float, read as an integer, sort like the float. The threshold is
+    therefore an integer that as many halvings as it has bits find exactly; each halving is one
+    compare-and-count over the matrix, which an accelerator does at memory speed, and the count
+    never travels to the host.
+    """
+    top = infinity_bits(matrix.dtype)
+    # `top` with the mantissa filled in: every bit but the sign.
+    bits = matrix.view(INTEGER_VIEW[matrix.dtype]) & torch.iinfo(INTEGER_VIEW[matrix.dtype]).max
+    if bits.max() >= top:
+        raise ValueError(_not_finite(matrix.shape))
+    keep = torch.zeros_like(bits, dtype=torch.bool)
+    if min_nonzeros:
+        rows, keep_rows = (bits, keep) if row_dim == 0 else (bits.T, keep.T)
+        count = min(min_nonzeros, rows.shape[1])
+        smallest = rows.topk(count, dim=1).values[:, -1:]
+        above, equal = rows > smallest, rows == smallest
+        room = count - above.sum(dim=1, keepdim=True)
+        first = equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room)
+        keep_rows.copy_((above | first) & (rows > 0))
+    rest = bits.masked_fill_(keep, 0)
+    budget = (k - keep.sum()).clamp(min=0)
+    # The largest threshold that at least `budget` entries reach, or 1 if so many nonzeros are not
+    # there. Invariant: `low` is reached by enough of them (or is 1), `high` is not.
+    low = torch.ones((), dtype=torch.int64, device=bits.device)
+    high = torch.full((), top, dtype=torch.int64, device=bits.device)
+    for _ in range(top.bit_length()):
+        middle = low + (high - low) // 2
+        enough = (rest >= middle).sum() >= budget
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    above, equal = rest > low, (rest == low).flatten()
+    first = equal & (equal.cumsum(dim=0, dtype=torch.int32) <= budget - above.sum())
+    keep |= above | first.view(keep.shape)
+    matrix.masked_fill_(~keep, 0.0)
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    """``weight`` as a contiguous 2-D tensor: a view where that is possible, else a copy."""
+    flat = weight.detach().contiguous()
+    return flat.view(weight.shape[0], -1) if weight.ndim > 1 else flat.view(-1, 1)
+
+
+def _check_arguments(weight: Tensor, k: int, min_nonzeros: int, row_dim: int) -> None:
+    if not isinstance(weight, Tensor) or weight.dtype not in INTEGER_VIEW:
+        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(
+            f"weight is {kind}, expected a float16, bfloat16, float32 or float64 tensor."
+        )
+    if not 0 <= k <= weight.numel():
+        raise ValueError(
+            f"k={k} is outside [0, {weight.numel()}] for a weight of shape {tuple(weight.shape)}: "
+            "pass the number of entries to keep."
+        )
+    if min_nonzeros < 0:
+        raise ValueError(f"min_nonzeros={min_nonzeros} is negative: pass 0 for no row minimum.")
+    if min_nonzeros and weight.ndim < 2:
+        raise ValueError(
+            f"min_nonzeros={min_nonzeros} needs a weight with rows, got shape "
+            f"{tuple(weight.shape)}: pass min_nonzeros=0 for vectors."
+        )
+    if min_nonzeros and not (row_dim == 0 or (row_dim == 1 and weight.ndim == 2)):
+        raise ValueError(
+            f"row_dim={row_dim} does not fit a weight of shape {tuple(weight.shape)}: pass 0 "
+            "(nn.Linear), or 1 for a two-dimensional weight stored as inputs × outputs (Conv1D)."
+        )
+
+
+def _not_finite(shape: torch.Size) -> str:
+    return (
+        f"a weight of shape {tuple(shape)} holds NaN or infinity, which cannot be ranked: find the "
+        "step that produced it (a lower learning rate or float32 usually helps)."
+    )

@@ -1,0 +1,365 @@
+"""The CPU path of the magnitude projection: find the threshold without sorting the matrix.
+
+A small sample brackets the threshold between two magnitudes ``low`` and ``high``; one pass in
+cache-sized pieces counts what lies above ``high`` and lists what lies between; the exact threshold
+and its ties are then settled on that short list. If the sample misled (it can, for a matrix with
+structure), the bracket is widened until the list is the whole matrix: the result is exact always,
+only the speed depends on luck. The row minimum costs only as much as there are rows that fall
+short of it: these are looked at one by one, and give back as many entries as they add.
+
+Everything works on the bit patterns: those of non-negative floats, read as integers, sort like the
+floats, for every float type alike, and NaN and infinity sort above all numbers.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels.cpu import CpuKernels
+from ..modeling.kernel_slot import kernels_for
+from ..modeling.worker_threads import map_pieces
+
+INTEGER_VIEW: dict[torch.dtype, torch.dtype] = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+
+# Entries per piece of a pass: 1 MB of float32, which stays in the second-level cache.
+_PIECE = 1 << 18
+# One entry in so many is sampled, up to a limit at which the bracket holds about 1 % of the matrix.
+# A matrix of less than `_SMALL` entries is listed outright.
+_SAMPLE_STRIDE = 16
+_SAMPLE_LIMIT = 1 << 16
+_SMALL = 1 << 12
+# A bracket reaches this many standard deviations of the sampled rank to either side.
+_DEVIATIONS = 4.0
+# A list for the row minimum holds so many times the minimum per row on average, and rows with more
+# entries on it than the second number are not settled by it (the grid would grow too wide).
+_LISTED_FOR_MINIMUM = 2
+_LISTED_PER_ROW = 128
+# Below this share of kept entries it is cheaper to list them all than to rewrite the matrix.
+_LISTED_SHARE = 1 / 16
+
+
+def infinity_bits(dtype: torch.dtype) -> int:
+    """The bit pattern of +infinity as an integer; what is not a finite number is at or above it."""
+    return int(torch.tensor(math.inf, dtype=dtype).view(INTEGER_VIEW[dtype]))
+
+
+@dataclass
+class _Matrix:
+    """A contiguous 2-D weight seen as bit patterns, and what of it counts as a row."""
+
+    bits: np.ndarray  # (numel,) integers, memory shared with the weight
+    width: int  # entries per step of dimension 0
+    row_dim: int
+    min_nonzeros: int
+    top: int  # bit pattern of infinity: the open upper end of every bracket
+    kernels: CpuKernels | None
+
+    @property
+    def n_rows(self) -> int:
+        return self.bits.size // self.width if self.row_dim == 0 else self.width
+
+    def row_of(self, index: np.ndarray) -> np.ndarray:
+        return index // self.width if self.row_dim == 0 else index % self.width
+
+    def magnitude(self, index: np.ndarray) -> np.ndarray:
+        return self.bits[index] & np.iinfo(self.bits.dtype).max
+
+
+@dataclass
+class _Scan:
+    """What one pass over the matrix found for a bracket [low, high)."""
+
+    low: int
+    high: int
+    above: int  # entries at or above `high`
+    row_above: np.ndarray  # (n_rows,) the same per row; only filled in for a row minimum
+    index: np.ndarray  # flat indices of the entries in the bracket, ascending
+    magnitude: np.ndarray  # their bit patterns
+
+
+@dataclass
+class _Plan:
+    """Which entries survive: those at or above `threshold`, minus `drop`, plus `restore`."""
+
+    threshold: int
+    drop: np.ndarray
+    restore: np.ndarray
+    keep: np.ndarray | None  # all survivors, where the list is complete
+
+
+def project_cpu_(weight: Tensor, k: int, min_nonzeros: int, row_dim: int) -> None:
+    """Project a contiguous 2-D CPU tensor in place; see ``project_topk_`` for the definition."""
+    bits = weight.view(-1).view(INTEGER_VIEW[weight.dtype]).numpy()
+    top = infinity_bits(weight.dtype)
+    matrix = _Matrix(bits, weight.shape[1], row_dim, min_nonzeros, top, kernels_for(weight))
+    sample = _sample(matrix)
+    for reach in (1, 8, 64, math.inf):
+        scan = _scan(matrix, *_bracket(matrix, sample, k, reach))
+        if scan.above + scan.index.size <= k and scan.low == 1:
+            return  # no more than k nonzeros: all of them stay
+        plan = _plan(matrix, scan, k)
+        if plan is not None:
+            break
+    _write(weight.view(-1), matrix, plan)
+
+
+def _sample(matrix: _Matrix) -> np.ndarray | None:
+    """Magnitudes from all over the matrix; None if it is too small to bother."""
+    n = matrix.bits.size
+    if n < _SMALL:
+        return None
+    stride = max(_SAMPLE_STRIDE, n // _SAMPLE_LIMIT) | 1
+    while math.gcd(stride, matrix.width) != 1:  # so that every column is visited
+        stride += 2
+    return matrix.bits[::stride] & np.iinfo(matrix.bits.dtype).max
+
+
+def _bracket(matrix: _Matrix, sample: np.ndarray | None, k: int, reach: float) -> tuple[int, int]:
+    """A range [low, high) of magnitudes that very likely holds the k-th largest entry.
+
+    ``reach`` widens it; at infinity it is certain to.
+    """
+    if sample is None or reach == math.inf:
+        return 1, matrix.top  # all nonzeros
+    share = k / matrix.bits.size
+    if matrix.min_nonzeros:
+        # List enough for most rows to find their minimum on the list.
+        length = matrix.bits.size / matrix.n_rows
+        share = max(share, min(_LISTED_SHARE, _LISTED_FOR_MINIMUM * matrix.min_nonzeros / length))
+    rank = share * sample.size
+    slack = reach * (_DEVIATIONS * math.sqrt(rank * (1 - share)) + 8)
+    lower = max(0, sample.size - 1 - math.ceil(rank + slack))
+    upper = min(sample.size - 1, sample.size - 1 - math.floor(rank - slack))
+    ranked = np.partition(sample, (lower, upper))
+    low = max(int(ranked[lower]), 1)  # zeros are never worth listing
+    if share <= _LISTED_SHARE or rank <= slack:
+        return low, matrix.top
+    return low, max(int(ranked[upper]), low + 1)
+
+
+def _scan(matrix: _Matrix, low: int, high: int) -> _Scan:
+    """One pass over the matrix, in pieces (of whole rows, where rows are counted).
+
+    Raises:
+        ValueError: if an entry is NaN or infinite.
+    """
+    bits, width, top = matrix.bits, matrix.width, matrix.top
+    integer = bits.dtype.type
+    mask, low_bits, high_bits = integer(np.iinfo(bits.dtype).max), integer(low), integer(high)
+    piece = max(1, _PIECE // width) * width if matrix.min_nonzeros else _PIECE
+
+    count_rows = bool(matrix.min_nonzeros) and high < top
+
+    def refuse(place: int) -> NoReturn:
+        row, column = divmod(place, width)
+        raise ValueError(
+            f"a weight of shape {(bits.size // width, width)} holds NaN or infinity (row "
+            f"{row}, column {column}), which cannot be ranked: find the step that produced it "
+            "(a lower learning rate or float32 usually helps)."
+        )
+
+    def scan_by_kernel(start: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray | None]:
+        part = bits[start : start + piece]
+        row = width if matrix.min_nonzeros else part.size
+        try:
+            return matrix.kernels.list_range(part, row, low, high, start, count_rows)
+        except FloatingPointError as error:
+            refuse(start + error.args[0])
+
+    def scan(start: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray | None]:
+        a = bits[start : start + piece] & mask
+        if a.max() >= top:
+            refuse(start + int(a.argmax()))
+        listed = a >= low_bits
+        above, row_above = 0, None
+        if high < top:
+            over = a >= high_bits
+            np.logical_xor(listed, over, out=listed)
+            above = int(np.count_nonzero(over))
+            if count_rows:
+                grid = over.view(np.uint8).reshape(-1, width)
+                axis = 1 if matrix.row_dim == 0 else 0
+                row_above = grid.sum(axis=axis, dtype=np.uint32)
+        found = np.flatnonzero(listed)
+        magnitude = a[found]
+        found += start
+        return found, magnitude, above, row_above
+
+    by_column = count_rows and matrix.row_dim == 1
+    scanner = scan if matrix.kernels is None or by_column else scan_by_kernel
+    parts = map_pieces(scanner, range(0, bits.size, piece))
+    row_above = np.zeros(matrix.n_rows if matrix.min_nonzeros else 0, np.int64)
+    by_row = [part[3] for part in parts if part[3] is not None]
+    if by_row:
+        stacked = np.concatenate(by_row) if matrix.row_dim == 0 else np.sum(by_row, axis=0)
+        row_above += stacked.astype(np.int64)
+    return _Scan(
+        low,
+        high,
+        sum(part[2] for part in parts),
+        row_above,
+        np.concatenate([part[0] for part in parts]),
+        np.concatenate([part[1] for part in parts]),
+    )
+
+
+def _plan(matrix: _Matrix, scan: _Scan, k: int) -> _Plan | None:
+    """Settle threshold, ties and row minimum; None if the scanned list is too short for that."""
+    wanted = k - scan.above
+    if not 0 <= wanted <= scan.index.size:
+        return None
+    threshold, taken = scan.high, np.zeros(scan.index.size, bool)
+    if wanted:
+        cut = scan.magnitude.size - wanted
+        threshold = int(np.partition(scan.magnitude, cut)[cut])
+        taken = scan.magnitude > threshold
+        ties = np.flatnonzero(scan.magnitude == threshold)
+        taken[ties[: wanted - np.count_nonzero(taken)]] = True
+    complete = scan.high == matrix.top
+    restore = np.empty(0, np.int64)
+    if matrix.min_nonzeros:
+        row = matrix.row_of(scan.index)
+        held = scan.row_above + np.bincount(row[taken], minlength=matrix.n_rows)
+        lacking = held < matrix.min_nonzeros
+        if lacking.any():
+            restore = _top_of_lacking(matrix, scan, row, lacking, complete)
+            surplus = restore.size - int(held[lacking].sum())
+            removed = _smallest_spare(matrix, scan, row, taken, held, surplus, complete)
+            if removed is None:
+                return None
+            taken[removed] = False
+    drop = scan.index[~taken & (scan.magnitude >= threshold)]
+    # An entry that is both taken and restored is listed twice, which does no harm.
+    keep = np.concatenate([scan.index[taken], restore]) if complete else None
+    return _Plan(threshold, drop, restore, keep)
+
+
+def _rank_in_row(row: np.ndarray) -> np.ndarray:
+    """For each entry, how many earlier entries are of the same row."""
+    order = np.argsort(row, kind="stable")
+    sorted_row = row[order]
+    first = np.flatnonzero(np.diff(sorted_row, prepend=-1))
+    lengths = np.diff(np.append(first, row.size))
+    rank = np.empty(row.size, np.int64)
+    rank[order] = np.arange(row.size) - np.repeat(first, lengths)
+    return rank
+
+
+def _top_of_lacking(
+    matrix: _Matrix, scan: _Scan, row: np.ndarray, lacking: np.ndarray, complete: bool
+) -> np.ndarray:
+    """Flat indices of the ``min_nonzeros`` largest nonzeros of each row that is ``lacking``.
+
+    Of most rows they are on the list, where it is complete; the others are looked through.
+    """
+    if not complete:
+        return _top_of_rows(matrix, np.flatnonzero(lacking))
+    counts = np.bincount(row, minlength=matrix.n_rows)
+    on_list = lacking & (counts >= matrix.min_nonzeros) & (counts <= _LISTED_PER_ROW)
+    found = [_top_of_rows(matrix, np.flatnonzero(lacking & ~on_list))]
+    place = np.flatnonzero(on_list[row])
+    if matrix.row_dim == 1:
+        place = place[np.argsort(row[place], kind="stable")]
+    counts = counts[on_list]
+    if counts.size:
+        starts, each = np.cumsum(counts) - counts, np.arange(counts.size)
+        grid = np.zeros((counts.size, counts.max()), scan.magnitude.dtype)
+        grid[np.arange(grid.shape[1]) < counts[:, None]] = scan.magnitude[place]
+        for _ in range(matrix.min_nonzeros):
+            best = grid.argmax(axis=1)
+            found.append(scan.index[place[starts + best]])
+            grid[each, best] = 0
+    return np.concatenate(found)
+
+
+def _top_of_rows(matrix: _Matrix, rows: np.ndarray) -> np.ndarray:
+    """Flat indices of the ``min_nonzeros`` largest nonzeros of each of ``rows``."""
+    grid = matrix.bits.reshape(-1, matrix.width)
+    length = matrix.bits.size // matrix.n_rows
+    per_piece = max(1, _PIECE // length)
+    found = [np.empty(0, np.int64)]
+    for start in range(0, rows.size, per_piece):
+        part = rows[start : start + per_piece]
+        a = grid[part] if matrix.row_dim == 0 else np.ascontiguousarray(grid[:, part].T)
+        a &= np.iinfo(a.dtype).max
+        each = np.arange(part.size)
+        # Taking the maximum a few times beats partitioning each row, and of equal ones it takes
+        # the first.
+        for _ in range(min(matrix.min_nonzeros, length)):
+            best = a.argmax(axis=1)
+            some = a[each, best] > 0
+            a[each, best] = 0
+            i, j = part[some], best[some]
+            found.append(i * matrix.width + j if matrix.row_dim == 0 else j * matrix.width + i)
+    return np.concatenate(found)
+
+
+def _smallest_spare(
+    matrix: _Matrix,
+    scan: _Scan,
+    row: np.ndarray,
+    taken: np.ndarray,
+    held: np.ndarray,
+    surplus: int,
+    complete: bool,
+) -> np.ndarray | None:
+    """Positions on the list of the ``surplus`` smallest taken entries that their row can spare.
+
+    A row can spare what it holds beyond its minimum. If all rows together cannot spare so many (the
+    minima alone exceed the budget), everything that can be spared is returned. None if entries
+    beyond the list would have to be considered.
+    """
+    spare = np.maximum(held - matrix.min_nonzeros, 0)
+    surplus = min(surplus, int(spare.sum()))
+    candidates = np.flatnonzero(taken)
+    magnitude = scan.magnitude[candidates]
+    looked_at = 2 * surplus + 64
+    while True:
+        if looked_at < candidates.size:
+            edge = np.partition(magnitude, looked_at)[looked_at]
+            near = candidates[magnitude <= edge]
+        else:
+            near = candidates
+        # Of equal magnitudes the highest index goes first, as the lowest wins in the projection.
+        near = near[::-1]
+        by_size = near[np.argsort(scan.magnitude[near], kind="stable")]
+        can_go = _rank_in_row(row[by_size]) < spare[row[by_size]]
+        goes = by_size[can_go][:surplus]
+        if goes.size == surplus:
+            return goes
+        if near.size == candidates.size:
+            assert not complete, "a complete list holds every spare entry"
+            return None
+        looked_at *= 4
+
+
+def _write(flat: Tensor, matrix: _Matrix, plan: _Plan) -> None:
+    """Carry out the plan on a 1-D tensor, the same memory as the matrix."""
+    bits = matrix.bits
+    if plan.keep is not None:
+        values = bits[plan.keep]
+        flat.zero_()
+        bits[plan.keep] = values
+        return
+    values = bits[plan.restore]
+    if matrix.kernels is not None:
+        matrix.kernels.zero_below(flat, plan.threshold)
+    else:
+        _zero_below(flat, plan.threshold)
+    bits[plan.drop] = 0
+    bits[plan.restore] = values
+
+
+def _zero_below(flat: Tensor, threshold: int) -> None:
+    below = torch.tensor(threshold - 1, dtype=INTEGER_VIEW[flat.dtype]).view(flat.dtype).item()
+    for piece in flat.split(_PIECE):
+        piece.copy_(torch.nn.functional.hardshrink(piece, below))  # keeps what is larger than below

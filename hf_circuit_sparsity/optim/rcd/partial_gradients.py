@@ -1,0 +1,274 @@
+"""Backward passes that compute a weight's gradient only where the optimizer uses it.
+
+``y = x @ W.T`` has the weight gradient ``dY.T @ X``. For a block of output rows R it is
+``dY[:, R].T @ X``, for a block of columns C it is ``dY.T @ X[:, C]``, and at scattered coordinates
+a sampled product; none needs the rest. ``y`` and ``dX`` need the nonzeros of ``W`` only.
+"""
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from ...modeling.kernel_slot import kernels_for
+from ...modeling.sparse_layers import SparseEmbedding, SparseLinear, SparseWeight
+from ..sparse_compute import MAX_DENSITY, product, weight_gradient
+from .blocks import Block
+from .optimizer import RCDSparseOptimizer
+from .pattern import LivePattern
+
+
+class PartialGradients:
+    """Lets the layers of a model hand an :class:`RCDSparseOptimizer` the gradients it will use.
+
+    While attached, ``nn.Linear``, transformers' ``Conv1D`` and ``nn.Embedding`` layers, and those
+    that take the place of the first and last in ``model.to_sparse()``, whose weight is one of the
+    optimizer's sparse parameters compute its gradient at the live coordinates and in the current
+    block, add it to what the optimizer holds for its next step, and leave ``.grad`` of the weight
+    None. The full gradient never exists. Their forward passes and input gradients run on the live
+    coordinates where these are few. Everything else (biases, norms, other modules) has an ordinary
+    ``.grad``; so has a weight that is also used outside of such layers, for that use, and the
+    optimizer adds the two. Layers that share a weight add up.
+
+    As the block stays until the optimizer's step, gradients of several backward passes accumulate.
+    The gradient of an embedding is first summed over equal tokens of the batch, which takes no more
+    memory than the layer's output.
+
+    Works with autocast, gradient checkpointing and frozen parameters. It does not work with
+    ``torch.func``, nor with a ``GradScaler`` (float16), which scales ``.grad`` only.
+
+    Use it as a context manager, or call :meth:`close` to give the layers back their own methods::
+
+        with PartialGradients(model, optimizer):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Args:
+        model: any module.
+        optimizer: may be wrapped by Accelerate.
+        threshold: layers with at most this share of live coordinates run on them, in [0, 1].
+        min_entries: weights with fewer entries are multiplied as they are in any case.
+        allow_full: names of sparse parameters, not the weight of any such layer, that may be given
+            a full gradient.
+
+    Raises:
+        TypeError: if the optimizer is of another kind.
+        ValueError: if the model has no layer to attach to, or some sparse parameter with more than
+            one dimension is not the weight of one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        *,
+        threshold: float = MAX_DENSITY,
+        min_entries: int = 1 << 16,
+        allow_full: tuple[str, ...] | list[str] = (),
+    ) -> None:
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if not isinstance(inner, RCDSparseOptimizer):
+            raise TypeError(
+                f"the optimizer is a {type(inner).__name__}, expected RCDSparseOptimizer: others "
+                "need the full gradient."
+            )
+        if not 0.0 <= threshold <= 1.0:
+            raise ValueError(f"threshold={threshold} is outside [0, 1]: pass a share of nonzeros.")
+        sparse = {id(p): p for _, p in inner.sparse_parameters()}
+        self.layers: list[nn.Module] = [
+            m for m in model.modules() if _supported(m) and id(_trained(m)) in sparse
+        ]
+        if not self.layers:
+            raise ValueError(
+                f"{type(model).__name__} has no nn.Linear, Conv1D or nn.Embedding whose weight is "
+                "a sparse parameter of the optimizer: build the optimizer from this model's "
+                "parameters, or use it without PartialGradients."
+            )
+        covered = {id(_trained(m)) for m in self.layers}
+        names = {id(p): name for name, p in model.named_parameters()}
+        bare = [names.get(i, "one of another model") for i, p in sparse.items()
+                if i not in covered and p.ndim > 1]  # fmt: skip
+        bare = [name for name in bare if name not in allow_full]
+        if bare:
+            raise ValueError(
+                f"no rule covers the sparse parameters {', '.join(bare)}: expected weights of "
+                "nn.Linear, Conv1D or nn.Embedding; put them into a group with sparse=False, or "
+                "name them in allow_full to compute their full gradient."
+            )
+        inner.train_nonzeros(m for m in self.layers if isinstance(m, SparseWeight))
+        for layer in self.layers:
+            pays = isinstance(layer, SparseWeight) or layer.weight.numel() >= min_entries
+            layer.forward = _Forward(layer, inner, threshold if pays else -1.0)
+
+    def close(self) -> None:
+        """Give the layers back their own forward and backward passes. Does no harm twice."""
+        for layer in self.layers:
+            if isinstance(layer.__dict__.get("forward"), _Forward):
+                del layer.forward
+        self.layers = []
+
+    def __enter__(self) -> "PartialGradients":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def block_gradient(block: Block, left: Tensor, right: Tensor) -> Tensor:
+    """``left.T @ right`` in the block only, flat, in the block's order.
+
+    Args:
+        left: ``(tokens, rows)``.
+        right: ``(tokens, width)``.
+    """
+    if block.dim is None:
+        return LivePattern(block.ids, block.shape).sampled_product(left, right)
+    if block.dim == 0:
+        left = left.index_select(1, block.ids)
+    else:
+        right = right.index_select(1, block.ids)
+    if not len(block.ids):
+        return left.new_empty(0)
+    return weight_gradient(left, right, kernels_for(left, right)).flatten()
+
+
+def _supported(module: nn.Module) -> bool:
+    """Whether the layer does what we put in its place; a subclass may do something else."""
+    own = type(module).forward
+    if isinstance(module, SparseWeight):
+        return own in (SparseLinear.forward, SparseEmbedding.forward)
+    if isinstance(module, nn.Embedding):
+        plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+        return own is nn.Embedding.forward and plain
+    if isinstance(module, nn.Linear):
+        return own is nn.Linear.forward
+    return isinstance(module, Conv1D) and own is Conv1D.forward
+
+
+def _trained(layer: nn.Module) -> nn.Parameter:
+    """The parameter in which a layer's weight is trained: the matrix, or its nonzeros."""
+    return layer.values if isinstance(layer, SparseWeight) else layer.weight
+
+
+class _Forward:
+    """Takes the place of a layer's ``forward``."""
+
+    def __init__(self, layer: nn.Module, optimizer: RCDSparseOptimizer, threshold: float) -> None:
+        self.layer = layer
+        self.optimizer = optimizer
+        self.threshold = threshold
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer, weight = self.layer, _trained(self.layer)
+        if isinstance(layer, nn.Embedding | SparseEmbedding):
+            return _EmbeddingFunction.apply(x, weight, self)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        y = _LinearFunction.apply(x.reshape(-1, x.shape[-1]), weight, self)
+        if layer.bias is not None:
+            y += layer.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def product(self, x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
+        """``x @ weight.T``, or ``x @ weight`` with ``transpose``, on the nonzeros if it pays."""
+        live = self.optimizer.coordinates(_trained(self.layer)).live
+        whole = not isinstance(self.layer, SparseWeight)
+        if whole and len(live.live) > self.threshold * weight.numel():
+            weight = weight.to(x.dtype)
+            # AbsTopK leaves zeros on one side or the other of every layer.
+            kernels = kernels_for(x, weight) if self.threshold >= 0.0 else None
+            return product(x, weight, kernels, transpose=not transpose)
+        values = weight.view(-1)[live.live] if whole else weight
+        return live.product(x, values, transpose)
+
+
+class _LinearFunction(torch.autograd.Function):
+    """A linear layer's product, without bias; ``x`` is ``(tokens, in_features)``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, use: _Forward) -> Tensor:
+        ctx.use = use
+        ctx.save_for_backward(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return use.product(x, weight, transpose=isinstance(use.layer, Conv1D))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        use, grad_x = ctx.use, None
+        stored_transposed = isinstance(use.layer, Conv1D)
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                grad_x = use.product(grad, weight, transpose=not stored_transposed)
+            if ctx.needs_input_grad[1]:
+                # What was saved is another object under gradient checkpointing.
+                parameter = _trained(use.layer)
+                wanted = use.optimizer.coordinates(parameter)
+                left, right = (x, grad) if stored_transposed else (grad, x)
+                live = wanted.own_live.sampled_product(left, right) if wanted.move_live else None
+                block = block_gradient(wanted.block, left, right)
+                use.optimizer.add_gradient(parameter, live, block)
+        return grad_x, None, None
+
+
+class _EmbeddingFunction(torch.autograd.Function):
+    """A table's lookup."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, use: _Forward) -> Tensor:
+        ctx.use = use
+        ctx.save_for_backward(ids)
+        if isinstance(use.layer, SparseEmbedding):
+            return type(use.layer).forward(use.layer, ids)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        if ctx.needs_input_grad[1]:
+            (ids,) = ctx.saved_tensors
+            parameter = _trained(ctx.use.layer)
+            wanted = ctx.use.optimizer.coordinates(parameter)
+            grad = grad.reshape(-1, ctx.use.layer.embedding_dim)
+            grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            rows = _TokenGradient(ids.flatten(), grad, ctx.use.layer)
+            live = rows.at(wanted.own_live.live) if wanted.move_live else None
+            ctx.use.optimizer.add_gradient(parameter, live, rows.in_block(wanted.block))
+        return None, None, None
+
+
+class _TokenGradient:
+    """A table's gradient, of which only the rows of the batch's tokens are not zero."""
+
+    def __init__(self, ids: Tensor, grad: Tensor, layer: nn.Embedding) -> None:
+        tokens, inverse = ids.unique(return_inverse=True)
+        # A last row of zeros stands for all tokens that are not there.
+        self.rows = grad.new_zeros(len(tokens) + 1, grad.shape[1]).index_add_(0, inverse, grad)
+        self.number = torch.full((layer.num_embeddings,), len(tokens), device=ids.device)
+        self.number[tokens] = torch.arange(len(tokens), device=ids.device)
+        if getattr(layer, "padding_idx", None) is not None:
+            self.number[layer.padding_idx] = len(tokens)
+
+    def at(self, index: Tensor) -> Tensor:
+        """The gradient at flat positions."""
+        width = self.rows.shape[1]
+        return self.rows[self.number[index // width], index % width]
+
+    def in_block(self, block: Block) -> Tensor:
+        """The gradient in a block, flat."""
+        if block.dim is None:
+            return self.at(block.ids)
+        if block.dim == 0:
+            return self.rows[self.number[block.ids]].flatten()
+        return self.rows.index_select(1, block.ids)[self.number].flatten()

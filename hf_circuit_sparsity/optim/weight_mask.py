@@ -1,0 +1,174 @@
+"""The graph that the nonzero weights of a model are."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..modeling.sparse_layers import SparseWeight
+
+
+class MaskGraph(Mapping[str, Tensor]):
+    """Which weights of a model are nonzero: parameter name → bool mask of the parameter's shape.
+
+    Only the positions are kept; a mask is built when it is asked for.
+
+    Args:
+        indices: name → flat positions of the nonzeros, ascending int64.
+        shapes: name → shape of the parameter.
+    """
+
+    def __init__(self, indices: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
+        self._indices = indices
+        self.shapes = shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        mask = torch.zeros(self.shapes[name].numel(), dtype=torch.bool)
+        mask[self._indices[name]] = True
+        return mask.view(self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def indices(self, name: str) -> Tensor:
+        """Where the nonzeros of a parameter are: ``(dimensions, nonzeros)`` int64."""
+        return torch.stack(torch.unravel_index(self._indices[name], self.shapes[name]))
+
+    def nonzeros(self, name: str | None = None) -> int:
+        """Number of nonzeros of a parameter, or of all."""
+        if name is not None:
+            return len(self._indices[name])
+        return sum(len(index) for index in self._indices.values())
+
+    def density(self, name: str | None = None) -> float:
+        """Share of nonzeros in a parameter, or in all, in [0, 1]."""
+        sizes = self.shapes.values() if name is None else [self.shapes[name]]
+        return self.nonzeros(name) / max(1, sum(shape.numel() for shape in sizes))
+
+    def summary(self) -> list[dict[str, str | int | float]]:
+        """For each parameter: ``name``, ``nonzeros``, ``entries`` and ``density``."""
+        return [
+            {
+                "name": name,
+                "nonzeros": self.nonzeros(name),
+                "entries": self.shapes[name].numel(),
+                "density": self.density(name),
+            }
+            for name in self
+        ]
+
+    def overlap(self, other: "MaskGraph") -> float:
+        """Share of this graph's nonzeros that are nonzero in ``other`` too, in [0, 1].
+
+        Raises:
+            ValueError: if the graphs are not of the same architecture.
+        """
+        if self.shapes != other.shapes:
+            raise ValueError(
+                "the other graph has other parameters or shapes: compare graphs of one "
+                "architecture."
+            )
+        common = sum(int(torch.isin(self._indices[n], other._indices[n]).sum()) for n in self)
+        return common / max(1, self.nonzeros())
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draw the density of every parameter, in the order of the model, into a picture file.
+
+        Returns:
+            ``path``.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "Drawing a mask needs matplotlib; pip install 'hf-circuit-sparsity[viz]'."
+            ) from error
+        rows = self.summary()
+        places = range(len(rows))
+        figure = Figure(figsize=(8, 1.2 + 0.24 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        # Dots, as a bar has no length on a logarithmic scale. What is empty is drawn at the edge.
+        least = min((row["density"] for row in rows if row["density"]), default=1.0) / 3
+        shares = [max(row["density"], least) for row in rows]
+        axes.plot(shares, places, "o", color="#2e6da4", markersize=4)
+        axes.hlines(places, least, shares, color="#2e6da4", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_xlim(least, 2.0)
+        axes.set_yticks(places, [row["name"] for row in rows], fontsize=7)
+        axes.invert_yaxis()
+        for share, place, row in zip(shares, places, rows, strict=True):
+            axes.annotate(
+                f"{row['nonzeros']:,}", (share, place), (5, 0), textcoords="offset points",
+                fontsize=6, va="center",
+            )  # fmt: skip
+        axes.set_xlabel("share of nonzeros, and their number")
+        axes.set_title(
+            f"{self.nonzeros():,} nonzero weights, density {self.density():.4g}", fontsize=9
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+        path = Path(path)
+        figure.savefig(path, dpi=150)
+        return path
+
+    def __str__(self) -> str:
+        width = max((len(name) for name in self), default=4)
+        lines = [
+            f"{row['name']:<{width}}  {row['nonzeros']:>12,}  {row['density']:.4%}"
+            for row in self.summary()
+        ]
+        return "\n".join(
+            [*lines, f"{'all':<{width}}  {self.nonzeros():>12,}  {self.density():.4%}"]
+        )
+
+    def __repr__(self) -> str:
+        return f"MaskGraph({len(self)} parameters, {self.nonzeros():,} nonzeros)"
+
+
+@torch.no_grad()
+def extract_mask(model: nn.Module) -> MaskGraph:
+    """The nonzero graph of any model: the weights of its linear layers and embeddings.
+
+    Takes ``nn.Linear``, transformers' ``Conv1D`` and ``nn.Embedding`` and the layers that run on
+    their nonzeros (:meth:`to_sparse`). Shared weights appear once, under their first name. The
+    result is on the CPU.
+
+    Raises:
+        ValueError: if the model has no such layer, or its weights are not in memory.
+    """
+    indices: dict[str, Tensor] = {}
+    shapes: dict[str, torch.Size] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D | nn.Embedding | SparseWeight):
+            continue
+        sparse = isinstance(module, SparseWeight)
+        held = module.values if sparse else module.weight
+        if id(held) in seen:
+            continue
+        seen.add(id(held))
+        key = f"{name}.weight" if name else "weight"
+        if held.device.type == "meta":
+            raise ValueError(f"{key} is not in memory (offloaded): load the model without it.")
+        if sparse:
+            alive = module.values != 0
+            position = module.row_of() * module.shape[1] + module.columns
+            indices[key] = position[alive].cpu()
+            shapes[key] = torch.Size(module.shape)
+        else:
+            indices[key] = held.flatten().nonzero().flatten().cpu()
+            shapes[key] = held.shape
+    if not indices:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear, Conv1D or nn.Embedding: there is no graph "
+            "to extract."
+        )
+    return MaskGraph(indices, shapes)

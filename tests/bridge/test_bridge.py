@@ -1,0 +1,387 @@
+"""Bridges: what is computed, saved and refused."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from hf_circuit_sparsity.bridge.losses import mean_kl, normalized_mse
+from hf_circuit_sparsity.bridge.modeling_bridge import BridgedCausalLM, default_twin
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from tests.decoders.dense_models import DENSE, circuitgpt, gpt2, llama
+
+IDS = torch.arange(24).reshape(2, 12) % 60
+
+
+def twin(**fields):
+    return circuitgpt(d_model=16, d_mlp=24, **fields)
+
+
+def bridged_pair(make=gpt2, **fields) -> BridgedCausalLM:
+    """A dense model, a twin of another width and random bridges."""
+    torch.manual_seed(2)
+    bridged = BridgedCausalLM.from_models(make(), twin(), **fields)
+    with torch.no_grad():
+        for parameter in bridged.bridges.parameters():
+            parameter.normal_()
+        for bridge in bridged.bridges:
+            width = len(bridge.dense_mean)
+            bridge.set_units_(torch.randn(width), torch.rand(width) + 0.5)
+    return bridged.eval()
+
+
+every_dense = pytest.mark.parametrize("make", DENSE.values(), ids=DENSE)
+
+
+@torch.no_grad()
+@every_dense
+def test_hybrid_runs_are_made_of_the_two_models(make):
+    bridged = bridged_pair(make)
+    dense, sparse = bridged.dense_stream, bridged.sparse_stream
+    x, dense_context = dense.embed(IDS, None)
+    dense_run = dense.run(x, dense_context)
+    y, sparse_context = sparse.embed(IDS, None)
+    sparse_run = sparse.run(y, sparse_context)
+    for location in range(5):
+        encoded = bridged.encode(dense_run[location], location)
+        assert encoded.shape == (2, 12, 16)
+        assert ((encoded != 0).sum(-1) == 4).all()  # a quarter of the sparse channels
+        expected = sparse.logits(sparse.run(encoded, sparse_context, location)[-1], sparse_context)
+        assert torch.equal(bridged.hybrid(IDS, enter=location), expected)
+        decoded = bridged.decode(sparse_run[location], location)
+        assert decoded.shape == dense_run[location].shape
+        expected = dense.logits(dense.run(decoded, dense_context, location)[-1], dense_context)
+        assert torch.equal(bridged.hybrid(IDS, leave=location), expected)
+    there = sparse.run(bridged.encode(dense_run[1], 1), sparse_context, 1, 4)[-1]
+    back = dense.run(bridged.decode(there, 4), dense_context, 4)[-1]
+    assert torch.equal(bridged.hybrid(IDS, 1, 4), dense.logits(back, dense_context))
+
+
+def square_bridges(bridged: BridgedCausalLM) -> BridgedCausalLM:
+    """Make every bridge exact: a random matrix one way, its inverse the other."""
+    with torch.no_grad():
+        for bridge in bridged.bridges:
+            bridge.encoder.weight.copy_(torch.linalg.qr(bridge.encoder.weight).Q)
+            bridge.decoder.weight.copy_(bridge.encoder.weight.T)
+            bridge.decoder.bias.copy_(-bridge.encoder.bias @ bridge.encoder.weight)
+    return bridged
+
+
+@torch.no_grad()
+def test_leaving_where_one_entered_through_exact_bridges_changes_nothing():
+    torch.manual_seed(2)
+    dense = circuitgpt()
+    bridged = BridgedCausalLM.from_models(dense, circuitgpt(), encoder_afrac=None)
+    square_bridges(bridged)
+    for location in range(5):
+        logits = bridged.hybrid(IDS, location, location)
+        torch.testing.assert_close(logits, dense(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@every_dense
+def test_the_output_is_what_it_says(make):
+    bridged = bridged_pair(make)
+    out = bridged(IDS, labels=IDS, enter_at=[0, 3], leave_at=[2])
+    dense_logits, sparse_logits = bridged.dense(IDS).logits, bridged.sparse(IDS).logits
+    torch.testing.assert_close(out.dense_logits, dense_logits)
+    torch.testing.assert_close(out.sparse_logits, sparse_logits)
+    p = dense_logits.softmax(-1)
+    for term, logits in [
+        (out.kl, sparse_logits),
+        (out.dense_to_sparse_kl[0], bridged.hybrid(IDS, enter=0)),
+        (out.dense_to_sparse_kl[1], bridged.hybrid(IDS, enter=3)),
+        (out.sparse_to_dense_kl[0], bridged.hybrid(IDS, leave=2)),
+    ]:
+        kl = (p * (dense_logits.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean()
+        torch.testing.assert_close(term, kl, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(out.lm, bridged.sparse(IDS, labels=IDS).loss)
+    terms = (out.lm, out.kl, out.nmse, out.dense_to_sparse, out.sparse_to_dense)
+    torch.testing.assert_close(out.loss, sum(terms))
+    weights = {"lm": 2.0, "kl": 0.0, "nmse": 3.0, "dense_to_sparse": 0.5, "sparse_to_dense": 0.0}
+    weighted = bridged(IDS, labels=IDS, enter_at=[0, 3], leave_at=[2], loss_weights=weights).loss
+    torch.testing.assert_close(weighted, 2 * out.lm + 3 * out.nmse + 0.5 * out.dense_to_sparse)
+
+
+@torch.no_grad()
+def test_units_are_only_another_way_to_write_the_same_maps():
+    bridged = bridged_pair(encoder_afrac=None)
+    bridge = bridged.bridges[1]
+    x, y = torch.randn(5, 24), torch.randn(5, 16)
+    z = (x - bridge.dense_mean) / bridge.dense_scale
+    torch.testing.assert_close(bridge.encode(x), bridge.encoder(z))
+    decoded = bridge.decode(y)
+    z = (decoded - bridge.dense_mean) / bridge.dense_scale
+    torch.testing.assert_close(z, bridge.decoder(y), rtol=1e-4, atol=1e-4)
+    change = torch.randn(16)
+    torch.testing.assert_close(
+        bridge.decode(y + change), decoded + bridge.decode_change(change), rtol=1e-4, atol=1e-4
+    )
+    # A channel that never moves does not make numbers that are not finite.
+    bridge.set_units_(torch.zeros(24), torch.zeros(24))
+    assert bridge.encode(x).isfinite().all()
+    bridge.set_units_(torch.zeros(24), torch.arange(24.0))
+    assert bridge.encode(x).isfinite().all() and bridge.has_units
+
+
+def test_normalized_error_is_zero_for_the_target_and_one_for_its_mean():
+    target = torch.randn(2, 9, 5) * torch.arange(1, 6) + 3
+    assert normalized_mse(target, target) == 0
+    mean = target.mean((0, 1)).expand_as(target)
+    torch.testing.assert_close(normalized_mse(mean, target), torch.tensor(1.0))
+
+
+def test_padding_counts_in_no_term():
+    bridged = bridged_pair()
+    mask = torch.ones_like(IDS)
+    mask[1, 8:] = 0
+    scrambled = torch.where(mask.bool(), IDS, 63 - IDS)
+    first = bridged(IDS, attention_mask=mask, enter_at=[1], leave_at=[1])
+    second = bridged(scrambled, attention_mask=mask, enter_at=[1], leave_at=[1])
+    for name in ("kl", "nmse", "dense_to_sparse", "sparse_to_dense"):
+        torch.testing.assert_close(first[name], second[name])
+    kept = mean_kl(first.dense_logits, first.sparse_logits, mask.bool())
+    p = F.log_softmax(first.dense_logits[mask.bool()], -1)
+    q = F.log_softmax(first.sparse_logits[mask.bool()], -1)
+    torch.testing.assert_close(kept, (p.exp() * (p - q)).sum(-1).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_only_twin_and_bridges_are_trained():
+    bridged = bridged_pair().train()
+    assert not bridged.dense.training and bridged.sparse.training
+    bridged(IDS, labels=IDS, enter_at=[1], leave_at=[1]).loss.backward()
+    for name, parameter in bridged.named_parameters():
+        assert parameter.requires_grad is not name.startswith("dense."), name
+        assert (parameter.grad is None) is name.startswith("dense."), name
+
+
+@torch.no_grad()
+@every_dense
+@pytest.mark.parametrize("location", range(5))
+def test_steering_adds_the_decoded_difference(make, location):
+    bridged = bridged_pair(make)
+    stream = bridged.dense_stream
+    x, context = stream.embed(IDS, None)
+    run = stream.run(x, context)
+    whole = bridged.dense(IDS).logits
+    # Plainly: move the channel in the sparse stream, decode before and after, add the difference.
+    encoded = bridged.encode(run[location], location)
+    for mode in ("add", "set"):
+        moved = encoded.clone()
+        moved[..., 5] = 2.5 if mode == "set" else moved[..., 5] + 2.5
+        difference = bridged.decode(moved, location) - bridged.decode(encoded, location)
+        expected = stream.logits(
+            stream.run(run[location] + difference, context, location)[-1], context
+        )
+        with bridged.steer(location, 5, 2.5, mode=mode) as inside:
+            assert inside is bridged
+            torch.testing.assert_close(bridged.dense(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(bridged.dense(IDS).logits, whole)
+    last = run[location].clone()
+    last[:, -1] += bridged.decode(encoded + 2.5 * F.one_hot(torch.tensor(5), 16), location)[:, -1]
+    last[:, -1] -= bridged.decode(encoded, location)[:, -1]
+    with bridged.steer(location, 5, 2.5, positions=-1):
+        logits = bridged.dense(IDS).logits
+    expected = stream.logits(stream.run(last, context, location)[-1], context)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[:, :-1], whole[:, :-1])
+
+
+@torch.no_grad()
+def test_sites_are_steered_where_they_meet_the_stream():
+    bridged = bridged_pair()
+
+    def logits(*where):
+        with bridged.steer(*where):
+            return bridged.dense(IDS).logits
+
+    for site, location in [
+        ("h.0.attn.act_in", 0),
+        ("h.0.attn.resid_delta", 1),
+        ("h.0.mlp.act_in", 1),
+        ("h.1.attn.resid_delta", 3),
+        ("h.1.mlp.resid_delta", 4),
+    ]:
+        assert torch.equal(logits(site, 3, 1.5), logits(location, 3, 1.5))
+    # A neuron writes to many channels at once.
+    write = bridged.sparse.transformer.h[1].mlp.c_proj.weight[:, 7]
+    decoded = bridged.decode(write, 4) - bridged.decode(0 * write, 4)
+    stream = bridged.dense_stream
+    x, context = stream.embed(IDS, None)
+    expected = stream.logits(stream.run(x, context)[-1] + 1.5 * decoded, context)
+    torch.testing.assert_close(logits("h.1.mlp.post_act", 7, 1.5), expected)
+
+
+@torch.no_grad()
+def test_steering_works_within_generate_with_its_cache():
+    bridged = bridged_pair()
+    dense = bridged.dense
+
+    def by_hand(steps):
+        ids = IDS[:1, :4]
+        for _ in range(steps):
+            ids = torch.cat([ids, dense(ids).logits[:, -1:].argmax(-1)], 1)
+        return ids
+
+    # Without a mask, generate takes the prompt's token 0 for padding.
+    settings = {"attention_mask": torch.ones(1, 4).long(), "max_new_tokens": 6, "do_sample": False}
+    plain = dense.generate(IDS[:1, :4], pad_token_id=0, **settings)
+    with bridged.steer(1, 3, 40.0):
+        steered = dense.generate(IDS[:1, :4], pad_token_id=0, eos_token_id=None, **settings)
+        expected = by_hand(6)
+    assert torch.equal(steered, expected)
+    assert not torch.equal(steered[:, : plain.shape[1]], plain)
+
+
+def test_hooks_are_gone_after_an_error_within():
+    bridged = bridged_pair()
+    whole = bridged.dense(IDS).logits
+    with pytest.raises(RuntimeError, match="within"), bridged.steer(2, 1, 9.0):
+        raise RuntimeError("within")
+    assert torch.equal(bridged.dense(IDS).logits, whole)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda b: b.encode(torch.zeros(1, 1, 24), 5), "There is no location 5: .* 2 layers has 0"),
+        (lambda b: b.hybrid(IDS, enter=-1), "There is no location -1"),
+        (lambda b: b.hybrid(IDS), "never switch"),
+        (lambda b: b.hybrid(IDS, 3, 2), "leave=2 is before enter=3"),
+        (lambda b: b(IDS, enter_at=[7]), "There is no location 7"),
+        (lambda b: b.steer(9, 0, 1.0).__enter__(), "There is no location 9"),
+        (lambda b: b.steer(1, 16, 1.0).__enter__(), "no channel 16 at location 1.* 0 to 15"),
+        (lambda b: b.steer("h.0.mlp.act_in", -1, 1.0).__enter__(), "no channel -1"),
+        (lambda b: b.steer("h.7.mlp.act_in", 0, 1.0).__enter__(), "no site 'h.7.mlp.act_in'"),
+        (lambda b: b.steer("h.0.attn.q", 0, 1.0).__enter__(), "where attention looks"),
+        (lambda b: b.steer(1, 0, 1.0, mode="mul").__enter__(), "mode='mul' is not known"),
+        (lambda b: b.steer("h.0.mlp.post_act", 0, 1.0, mode="set").__enter__(), 'use mode="add"'),
+    ],
+)
+def test_what_does_not_exist_is_refused(call, message):
+    bridged = bridged_pair()
+    with pytest.raises(ValueError, match=message):
+        call(bridged)
+
+
+def test_pairs_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"has 2 layers and the sparse one 3.*n_layer=2"):
+        BridgedCausalLM.from_models(gpt2(), twin(n_layer=3))
+    with pytest.raises(ValueError, match="vocabulary of 64 tokens and the sparse one of 60"):
+        BridgedCausalLM.from_models(gpt2(), twin(vocab_size=60))
+    with pytest.raises(ValueError, match=r"encoder_afrac=0\.01 keeps none of the 16 channels"):
+        BridgedCausalLM.from_models(gpt2(), twin(), encoder_afrac=0.01)
+    with pytest.raises(ValueError, match=r"encoder_afrac=2 .* \(0, 1\]"):
+        BridgedCausalLM.from_models(gpt2(), twin(), encoder_afrac=2)
+    with pytest.raises(OSError, match=r"'nowhere/at/all' was not found .*; pass where it is"):
+        BridgedCausalLM.from_models("nowhere/at/all")
+
+
+def test_the_default_twin_fits():
+    config = default_twin(gpt2(n_embd=32))
+    assert isinstance(config, CircuitGPTConfig)
+    assert (config.n_layer, config.d_model, config.vocab_size, config.block_size) == (2, 32, 64, 32)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A dense model's folder, a bridge's folder, and the bridge."""
+    dense = gpt2()
+    dense.save_pretrained(tmp_path / "dense")
+    bridged = BridgedCausalLM.from_models(str(tmp_path / "dense"), twin())
+    bridged.save_pretrained(tmp_path / "bridge")
+    return tmp_path / "dense", tmp_path / "bridge", bridged.eval()
+
+
+def hybrids(bridged):
+    with torch.no_grad():
+        return bridged.hybrid(IDS, 1, 3), bridged.hybrid(IDS, enter=2), bridged.hybrid(IDS, leave=0)
+
+
+def test_what_is_saved_comes_back_without_the_dense_weights(saved):
+    dense, folder, bridged = saved
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(dense)
+    assert config["peft_type"] == "SPARSE_BRIDGE"
+    assert not (folder / "model.safetensors").exists()
+    small = sum(p.numel() for n, p in bridged.state_dict().items() if not n.startswith("dense."))
+    assert (folder / "adapter_model.safetensors").stat().st_size < 4 * small + 8192
+    for again in (
+        BridgedCausalLM.from_pretrained(folder),
+        BridgedCausalLM.from_pretrained(folder, dense=str(dense)),
+        BridgedCausalLM.from_pretrained(folder, dense=bridged.dense),
+        AutoModelForCausalLM.from_pretrained(folder),
+    ):
+        assert type(again) is BridgedCausalLM and not again.training
+        for one, other in zip(hybrids(again), hybrids(bridged), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_twin_with_tied_embeddings_comes_back(tmp_path):
+    bridged = BridgedCausalLM.from_models(llama(), twin(tied_unembed=True)).eval()
+    bridged.save_pretrained(tmp_path)
+    again = BridgedCausalLM.from_pretrained(tmp_path, dense=bridged.dense)
+    assert again.sparse.lm_head.weight is again.sparse.transformer.wte.weight
+    assert torch.equal(hybrids(again)[1], hybrids(bridged)[1])
+
+
+def test_another_precision(saved):
+    dense, folder, _ = saved
+    half = BridgedCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert hybrids(half)[0].dtype == torch.bfloat16
+    # A dense model in half precision alone.
+    mixed = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
+    mixed = BridgedCausalLM.from_pretrained(folder, dense=mixed)
+    assert mixed.sparse.dtype == torch.float32
+    assert hybrids(mixed)[0].dtype == torch.bfloat16
+
+
+def test_another_base_model_is_refused(saved, tmp_path):
+    dense, folder, _ = saved
+    other = gpt2()
+    with torch.no_grad():
+        other.transformer.wte.weight[0, 0] += 1
+    with pytest.raises(ValueError, match=r"trained for the gpt2 model \w+ \(.*dense\) of width 24"):
+        BridgedCausalLM.from_pretrained(folder, dense=other)
+    BridgedCausalLM.from_pretrained(folder, dense=other, check_base_model=False)
+    with pytest.raises(ValueError, match="but the dense model passed is llama of width 24"):
+        BridgedCausalLM.from_pretrained(folder, dense=llama())
+    dense.rename(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="pass where it is, or the model itself, as dense="):
+        BridgedCausalLM.from_pretrained(folder)
+
+
+def test_damaged_folders_are_refused(saved, tmp_path):
+    dense, folder, bridged = saved
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is damaged"):
+        BridgedCausalLM.from_pretrained(folder)
+    narrow = BridgedCausalLM.from_models(bridged.dense, circuitgpt(d_model=8, d_mlp=24))
+    narrow.save_pretrained(tmp_path / "narrow")
+    (tmp_path / "narrow" / "adapter_model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match="does not hold the bridge its config describes"):
+        BridgedCausalLM.from_pretrained(tmp_path / "narrow", dense=bridged.dense)
+    with pytest.raises(ValueError, match="'gpt2' model, expected a bridge"):
+        BridgedCausalLM.from_pretrained(dense, config=bridged.dense.config)
+    with pytest.raises(TypeError, match="'no_such_option'"):
+        BridgedCausalLM.from_pretrained(folder, no_such_option=1)
+
+
+WITHOUT_PACKAGE = """
+import sys, torch
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_circuit_sparsity":
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+from transformers import AutoModelForCausalLM
+bridged = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad(), bridged.steer("h.0.attn.resid_delta", 3, 2.0):
+    steered = bridged.dense(torch.load(sys.argv[2])).logits
+torch.save({"hybrid": bridged.hybrid(torch.load(sys.argv[2]), 1, 3), "steered": steered},
+           sys.argv[3])
+"""

@@ -1,0 +1,126 @@
+"""The faithfulness suite: the planted circuit passes all of it, wrong ones do not."""
+
+import pytest
+import torch
+
+from hf_circuit_sparsity.circuits.ablation import mean_activations
+from hf_circuit_sparsity.circuits.circuit import Circuit
+from hf_circuit_sparsity.circuits.evaluation.verification import random_circuit
+from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError
+from hf_circuit_sparsity.circuits.task_loss import Calibration
+from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
+from tests.circuits.planted import (
+    NO,
+    PLANTED_NODES,
+    YES,
+    on_off_task,
+    planted_model,
+    reference_ids,
+    word_tokenizer,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return planted_model()
+
+
+def planted_circuit(model, nodes=PLANTED_NODES):
+    return Circuit(
+        {site: list(ids) for site, ids in nodes.items()},
+        mean_activations(model, reference_ids()),
+        "on_off",
+        model_fingerprint(model),
+        calibration=Calibration(1.0, {YES: 0.0, NO: 0.0}),
+    )
+
+
+def verify(circuit, model, task=None, **options):
+    others = [planted_circuit(model)]
+    options = {"others": others, "adversarial": {"other_rows": on_off_task(seed=9)}, **options}
+    return circuit.verify(
+        model, word_tokenizer(), task or on_off_task(), prompts=80, progress=False, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def planted(model):
+    circuit = planted_circuit(model)
+    return circuit, verify(circuit, model)
+
+
+def test_the_planted_circuit_passes_every_check(planted):
+    _, verification = planted
+    assert verification.passed, verification.table()
+    assert [check.name for check in verification.checks] == [
+        "sufficiency", "necessity", "completeness", "transfer", "pair KL", "vocabulary KL",
+        "interchange", "stability", "adversarial: other_rows", "accuracy: other_rows",
+    ]  # fmt: skip
+    for name, value in [("sufficiency", 0), ("interchange", 1), ("transfer", 1), ("stability", 1)]:
+        assert verification[name].value == pytest.approx(value, abs=0.02)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_random_circuit_of_equal_size_fails_every_check_but_the_report(model, planted, seed):
+    circuit = random_circuit(planted[0], torch.Generator().manual_seed(seed))
+    assert len(circuit) == len(planted[0])
+    verification = verify(circuit, model)
+    assert not verification.passed
+    failed = {check.name for check in verification.checks if not check.passed}
+    assert failed == {check.name for check in verification.checks if check.threshold is not None}
+
+
+def test_random_circuits_have_random_tokens_where_the_circuit_names_some(planted):
+    nodes, means = planted[0].nodes, planted[0].means
+    fingerprint, mean = planted[0].model_fingerprint, torch.zeros(16)
+    named = Circuit(nodes, means, "on_off", fingerprint, tokens=[3, 4], token_mean=mean)
+    drawn = [random_circuit(named, torch.Generator().manual_seed(s), 16).tokens for s in range(4)]
+    assert all(len(tokens) == 2 for tokens in drawn) and any(t != [3, 4] for t in drawn)
+    assert random_circuit(planted[0], torch.Generator(), 16).tokens is None
+
+
+def test_half_the_mechanism_and_idle_company_are_noticed(model):
+    # Without the neurons' part nothing reaches the answer.
+    half = {s: ids for s, ids in PLANTED_NODES.items() if s.startswith("h.0")}
+    assert not verify(planted_circuit(model, half), model)["sufficiency"].passed
+    # A circuit of everything is sufficient, yet no random circuit of its size is any worse.
+    everything = {s: list(range(m.width)) for s, m in model.node_sites().items()}
+    verification = verify(planted_circuit(model, everything), model)
+    assert not verification["sufficiency"].passed and not verification["stability"].passed
+
+
+def test_outcome_is_stored_and_shown(planted, tmp_path):
+    circuit, verification = planted
+    circuit.save_pretrained(tmp_path)
+    again = Circuit.from_pretrained(tmp_path)
+    assert again.verification == circuit.verification == verification.numbers()
+    assert again.verification["necessity"]["passed"] == 1.0
+    assert "threshold" not in again.verification["vocabulary KL"]
+    table = verification.table()
+    assert len(table.splitlines()) == 2 + len(verification.checks)
+    assert "pass" in table and "FAIL" not in table
+
+
+def test_bad_input(model):
+    empty = planted_circuit(model, {})
+    with pytest.raises(ValueError, match="has no nodes, so there is nothing to verify"):
+        verify(empty, model)
+    unable = planted_model()
+    with torch.no_grad():
+        unable.lm_head.weight[YES] = unable.lm_head.weight[NO]
+        unable.final_logits_bias[YES] = unable.final_logits_bias[NO]
+    with pytest.raises(TaskNotLearnedError, match=r"accuracy of 0\.0% on the task 'on_off'"):
+        verify(planted_circuit(unable), unable, others=[])
+    with pytest.raises(ValueError, match="was cut out of the model"):
+        verify(planted_circuit(unable), model)
+    short = planted_model()
+    circuit = planted_circuit(short)
+    short.config.block_size = 5
+    with pytest.raises(ValueError, match="but the model reads at most 5"):
+        circuit.verify(short, word_tokenizer(), on_off_task(), others=[], progress=False)
+    # Made for a wider model, but with this one's fingerprint.
+    wide = planted_circuit(model)
+    wide.means["h.0.attn.v"] = torch.zeros(99)
+    wide.nodes["h.0.attn.v"] = [90]
+    with pytest.raises(ValueError, match=r"means\['h\.0\.attn\.v'\] has 99 entries"):
+        verify(wide, model)

@@ -1,0 +1,145 @@
+"""Pruning single weights and token embeddings, and running a circuit without them."""
+
+import json
+
+import pytest
+import torch
+
+from hf_circuit_sparsity.circuits.ablation import hooked, mean_ablated, reference_means
+from hf_circuit_sparsity.circuits.circuit import Circuit
+from hf_circuit_sparsity.circuits.edge_ablation import cut_offsets, edge_hooks, edge_name
+from hf_circuit_sparsity.circuits.edges import circuit_edges
+from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
+from hf_circuit_sparsity.circuits.pruning.find import find_circuit
+from hf_circuit_sparsity.circuits.pruning.shrink import Selector, drop_edges
+from tests.circuits.planted import (
+    OFF,
+    ON,
+    PLANTED_EDGES,
+    PLANTED_NODES,
+    on_off_task,
+    planted_model,
+    reference_ids,
+    word_tokenizer,
+)
+
+CONFIG = PruningConfig(
+    steps=60, batch_size=16, learning_rate=1e-2, selection_prompts=100, screen_prompts=40
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return planted_model()
+
+
+@pytest.fixture(scope="module")
+def means(model):
+    return reference_means(model, reference_ids())
+
+
+def keep_masks(model, nodes):
+    masks = {}
+    for site, module in model.node_sites().items():
+        masks[site] = torch.zeros(module.width, dtype=torch.bool)
+        masks[site][nodes.get(site, [])] = True
+    return masks
+
+
+@torch.no_grad()
+def logits(model):
+    return model(reference_ids()).logits
+
+
+@pytest.mark.parametrize("site", ["h.0.attn.act_in", "h.1.mlp.act_in", "h.1.mlp.post_act"])
+def test_cutting_all_that_leaves_a_node_is_ablating_it(model, means, site):
+    everything = {s: list(range(m.width)) for s, m in model.node_sites().items()}
+    cut = [e for e in circuit_edges(model, everything) if (e.source_site, e.source) == (site, 3)]
+    keep = keep_masks(model, everything)
+    with hooked(edge_hooks(model, cut, cut_offsets(cut, means))):
+        edges_cut = logits(model)
+    keep[site][3] = False
+    with mean_ablated(model, keep, means.nodes):
+        torch.testing.assert_close(edges_cut, logits(model))
+    assert not torch.allclose(edges_cut, logits(model))
+
+
+def test_cutting_is_setting_weights_to_zero_and_adding_to_biases(means):
+    model = planted_model()
+    cut = [e for e in circuit_edges(model, PLANTED_NODES) if e.source_site == "h.0.attn.v"]
+    assert len(cut) == 1
+    with hooked(edge_hooks(model, cut, cut_offsets(cut, means))):
+        hooked_logits = logits(model)
+    projection = model.transformer.h[0].attn.c_proj
+    with torch.no_grad():
+        projection.bias[3] += projection.weight[3, 5] * means.attended["h.0.attn.v"][5]
+        projection.weight[3, 5] = 0.0
+    torch.testing.assert_close(hooked_logits, logits(model))
+
+
+def test_needless_edges_go_and_take_their_nodes_along(model, means):
+    tensors = on_off_task().tensors("train")
+    selector = Selector(model, {k: v[:100] for k, v in tensors.items()}, means, CONFIG)
+    # Beside the planted nodes, others with small random weights between them and the planted.
+    nodes = {site: [*ids, *(i for i in (8 if "mlp" in site else 1,) if i not in ids)]
+             for site, ids in PLANTED_NODES.items()}  # fmt: skip
+    before = circuit_edges(model, nodes)
+    keep, cut = drop_edges(model, keep_masks(model, nodes), selector, progress=False)
+    kept = {s: m.nonzero()[:, 0].tolist() for s, m in keep.items() if m.any()}
+    left = {edge_name(e) for e in circuit_edges(model, kept)} - {edge_name(e) for e in cut}
+    assert len(before) > 8 and left <= set(PLANTED_EDGES)
+    assert selector.loss(keep, cut)[0] <= selector.target
+
+
+@pytest.fixture(scope="module")
+def pruned(model):
+    config = PruningConfig(**{**CONFIG.__dict__, "prune_edges": True, "token_nodes": True})
+    return find_circuit(
+        model, word_tokenizer(), on_off_task(), config, reference=reference_ids(), progress=False
+    )
+
+
+def test_only_the_tokens_that_decide_are_kept(model, pruned):
+    assert pruned.tokens and set(pruned.tokens) <= {ON, OFF}
+    assert pruned.metrics["token_nodes"] == len(pruned.tokens)
+    assert pruned.metrics["edges"] == len(pruned.kept_edges) == len(pruned.edges(model))
+    assert pruned.metrics["circuit_loss"] <= 0.15
+    # Without them the rest of the model cannot tell.
+    assert pruned.metrics["ablated_accuracy"] == 0.5
+
+
+def test_round_trip_with_edges_and_tokens(model, pruned, tmp_path):
+    pruned.save_pretrained(tmp_path)
+    again = Circuit.from_pretrained(tmp_path)
+    assert again.kept_edges == pruned.kept_edges and again.tokens == pruned.tokens
+    assert again.edge_offsets == pruned.edge_offsets
+    with pruned.apply(model):
+        expected = logits(model)
+    with again.apply(model):
+        assert torch.equal(logits(model), expected)
+
+    for changes, message in [
+        ({"kept_edges": [["h.0.attn.v", 5]]}, r"kept_edges\[0\] must be a site, an index"),
+        ({"kept_edges": [["h.0.attn.v", 0, "h.0.attn.resid_delta", 9]]}, "which is not in nodes"),
+        ({"edge_offsets": {"h.0.attn.v": {"-1": 0.5}}}, "an index in edge_offsets"),
+        ({"edge_offsets": {"h.0.attn.q": {"1": 0.5}}}, "which is not in nodes"),
+        ({"tokens": ["a"]}, r"tokens\[0\] must be an integer"),
+        ({"tokens": None}, "belong together"),
+        ({"verification": {"sufficiency": {"value": "high"}}}, "must be a number"),
+    ]:
+        pruned.save_pretrained(tmp_path)
+        content = json.loads((tmp_path / "circuit.json").read_text())
+        (tmp_path / "circuit.json").write_text(json.dumps({**content, **changes}))
+        with pytest.raises(ValueError, match=message):
+            Circuit.from_pretrained(tmp_path)
+
+
+def test_a_circuit_of_format_1_is_read(model, pruned, tmp_path):
+    plain = Circuit(PLANTED_NODES, pruned.means, "on_off", pruned.model_fingerprint)
+    plain.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "circuit.json").read_text())
+    for name in ("kept_edges", "edge_offsets", "tokens", "verification"):
+        del content[name]
+    (tmp_path / "circuit.json").write_text(json.dumps({**content, "format_version": 1}))
+    again = Circuit.from_pretrained(tmp_path)
+    assert again.kept_edges is None and len(again.edges(model)) == len(PLANTED_EDGES)

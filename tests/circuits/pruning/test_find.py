@@ -1,0 +1,169 @@
+import math
+
+import pytest
+import torch
+
+from hf_circuit_sparsity.circuits.ablation import mean_activations
+from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
+from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError, find_circuit
+from hf_circuit_sparsity.circuits.pruning.masks import Gate
+from hf_circuit_sparsity.circuits.pruning.shrink import bisect
+from hf_circuit_sparsity.tasks.binary_task import BinaryTask
+from tests.circuits.planted import (
+    NO,
+    PLANTED_EDGES,
+    PLANTED_NODES,
+    YES,
+    on_off_task,
+    planted_model,
+    reference_ids,
+    word_tokenizer,
+)
+
+QUICK = PruningConfig(steps=200, batch_size=32, selection_prompts=200)
+
+
+def find(model=None, task=None, config=QUICK):
+    return find_circuit(
+        model or planted_model(),
+        word_tokenizer(),
+        task or on_off_task(),
+        config,
+        reference=reference_ids(),
+        progress=False,
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_planted_circuit_is_found(seed):
+    model = planted_model(seed=seed)
+    circuit = find(model, config=PruningConfig(**{**QUICK.__dict__, "seed": seed}))
+    assert circuit.nodes == PLANTED_NODES
+    edges = {e[:4]: e.weight for e in circuit.edges(model)}
+    assert edges == pytest.approx(PLANTED_EDGES)
+    metrics = circuit.metrics
+    assert metrics["nodes"] == 6 and metrics["edges"] == 4
+    assert metrics["circuit_loss"] <= 0.15 and metrics["circuit_accuracy"] == 1
+    assert metrics["ablated_loss"] >= 0.6
+
+
+@pytest.mark.parametrize(
+    ("reached_by", "found"),
+    [
+        (lambda k: k >= 7, 7),
+        # Above what the masks left open (10) the loss rises again; below, it does not.
+        (lambda k: k >= 90 or 4 <= k <= 12, 4),
+        (lambda k: k >= 90 or 4 <= k <= 9, 90),  # not even the open nodes reach the target
+    ],
+)
+def test_bisection_goes_on_below_the_nodes_left_open(reached_by, found):
+    class Reached:
+        def reaches(self, keep):
+            return reached_by(int(sum(mask.sum() for mask in keep.values())))
+
+    ranked = torch.linspace(1, -1, 100)
+    scores = {"a": ranked[:60] - 0.8, "b": ranked[60:] - 0.8}
+    assert (torch.cat(list(scores.values())) > 0).sum() == 10
+    keep = bisect(scores, Reached())
+    kept = torch.cat(list(keep.values()))
+    assert kept[:found].all() and kept.sum() == found
+
+
+def test_masks_alone_open_the_planted_nodes_and_hardly_another():
+    circuit = find()
+    scores = torch.cat(list(circuit.scores.values()))
+    planted = torch.cat([
+        torch.isin(torch.arange(len(s)), torch.tensor(PLANTED_NODES.get(site, [-1])))
+        for site, s in circuit.scores.items()
+    ])  # fmt: skip
+    assert (scores[planted] > 0).all() and (scores[~planted] > 0).sum() <= 2
+    assert scores.abs().max() <= 1
+
+
+def test_gate_is_a_step_forward_and_a_sigmoid_backward():
+    tau = torch.tensor([-1.0, -0.1, 0.0, 0.1, 1.0], requires_grad=True)
+    gate = Gate.apply(tau, 0.5)
+    assert gate.tolist() == [0, 0, 0, 1, 1]
+    gate.sum().backward()
+    smooth = tau.detach().clone().requires_grad_()
+    torch.sigmoid(smooth / 0.5).sum().backward()
+    torch.testing.assert_close(tau.grad, smooth.grad)
+
+
+def test_model_is_left_as_it_was():
+    model = planted_model().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    find(model, config=PruningConfig(**{**QUICK.__dict__, "steps": 5}))
+    assert model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(site._forward_hooks for site in model.node_sites().values())
+
+
+def test_the_same_seed_gives_the_same_circuit():
+    first, second = find(), find()
+    assert first.nodes == second.nodes and first.metrics == second.metrics
+    assert all(torch.equal(first.scores[s], second.scores[s]) for s in first.scores)
+
+
+def test_mean_activations_are_means():
+    model, ids = planted_model(), reference_ids()
+    seen = []
+    site = model.node_sites()["h.1.mlp.post_act"]
+    handle = site.register_forward_hook(lambda m, a, out: seen.append(out))
+    with torch.no_grad():
+        model(ids)
+    handle.remove()
+    means = mean_activations(model, ids, batch_size=10)  # 64 sequences: the last batch is smaller
+    torch.testing.assert_close(means["h.1.mlp.post_act"], seen[0].mean((0, 1)))
+    assert set(means) == set(model.node_sites())
+
+
+def test_a_task_the_model_has_not_learned_says_what_it_can_reach():
+    model = planted_model()
+    with torch.no_grad():  # now the model cannot tell the two answers apart
+        model.lm_head.weight[YES] = model.lm_head.weight[NO]
+        model.final_logits_bias[YES] = model.final_logits_bias[NO]
+    with pytest.raises(TaskNotLearnedError, match=r"reaches a loss of 0\.693 on the task 'on_off'"):
+        find(model)
+    # Asked for no more than guessing, it finds the circuit of guessing: hardly anything.
+    circuit = find(model, config=PruningConfig(steps=5, target_loss=1.0, selection_prompts=100))
+    assert len(circuit) == 0
+    assert circuit.metrics["circuit_loss"] == pytest.approx(math.log(2), abs=0.02)
+
+
+def test_a_task_without_signal_is_refused():
+    generator = torch.Generator().manual_seed(0)
+
+    def pairs(count):
+        # Which of two unrelated prompts is answered by yes is a matter of chance.
+        for _ in range(count):
+            words = [f"w{int(i)}" for i in torch.randint(0, 11, (6,), generator=generator)]
+            yield ((" ".join(words[:3]), " yes"), (" ".join(words[3:]), " no"))
+
+    task = BinaryTask.from_pairs("chance", word_tokenizer(), list(pairs(60)), list(pairs(20)))
+    with pytest.raises(TaskNotLearnedError, match=r"'chance', which is guessing, so no circuit"):
+        find(task=task)
+
+
+def test_bad_settings():
+    for settings, message in [
+        ({"target_loss": 0.0}, "target_loss=0.0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"selection_margin": 1.5}, "selection_margin=1.5"),
+        ({"seeds": 0}, "seeds=0"),
+        ({"memory_gb": 0.0}, "memory_gb=0.0"),
+        ({"screen_prompts": -1}, "screen_prompts=-1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            PruningConfig(**settings)
+    with pytest.raises(TypeError, match=r"Linear has no node_sites"):
+        find_circuit(torch.nn.Linear(2, 2), None, None)
+    model = planted_model()
+    model.config.block_size = 5
+    with pytest.raises(ValueError, match=r"a prompt of 9 tokens, but the model reads at most 5"):
+        find(model)
+    with pytest.raises(ValueError, match=r"shape \(5,\)"):
+        find_circuit(
+            planted_model(), word_tokenizer(), on_off_task(), QUICK, reference=torch.arange(5)
+        )

@@ -1,0 +1,223 @@
+"""Circuits go to the Hub and come back; what stands in the way is said in one sentence each."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+
+from hf_circuit_sparsity import Circuit, CircuitGPTForCausalLM, list_circuits
+from hf_circuit_sparsity.circuits.hub import model_source
+from hf_circuit_sparsity.hub.errors import HubAccessError
+from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
+from tests.circuits.planted import PLANTED_NODES, planted_model, word_tokenizer
+
+MODEL, CIRCUITS = "ada/switch", "ada/switch-circuits"
+
+
+@pytest.fixture
+def api(hub_server) -> HfApi:
+    return HfApi()
+
+
+@pytest.fixture
+def model(api) -> CircuitGPTForCausalLM:
+    """A model as one has it from the Hub: it knows its name and its commit."""
+    planted_model().push_to_hub(MODEL)
+    return CircuitGPTForCausalLM.from_pretrained(MODEL)
+
+
+def circuit_of(model, task="on_off") -> Circuit:
+    name, revision = model_source(model)
+    means = {
+        site: torch.arange(float(node_site.width)) for site, node_site in model.node_sites().items()
+    }
+    return Circuit(
+        nodes=PLANTED_NODES,
+        means=means,
+        task=task,
+        model_fingerprint=model_fingerprint(model),
+        model_name=name,
+        model_revision=revision,
+        metrics={"nodes": 6},
+    )
+
+
+def test_a_circuit_comes_back_with_its_model_and_commit(api, model):
+    pytest.importorskip("matplotlib")
+    circuit = circuit_of(model)
+    commit = circuit.push_to_hub(CIRCUITS, model=model, tokenizer=word_tokenizer())
+    back = Circuit.from_pretrained(CIRCUITS)
+    assert back.nodes == circuit.nodes and back.metrics == circuit.metrics
+    assert all(torch.equal(back.means[site], mean) for site, mean in circuit.means.items())
+    assert (back.model_name, back.model_revision) == (MODEL, api.model_info(MODEL).sha)
+    back.check_model(model)
+    assert "circuit.png" in api.list_repo_files(CIRCUITS)
+    assert Circuit.from_pretrained(CIRCUITS, revision=commit.oid).task == "on_off"
+
+
+def test_revisions(api, model):
+    circuit = circuit_of(model)
+    first = circuit.push_to_hub(CIRCUITS)
+    api.create_tag(CIRCUITS, tag="v1")
+    replace(circuit, metrics={"nodes": 7}).push_to_hub(CIRCUITS)
+    nodes = {
+        revision: Circuit.from_pretrained(CIRCUITS, revision=revision).metrics["nodes"]
+        for revision in (None, "v1", first.oid)
+    }
+    assert nodes == {None: 7, "v1": 6, first.oid: 6}
+
+
+def test_several_circuits_in_one_repository(api, model):
+    for task in ("on_off", "off_on"):
+        circuit_of(model, task).push_to_hub(CIRCUITS, subfolder=task)
+    found = list_circuits(CIRCUITS)
+    assert [(c.repo_id, c.subfolder) for c in found] == [(CIRCUITS, "off_on"), (CIRCUITS, "on_off")]
+    assert {c.load().task for c in found} == {"on_off", "off_on"}
+    assert Circuit.from_pretrained(CIRCUITS, subfolder="off_on").task == "off_on"
+    with pytest.raises(HubAccessError, match="at its root; pass subfolder= one of 'off_on', 'on_o"):
+        Circuit.from_pretrained(CIRCUITS)
+    with pytest.raises(ValueError, match=r"holds the circuit for 'on_off'.*pass subfolder='third'"):
+        circuit_of(model, "third").push_to_hub(CIRCUITS, subfolder="on_off")
+
+
+def test_circuits_of_a_model_are_found_in_its_repository_and_by_base_model(api, model):
+    circuit_of(model).push_to_hub(MODEL, subfolder="circuits/on_off")
+    circuit_of(model).push_to_hub(CIRCUITS)
+    card = f"---\nbase_model: {MODEL}\ntags: [circuit]\n---\n"
+    api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=CIRCUITS)
+    places = [(c.repo_id, c.subfolder) for c in list_circuits(MODEL)]
+    assert places == [(MODEL, "circuits/on_off"), (CIRCUITS, "")]
+
+
+def test_another_model_is_said_with_both_names_and_commits(api, model):
+    circuit = circuit_of(model)
+    planted_model(seed=1).push_to_hub(MODEL, sparse=False)
+    newer = CircuitGPTForCausalLM.from_pretrained(MODEL)
+    old, new = circuit.model_revision[:12], api.model_info(MODEL).sha[:12]
+    with pytest.raises(ValueError, match=rf"{MODEL} at {old}\).*{MODEL} at {new}\); load that"):
+        circuit.check_model(newer)
+    with pytest.raises(ValueError, match="cut out of the model"):
+        circuit.push_to_hub(CIRCUITS, model=newer)
+    assert not api.repo_exists(CIRCUITS)
+
+
+def test_paths_of_this_machine_stay_here(api, tmp_path):
+    local = planted_model()
+    local.save_pretrained(tmp_path / "model")
+    circuit = circuit_of(CircuitGPTForCausalLM.from_pretrained(tmp_path / "model"))
+    assert str(tmp_path) in circuit.model_name
+    with pytest.warns(UserWarning, match="by the fingerprint"):
+        circuit.push_to_hub(CIRCUITS)
+    assert Circuit.from_pretrained(CIRCUITS).model_name == ""
+    local.push_to_hub(MODEL)
+    circuit.push_to_hub(CIRCUITS, base_model=MODEL)
+    back = Circuit.from_pretrained(CIRCUITS)
+    assert (back.model_name, back.model_revision) == (MODEL, api.model_info(MODEL).sha)
+
+
+def test_what_stands_in_the_way_of_loading(api, hub_server, model, monkeypatch):
+    circuit_of(model).push_to_hub(CIRCUITS, private=True)
+    api.create_repo("ada/data", repo_type="dataset")
+    bob = hub_server.add_user("bob")
+
+    def sentence(name, **options):
+        with pytest.raises(HubAccessError) as caught:
+            Circuit.from_pretrained(name, **options)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "no model repository 'ada/nothing' that 'ada' may read" in sentence("ada/nothing")
+    public = sentence("ada/nothing", token=False)
+    assert "no public model repository 'ada/nothing', nor a folder of that name;" in public
+    assert "if it is private sign in" in sentence(CIRCUITS, token=False)
+    assert "that 'bob' may read" in sentence(CIRCUITS, token=bob)
+    assert "'ada/data' is a dataset repository, but a model" in sentence("ada/data")
+    assert f"{MODEL!r} holds no circuit" in sentence(MODEL)
+    assert "has no revision 'v9'; pass one of its branches or tags (main)" in sentence(
+        CIRCUITS, revision="v9"
+    )
+    api.update_repo_settings(CIRCUITS, private=False, gated="manual")
+    assert "granted by its owner only; ask for it at http" in sentence(CIRCUITS, token=bob)
+    assert "then sign in with" in sentence(CIRCUITS, token=False)
+    assert "does not know the access token" in sentence(CIRCUITS, token="hf_stale")
+    with pytest.raises(FileNotFoundError, match="no-such-folder"):
+        Circuit.from_pretrained("no-such-folder")
+
+
+def test_what_stands_in_the_way_of_writing(api, hub_server, model, monkeypatch):
+    circuit = circuit_of(model)
+    bob = hub_server.add_user("bob")
+    reader = hub_server.add_user("ada", role="read")
+    api.create_repo(CIRCUITS)
+
+    def sentence(name, token):
+        with pytest.raises(HubAccessError) as caught:
+            circuit.push_to_hub(name, token=token)
+        return str(caught.value)
+
+    assert "'bob' has no right to write to 'ada/switch-circuits'" in sentence(CIRCUITS, bob)
+    assert "token of 'ada' only reads" in sentence(CIRCUITS, reader)
+    assert "Nobody is signed in" in sentence(CIRCUITS, False)
+    assert "a repository is named like user/name" in sentence("a/b/c", None)
+    with pytest.raises(ValueError, match=r"subfolder='../up' was passed, but it must be"):
+        circuit.push_to_hub(CIRCUITS, subfolder="../up")
+    assert api.list_repo_files(CIRCUITS) == [".gitattributes"]
+    with pytest.raises(HubAccessError, match="no model repository 'ada/none'"):
+        circuit.push_to_hub(CIRCUITS, base_model="ada/none")
+
+
+def in_another_process(code: str, **environment: str) -> str:
+    """What the code prints, or the last line of how it fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    return done.stdout or done.stderr.strip().splitlines()[-1]
+
+
+def test_offline_the_cache_serves_and_else_says_so(api, hub_server, model):
+    circuit_of(model).push_to_hub(CIRCUITS)
+    commit = api.model_info(CIRCUITS).sha
+    Circuit.from_pretrained(CIRCUITS)
+    hub_server.log.clear()
+    printed = in_another_process(
+        f"""
+        from hf_circuit_sparsity import Circuit, CircuitGPTForCausalLM, list_circuits
+        circuit = Circuit.from_pretrained("{CIRCUITS}")
+        circuit.check_model(CircuitGPTForCausalLM.from_pretrained(circuit.model_name))
+        print(len(circuit), len(Circuit.from_pretrained("{CIRCUITS}", revision="{commit}")))
+        for call in (
+            lambda: Circuit.from_pretrained("{CIRCUITS}", revision="v2"),
+            lambda: Circuit.from_pretrained("ada/other"),
+            lambda: list_circuits("{MODEL}"),
+        ):
+            try:
+                call()
+            except OSError as error:
+                print(error)
+        """,
+        HF_HUB_OFFLINE="1",
+    )
+    first, *sentences = printed.splitlines()
+    assert first == "6 6"
+    assert len(sentences) == 3 and all("HF_HUB_OFFLINE is set" in line for line in sentences)
+    assert "'ada/switch-circuits' at revision 'v2' is not in the cache" in sentences[0]
+    assert not hub_server.log
+
+
+def test_a_hub_that_does_not_answer(hub_server):
+    def hang_up(request):
+        raise ConnectionAbortedError
+
+    hub_server.before = hang_up
+    with pytest.raises(HubAccessError, match=f"The Hub at {hub_server.url} could not be reached;"):
+        list_circuits(MODEL)

@@ -1,0 +1,116 @@
+"""The residual streams are the models' own forward passes, cut into pieces."""
+
+import pytest
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+from hf_circuit_sparsity.decoders.residual_stream import (
+    _STREAMS,
+    LlamaStream,
+    register_residual_stream,
+    residual_stream,
+)
+from tests.decoders.dense_models import circuitgpt, gpt2, llama
+
+IDS = torch.arange(24).reshape(2, 12) % 60
+
+
+MODELS = {
+    "circuitgpt": circuitgpt,
+    "circuitgpt with concatenated positions": lambda: circuitgpt(d_pos_emb=8),
+    "circuitgpt with a nonlinear stream": lambda: circuitgpt(
+        residual_activation_type="relu", afrac_loctypes="attn_in,resid_post_attn,resid_post_mlp"
+    ),
+    "gpt2": gpt2,
+    "llama": llama,
+}
+every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+
+
+@torch.no_grad()
+@every_model
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_the_pieces_give_the_models_own_logits(make, padding):
+    model = make()
+    mask = None
+    positions = {}
+    if padding is not None:
+        mask = torch.ones_like(IDS)
+        mask[1, slice(3) if padding == "left" else slice(-3, None)] = 0
+        positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    expected = model(IDS, attention_mask=mask, output_hidden_states=True, **positions)
+    stream = residual_stream(model)
+    x, context = stream.embed(IDS, mask)
+    run = stream.run(x, context)
+    assert len(run) == stream.n_locations == 5
+    real = torch.ones_like(IDS).bool() if mask is None else mask.bool()
+    torch.testing.assert_close(stream.logits(run[-1], context)[real], expected.logits[real])
+    for layer in range(2):  # after the embedding and after the first block
+        torch.testing.assert_close(run[2 * layer][real], expected.hidden_states[layer][real])
+    for start in range(5):
+        again = stream.run(run[start], context, start)[-1]
+        assert torch.equal(again, run[-1])
+
+
+@torch.no_grad()
+@every_model
+def test_an_edit_changes_the_stream_where_it_says(make):
+    model = make()
+    stream = residual_stream(model)
+    x, context = stream.embed(IDS, None)
+    run = stream.run(x, context)
+    whole = model(IDS).logits
+    for location in range(5):
+        change = 1.0 + torch.arange(run[location].shape[-1]) / 10
+
+        def edit(x, change=change):
+            return x * change
+
+        expected = stream.logits(stream.run(edit(run[location]), context, location)[-1], context)
+        handles = stream.add_edit(location, edit)
+        try:
+            torch.testing.assert_close(model(IDS).logits, expected)
+            # The same with a cache, where the later tokens come on their own.
+            first = model(IDS[:, :7], use_cache=True)
+            rest = model(IDS[:, 7:], past_key_values=first.past_key_values)
+            torch.testing.assert_close(
+                torch.cat([first.logits, rest.logits], 1), expected, rtol=1e-4, atol=1e-4
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert not torch.allclose(expected, whole)
+        assert torch.equal(model(IDS).logits, whole)
+
+
+def test_an_unknown_architecture_says_what_is_known_and_what_to_do():
+    model = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=64,
+            hidden_size=16,
+            num_hidden_layers=1,
+            ffn_dim=16,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            word_embed_proj_dim=16,
+        )
+    )
+    with pytest.raises(ValueError, match=r"'opt'.*circuitgpt, gpt2, llama.*ResidualStream"):
+        residual_stream(model)
+
+
+def test_gpt2_with_cross_attention_is_refused():
+    with pytest.raises(ValueError, match="add_cross_attention=True"):
+        residual_stream(gpt2(add_cross_attention=True))
+
+
+def test_another_architecture_can_be_registered():
+    model = llama()
+    model.config.model_type = "llama_of_another_name"
+    with pytest.raises(ValueError, match="llama_of_another_name"):
+        residual_stream(model)
+    register_residual_stream("llama_of_another_name", LlamaStream)
+    try:
+        assert residual_stream(model).depth == 2
+    finally:
+        del _STREAMS["llama_of_another_name"]

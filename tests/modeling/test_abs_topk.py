@@ -1,0 +1,88 @@
+import os
+import signal
+
+import pytest
+import torch
+
+from hf_circuit_sparsity.modeling import abs_topk as abs_topk_module
+from hf_circuit_sparsity.modeling import worker_threads
+from hf_circuit_sparsity.modeling.abs_topk import abs_topk, abs_topk_reference
+
+pytestmark = pytest.mark.usefixtures("either_path")
+
+GENERATOR = torch.Generator().manual_seed(0)
+ROWS = {
+    "plain": torch.randn(5, 7, 64, generator=GENERATOR),
+    "many ties": torch.randint(-3, 4, (40, 33), generator=GENERATOR).float(),
+    "mostly zeros": torch.randn(40, 65, generator=GENERATOR).relu()
+    * (torch.rand(40, 65, generator=GENERATOR) < 0.1),
+    "signed zeros": torch.tensor([[0.0, -0.0, 0.0, -0.0], [-1.0, 1.0, -1.0, 0.5]]),
+    "wide": torch.randn(3, 5000, generator=GENERATOR),
+    # Rows that are sampled (many, and wide), among them such that mislead the sample.
+    "sampled": torch.randn(300, 2050, generator=GENERATOR),
+    "sampled, many ties": torch.randint(-3, 4, (40, 1100), generator=GENERATOR).float(),
+    "sampled, mostly zeros": torch.randn(40, 4096, generator=GENERATOR)
+    * (torch.rand(40, 4096, generator=GENERATOR) < 0.1),
+    "sampled, large where it looks": torch.randn(9, 4096, generator=GENERATOR)
+    * (1 + 100 * (torch.arange(4096) % 8 == 0)),
+    "sampled, zero where it looks": torch.randn(9, 4096, generator=GENERATOR)
+    * (torch.arange(4096) % 8 != 0),
+    "one row": torch.randn(16, generator=GENERATOR),
+    "no rows": torch.randn(0, 8, generator=GENERATOR),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("x", ROWS.values(), ids=ROWS)
+def test_abs_topk_equals_its_reference(x, dtype):
+    x = x.to(dtype)
+    width = x.shape[-1]
+    for k in sorted({0, 1, width // 4, width // 2, width - 1, width}):
+        kept, expected = abs_topk(x, k), abs_topk_reference(x, k)
+        assert torch.equal(kept, expected), k
+        assert ((kept != 0).sum(-1) <= k).all()
+
+
+def test_gradient_reaches_the_kept_entries_only():
+    x = ROWS["many ties"].clone().requires_grad_()
+    upstream = torch.randn(x.shape, generator=GENERATOR)
+    for function in (abs_topk, abs_topk_reference):
+        (function(x, 8) * upstream).sum().backward()
+    # Both add the same gradient, so together they give twice that of the reference.
+    reference = x.detach().clone().requires_grad_()
+    (abs_topk_reference(reference, 8) * upstream).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * reference.grad)
+    assert ((x.grad != 0).sum(-1) <= 8).all()
+    assert torch.autograd.gradcheck(
+        lambda t: abs_topk(t, 3), torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    )
+
+
+def test_infinities_are_the_largest():
+    x = torch.tensor([[1.0, -torch.inf, 2.0, torch.inf]])
+    assert torch.equal(abs_topk(x, 3), abs_topk_reference(x, 3))
+
+
+def test_threads_give_the_same(monkeypatch):
+    monkeypatch.setattr(abs_topk_module, "_PIECE", 1 << 12)  # so that there are pieces to share out
+    x = torch.randn(60, 700, generator=GENERATOR)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(abs_topk(x, 100), abs_topk_reference(x, 100))
+        trained = x.clone().requires_grad_()
+        assert torch.equal(abs_topk(trained, 100), abs_topk_reference(x, 100))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded")
+def test_a_forked_process_makes_its_own_threads(monkeypatch):
+    monkeypatch.setattr(worker_threads.torch, "get_num_threads", lambda: 2)
+    assert worker_threads.map_pieces(abs, [-1, -2, -3]) == [1, 2, 3]
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)  # a pool without its threads would wait for ever
+        os._exit(0 if worker_threads.map_pieces(abs, [-4, -5]) == [4, 5] else 1)
+    assert os.waitpid(pid, 0)[1] == 0

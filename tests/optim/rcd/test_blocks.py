@@ -1,0 +1,140 @@
+import pytest
+import torch
+
+from hf_circuit_sparsity.optim.projection import project_topk_reference_
+from hf_circuit_sparsity.optim.rcd.blocks import Block, block_size, draw_block
+from hf_circuit_sparsity.optim.rcd.pattern import LivePattern, keep_largest, keep_largest_reference
+
+SHAPE = (12, 9)
+
+
+def draw(dim, fraction, selection="uniform", number=0, seed=0, matrix=None, **settings):
+    matrix = torch.zeros(SHAPE) if matrix is None else matrix
+    live = matrix.flatten().nonzero().flatten()
+    generator = torch.Generator().manual_seed(seed)
+    values = matrix.flatten()[live]
+    return draw_block(SHAPE, dim, fraction, selection, number, generator, live, values, **settings)
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_index_take_and_locate_agree(dim):
+    matrix = torch.arange(108.0).view(SHAPE)
+    block = draw(dim, 1 / 3)
+    assert block.numel == len(block.index()) == 36
+    assert torch.equal(block.take(matrix), block.index().float())
+    asked = torch.randperm(108, generator=torch.Generator().manual_seed(1))[:50]
+    inside, place = block.locate(asked)
+    assert torch.equal(block.index()[place], asked[inside])
+    assert not torch.isin(asked[~inside], block.index()).any()
+    assert inside.any()
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_cyclic_blocks_visit_everything_equally_often(dim):
+    visits = torch.zeros(108)
+    for number in range(12):
+        visits[draw(dim, 1 / 3 if dim != 0 else 1 / 4, "cyclic", number).index()] += 1
+    assert visits.unique().tolist() == [4.0 if dim != 0 else 3.0]
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.2, 0.7, 1.0])
+def test_uniform_entries_are_distinct_and_spread_evenly(fraction):
+    visits, draws = torch.zeros(108), 400
+    for seed in range(draws):
+        ids = draw(None, fraction, seed=seed).ids
+        assert len(ids.unique()) == len(ids) == block_size(108, fraction)
+        visits[ids] += 1
+    mean = draws * block_size(108, fraction) / 108
+    assert (visits - mean).abs().max() <= 5 * max(mean, 1) ** 0.5
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_magnitude_follows_the_stated_probabilities(dim):
+    matrix = torch.zeros(SHAPE)
+    matrix[2, 3], matrix[7, 5] = 3.0, -1.0
+    size = {0: 12, 1: 9, None: 108}[dim]
+    heavy, light = {0: (2, 7), 1: (3, 5), None: (2 * 9 + 3, 7 * 9 + 5)}[dim]
+    draws, floor = 3000, 0.2
+    hits = torch.zeros(size)
+    for seed in range(draws):  # one at a time, so that drawing without replacement plays no part
+        block = draw(dim, 1 / size, "magnitude", seed=seed, matrix=matrix, floor=floor, power=2.0)
+        hits[block.ids] += 1
+    for place, share in ((heavy, 0.9), (light, 0.1)):
+        assert hits[place] / draws == pytest.approx((1 - floor) * share + floor / size, abs=0.03)
+
+
+def test_magnitude_fills_its_block_where_nonzeros_are_few():
+    matrix = torch.zeros(SHAPE)
+    matrix[0, 0] = 1.0
+    for dim in (0, 1, None):
+        block = draw(dim, 0.2, "magnitude", matrix=matrix)
+        assert len(block.ids.unique()) == block_size({0: 12, 1: 9, None: 108}[dim], 0.2)
+    assert len(draw(None, 0.2, "magnitude").ids) == 22  # nothing is live
+
+
+@pytest.mark.parametrize("density", [0.02, 0.1, 0.6])
+def test_sampled_product_is_the_dense_one_at_the_coordinates(density):
+    g = torch.Generator().manual_seed(0)
+    live = (torch.rand(40 * 30, generator=g) < density).nonzero().flatten()
+    left = torch.randn(17, 40, generator=g)
+    right = torch.randn(17, 30, generator=g)
+    pattern = LivePattern(live, (40, 30))
+    expected = (left.T @ right).flatten()[live]
+    torch.testing.assert_close(pattern.sampled_product(left, right), expected)
+    torch.testing.assert_close(pattern._product_in_pieces(left, right), expected)
+    half = pattern.sampled_product(left.bfloat16(), right.bfloat16())
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, expected, rtol=0.05, atol=0.1)
+    assert len(LivePattern(live[:0], (40, 30)).sampled_product(left, right)) == 0
+
+
+@pytest.mark.parametrize("minimum", [0, 2, 4])
+@pytest.mark.parametrize("row_dim", [0, 1])
+def test_keep_largest_agrees_with_the_projection(minimum, row_dim):
+    g = torch.Generator().manual_seed(0)
+    for scale in (torch.ones(20, 1), torch.logspace(-3, 0, 20)[:, None]):
+        matrix = torch.randn(20, 15, generator=g) * scale
+        matrix *= torch.rand(20, 15, generator=g) < 0.4
+        matrix[3] = torch.tensor([0.5, -0.5, 0.5] + [0.0] * 12)  # ties, and a short row
+        for k in (0, 1, 30, 80, 300):
+            expected = matrix.clone()
+            project_topk_reference_(expected, k, minimum, row_dim)
+            index = matrix.flatten().nonzero().flatten()
+            rows = index // 15 if row_dim == 0 else index % 15
+            kept = keep_largest(matrix.flatten()[index], k, rows, minimum)
+            got = torch.zeros(300)
+            got[index[kept]] = matrix.flatten()[index[kept]]
+            assert torch.equal(got.view(20, 15), expected), (k, minimum)
+
+
+def test_block_of_a_vector():
+    block = Block((7, 1), None, torch.tensor([1, 4]))
+    assert block.take(torch.arange(7.0)).tolist() == [1.0, 4.0]
+
+
+def test_keep_largest_is_its_reference():
+    generator = torch.Generator().manual_seed(0)
+
+    def below(n):
+        return int(torch.randint(0, n, (1,), generator=generator))
+
+    for number in range(400):
+        n, k, minimum = 1 + below(60), below(60), below(5)
+        values = torch.randn(n, generator=generator)
+        if number % 2:
+            values = (2 * values).round()  # many are equal, or zero
+        rows = torch.randint(0, 1 + n // 3, (n,), generator=generator)
+        kept = keep_largest(values, k, rows, minimum)
+        assert torch.equal(kept, keep_largest_reference(values, k, rows, minimum))
+
+
+@pytest.mark.parametrize("row_dim", [0, 1])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_places_and_rows_of_a_block(dim, row_dim):
+    ids = torch.tensor([1, 3, 4]) if dim is not None else torch.tensor([1, 5, 8, 13])
+    block = Block((5, 6), dim, ids)
+    index = block.index()
+    assert torch.equal(block.index_at(torch.arange(block.numel)), index)
+    chosen = torch.arange((5, 6)[row_dim]) % 2 == 0
+    expected = chosen[index // 6 if row_dim == 0 else index % 6]
+    assert torch.equal(block.take_rows(chosen, row_dim), expected)

@@ -1,0 +1,170 @@
+"""Several processes that share the coordinates: equal bit for bit, and few bytes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
+from hf_circuit_sparsity.optim.rcd.distributed import Workers, part_of
+from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
+from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
+from hf_circuit_sparsity.optim.sparse_init import sparse_from_config
+from tests.conftest import random_model
+from tests.two_processes import launch
+
+SETTINGS = {"lr": 0.05, "target_density": 1 / 8, "block_fraction": 1 / 4, "grad_rms": "always"}
+
+
+def config():
+    return CircuitGPTConfig(
+        n_layer=1, n_head=2, d_head=8, d_model=16, d_mlp=32, block_size=16, vocab_size=32
+    )
+
+
+def train(model, workers, batches, **settings):
+    optimizer = RCDSparseOptimizer(
+        sparse_param_groups(model), workers=workers, **{**SETTINGS, **settings}
+    )
+    losses = []
+    with PartialGradients(model, optimizer):
+        for batch in batches:
+            loss = model(batch, labels=batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+def batches(rank, steps, same=False):
+    generator = torch.Generator().manual_seed(0 if same else rank)
+    return [torch.randint(32, (4, 16), generator=generator) for _ in range(steps)]
+
+
+def work(rank, size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
+    )
+    results = {}
+    settings = {
+        "rows": {"selection": "gradient"},
+        "columns, staying": {"block": "columns", "block_steps": 2, "selection": "magnitude"},
+        "entries": {"block": "entries"},
+        "stale": {"staleness": 2},
+    }
+    for name, own in settings.items():
+        model = sparse_from_config(config(), 1 / 8)
+        workers = Workers(average_dense=True)
+        losses = train(model, workers, batches(rank, 8), **own)
+        results[name] = (model.state_dict(), losses, workers.bytes_sent)
+    model = sparse_from_config(config(), 1 / 8)
+    losses = train(model, Workers(average_dense=True), batches(rank, 6, same=True))
+    results["same data"] = (model.state_dict(), losses, 0)
+    # What DDP hands over for the same model, counted by its own hook.
+    ddp = DistributedDataParallel(random_model(config()))
+    sent = []
+
+    def count(state, bucket):
+        sent.append(bucket.buffer().numel() * bucket.buffer().element_size())
+        future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return future.then(lambda f: f.value()[0])
+
+    ddp.register_comm_hook(None, count)
+    batch = batches(rank, 1)[0]
+    ddp(batch, labels=batch).loss.backward()
+    results["ddp"] = ({}, [], sum(sent))
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(work, (2, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", ["rows", "columns, staying", "entries", "stale"])
+def test_ranks_stay_bitwise_equal_on_different_data(ranks, name):
+    (first, first_losses, _), (second, second_losses, _) = (rank[name] for rank in ranks)
+    assert first_losses != second_losses  # they did see different data
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+    fresh = sparse_from_config(config(), 1 / 8).state_dict()
+    moved = [key for key in fresh if not torch.equal(fresh[key], first[key])]
+    assert {"transformer.wte.weight", "lm_head.weight", "bigram_table"} <= set(moved)
+
+
+def test_on_the_same_data_two_ranks_are_one(ranks):
+    alone = sparse_from_config(config(), 1 / 8)
+    losses = train(alone, None, batches(0, 6, same=True))
+    together, others, _ = ranks[0]["same data"]
+    assert losses == pytest.approx(others, rel=1e-4)
+    for key, value in alone.state_dict().items():
+        torch.testing.assert_close(value, together[key], atol=1e-4, rtol=1e-3)
+
+
+def test_only_own_changes_are_shipped(ranks):
+    sent, ddp = ranks[0]["rows"][2] / 8, ranks[0]["ddp"][2]
+    model = random_model(config())
+    dense = sum(p.numel() for g in sparse_param_groups(model) if not g["sparse"]
+                for _, p in g["params"])  # fmt: skip
+    sparse = sum(p.numel() for p in model.parameters()) - dense
+    assert ddp == 4 * (dense + sparse)
+    # Half of an eighth of the sparse parameters, in four bytes each, the births, and bookkeeping.
+    assert sent - 4 * dense < 4 * sparse / 2
+    assert sent < ddp
+
+
+def test_every_coordinate_has_one_owner():
+    for n in (0, 1, 5, 64):
+        owned = [i for rank in range(3) for i in range(n)[part_of(n, rank, 3)]]
+        assert owned == list(range(n))
+
+
+def test_bad_settings_are_named():
+    model = sparse_from_config(config(), 1 / 8)
+    with pytest.raises(ValueError, match="staleness=-1"):
+        RCDSparseOptimizer(sparse_param_groups(model), staleness=-1)
+    with pytest.raises(ValueError, match="move_live=False"):
+        RCDSparseOptimizer(sparse_param_groups(model), staleness=1, move_live=False)
+
+
+SCRIPT = """
+    import sys
+    import torch
+    from datasets import Dataset
+    from hf_circuit_sparsity.trainer import SparseTrainer, SparseTrainingArguments
+    from tests.conftest import random_model
+    from tests.optim.rcd.test_distributed import config
+
+    folder = sys.argv[1]
+    rows = torch.randint(32, (64, 16), generator=torch.Generator().manual_seed(1)).tolist()
+    args = SparseTrainingArguments(
+        output_dir=folder, max_steps=6, per_device_train_batch_size=4, sparsifier="rcd",
+        rcd_block_fraction=0.25, target_density=0.125, use_cpu=True, report_to=[],
+        save_steps=3, logging_steps=1, disable_tqdm=True, gradient_accumulation_steps=2,
+    )
+    model = random_model(config())
+    trainer = SparseTrainer(model, args, train_dataset=Dataset.from_dict(
+        {"input_ids": rows, "labels": rows}))
+    trainer.train(resume_from_checkpoint=sys.argv[2] if len(sys.argv) > 2 else None)
+    assert all(p.grad is None for n, p in model.named_parameters() if n.endswith("c_fc.weight"))
+    torch.save(model.state_dict(), f"{folder}/rank{args.process_index}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_the_trainer_with_two_processes_keeps_ranks_equal_and_resumes(tmp_path):
+    first, second = launch(SCRIPT, tmp_path / "whole")
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    resumed, other = launch(SCRIPT, tmp_path / "again", str(checkpoint))
+    for key, value in first.items():
+        assert torch.equal(resumed[key], other[key]), key
+        assert torch.equal(resumed[key], value), key

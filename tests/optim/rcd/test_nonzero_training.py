@@ -1,0 +1,161 @@
+"""Weights held as nonzeros while they are trained: the same run, and nothing dense."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
+
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from hf_circuit_sparsity.modeling.sparse_execution import sparse_layers
+from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
+from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
+from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
+from hf_circuit_sparsity.optim.sparse_init import sparse_from_config, sparsify_initialization_
+from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
+
+SETTINGS = {"lr": 0.1, "target_density": 1 / 8, "block_fraction": 1 / 4, "selection": "gradient",
+            "grad_rms": "always"}  # fmt: skip
+
+
+def train(model, batch, steps, **settings):
+    optimizer = RCDSparseOptimizer(sparse_param_groups(model), **{**SETTINGS, **settings})
+    losses = []
+    with PartialGradients(model, optimizer):
+        for _ in range(steps):
+            loss = model(batch, labels=batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses, optimizer
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"block": "columns", "block_steps": 2}, {"selection": "magnitude", "block": "entries"},
+     {"clip_threshold": 0.01, "block_steps": 2},
+     {"start_density": 1 / 4, "total_steps": 8, "explore_end": 0.7}],
+)  # fmt: skip
+def test_training_the_nonzeros_is_training_the_matrices(tiny_config, settings, either_path):
+    sparse = sparse_from_config(tiny_config, settings.get("start_density", 1 / 8), seed=3)
+    dense = copy.deepcopy(sparse).to_dense()
+    batch = torch.arange(64).reshape(4, 16)
+    ours, optimizer = train(sparse, batch, 8, **settings)
+    theirs, _ = train(dense, batch, 8, **settings)
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert ours[-1] < ours[0]
+    for name, value in dense.state_dict().items():
+        torch.testing.assert_close(sparse.state_dict()[name], value, atol=1e-4, rtol=0)
+    for name, layer in sparse_layers(sparse).items():
+        budget = max(layer.shape[0] * layer.shape[1] // 8, layer.shape[0] * 4)
+        assert len(layer.columns) == len(layer.values) <= budget, name
+        assert layer.values.grad is None
+    assert 1 / 10 < optimizer.density < 1 / 5
+
+
+def test_a_start_without_matrices_is_as_a_thinned_out_one(tiny_config):
+    torch.manual_seed(0)
+    made, plain = sparse_from_config(tiny_config, 1 / 4), CircuitGPTForCausalLM(tiny_config)
+    sparsify_initialization_(plain, 1 / 4)
+    state = made.state_dict()
+    assert state.keys() == plain.state_dict().keys()
+    for name, p in plain.state_dict().items():
+        q = state[name]
+        assert int(torch.count_nonzero(q)) == int(torch.count_nonzero(p)), name
+        if p.ndim < 2:
+            assert torch.equal(p, q), name
+    rows = (state["lm_head.weight"] != 0).sum(1)
+    assert rows.max() - rows.min() <= 1
+    again = sparse_from_config(tiny_config, 1 / 4)
+    assert all(torch.equal(v, again.state_dict()[n]) for n, v in state.items())
+    # Not trained: logits are about as large as with dense weights.
+    batch = torch.arange(32)[None]
+    assert made(batch, labels=batch).loss.item() == pytest.approx(4.159, abs=0.05)
+    with pytest.raises(ValueError, match=r"density=0 is outside \(0, 1\]"):
+        sparse_from_config(tiny_config, 0)
+
+
+class Largest(TorchDispatchMode):
+    """The most entries of any tensor made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.device.type != "meta":
+                self.entries = max(self.entries, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+def test_nothing_of_a_matrix_size_is_ever_made():
+    config = CircuitGPTConfig(n_layer=1, d_model=384, d_head=16, d_mlp=1024, vocab_size=512,
+                              block_size=16, enable_bigram_table=False)  # fmt: skip
+    smallest = 384 * 384
+    batch = torch.arange(16)[None]
+    with Largest() as made:
+        model = sparse_from_config(config, 1 / 64, min_nonzeros=2)
+        started = made.entries
+        optimizer = RCDSparseOptimizer(
+            sparse_param_groups(model, min_nonzeros=2), lr=0.01, target_density=1 / 64
+        )
+        made.entries = 0
+        with PartialGradients(model, optimizer):
+            for _ in range(3):
+                model(batch, labels=batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        model(batch)
+    # Places are drawn for a piece of rows at a time; training stays below the smallest matrix.
+    assert started <= 1 << 20
+    assert 1024 <= made.entries < smallest
+
+
+def test_an_optimizer_that_was_not_told_the_layers_says_so(tiny_config):
+    model = sparse_from_config(tiny_config, 1 / 8)
+    optimizer = RCDSparseOptimizer(sparse_param_groups(model), **SETTINGS)
+    model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    with pytest.raises(ValueError, match="PartialGradients"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="to_dense"):
+        TopKAdamW(sparse_param_groups(model), target_density=1 / 8, total_steps=3)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.02])
+def test_the_trainer_saves_nonzeros_and_resumes_bit_for_bit(tiny_config, make_trainer, clip):
+    settings = {
+        "sparsifier": "rcd",
+        "rcd_block_steps": 2,
+        "rcd_block_fraction": 0.25,
+        "rcd_clip_threshold": clip,
+        "rcd_start_density": 1 / 4,
+    }
+
+    def model(seed=0):
+        return sparse_from_config(tiny_config, 1 / 4, seed=seed)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = control.should_training_stop = state.global_step == 5
+
+    whole = make_trainer(model(), name="whole", **settings)
+    whole.train()
+    first = make_trainer(model(), callbacks=[Stop()], name="halves", **settings)
+    first.train()
+    checkpoint = Path(first.args.output_dir) / "checkpoint-5"
+    saved = CircuitGPTForCausalLM.from_pretrained(checkpoint)
+    assert torch.equal(saved.lm_head.weight, first.model.lm_head.weight)
+    second = make_trainer(model(seed=9), name="halves", **settings)
+    second.train(resume_from_checkpoint=str(checkpoint))
+    for (name, p), q in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    for name, layer in sparse_layers(whole.model).items():
+        assert torch.equal(layer.columns, second.model.get_submodule(name).columns)
+    logs = [entry for entry in whole.state.log_history if "loss" in entry]
+    assert all(0 < entry["nonzero_fraction"] <= 0.26 for entry in logs)
+    assert any(entry["mask_churn"] > 0 for entry in logs)

@@ -1,0 +1,471 @@
+import copy
+import io
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_circuit_sparsity.optim.projection import nonzero_budget, project_topk_reference_
+from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
+from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
+
+PENALTY = 0.1
+
+
+def seed_loop(x0, goal, max_iter, eta=0.01, clip_threshold=1e-4):
+    """The loop of the document the optimizer grew out of, counting its function evaluations.
+
+    Its test for convergence is left out: it stops the loop at the first coordinate that rests.
+    """
+    evaluations = 0
+
+    def func(x):
+        nonlocal evaluations
+        evaluations += 1
+        return np.sum((x - np.arange(len(x))) ** 2) + PENALTY * np.sum(np.abs(x))
+
+    random = np.random.RandomState(0)
+    x = x0.copy()
+    for _ in range(max_iter):
+        i = random.randint(len(x))
+        moved = x.copy()
+        moved[i] += eta * 0.1
+        x[i] -= eta * (func(moved) - func(x)) / (eta * 0.1)
+        if np.abs(x[i]) < clip_threshold:
+            x[i] = 0.0
+        if np.abs(x - goal).max() < 1e-2:
+            break
+    return x, evaluations
+
+
+def descend(n, goal, tolerance, max_steps, **settings):
+    """Coordinate descent on the smooth part, the penalty by its proximal step.
+
+    A directional derivative costs as much as two function evaluations, so a step costs two for
+    every coordinate of its block.
+    """
+    x = nn.Parameter(torch.zeros(n, dtype=torch.float64))
+    settings = {"update": "plain", "move_live": False, "block_fraction": 1 / n, **settings}
+    optimizer = RCDSparseOptimizer(
+        [x], block="entries", l1=PENALTY, clip_threshold=1e-4, **settings
+    )
+    evaluations = 0
+    for _ in range(max_steps):
+        chosen = optimizer.coordinates(x).block.ids
+        evaluations += 2 * len(chosen)
+        optimizer.zero_grad()
+        # Only what a directional derivative along the chosen coordinates would tell.
+        x.grad = torch.zeros_like(x)
+        x.grad[chosen] = 2 * (x.detach() - torch.arange(n))[chosen]
+        optimizer.step()
+        if (x.detach() - goal).abs().max() < tolerance:
+            break
+    return x.detach(), evaluations
+
+
+def soft_threshold_optimum(n):
+    return (torch.arange(n, dtype=torch.float64) - PENALTY / 2).clamp(min=0)
+
+
+@pytest.fixture(scope="module")
+def evaluations_of_the_loop():
+    """How many the loop takes to come within 1e-2 of the optimum."""
+    _, evaluations = seed_loop(np.zeros(10), soft_threshold_optimum(10).numpy(), max_iter=50_000)
+    return evaluations
+
+
+@pytest.mark.parametrize("selection", ["uniform", "magnitude", "gradient", "cyclic"])
+def test_reaches_the_analytic_optimum_and_beats_the_loop_it_grew_out_of(
+    selection, evaluations_of_the_loop
+):
+    theirs = evaluations_of_the_loop
+    goal = soft_threshold_optimum(10)
+    x, ours = descend(10, goal, 1e-4, 500, lr=0.5, selection=selection, magnitude_floor=0.5)
+    assert (x - goal).abs().max() < 1e-4
+    assert x[0] == 0  # exactly: the penalty keeps it there
+    assert ours < theirs / 20  # although theirs only has to come within 1e-2
+
+
+def test_beats_the_loop_at_the_loops_own_step_size(evaluations_of_the_loop):
+    goal = soft_threshold_optimum(10)
+    x, ours = descend(10, goal, 1e-2, 50_000, lr=0.01, block_fraction=1.0)
+    assert (x - goal).abs().max() < 1e-2
+    assert ours < evaluations_of_the_loop
+
+
+def test_the_loop_it_grew_out_of_does_not_reach_the_optimum():
+    goal = soft_threshold_optimum(10).numpy()
+    random_steps = 20_000
+    x, evaluations = seed_loop(np.zeros(10), goal + 1.0, random_steps)  # never stops early
+    assert evaluations == 2 * random_steps
+    assert 1e-4 < np.abs(x - goal).max() < 1e-2  # a forward difference is off by half its width
+
+
+@pytest.mark.parametrize("block_steps", [1, 4])
+def test_adam_reaches_the_same_optimum(block_steps):
+    x = nn.Parameter(torch.zeros(10, dtype=torch.float64))
+    optimizer = RCDSparseOptimizer(
+        [x], lr=0.3, eps=1e-8, block="entries", block_fraction=0.3, l1=PENALTY,
+        clip_threshold=1e-4, block_steps=block_steps,
+    )  # fmt: skip
+    for _ in range(600):
+        optimizer.zero_grad()
+        (x - torch.arange(10)).square().sum().backward()
+        optimizer.step()
+    assert (x.detach() - soft_threshold_optimum(10)).abs().max() < 1e-4
+
+
+def test_only_what_lives_or_is_chosen_moves():
+    matrix = nn.Parameter(torch.zeros(16, 10))
+    with torch.no_grad():
+        matrix[3, 3] = matrix[5, 8] = 1.0
+    optimizer = RCDSparseOptimizer([matrix], block="rows", block_fraction=1 / 8)
+    rows = optimizer.coordinates(matrix).block.ids
+    assert len(rows) == 2
+    matrix.grad = torch.ones_like(matrix)
+    optimizer.step()
+    expected = torch.zeros(16, 10, dtype=torch.bool)
+    expected[rows] = True
+    expected[3, 3] = expected[5, 8] = True
+    assert torch.equal(matrix != 0, expected)
+    for value in optimizer.state[matrix].values():  # nothing of the matrix's size is kept
+        assert not torch.is_tensor(value) or value.numel() <= 2 * 10 + 2
+
+    matrix = nn.Parameter(torch.ones(16, 10))
+    optimizer = RCDSparseOptimizer([matrix], block="columns", block_fraction=0.2, move_live=False)
+    columns = optimizer.coordinates(matrix).block.ids
+    matrix.grad = torch.ones_like(matrix)
+    optimizer.step()
+    moved = (matrix != 1).nonzero()[:, 1].unique()
+    assert torch.equal(moved, columns)
+
+
+def test_rows_are_outputs_in_either_layout():
+    matrix = nn.Parameter(torch.zeros(8, 12))
+    for row_dim, kind, dim, size in (
+        (0, "rows", 0, 8), (1, "rows", 1, 12), (0, "columns", 1, 12), (1, "columns", 0, 8),
+    ):  # fmt: skip
+        optimizer = RCDSparseOptimizer([matrix], row_dim=row_dim, block=kind, block_fraction=0.25)
+        block = optimizer.coordinates(matrix).block
+        assert (block.dim, len(block.ids)) == (dim, size // 4)
+
+
+def test_with_everything_in_the_block_adam_moves_as_torch_does():
+    """As long as nothing is clipped, a full block is AdamW on all that is not zero."""
+    g = torch.Generator().manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.randn(9, 7, generator=g.manual_seed(1))) for _ in range(2))
+    norm, norm_theirs = nn.Parameter(torch.ones(7)), nn.Parameter(torch.ones(7))
+    settings = {"lr": 0.03, "betas": (0.8, 0.99), "eps": 0.01, "weight_decay": 0.2}
+    optimizer = RCDSparseOptimizer(
+        [{"params": [ours]}, {"params": [norm], "sparse": False}],
+        block_fraction=1.0, grad_rms="always", **settings,
+    )  # fmt: skip
+    reference = TopKAdamW([theirs, norm_theirs], target_density=1.0, **settings)
+    for step in range(8):
+        for p, q in ((ours, theirs), (norm, norm_theirs)):
+            p.grad = torch.randn(p.shape, generator=g.manual_seed(step))
+            q.grad = p.grad.clone()
+        optimizer.step()
+        reference.step()
+        assert optimizer.grad_rms == pytest.approx(reference.grad_rms, rel=1e-5)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(norm, norm_theirs)
+
+
+def test_zeros_wait_for_the_end_of_the_stay_and_move_by_the_mean():
+    matrix = nn.Parameter(torch.zeros(4, 3))
+    optimizer = RCDSparseOptimizer([matrix], lr=0.1, update="plain", block_steps=3, seed=2)
+    row = int(optimizer.coordinates(matrix).block.ids)
+    for gradient in (1.0, 2.0, 6.0):
+        assert not matrix.any()
+        assert optimizer.coordinates(matrix).block.ids == row
+        matrix.grad = torch.full_like(matrix, gradient)
+        optimizer.step()
+    torch.testing.assert_close(matrix[row].detach(), torch.full((3,), -0.3))
+    assert int(torch.count_nonzero(matrix)) == 3
+
+
+def test_gauss_southwell_moves_the_largest_gradients_only():
+    matrix = nn.Parameter(torch.zeros(4, 10))
+    optimizer = RCDSparseOptimizer(
+        [matrix], update="plain", selection="gradient", block_fraction=0.5, greedy_fraction=0.1
+    )
+    rows = optimizer.coordinates(matrix).block.ids
+    matrix.grad = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    best = matrix.grad[rows].abs().flatten().topk(2).values.min()
+    optimizer.step()
+    moved = matrix != 0
+    assert int(moved.sum()) == 2
+    assert matrix.grad[moved].abs().min() == best
+
+
+def test_budget_is_kept_and_newcomers_replace_the_smallest():
+    g = torch.Generator().manual_seed(0)
+    matrix = nn.Parameter(
+        torch.randn(20, 30, generator=g) * (torch.rand(20, 30, generator=g) < 0.2)
+    )
+    optimizer = RCDSparseOptimizer(
+        [matrix], lr=0.8, block_fraction=0.5, target_density=0.1, min_nonzeros=1
+    )
+    born = 0
+    for _ in range(10):
+        before = matrix != 0
+        matrix.grad = torch.randn(20, 30, generator=g)
+        optimizer.step()
+        after = matrix != 0
+        assert int(after.sum()) == nonzero_budget(600, 0.1)
+        assert after.any(dim=1).all()
+        assert torch.equal(optimizer.state[matrix]["live"], after.flatten().nonzero().flatten())
+        born += int((after & ~before).sum())
+    assert born > 10
+    assert optimizer.density == 0.1
+
+
+@pytest.mark.parametrize(("minimum", "row_dim"), [(0, 0), (2, 0), (3, 1)])
+def test_steps_are_those_of_a_plain_dense_reference(minimum, row_dim):
+    """Dense moments, dense masks and a sort, against what touches live coordinates and block."""
+    g = torch.Generator().manual_seed(0)
+    lr, beta1, beta2, eps, budget = 0.5, 0.8, 0.9, 0.1, 72
+    x = torch.randn(24, 30, generator=g, dtype=torch.float64)
+    # Columns and rows of unequal size, so that some fall short of the minimum.
+    x *= torch.logspace(-2, 0, 24, dtype=torch.float64)[:, None]
+    x *= torch.rand(24, 30, generator=g) < 0.15
+    first, second, age = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(x)
+    weight = nn.Parameter(x.clone())
+    optimizer = RCDSparseOptimizer(
+        [weight], lr=lr, betas=(beta1, beta2), eps=eps, block_fraction=1 / 6, row_dim=row_dim,
+        target_density=0.1, min_nonzeros=minimum,
+    )  # fmt: skip
+    for _ in range(25):
+        gradient = torch.randn(24, 30, generator=g, dtype=torch.float64)
+        in_block = torch.zeros(24, 30, dtype=torch.bool)
+        in_block.index_fill_(row_dim, optimizer.coordinates(weight).block.ids, True)
+        moving = in_block | (x != 0)
+        first = torch.where(moving, beta1 * first + (1 - beta1) * gradient, 0.0)
+        second = torch.where(moving, beta2 * second + (1 - beta2) * gradient**2, 0.0)
+        age = torch.where(moving, age + 1, 0.0)
+        direction = first / (1 - beta1**age) / ((second / (1 - beta2**age)).sqrt() + eps)
+        x = torch.where(moving, x - lr * direction, x)
+        project_topk_reference_(x, budget, minimum, row_dim)
+        first, second, age = (torch.where(x != 0, t, 0.0) for t in (first, second, age))
+
+        weight.grad = gradient
+        optimizer.step()
+        assert torch.equal(weight != 0, x != 0)
+        torch.testing.assert_close(weight.detach(), x, rtol=1e-5, atol=1e-6)
+
+
+def test_clip_threshold_empties_what_is_small():
+    matrix = nn.Parameter(torch.linspace(0.001, 0.1, 40).view(4, 10))
+    optimizer = RCDSparseOptimizer([matrix], lr=0.01, update="plain", clip_threshold=0.05)
+    matrix.grad = torch.zeros_like(matrix)
+    optimizer.step()
+    assert torch.equal(matrix != 0, torch.linspace(0.001, 0.1, 40).view(4, 10) >= 0.05)
+    assert len(optimizer.state[matrix]["live"]) == int(torch.count_nonzero(matrix))
+
+
+SETTINGS = {
+    "lr": 0.05,
+    "block_fraction": 0.25,
+    "block_steps": 3,
+    "target_density": 0.2,
+    "min_nonzeros": 2,
+    "l1": 1e-4,
+    "clip_threshold": 1e-4,
+    "weight_decay": 0.1,
+    "grad_rms": "always",
+    "seed": 7,
+}
+
+
+def parameters(dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    sizes = ((40, 30), (20, 4, 5), (25,), (6,))
+    return [nn.Parameter(torch.randn(*size, generator=g).to(dtype)) for size in sizes]
+
+
+def groups_of(params):
+    return [{"params": params[:3]}, {"params": params[3:], "sparse": False}]
+
+
+def set_gradients(params, step):
+    g = torch.Generator().manual_seed(100 + step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
+
+
+@pytest.mark.parametrize("selection", ["uniform", "magnitude", "gradient", "cyclic"])
+@pytest.mark.parametrize("block", ["rows", "columns", "entries"])
+def test_stopping_and_loading_gives_bit_for_bit_the_run_that_never_stopped(selection, block):
+    params = parameters()
+    settings = {**SETTINGS, "selection": selection, "block": block}
+    optimizer = RCDSparseOptimizer(groups_of(params), **settings)
+    for step in range(1, 12):
+        set_gradients(params, step)
+        optimizer.step()
+        if step == 5:  # in the middle of a stay
+            stopped = io.BytesIO()
+            torch.save([[p.detach() for p in params], optimizer.state_dict()], stopped)
+    stopped.seek(0)
+    weights, state = torch.load(stopped, weights_only=True)
+    resumed = [nn.Parameter(w) for w in weights]
+    torch.manual_seed(99)  # nothing depends on the global generator
+    again = RCDSparseOptimizer(groups_of(resumed), lr=0.5, block_fraction=1.0, seed=1)
+    again.load_state_dict(state)
+    for step in range(6, 12):
+        set_gradients(resumed, step)
+        again.step()
+    for p, q in zip(params, resumed, strict=True):
+        assert torch.equal(p, q)
+        for name, value in optimizer.state[p].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(again.state[q][name])), name
+    assert again.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+def test_positions_survive_loading_into_half_precision():
+    weight = nn.Parameter(torch.zeros(40, 30, dtype=torch.bfloat16))
+    with torch.no_grad():
+        weight[39, 28] = 1.0  # position 1198 is no bfloat16
+    optimizer = RCDSparseOptimizer([weight])
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    again = RCDSparseOptimizer([weight])
+    again.load_state_dict(optimizer.state_dict())
+    assert again.state[weight]["live"].tolist() == [1198]
+    assert again.state[weight]["exp_avg"].dtype == torch.float32
+
+
+def test_copies_work():
+    params = parameters()
+    optimizer = RCDSparseOptimizer(groups_of(params), **SETTINGS)
+    set_gradients(params, 0)
+    optimizer.step()
+    twin = copy.deepcopy(optimizer)
+    twin.step()
+    assert (twin.steps_taken, optimizer.steps_taken) == (2, 1)
+
+
+def test_seeds_choose_other_blocks():
+    chosen = []
+    for seed in (0, 0, 1):
+        optimizer = RCDSparseOptimizer(p := parameters(), block_fraction=0.1, seed=seed)
+        chosen.append([optimizer.coordinates(q).block.ids.tolist() for q in p])
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_the_third_in_a_row_raises(caplog):
+    params = parameters()
+    named = [("first.weight", params[0]), ("second.weight", params[1])]
+    optimizer = RCDSparseOptimizer(named, block_fraction=1.0)
+    set_gradients(params, 0)
+    optimizer.step()
+    before = params[0].detach().clone()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            set_gradients(params, 1)
+            params[1].grad[3] = float("nan")
+            optimizer.step()
+    assert torch.equal(params[0], before)
+    assert (optimizer.skipped_steps, optimizer.steps_taken) == (2, 3)
+    assert "second.weight" in caplog.text
+    set_gradients(params, 2)
+    optimizer.step()
+    for _ in range(2):
+        params[0].grad[0] = float("inf")
+        optimizer.step()
+    params[0].grad[0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row.*step 7.*first\.weight"):
+        optimizer.step()
+
+
+def test_no_gradient_no_move():
+    params = parameters()
+    before = [p.detach().clone() for p in params]
+    optimizer = RCDSparseOptimizer(params, weight_decay=0.5)
+    optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    params[0].grad = torch.zeros(40, 30).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse tensor"):
+        optimizer.step()
+
+
+def test_closure_and_half_precision():
+    layer = nn.Linear(12, 8).bfloat16()
+    optimizer = RCDSparseOptimizer(layer.parameters(), lr=0.05, block_fraction=0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = layer(torch.ones(1, 12, dtype=torch.bfloat16)).square().sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure).item()
+    for _ in range(20):
+        last = optimizer.step(closure).item()
+    assert last < first / 4
+
+
+def test_the_budget_falls_by_equal_factors_and_exploring_ends():
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(0.1 * torch.randn(32, 32, generator=generator))
+    optimizer = RCDSparseOptimizer(
+        [weight], lr=1.0, update="plain", start_density=1 / 2, target_density=1 / 8, anneal_end=0.5,
+        explore_end=0.75, total_steps=16, block_fraction=1 / 4,
+    )  # fmt: skip
+    nonzeros, blocks, masks = [], [], []
+    for _ in range(16):
+        weight.grad = torch.randn(32, 32, generator=generator)
+        blocks.append(optimizer.coordinates(weight).block.numel)
+        optimizer.step()
+        nonzeros.append(int(torch.count_nonzero(weight)))
+        masks.append(weight.detach() != 0)
+    expected = [round(1024 * 0.5 * 0.25 ** (step / 8)) for step in range(1, 9)]
+    assert nonzeros == [*expected, *[128] * 8]
+    assert blocks == [256] * 12 + [0] * 4
+    assert not torch.equal(masks[7], masks[11])
+    assert torch.equal(masks[12], masks[15])  # only what lives moves
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"block_fraction": 0.0}, r"block_fraction=0\.0 is outside \(0, 1\]"),
+        ({"block_fraction": 1.5}, "block_fraction=1.5"),
+        ({"block_fraction": float("nan")}, "block_fraction=nan"),
+        ({"target_density": 0}, "target_density=0"),
+        ({"greedy_fraction": 2}, "greedy_fraction=2"),
+        ({"magnitude_floor": 0.0}, "magnitude_floor"),
+        ({"selection": "lucky"}, "selection='lucky' is unknown: expected one of uniform"),
+        ({"block": "tiles"}, "block='tiles'"),
+        ({"update": "newton"}, "update='newton'"),
+        ({"block_steps": 0}, "block_steps=0"),
+        ({"clip_threshold": -1.0}, "clip_threshold=-1.0"),
+        ({"l1": float("inf")}, "l1=inf"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"row_dim": 2}, "row_dim=2"),
+        ({"grad_rms": "sometimes"}, "grad_rms='sometimes'"),
+        ({"start_density": 0.5}, "start_density=0.5 was passed without a target_density"),
+        ({"start_density": 0.1, "target_density": 0.2}, "start_density=0.1 is not between"),
+        ({"explore_end": 1.5}, "explore_end=1.5"),
+        ({"explore_end": 0.5}, "total_steps=None"),
+        ({"start_density": 0.5, "target_density": 0.1, "total_steps": 0}, "total_steps=0"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        RCDSparseOptimizer(parameters(), **arguments)
+
+
+def test_parameters_without_a_rule_are_named():
+    with pytest.raises(ValueError, match=r"embed\.T.*not contiguous"):
+        RCDSparseOptimizer([("embed.T", nn.Parameter(torch.zeros(4, 5).T))])
+    with pytest.raises(ValueError, match=r"parameter 1 .*empty"):
+        RCDSparseOptimizer([nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(0))])
+    with pytest.raises(ValueError, match=r"experts .*no rule"):
+        RCDSparseOptimizer([("experts", nn.Parameter(torch.zeros(2, 3, 4)))], row_dim=1)
+    optimizer = RCDSparseOptimizer([nn.Parameter(torch.zeros(3))])
+    with pytest.raises(ValueError, match="block_fraction=3"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "block_fraction": 3})
+    assert len(optimizer.param_groups) == 1

@@ -1,0 +1,208 @@
+"""Training on the nonzeros gives what training on the dense matrices gives."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_circuit_sparsity.modeling.abs_topk import abs_topk
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from hf_circuit_sparsity.optim import sparse_compute
+from hf_circuit_sparsity.optim.projection import project_topk_
+from hf_circuit_sparsity.optim.sparse_compute import NonzeroLinear, on_nonzeros
+from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
+
+pytestmark = pytest.mark.usefixtures("either_path")
+
+
+@pytest.fixture(autouse=True)
+def no_layer_is_too_small(monkeypatch):
+    monkeypatch.setattr(sparse_compute, "_MIN_WORK", 1)
+    monkeypatch.setattr(sparse_compute, "_MIN_WORK_WITHOUT_KERNELS", 1)
+
+
+@pytest.fixture
+def sparse_calls(monkeypatch):
+    """Shapes of the inputs that were multiplied by nonzeros."""
+    calls = []
+    multiply = sparse_compute.sparse_matmul
+
+    def counted(x, *args):
+        calls.append(tuple(x.shape))
+        return multiply(x, *args)
+
+    monkeypatch.setattr(sparse_compute, "sparse_matmul", counted)
+    return calls
+
+
+def _graph(y):
+    """The names of what computed `y`."""
+    names, nodes = [], [y.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.append(node.name())
+        nodes += [n for n, _ in node.next_functions if n is not None]
+    return " ".join(names)
+
+
+def layer(density, bias=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    module = nn.Linear(24, 36, bias=bias).double()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+        module.weight *= torch.rand(36, 24, generator=generator) < density
+    return module
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("density", [0.0, 0.05])
+def test_layer_gives_the_same_output_and_gradients(density, bias, sparse_calls):
+    module = layer(density, bias)
+    x = torch.randn(2, 40, 24, dtype=torch.float64, requires_grad=True)
+    up = torch.randn(2, 40, 36, dtype=torch.float64)
+    inputs = [x, *module.parameters()]
+    expected = module(x)
+    wanted = torch.autograd.grad((expected * up).sum(), inputs)
+    with on_nonzeros(module):
+        y = module(x)
+        got = torch.autograd.grad((y * up).sum(), inputs)
+    assert sparse_calls == [(80, 24), (80, 36)]  # forward, and the gradient of the input
+    torch.testing.assert_close(y, expected)
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.count_nonzero(got[1]) == got[1].numel()  # dense: zeros may grow back
+
+
+@pytest.mark.parametrize("sparse_input", [True, False])
+@pytest.mark.parametrize("sparse_grad", [True, False])
+@pytest.mark.parametrize("density", [0.05, 1.0])
+def test_few_active_inputs_or_gradients_give_the_same(
+    density, sparse_input, sparse_grad, either_path
+):
+    module = layer(density).float()
+    x = (abs_topk(torch.randn(2, 40, 24), 6 if sparse_input else 24)).requires_grad_()
+    up = abs_topk(torch.randn(2, 40, 36), 9 if sparse_grad else 36)
+    inputs = [x, *module.parameters()]
+    wanted = [module(x), *torch.autograd.grad((module(x) * up).sum(), inputs)]
+    with on_nonzeros(module):
+        y = module(x)
+        got = [y, *torch.autograd.grad((y * up).sum(), inputs)]
+    ours_ran = density < 1 or either_path == "kernels"
+    assert ("_LinearOnNonzeros" in _graph(y)) == ours_ran
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_dense_layers_and_half_precision_are_computed_as_ever(sparse_calls):
+    dense, half = layer(0.5), layer(0.05).to(torch.bfloat16)
+    x = torch.randn(3, 24, dtype=torch.float64)
+    with on_nonzeros(dense), on_nonzeros(half):
+        assert isinstance(dense, NonzeroLinear)
+        dense(x)
+        half(x.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(0.05).float()(x.float())
+    assert not sparse_calls
+    assert type(dense) is nn.Linear
+
+
+def test_every_way_to_change_a_weight_is_noticed():
+    module = layer(0.05).float()
+    x = torch.randn(5, 24)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+
+    def step():
+        module.weight.grad = module.weight.detach().clone()
+        optimizer.step()
+
+    def assign():
+        module.weight = nn.Parameter(layer(0.05, seed=7).weight.detach().float())
+
+    changes = [
+        step,
+        lambda: project_topk_(module.weight, 10, min_nonzeros=0),
+        lambda: project_topk_(module.weight.data, 5, min_nonzeros=0),
+        lambda: module.load_state_dict(layer(0.05, seed=3).float().state_dict()),
+        assign,
+        lambda: module.weight.data.mul_(2.0),
+    ]
+    with on_nonzeros(module):
+        for change in changes:
+            before = module(x)
+            change()
+            after = module(x)
+            expected = nn.functional.linear(x, module.weight, module.bias)
+            torch.testing.assert_close(after, expected)
+            assert not torch.equal(before, after)
+
+
+def test_restored_after_an_error():
+    module = nn.Sequential(layer(0.05))
+    with pytest.raises(RuntimeError, match="stop"), on_nonzeros(module):
+        raise RuntimeError("stop")
+    assert type(module[0]) is nn.Linear
+
+
+def small_model():
+    torch.manual_seed(0)
+    config = CircuitGPTConfig(
+        n_layer=2, n_head=4, d_head=8, d_model=32, d_mlp=128, block_size=32, vocab_size=64
+    )
+    return CircuitGPTForCausalLM(config)
+
+
+def test_losses_are_those_of_the_reference_over_50_steps(sparse_calls):
+    model = small_model().train()
+    generator = torch.Generator().manual_seed(0)
+    batches = torch.randint(64, (50, 4, 16), generator=generator)
+
+    def train(model):
+        # The row minimum would keep so small a model too dense to be run on its nonzeros.
+        matrices = [p for n, p in model.named_parameters() if p.dim() > 1 and "bigram" not in n]
+        optimizer = TopKAdamW(
+            matrices, lr=3e-3, target_density=1 / 16, total_steps=50, min_nonzeros=0
+        )
+        losses = []
+        for batch in batches:
+            loss = model(batch, labels=batch).loss
+            model.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    reference = train(copy.deepcopy(model))
+    assert not sparse_calls
+    with on_nonzeros(model):
+        losses = train(model)
+    assert len(sparse_calls) > 25 * 9 * 2 * 0.9  # the second half of the run, every linear layer
+    torch.testing.assert_close(losses, reference, atol=2e-5, rtol=0)
+    assert reference[-1] < reference[0]
+
+
+def test_trainer_computes_on_nonzeros_and_says_so_in_its_arguments(
+    make_trainer, make_llama, sparse_calls
+):
+    runs = []
+    for compute in (True, False):
+        sparse_calls.clear()
+        trainer = make_trainer(
+            make_llama(), target_density=0.05, min_nonzeros=0, compute_on_nonzeros=compute
+        )
+        trainer.train()
+        assert bool(sparse_calls) == compute
+        assert not any(isinstance(m, NonzeroLinear) for m in trainer.model.modules())
+        runs.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
+    assert runs[0] == pytest.approx(runs[1], abs=2e-4)
+
+
+def test_model_made_by_the_trainer_is_computed_so_too(make_trainer, make_llama, sparse_calls):
+    trainer = make_trainer(
+        None, model_init=lambda: make_llama(), target_density=0.05, min_nonzeros=0
+    )
+    trainer.train()
+    assert sparse_calls
+    assert not any(isinstance(m, NonzeroLinear) for m in trainer.model.modules())
