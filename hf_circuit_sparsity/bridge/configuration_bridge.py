@@ -48,6 +48,7 @@ class BridgeConfig(CheckedConfig, PreTrainedConfig):
                 f"encoder_afrac={afrac} was passed, but the kept fraction must be in (0, 1]; use "
                 "None to keep every channel."
             )
+        kwargs.pop("auto_map", None)  # earlier versions saved their code beside a bridge
         super().__post_init__(**kwargs)
 
     def _check_types(self) -> None:
