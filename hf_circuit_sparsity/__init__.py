@@ -3,8 +3,9 @@
 Importing this package registers CircuitGPT with transformers' Auto classes.
 """
 
+from contextlib import suppress
+
 from . import (
-    adapters,  # noqa: F401  registers our PEFT methods
     hub_cards,  # noqa: F401  fills the slot of what is known about the Hub
     kernels,  # noqa: F401  fills the slot that `modeling` asks for faster loops
 )
@@ -32,6 +33,9 @@ from .tasks.packing import pack
 from .tasks.tokenizer import tokenizer_from_openai, train_tokenizer
 from .trainer.sparse_config import SparseTrainingArguments
 from .trainer.sparse_trainer import SparseTrainer
+
+with suppress(ImportError):  # PEFT is not installed, or too old
+    from . import adapters  # noqa: F401  makes our methods known to PEFT
 
 __version__ = "0.1.0"
 

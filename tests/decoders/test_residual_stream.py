@@ -2,14 +2,9 @@
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
 
-from hf_circuit_sparsity.decoders.residual_stream import (
-    _STREAMS,
-    LlamaStream,
-    register_residual_stream,
-    residual_stream,
-)
+from hf_circuit_sparsity.decoders.llama import LlamaStream
+from hf_circuit_sparsity.decoders.residual_stream import register_residual_stream, residual_stream
 from tests.decoders.dense_models import circuitgpt, gpt2, llama
 
 IDS = torch.arange(24).reshape(2, 12) % 60
@@ -83,34 +78,15 @@ def test_an_edit_changes_the_stream_where_it_says(make):
         assert torch.equal(model(IDS).logits, whole)
 
 
-def test_an_unknown_architecture_says_what_is_known_and_what_to_do():
-    model = OPTForCausalLM(
-        OPTConfig(
-            vocab_size=64,
-            hidden_size=16,
-            num_hidden_layers=1,
-            ffn_dim=16,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            word_embed_proj_dim=16,
-        )
-    )
-    with pytest.raises(ValueError, match=r"'opt'.*circuitgpt, gpt2, llama.*ResidualStream"):
-        residual_stream(model)
-
-
 def test_gpt2_with_cross_attention_is_refused():
     with pytest.raises(ValueError, match="add_cross_attention=True"):
         residual_stream(gpt2(add_cross_attention=True))
 
 
-def test_another_architecture_can_be_registered():
+def test_an_unknown_architecture_says_what_to_implement_and_can_be_registered():
     model = llama()
-    model.config.model_type = "llama_of_another_name"
-    with pytest.raises(ValueError, match="llama_of_another_name"):
+    model.config.model_type = "my_llama"
+    with pytest.raises(ValueError, match=r"'my_llama'.*circuitgpt, gpt2, llama.*ResidualStream"):
         residual_stream(model)
-    register_residual_stream("llama_of_another_name", LlamaStream)
-    try:
-        assert residual_stream(model).depth == 2
-    finally:
-        del _STREAMS["llama_of_another_name"]
+    register_residual_stream("my_llama", LlamaStream)
+    assert residual_stream(model).depth == 2

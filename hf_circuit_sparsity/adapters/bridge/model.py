@@ -1,45 +1,22 @@
-"""A saved bridge as a PEFT adapter of its dense model."""
+"""A bridge as a PEFT adapter of its dense model."""
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from ..bridge.checkpoint import PEFT_TYPE, check_base
-from ..bridge.configuration_bridge import BridgeConfig
-from ..bridge.modeling_bridge import BridgedCausalLM
-
-_PART = "bridge_parts."
-
-
-@dataclass
-class BridgePeftConfig(PeftConfig):
-    """What `adapter_config.json` of a bridge holds.
-
-    Attributes:
-        bridge: the fields of its [`BridgeConfig`].
-    """
-
-    PEFT_TYPE = PEFT_TYPE
-
-    bridge: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "The fields of the BridgeConfig."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PEFT_TYPE
+from ...bridge.checkpoint import PREFIX, adapter_state_dict, check_base
+from ...bridge.configuration_bridge import BridgeConfig
+from ...bridge.modeling_bridge import BridgedCausalLM
 
 
 class BridgeTuner(BaseTuner):
-    """Holds a sparse twin and bridges beside a dense model, which runs as ever until it is steered.
+    """Holds a sparse model and bridges beside a dense model, which runs unchanged until steered.
 
-    The model's own forward pass and `generate` are untouched. `bridged` is the
-    [`BridgedCausalLM`] around it; [`steer`] is its method. Both are reached from the `PeftModel`.
+    It replaces no layer. `bridged` is the [`BridgedCausalLM`] and [`steer`] its method; both are
+    reached from the `PeftModel`.
 
     Raises:
         ValueError: the bridge was trained for another dense model.
@@ -70,7 +47,7 @@ class BridgeTuner(BaseTuner):
 
     @property
     def bridged(self) -> BridgedCausalLM:
-        """The active bridge with the dense model and the twin."""
+        """The active bridge with its dense and sparse models."""
         return self.bridge_parts[self.active_adapters[0]]
 
     def steer(self, *args: Any, **kwargs: Any) -> AbstractContextManager[BridgedCausalLM]:
@@ -78,7 +55,7 @@ class BridgeTuner(BaseTuner):
         return self.bridged.steer(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take a bridge away again."""
+        """Remove a bridge."""
         del self.peft_config[adapter_name], self.bridge_parts[adapter_name]
         self.active_adapter = next(iter(self.peft_config), [])
 
@@ -89,7 +66,7 @@ class BridgeTuner(BaseTuner):
         model.requires_grad_(False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Nothing: the bridge was saved in the precision it was trained in."""
+        """Nothing: a bridge keeps the precision it was trained in."""
 
     @classmethod
     def _get_adapter_state_dict(
@@ -100,22 +77,20 @@ class BridgeTuner(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        start = f"base_model.{_PART}{adapter_name}."
-        bridged = model.base_model.bridge_parts[adapter_name]
-        tied = {f"{start}sparse.{name}" for name in (bridged.sparse.all_tied_weights_keys or {})}
-        return {
-            name: tensor
-            for name, tensor in state_dict.items()
-            if name.startswith(start) and not name.startswith(f"{start}dense.") and name not in tied
-        }
+        saved = adapter_state_dict(model.base_model.bridge_parts[adapter_name])
+        names = [cls._with_adapter_name(name, adapter_name) for name in saved]
+        return {name: state_dict[name] for name in names}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return key.replace(f"base_model.{_PART}{adapter_name}.", f"base_model.{_PART}", 1)
+        return key.replace(f"{PREFIX}{adapter_name}.", PREFIX, 1)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict
     ) -> dict[str, torch.Tensor]:
-        new = f"base_model.{_PART}{adapter_name}."
-        return {k.replace(f"base_model.{_PART}", new, 1): v for k, v in state_dict.items()}
+        return {cls._with_adapter_name(name, adapter_name): w for name, w in state_dict.items()}
+
+    @staticmethod
+    def _with_adapter_name(key: str, adapter_name: str) -> str:
+        return key.replace(PREFIX, f"{PREFIX}{adapter_name}.", 1)

@@ -1,0 +1,46 @@
+"""GPT-2's residual stream."""
+
+from torch import nn
+
+from .residual_stream import ResidualStream, causal_mask, position_ids, register_residual_stream
+
+
+class GPT2Stream(ResidualStream):
+    """See [`ResidualStream`].
+
+    Raises:
+        ValueError: the model has cross-attention.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        if getattr(model.config, "add_cross_attention", False):
+            raise ValueError(
+                "The GPT-2 model has add_cross_attention=True, but the 2L + 1 locations have no "
+                "place for cross-attention; pass a decoder without it."
+            )
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.transformer.h
+
+    def embed(self, input_ids, attention_mask):
+        body = self.model.transformer
+        positions = position_ids(input_ids, attention_mask)
+        x = body.drop(body.wte(input_ids) + body.wpe(positions))
+        return x, {"attention_mask": causal_mask(self.model, x, attention_mask, positions)}
+
+    def attention(self, block, x, context):
+        return x + block.attn(block.ln_1(x), **context)[0]
+
+    def mlp(self, block, x, context):
+        return x + block.mlp(block.ln_2(x))
+
+    def logits(self, x, context):
+        return self.model.lm_head(self.model.transformer.ln_f(x))
+
+    def attention_parts(self, block):
+        return block.ln_1, block.attn
+
+
+register_residual_stream("gpt2", GPT2Stream)
