@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
-from hf_circuit_sparsity.modeling.sparse_execution import to_sparse
+from hf_circuit_sparsity.modeling.sparse_layers import to_sparse
 
 from ..speed.measure import machine, peak_memory, table, write_text
 from .rcd_headline import tokens

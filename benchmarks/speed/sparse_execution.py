@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.modeling.csr import CSR
 from hf_circuit_sparsity.modeling.kernel_slot import without_kernels
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import (
     AbsTopK,
     CircuitGPTAttention,
     CircuitGPTForCausalLM,
 )
-from hf_circuit_sparsity.modeling.sparse_layers import SparseWeight, nonzeros_of, sparse_matmul
+from hf_circuit_sparsity.modeling.sparse_layers import SparseWeight
 
 from .measure import Timing, interleaved, main, ratio, table
 from .plain import plainly, random_sparse_model
@@ -168,14 +169,14 @@ def _crossover(device: str, dtype: torch.dtype, quick: bool) -> str:
         weight = torch.randn(rows, width, generator=generator)
         weight *= torch.rand(rows, width, generator=generator) < 1 / divisor
         weight = weight.to(device=device, dtype=dtype)
-        parts = nonzeros_of(weight)
+        csr = CSR.from_dense(weight)
         line = [f"1/{divisor}"]
         for tokens in (1, 256):
             x = torch.randn(tokens, width, generator=generator).to(device=device, dtype=dtype)
             times = interleaved(
                 {
                     "dense": lambda x=x, weight=weight: nn.functional.linear(x, weight),
-                    "sparse": lambda x=x, parts=parts: sparse_matmul(x, *parts, rows=rows),
+                    "sparse": lambda x=x, csr=csr: csr.linear(x),
                 },
                 rounds=5 if quick else 15,
                 device=device,

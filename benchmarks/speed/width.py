@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
-from hf_circuit_sparsity.modeling.sparse_execution import sparse_layers
+from hf_circuit_sparsity.modeling.sparse_layers import sparse_layers
 
 from .measure import interleaved, main, ratio, save_figure, table
 from .plain import random_sparse_model

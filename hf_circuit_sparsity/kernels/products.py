@@ -59,6 +59,7 @@ class ProductKernels(Library):
         self._product = declare(library.product, "pppiipifiippi")
         self._compress = declare(library.compress, "piiiippp", ctypes.c_int64)
         self._transpose_compressed = declare(library.transpose_compressed, "pppiipppp")
+        self._transpose_pattern = declare(library.transpose_pattern, "ppiipppp")
         self._sparse_linear = declare(library.sparse_linear, "pppiippiiippi")
         self._turn_pieces = declare(library.turn_pieces, "piiiiip")
         self._gradient_at = declare(library.gradient_at, "ppiippiiip")
@@ -110,6 +111,48 @@ class ProductKernels(Library):
 
         in_pieces(work, n, _PANEL)
         return out
+
+    def nonzeros(
+        self, weight: Tensor, room: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The nonzeros of a matrix row by row; None if they are more than `room`.
+
+        Args:
+            weight: `(rows, width)`.
+
+        Returns:
+            `row_starts`, `(rows + 1,)` int32, `columns`, int32, and `values`, `(nonzeros,)`.
+        """
+        weight = as_rows(weight)
+        rows, width = weight.shape
+        room = int(torch.count_nonzero(weight)) if room is None else room
+        starts = torch.empty(rows + 1, dtype=torch.int32)
+        columns = torch.empty(room + 2 * LANES, dtype=torch.int32)
+        values = torch.empty(room + 2 * LANES)
+        n = self._compress(
+            weight.data_ptr(), weight.stride(0), rows, width, room,
+            starts.data_ptr(), columns.data_ptr(), values.data_ptr(),
+        )  # fmt: skip
+        return None if n < 0 else (starts, columns[:n], values[:n])
+
+    def transpose_pattern(
+        self, row_starts: Tensor, columns: Tensor, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`row_starts` and `columns` of the transposed matrix, and which nonzero each is.
+
+        Args:
+            row_starts: `(rows + 1,)` int32.
+            columns: `(nonzeros,)` int32, below `width`.
+        """
+        row_starts, columns = row_starts.contiguous(), columns.contiguous()
+        starts = torch.empty(width + 1, dtype=torch.int32)
+        turned, order = torch.empty_like(columns), torch.empty_like(columns)
+        scratch = torch.empty(width, dtype=torch.int32)
+        self._transpose_pattern(
+            row_starts.data_ptr(), columns.data_ptr(), len(row_starts) - 1, width,
+            scratch.data_ptr(), starts.data_ptr(), turned.data_ptr(), order.data_ptr(),
+        )  # fmt: skip
+        return starts, turned, order
 
     def compress(self, weight: Tensor, max_density: float) -> CompressedRows | None:
         """The nonzeros of a matrix row by row; None if they are more than `max_density`.

@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from .csr import CSR
 from .sparse_checkpoint import PARTS, unpack
-from .sparse_execution import sparse_layers
-from .sparse_layers import nonzeros_of
+from .sparse_layers import sparse_layers
 
 
 @torch.no_grad()
@@ -32,14 +32,11 @@ def load_nonzeros(model: PreTrainedModel, folder: str | os.PathLike) -> None:
         key = f"{name}.weight"
         key = key if f"{key}{PARTS[0]}" in stored or key in stored else tied.get(key, key)
         if key in stored:
-            row_starts, columns, values = nonzeros_of(stored[key])
+            csr = CSR.from_dense(stored[key])
         else:
             found = {part: stored[key + part] for part in PARTS if key + part in stored}
-            row_starts, columns, values = unpack(path, key, found, layer.shape)
-        layer.row_starts = row_starts.to(layer.row_starts.device)
-        layer.columns = columns.to(layer.columns.device)
-        layer.values.data = values.to(layer.values)
-        layer._transposed = None
+            csr = unpack(path, key, found, layer.shape)
+        layer.assign(csr)
     own = {f"{name}.weight" for name in layers}
     rest = {n: t for n, t in stored.items() if n not in own and not n.endswith(PARTS)}
     for name, target in model.named_parameters():
@@ -47,9 +44,7 @@ def load_nonzeros(model: PreTrainedModel, folder: str | os.PathLike) -> None:
             target.copy_(rest[name])
         elif f"{name}{PARTS[0]}" in stored:  # few nonzeros, yet a dense parameter
             found = {part: stored[name + part] for part in PARTS}
-            row_starts, columns, values = unpack(path, name, found, tuple(target.shape))
-            rows = torch.repeat_interleave(torch.arange(len(target)), row_starts.diff())
-            target.zero_()[rows, columns.long()] = values.to(target)
+            target.copy_(unpack(path, name, found, tuple(target.shape)).to_dense())
     for name, target in model.named_buffers():
         if name in rest:
             target.copy_(rest[name])

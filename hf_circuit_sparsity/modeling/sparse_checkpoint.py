@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers.utils import cached_file
 
-from .sparse_execution import dense_layer, replace_module
-from .sparse_layers import SparseEmbedding, SparseLinear, SparseWeight, nonzeros_of
+from .csr import CSR
+from .sparse_layers import SparseWeight, dense_layer, replace_module, sparse_layer
 from .validation import FLOAT_DTYPES, ArtifactError, read_tensors, tensor_shapes
 
 VALUES, COLUMNS, ROW_COUNTS = ".values", ".columns", ".row_counts"
@@ -94,8 +94,7 @@ def encoded_state_dict(
         if isinstance(module, SparseWeight):
             if id(module.values) not in written:  # tied layers are written once, as ever
                 written.add(id(module.values))
-                parts = (module.row_starts, module.columns, module.values.detach())
-                encoded.update(_packed(f"{name}.weight", parts, module.shape[1]))
+                encoded.update(_packed(f"{name}.weight", module.csr))
             own = {f"{name}.bias": module.bias} if getattr(module, "bias", None) is not None else {}
         else:
             own = {}
@@ -114,17 +113,18 @@ def _encoded(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         index = _smallest_unsigned(width).itemsize
         size = int(torch.count_nonzero(tensor)) * (tensor.element_size() + index)
         if size + len(tensor) * index < tensor.numel() * tensor.element_size():
-            return _packed(name, nonzeros_of(tensor), width)
+            return _packed(name, CSR.from_dense(tensor))
     return {name: tensor.cpu().contiguous()}
 
 
-def _packed(name: str, parts: tuple[torch.Tensor, ...], width: int) -> dict[str, torch.Tensor]:
-    row_starts, columns, values = (part.cpu() for part in parts)
-    counts = row_starts.diff().numpy()
+def _packed(name: str, csr: CSR) -> dict[str, torch.Tensor]:
+    counts, width = csr.row_starts.cpu().diff().numpy(), csr.shape[1]
     largest = int(counts.max(initial=0))
     return {
-        name + VALUES: values.contiguous(),
-        name + COLUMNS: torch.from_numpy(columns.numpy().astype(_smallest_unsigned(width))),
+        name + VALUES: csr.values.detach().cpu().contiguous(),
+        name + COLUMNS: torch.from_numpy(
+            csr.columns.cpu().numpy().astype(_smallest_unsigned(width))
+        ),
         name + ROW_COUNTS: torch.from_numpy(counts.astype(_smallest_unsigned(largest + 1))),
     }
 
@@ -134,10 +134,8 @@ def _smallest_unsigned(count: int) -> np.dtype:
     return next(np.dtype(t) for t in _UNSIGNED if count <= np.iinfo(t).max + 1)
 
 
-def unpack(
-    path: str, name: str, parts: dict[str, torch.Tensor], shape: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`row_starts`, `columns` (int32) and `values` of a stored matrix.
+def unpack(path: str, name: str, parts: dict[str, torch.Tensor], shape: tuple[int, ...]) -> CSR:
+    """A stored matrix.
 
     Args:
         path, name: of the file and of the matrix, for the error.
@@ -188,7 +186,7 @@ def unpack(
         raise refusal(f"lists {what} in row {row}")
     row_starts = torch.zeros(rows + 1, dtype=torch.int32)
     row_starts[1:] = torch.from_numpy(counts.cumsum())
-    return row_starts, torch.from_numpy(columns.astype(np.int32)), values
+    return CSR(row_starts, torch.from_numpy(columns.astype(np.int32)), values, width)
 
 
 def fill_from_sparse_file(
@@ -234,21 +232,18 @@ def fill_from_sparse_file(
             dense[name] = tensor.to(dtype)
             continue
         shape = expected[name]
-        row_starts, columns, values = unpack(path, name, tensor, shape)
-        values = nn.Parameter(values.to(dtype))
+        csr = unpack(path, name, tensor, shape)
+        csr = csr.with_values(nn.Parameter(csr.values.to(dtype)))
         owner = name.removesuffix(".weight")
         shared: dict[int, nn.Parameter] = {}  # per stored matrix: later ones may reuse its id
         for target in (owner, *(t.removesuffix(".weight") for t, s in tied.items() if s == name)):
             module = modules.get(target)
-            if type(module) is nn.Embedding:
-                layer = SparseEmbedding(row_starts, columns, values, shape)
-            elif type(module) is nn.Linear:
-                layer = SparseLinear(row_starts, columns, values, shape, bias=module.bias)
-            else:  # a matrix that is no layer, as the bigram table, is needed whole
-                dense[name] = SparseWeight(row_starts, columns, values, shape).weight.detach()
+            if type(module) not in (nn.Embedding, nn.Linear):
+                dense[name] = csr.to_dense().detach()  # as the bigram table, which is no layer
                 continue
+            layer = sparse_layer(module, csr)
             layer.values.requires_grad_(module.weight.requires_grad)
-            dense_enough = values.numel() > max_density * shape[0] * shape[1]
+            dense_enough = len(csr) > max_density * shape[0] * shape[1]
             replace_module(model, target, dense_layer(layer, shared) if dense_enough else layer)
     _assign(model, dense, set(stored), expected, tied, path)
     return model

@@ -19,7 +19,7 @@ from .sparse_checkpoint import (
     hub_options,
     weights_file,
 )
-from .sparse_execution import MAX_DENSITY, sparse_layers, to_dense, to_sparse
+from .sparse_layers import MAX_DENSITY, sparse_layers, to_dense, to_sparse
 
 
 class SparsePreTrainedModel(PreTrainedModel):

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from ..modeling.configuration_circuitgpt import CircuitGPTConfig
+from ..modeling.csr import CSR
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
-from ..modeling.sparse_execution import replace_module
-from ..modeling.sparse_layers import SparseEmbedding, SparseLinear
+from ..modeling.sparse_layers import replace_module, sparse_layer
 from .param_groups import sparse_param_groups
 from .projection import nonzero_budget, project_topk_
 
@@ -137,19 +137,15 @@ def sparse_from_config(
         shape = tuple(module.weight.shape)
         minimum = min(minima[f"{name}.weight"], shape[1])
         budget = max(nonzero_budget(shape[0] * shape[1], density), shape[0] * minimum)
-        parts = _random_nonzeros(shape, budget, config.initializer_range, generator)
-        if isinstance(module, nn.Embedding):
-            layer = SparseEmbedding(*parts, shape)
-        else:
-            layer = SparseLinear(*parts, shape, bias=module.bias)
-        replace_module(model, name, layer)
+        csr = _random_nonzeros(shape, budget, config.initializer_range, generator)
+        replace_module(model, name, sparse_layer(module, csr))
     return model
 
 
 def _random_nonzeros(
     shape: tuple[int, int], budget: int, std: float, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``row_starts``, ``columns`` and ``values`` of a matrix with ``budget`` random entries.
+) -> CSR:
+    """A matrix with ``budget`` random entries.
 
     Their sum of squares is about that of a dense matrix with standard deviation ``std``.
     """
@@ -168,7 +164,7 @@ def _random_nonzeros(
         order = order.sort(dim=1).values
         columns.append(order[order < width].to(torch.int32))
     values = torch.randn(budget, generator=generator) * (std * math.sqrt(rows * width / budget))
-    return row_starts, torch.cat(columns), values
+    return CSR(row_starts, torch.cat(columns), values, width)
 
 
 def _even_counts(rows: int, budget: int, generator: torch.Generator) -> torch.Tensor:

@@ -160,8 +160,7 @@ def extract_mask(model: nn.Module) -> MaskGraph:
             raise ValueError(f"{key} is not in memory (offloaded): load the model without it.")
         if sparse:
             alive = module.values != 0
-            position = module.row_of() * module.shape[1] + module.columns
-            indices[key] = position[alive].cpu()
+            indices[key] = module.csr.positions[alive].cpu()
             shapes[key] = torch.Size(module.shape)
         else:
             indices[key] = held.flatten().nonzero().flatten().cpu()

@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from ..hub.errors import hub_errors
 from ..modeling.hub_slot import card_of
 from ..modeling.nonzero_checkpoint import load_nonzeros
-from ..modeling.sparse_execution import sparse_layers
+from ..modeling.sparse_layers import sparse_layers
 from ..modeling.sparse_pretrained import SparsePreTrainedModel
 from ..optim.param_groups import sparse_param_groups
 from ..optim.rcd.distributed import Workers
@@ -381,7 +381,7 @@ def _leave_to_workers(model: nn.Module, sparse: set[str]) -> None:
     for _, layer in sorted(sparse_layers(model).items()):
         dist.broadcast(layer.columns, 0)
         dist.broadcast(layer.row_starts, 0)
-        layer._transposed = None
+        layer._pattern = None
 
 
 def _param_groups(model: nn.Module, args: SparseTrainingArguments) -> list[dict[str, Any]]:

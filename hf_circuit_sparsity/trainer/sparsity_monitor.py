@@ -54,7 +54,7 @@ class SparsityMonitor:
 def _mask(parameter: Tensor | SparseWeight) -> np.ndarray:
     """One bit per entry, packed; of a layer that holds nonzeros, their flat positions."""
     if isinstance(parameter, SparseWeight):
-        flat = parameter.row_of() * parameter.shape[1] + parameter.columns
+        flat = parameter.csr.positions
         return flat[parameter.values.detach() != 0].cpu().numpy()
     return np.packbits((parameter.detach() != 0).cpu().numpy())
 

@@ -6,8 +6,9 @@ import torch
 from hf_circuit_sparsity.kernels.cpu import load_kernels
 from hf_circuit_sparsity.modeling import worker_threads
 from hf_circuit_sparsity.modeling.abs_topk import abs_topk_reference
+from hf_circuit_sparsity.modeling.csr import CSR
 from hf_circuit_sparsity.modeling.kernel_slot import kernels_for
-from hf_circuit_sparsity.modeling.sparse_layers import nonzeros_of, transposed
+from hf_circuit_sparsity.modeling.sparse_layers import transposed
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C compiler, or switched off")
 
@@ -111,7 +112,8 @@ def test_lists_as_many_as_there_is_room_for(kernels):
 def test_compressed_rows_and_their_transpose(kernels, rows, width, density):
     weight = sparse(rows, width, density)
     found = kernels.compress(weight, 1.0)
-    row_starts, columns, values = nonzeros_of(weight)
+    csr = CSR.from_positions(weight.flatten().nonzero().flatten(), weight.shape)
+    row_starts, columns, values = csr.row_starts, csr.columns, weight[weight != 0]
     for ours, plain in zip(
         (found.row_starts, found.columns, found.values), (row_starts, columns, values), strict=True
     ):
@@ -129,7 +131,8 @@ def test_compressed_rows_and_their_transpose(kernels, rows, width, density):
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_sparse_linear_and_the_gradient_at_its_nonzeros(kernels, tokens, rows, width, with_bias):
     weight = sparse(rows, width, 0.1)
-    row_starts, columns, values = nonzeros_of(weight)
+    csr = CSR.from_positions(weight.flatten().nonzero().flatten(), weight.shape)
+    row_starts, columns, values = csr.row_starts, csr.columns, weight[weight != 0]
     x, grad = torch.randn(tokens, width), torch.randn(tokens, rows)
     bias = torch.randn(rows) if with_bias else None
     y = kernels.sparse_linear(x, row_starts, columns, values, rows, bias)

@@ -203,7 +203,7 @@ def test_loads_by_remote_code_where_the_package_is_not_installed(tiny_model, tmp
         "modeling_circuitgpt.py",
         "attention.py",
         "sparse_checkpoint.py",
-        "sparse_execution.py",
+        "csr.py",
         "sparse_layers.py",
         "abs_topk.py",
         "sparse_pretrained.py",

@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
-from hf_circuit_sparsity.modeling.sparse_execution import sparse_layers
+from hf_circuit_sparsity.modeling.sparse_layers import sparse_layers
 from tests.conftest import random_model, sparsify
 
 IDS = torch.arange(24).reshape(2, 12)

@@ -9,15 +9,13 @@ from torch.nn import functional as F
 
 from hf_circuit_sparsity.circuits.edges import circuit_edges
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.modeling.csr import CSR
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
-from hf_circuit_sparsity.modeling.sparse_execution import sparse_layers
 from hf_circuit_sparsity.modeling.sparse_layers import (
     SparseEmbedding,
     SparseLinear,
-    nonzeros_of,
-    sparse_matmul,
-    sparse_matmul_reference,
+    sparse_layers,
 )
 from tests.circuits.planted import PLANTED_EDGES, PLANTED_NODES, planted_model
 from tests.conftest import random_model, sparsify
@@ -34,32 +32,12 @@ def sparse_model(request, tiny_config) -> CircuitGPTForCausalLM:
     return sparsify(random_model(config))
 
 
-def random_sparse(rows: int, width: int, density: float) -> torch.Tensor:
-    weight = torch.randn(rows, width, generator=GENERATOR)
-    weight *= torch.rand(rows, width, generator=GENERATOR) < density
-    weight[rows // 2] = 0.0
-    return weight
-
-
-@pytest.mark.parametrize("tokens", [0, 1, 7, 300])
-@pytest.mark.parametrize("density", [0.0, 0.05, 1.0])
-def test_matmul_equals_its_reference_and_the_dense_product(tokens, density):
-    weight = random_sparse(33, 20, density)
-    parts = nonzeros_of(weight)
-    x = torch.randn(tokens, 20, generator=GENERATOR)
-    y = sparse_matmul(x, *parts, rows=33)
-    torch.testing.assert_close(y, x @ weight.T)
-    torch.testing.assert_close(sparse_matmul_reference(x, *parts, rows=33), x @ weight.T)
-    assert y.is_contiguous()
-    half = sparse_matmul(x.bfloat16(), *parts, rows=33)
-    assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), x @ weight.T, atol=0.1, rtol=0.05)
-
-
 def test_gradients_of_the_layers():
-    weight = random_sparse(9, 6, 0.3).double()
+    weight = torch.randn(9, 6, dtype=torch.float64, generator=GENERATOR)
+    weight *= torch.rand(9, 6, generator=GENERATOR) < 0.3
+    weight[4] = 0.0
     bias = nn.Parameter(torch.randn(9, dtype=torch.float64, generator=GENERATOR))
-    layer = SparseLinear(*nonzeros_of(weight), (9, 6), bias)
+    layer = SparseLinear(CSR.from_dense(weight), bias)
     x = torch.randn(2, 3, 6, dtype=torch.float64, generator=GENERATOR, requires_grad=True)
     dense = weight.clone().requires_grad_()
     up = torch.randn(2, 3, 9, dtype=torch.float64, generator=GENERATOR)
@@ -69,7 +47,7 @@ def test_gradients_of_the_layers():
     torch.testing.assert_close(ours[1], theirs[1][weight != 0])
     torch.testing.assert_close(ours[2], theirs[2])
 
-    table = SparseEmbedding(*nonzeros_of(weight), (9, 6))
+    table = SparseEmbedding(CSR.from_dense(weight))
     ids = torch.tensor([[0, 8, 4], [8, 8, 1]])
     up = torch.randn(2, 3, 6, dtype=torch.float64, generator=GENERATOR)
     torch.testing.assert_close(table(ids), weight[ids])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_circuit_sparsity.modeling.sparse_execution import to_sparse
+from hf_circuit_sparsity.modeling.sparse_layers import to_sparse
 from hf_circuit_sparsity.optim.weight_mask import extract_mask
 from tests.conftest import random_model, sparsify
 

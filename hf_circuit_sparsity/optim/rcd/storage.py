@@ -81,8 +81,7 @@ class NonzeroStorage:
 
     def find(self) -> Tensor:
         """Positions of what is there."""
-        first = self.layers[0]
-        return first.row_of() * self.shape[1] + first.columns
+        return self.layers[0].csr.positions
 
     def read(self, live: Tensor) -> Tensor:
         """The values at the live positions."""
@@ -98,7 +97,6 @@ class NonzeroStorage:
         self.parameter.data = values.to(self.parameter.dtype)
         for layer in self.layers:
             layer.columns, layer.row_starts = pattern.columns, pattern.row_starts
-            layer._transposed = None
         return pattern
 
     def restore(self, live: Tensor) -> None:

@@ -1,0 +1,212 @@
+"""The nonzeros of a matrix, row by row (CSR): the one form in which they are held and multiplied.
+
+A product is computed by a compiled kernel where there is one, else by the vendor's library (MKL,
+cuSPARSE) through `torch.sparse`. [`linear_reference`] and [`sampled_reference`] are the plain paths
+beside them.
+"""
+
+import warnings
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .kernel_slot import kernels_for
+
+# Tokens multiplied at a time on the CPU: the piece of the output that is transposed into place then
+# still lies in the cache. With 2048 tokens and 4096 outputs that is twice as fast as at once.
+_TOKENS = 32
+_HALF = (torch.float16, torch.bfloat16)
+
+with warnings.catch_warnings():  # torch says once per process that its CSR support is in beta
+    warnings.simplefilter("ignore")
+    torch.zeros(1, 1, device="cpu").to_sparse_csr()
+
+
+class CSR:
+    """A matrix `(rows, width)` given by its nonzeros. Its products are not differentiable.
+
+    Args:
+        row_starts: `(rows + 1,)` int32, where each row begins in `columns` and `values`.
+        columns: `(nonzeros,)` int32, ascending within a row.
+        values: `(nonzeros,)`, or None for the pattern alone.
+        width: number of columns.
+    """
+
+    def __init__(
+        self, row_starts: Tensor, columns: Tensor, values: Tensor | None, width: int
+    ) -> None:
+        self.shape = (len(row_starts) - 1, int(width))
+        self.row_starts = row_starts
+        self.columns = columns
+        self.values = values
+        # The transposed pattern and the order of its values; shared with what `with_values` makes.
+        self._transposed: dict[str, CSR | Tensor] = {}
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, max_density: float | None = None) -> "CSR | None":
+        """The nonzeros of a matrix; None if their share is larger than `max_density`."""
+        weight = weight.detach()
+        if kernels := kernels_for(weight):
+            room = None if max_density is None else int(max_density * weight.numel())
+            parts = kernels.nonzeros(weight, room)
+            if parts is None:
+                return None
+            row_starts, columns, values = parts
+            if room is None:  # to stay: without the room that the kernel leaves behind them
+                columns, values = columns.clone(), values.clone()
+            return cls(row_starts, columns, values, weight.shape[1])
+        flat = weight.reshape(-1)
+        nonzero = flat != 0
+        if max_density is not None and nonzero.count_nonzero() > max_density * flat.numel():
+            return None
+        if nonzero.device.type == "cpu":  # numpy takes a fraction of torch's time
+            positions = torch.from_numpy(np.flatnonzero(nonzero.numpy()))
+        else:
+            positions = nonzero.nonzero().flatten()
+        return cls.from_positions(positions, weight.shape, flat[positions])
+
+    @classmethod
+    def from_positions(
+        cls, positions: Tensor, shape: tuple[int, int], values: Tensor | None = None
+    ) -> "CSR":
+        """The matrix whose nonzeros are at flat `positions`, `(nonzeros,)` int64, ascending."""
+        csr = cls.__new__(cls)  # row_starts and columns are computed when they are first needed
+        csr.shape = (int(shape[0]), int(shape[1]))
+        csr.positions, csr.values, csr._transposed = positions, values, {}
+        return csr
+
+    @cached_property
+    def row_starts(self) -> Tensor:
+        rows, width = self.shape
+        first = torch.arange(rows + 1, device=self.positions.device) * width
+        return torch.searchsorted(self.positions, first, out_int32=True)
+
+    @cached_property
+    def columns(self) -> Tensor:
+        return (self.positions % self.shape[1]).to(torch.int32)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Where the nonzeros are in the flat matrix, ascending, `(nonzeros,)` int64."""
+        return self.row_of * self.shape[1] + self.columns
+
+    @property
+    def row_of(self) -> Tensor:
+        """The row of every nonzero, `(nonzeros,)` int64."""
+        rows = torch.arange(self.shape[0], device=self.columns.device)
+        return torch.repeat_interleave(rows, self.row_starts.diff())
+
+    def __len__(self) -> int:
+        return len(self.__dict__.get("columns", self.__dict__.get("positions")))
+
+    def with_values(self, values: Tensor | None) -> "CSR":
+        """The matrix with the same pattern and other values."""
+        other = CSR(self.row_starts, self.columns, values, self.shape[1])
+        other._transposed = self._transposed
+        return other
+
+    def to_dense(self) -> Tensor:
+        """The matrix itself; its gradient reaches `values`."""
+        dense = self.values.new_zeros(self.shape)
+        return dense.index_put_((self.row_of, self.columns.long()), self.values)
+
+    def transposed(self) -> "CSR":
+        """The transposed matrix; its pattern is computed once."""
+        if not self._transposed:
+            rows, width = self.shape
+            # Any float32 tensor on the CPU would do to ask whether there are kernels.
+            if kernels := kernels_for(self.columns.view(torch.float32)):
+                starts, columns, order = kernels.transpose_pattern(
+                    self.row_starts, self.columns, width
+                )
+            else:
+                order = self.columns.argsort(stable=True)
+                counts = torch.bincount(self.columns, minlength=width)
+                starts = self.row_starts.new_zeros(width + 1)
+                starts[1:] = counts.cumsum(0)
+                columns = self.row_of.to(torch.int32)[order]
+            self._transposed["pattern"] = CSR(starts, columns, None, rows)
+            self._transposed["order"] = order
+        pattern, order = self._transposed["pattern"], self._transposed["order"]
+        if self.values is None:
+            return pattern
+        return pattern.with_values(self.values.detach().index_select(0, order))
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ W.T + bias`.
+
+        Args:
+            x: `(tokens, width)`. Half precision on the CPU is multiplied in float32 and rounded.
+            bias: `(rows,)`.
+
+        Returns:
+            `(tokens, rows)`, contiguous, in the dtype of `x`.
+        """
+        rows = self.shape[0]
+        if kernels := kernels_for(x, self.values):
+            return kernels.sparse_linear(x, self.row_starts, self.columns, self.values, rows, bias)
+        on_cpu = x.device.type == "cpu"
+        if on_cpu and not torch.backends.mkl.is_available():
+            return linear_reference(self, x, bias)
+        dtype = x.dtype
+        if on_cpu and dtype in _HALF:
+            x = x.float()
+        matrix = torch.sparse_csr_tensor(
+            self.row_starts, self.columns, self.values.to(x.dtype), self.shape,
+            check_invariants=False,
+        )  # fmt: skip
+        if not on_cpu or len(x) <= 1:
+            y = (matrix @ x.t().contiguous()).t().contiguous().to(dtype)
+            return y if bias is None else y.add_(bias)
+        out = torch.empty(len(x), rows, dtype=dtype)
+        for start in range(0, len(x), _TOKENS):
+            # MKL is many times slower on a transposed view than on a transposed copy.
+            piece = x[start : start + _TOKENS].t().contiguous()
+            part = out[start : start + _TOKENS].copy_((matrix @ piece).t())
+            if bias is not None:
+                part.add_(bias)
+        return out
+
+    def rmatmul(self, x: Tensor) -> Tensor:
+        """`x @ W`, `(tokens, rows)` to `(tokens, width)`, as [`CSR.linear`] of the transpose."""
+        return self.transposed().linear(x)
+
+    def sampled(self, left: Tensor, right: Tensor) -> Tensor:
+        """`left.T @ right` at the nonzeros: the gradient of a weight at its nonzeros.
+
+        Args:
+            left: `(tokens, rows)`.
+            right: `(tokens, width)`.
+
+        Returns:
+            `(nonzeros,)`, on the CPU in at least float32.
+        """
+        if kernels := kernels_for(left, right):
+            return kernels.gradient_at(self.row_starts, self.columns, left, right)
+        if left.device.type == "cpu":
+            dtype = torch.promote_types(left.dtype, torch.float32)
+            left, right = left.to(dtype), right.to(dtype)
+            if not torch.backends.mkl.is_available():
+                return sampled_reference(self, left, right)
+        pattern = torch.sparse_csr_tensor(
+            self.row_starts, self.columns, left.new_zeros(len(self)), self.shape,
+            check_invariants=False,
+        )  # fmt: skip
+        return torch.sparse.sampled_addmm(pattern, left.t().contiguous(), right, beta=0.0).values()
+
+    def __repr__(self) -> str:
+        return f"CSR({self.shape[0]}, {self.shape[1]}, nonzeros={len(self)})"
+
+
+def linear_reference(csr: CSR, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[`CSR.linear`], written plainly; also what runs where torch was built without MKL."""
+    y = x.new_zeros(len(x), csr.shape[0])
+    y.index_add_(1, csr.row_of, x[:, csr.columns] * csr.values.to(x.dtype))
+    return y if bias is None else y.add_(bias)
+
+
+def sampled_reference(csr: CSR, left: Tensor, right: Tensor) -> Tensor:
+    """[`CSR.sampled`], written plainly; also what runs where torch was built without MKL."""
+    return (left[:, csr.row_of] * right[:, csr.columns]).sum(0)
