@@ -9,13 +9,13 @@ from hf_circuit_sparsity import (
     SparseTrainer,
     SparseTrainingArguments,
     build_corpus,
-    pack,
+    pack_dataset,
     train_tokenizer,
 )
 
 corpus = build_corpus()
 tokenizer = train_tokenizer(corpus["train"])
-blocks = pack(corpus, tokenizer, block_size=128)
+blocks = pack_dataset(corpus, tokenizer, block_size=128)
 model = GPT2LMHeadModel(
     GPT2Config(vocab_size=len(tokenizer), n_embd=128, n_layer=2, n_head=8, n_positions=128)
 )

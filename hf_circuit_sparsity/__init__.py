@@ -1,73 +1,98 @@
 """Train weight-sparse transformers with the Hugging Face `Trainer` and cut circuits out of them.
 
-Importing this package registers CircuitGPT with transformers' Auto classes.
+The names below are imported when they are first used, so a model costs neither `Trainer` nor
+`datasets` nor PEFT. Importing this package makes its models known to the Auto classes of
+transformers and its adapters to PEFT.
 """
 
-from contextlib import suppress
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from . import (
-    hub_cards,  # noqa: F401  fills the slot of what is known about the Hub
-    kernels,  # noqa: F401  fills the slot that `modeling` asks for faster loops
-)
-from .bridge.bridge_config import BridgeTrainingArguments
-from .bridge.bridge_trainer import BridgeTrainer
-from .bridge.modeling_bridge import BridgedCausalLM
-from .circuits.circuit import Circuit
-from .circuits.hub import list_circuits
-from .circuits.pruning.config import PruningConfig
-from .circuits.pruning.find import TaskNotLearnedError, find_circuit
-from .circuits.pruning.tune import search_circuit
-from .circuits.task_scores import evaluate_tasks
-from .modeling.configuration_circuitgpt import CircuitGPTConfig
-from .modeling.modeling_circuitgpt import CircuitGPTForCausalLM, CircuitGPTModel, NodeSite
-from .optim.param_groups import sparse_param_groups
-from .optim.rcd.optimizer import RCDSparseOptimizer
-from .optim.rcd.partial_gradients import PartialGradients
-from .optim.sparse_init import sparsify_initialization_
-from .optim.topk_adamw import TopKAdamW
-from .optim.weight_mask import extract_mask
-from .tasks.binary_task import BinaryTask
-from .tasks.corpus import build_corpus
-from .tasks.load import build_task_dataset, list_tasks, load_task
-from .tasks.packing import pack
-from .tasks.tokenizer import tokenizer_from_openai, train_tokenizer
-from .trainer.sparse_config import SparseTrainingArguments
-from .trainer.sparse_trainer import SparseTrainer
+from .registration import register_lazily
 
-with suppress(ImportError):  # PEFT is not installed, or too old
-    from . import adapters  # noqa: F401  makes our methods known to PEFT
+if TYPE_CHECKING:
+    from .bridge.bridge_config import BridgeTrainingArguments
+    from .bridge.bridge_trainer import BridgeTrainer
+    from .bridge.modeling_bridge import BridgedCausalLM
+    from .circuits.circuit import Circuit
+    from .circuits.evaluation.faithfulness import evaluate_circuit
+    from .circuits.hub import list_circuits
+    from .circuits.pruning.config import PruningConfig
+    from .circuits.pruning.find import TaskNotLearnedError, find_circuit
+    from .circuits.pruning.tune import search_circuit
+    from .circuits.task_scores import evaluate_tasks
+    from .modeling.configuration_circuitgpt import CircuitGPTConfig
+    from .modeling.modeling_circuitgpt import CircuitGPTForCausalLM, CircuitGPTModel, NodeSite
+    from .modeling.validation import ArtifactError
+    from .optim.param_groups import sparse_param_groups
+    from .optim.rcd.optimizer import RCDSparseOptimizer
+    from .optim.rcd.partial_gradients import PartialGradients
+    from .optim.sparse_init import sparse_from_config, sparsify_initialization_
+    from .optim.topk_adamw import TopKAdamW
+    from .optim.weight_mask import extract_mask
+    from .tasks.binary_task import BinaryTask, TaskNotExpressibleError, TaskTooLongError
+    from .tasks.corpus import build_corpus
+    from .tasks.load import build_task_datasets, list_tasks, load_task
+    from .tasks.packing import pack_dataset
+    from .tasks.tokenizer import tokenizer_from_openai, train_tokenizer
+    from .trainer.bigram_init import initialize_bigram_table_
+    from .trainer.sparse_config import SparseTrainingArguments
+    from .trainer.sparse_trainer import SparseTrainer
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BinaryTask",
-    "BridgeTrainer",
-    "BridgeTrainingArguments",
-    "BridgedCausalLM",
-    "Circuit",
-    "CircuitGPTConfig",
-    "CircuitGPTForCausalLM",
-    "CircuitGPTModel",
-    "NodeSite",
-    "PartialGradients",
-    "PruningConfig",
-    "RCDSparseOptimizer",
-    "SparseTrainer",
-    "SparseTrainingArguments",
-    "TaskNotLearnedError",
-    "TopKAdamW",
-    "build_corpus",
-    "build_task_dataset",
-    "evaluate_tasks",
-    "extract_mask",
-    "find_circuit",
-    "list_circuits",
-    "list_tasks",
-    "load_task",
-    "pack",
-    "search_circuit",
-    "sparse_param_groups",
-    "sparsify_initialization_",
-    "tokenizer_from_openai",
-    "train_tokenizer",
-]
+# Where each public name is defined; the imports above say the same to editors and type checkers.
+_MODULES = {
+    "ArtifactError": "modeling.validation",
+    "BinaryTask": "tasks.binary_task",
+    "BridgeTrainer": "bridge.bridge_trainer",
+    "BridgeTrainingArguments": "bridge.bridge_config",
+    "BridgedCausalLM": "bridge.modeling_bridge",
+    "Circuit": "circuits.circuit",
+    "CircuitGPTConfig": "modeling.configuration_circuitgpt",
+    "CircuitGPTForCausalLM": "modeling.modeling_circuitgpt",
+    "CircuitGPTModel": "modeling.modeling_circuitgpt",
+    "NodeSite": "modeling.modeling_circuitgpt",
+    "PartialGradients": "optim.rcd.partial_gradients",
+    "PruningConfig": "circuits.pruning.config",
+    "RCDSparseOptimizer": "optim.rcd.optimizer",
+    "SparseTrainer": "trainer.sparse_trainer",
+    "SparseTrainingArguments": "trainer.sparse_config",
+    "TaskNotExpressibleError": "tasks.binary_task",
+    "TaskNotLearnedError": "circuits.pruning.find",
+    "TaskTooLongError": "tasks.binary_task",
+    "TopKAdamW": "optim.topk_adamw",
+    "build_corpus": "tasks.corpus",
+    "build_task_datasets": "tasks.load",
+    "evaluate_circuit": "circuits.evaluation.faithfulness",
+    "evaluate_tasks": "circuits.task_scores",
+    "extract_mask": "optim.weight_mask",
+    "find_circuit": "circuits.pruning.find",
+    "initialize_bigram_table_": "trainer.bigram_init",
+    "list_circuits": "circuits.hub",
+    "list_tasks": "tasks.load",
+    "load_task": "tasks.load",
+    "pack_dataset": "tasks.packing",
+    "search_circuit": "circuits.pruning.tune",
+    "sparse_from_config": "optim.sparse_init",
+    "sparse_param_groups": "optim.param_groups",
+    "sparsify_initialization_": "optim.sparse_init",
+    "tokenizer_from_openai": "tasks.tokenizer",
+    "train_tokenizer": "tasks.tokenizer",
+}
+
+__all__ = sorted(_MODULES)
+
+register_lazily()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

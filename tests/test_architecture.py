@@ -55,11 +55,7 @@ KNOWN_CIRCLES: set[tuple[str, str]] = {
     ("circuits/circuit.py", "circuits/viewer/report.py"),
     ("modeling/openai_checkpoint.py", "modeling/modeling_circuitgpt.py"),
 }
-KNOWN_REEXPORTS: set[tuple[str, str]] = {
-    ("__init__.py", "adapters/__init__.py"),
-    ("__init__.py", "hub_cards/__init__.py"),
-    ("__init__.py", "kernels/__init__.py"),
-}
+KNOWN_REEXPORTS: set[tuple[str, str]] = set()
 
 
 @cache

@@ -20,7 +20,7 @@ from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConf
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.optim.sparse_init import sparse_from_config
 from hf_circuit_sparsity.tasks.corpus import build_corpus
-from hf_circuit_sparsity.tasks.packing import pack
+from hf_circuit_sparsity.tasks.packing import pack_dataset
 from hf_circuit_sparsity.tasks.tokenizer import train_tokenizer
 from hf_circuit_sparsity.trainer.bigram_init import initialize_bigram_table_
 
@@ -61,7 +61,9 @@ def tokens(folder: Path, vocabulary: int, context: int) -> dict[str, np.ndarray]
         corpus = build_corpus()
         tokenizer = train_tokenizer(corpus["train"], vocab_size=vocabulary)
         for name, file in files.items():
-            blocks = np.array(pack(corpus[name], tokenizer, context)["input_ids"], dtype=np.int16)
+            blocks = np.array(
+                pack_dataset(corpus[name], tokenizer, context)["input_ids"], dtype=np.int16
+            )
             partial = file.with_suffix(".partial.npy")
             np.save(partial, blocks)
             os.replace(partial, file)

@@ -30,7 +30,7 @@ from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConf
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.tasks.corpus import build_corpus
 from hf_circuit_sparsity.tasks.definitions.base import DEFINITIONS
-from hf_circuit_sparsity.tasks.packing import pack
+from hf_circuit_sparsity.tasks.packing import pack_dataset
 from hf_circuit_sparsity.trainer.sparse_config import SparseTrainingArguments
 
 FOLDER = Path("runs/findings")
@@ -197,7 +197,7 @@ def with_lessons(
             pair = DEFINITIONS[rng.choice(tasks)].generate(rng, "train")
             documents += [example.prompt + example.continuation for example in pair]
         rng.shuffle(documents)
-        lessons = pack(Dataset.from_dict({"text": documents}), tokenizer, length)
+        lessons = pack_dataset(Dataset.from_dict({"text": documents}), tokenizer, length)
         if len(lessons) >= wanted:
             break
     mixed = concatenate_datasets([blocks["train"], lessons.select(range(wanted))])

@@ -7,7 +7,7 @@ from datasets import Dataset
 from torch import nn
 
 from ..tasks.corpus import build_corpus
-from ..tasks.packing import pack
+from ..tasks.packing import pack_dataset
 
 ReferenceTokens = Dataset | torch.Tensor | None
 
@@ -29,7 +29,7 @@ def reference_input_ids(
         return reference[: max(1, tokens // reference.shape[1])]
     if reference is None:
         block_size = min(256, model.config.max_position_embeddings)
-        reference = pack(build_corpus()["train"], tokenizer, block_size)
+        reference = pack_dataset(build_corpus()["train"], tokenizer, block_size)
     if "input_ids" not in reference.column_names or not len(reference):
         raise ValueError(
             f"reference has the columns {reference.column_names} and {len(reference)} rows, "

@@ -13,7 +13,7 @@ from ..bridge.checkpoint import load_dense
 from ..bridge.initialization import ridge_bridges_
 from ..bridge.modeling_bridge import BridgedCausalLM, default_twin
 from ..tasks.corpus import build_corpus
-from ..tasks.packing import pack
+from ..tasks.packing import pack_dataset
 from .console import columns, quiet_libraries, say, table
 from .prune import load_model
 from .train import checkpoint_to_resume, fit, spread_sample, write_json
@@ -85,7 +85,7 @@ def run_bridge(model_arguments: BridgeModelArguments, args: BridgeTrainingArgume
         raise ValueError(
             f"block_size={block_size} was passed, but the two models read at most {longest} tokens."
         )
-    blocks = {name: pack(split, tokenizer, block_size) for name, split in corpus.items()}
+    blocks = {name: pack_dataset(split, tokenizer, block_size) for name, split in corpus.items()}
     if model_arguments.ridge_start and resume is None:
         sample = spread_sample(blocks["train"], RIDGE_BLOCKS)
         ridge_bridges_(bridged, torch.tensor(sample["input_ids"][:]))

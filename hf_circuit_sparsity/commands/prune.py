@@ -17,7 +17,7 @@ from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..tasks.binary_task import BinaryTask
 from ..tasks.corpus import build_corpus
 from ..tasks.load import load_task
-from ..tasks.packing import pack
+from ..tasks.packing import pack_dataset
 from .console import quiet_libraries, say, table
 
 
@@ -47,7 +47,7 @@ def run_prune(
     loaded, tokenizer = load_model(model)
     reference = None
     if corpus is not None:
-        reference = pack(build_corpus(corpus)["train"], tokenizer, loaded.config.block_size)
+        reference = pack_dataset(build_corpus(corpus)["train"], tokenizer, loaded.config.block_size)
     folder = Path(output_dir) if output_dir else Path(model) / "circuits" / task
     circuit = prune_model(loaded, tokenizer, task, folder, config, reference, trials)
     if verify:

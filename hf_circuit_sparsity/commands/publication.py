@@ -18,7 +18,7 @@ from ..hub_cards.model_card import model_card
 from ..hub_cards.task_dataset_card import task_dataset_card
 from ..modeling.fingerprint import model_fingerprint
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
-from ..tasks.load import build_task_dataset, list_tasks
+from ..tasks.load import build_task_datasets, list_tasks
 from .circuits_page import circuits_page
 from .evaluate import FILE_NAME as SCORES_NAME
 from .prune import load_model
@@ -185,7 +185,7 @@ def _lay_out_tasks(
     folder: Path, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], names: Names
 ) -> None:
     """As `DatasetDict.push_to_hub` lays out one configuration per task."""
-    built = build_task_dataset(tokenizer, tasks, **ROWS)
+    built = build_task_datasets(tokenizer, tasks, **ROWS)
     configs = []
     for name, splits in built.items():
         (folder / name).mkdir(parents=True)

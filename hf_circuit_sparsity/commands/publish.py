@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from ..hub.errors import hub_errors
 from ..hub.repository import check_hub_id, web_address
 from ..tasks.corpus import build_corpus
-from ..tasks.packing import pack
+from ..tasks.packing import pack_dataset
 from .console import columns, quiet_libraries, say
 from .publication import UNKNOWN_COMMIT, Names, Part, parts_of, read_run
 
@@ -51,7 +51,9 @@ def run_publish(
     run, names = read_run(run_dir), Names(repo)
     reference = None
     if corpus is not None:
-        reference = pack(build_corpus(corpus)["train"], run.tokenizer, run.model.config.block_size)
+        reference = pack_dataset(
+            build_corpus(corpus)["train"], run.tokenizer, run.model.config.block_size
+        )
     parts = parts_of(run, names, tasks=tasks, reference=reference)
     with tempfile.TemporaryDirectory(prefix="publish-") as staging:
         if dry_run:

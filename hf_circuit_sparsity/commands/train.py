@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..modeling.configuration_circuitgpt import CircuitGPTConfig
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..tasks.corpus import build_corpus
-from ..tasks.packing import pack
+from ..tasks.packing import pack_dataset
 from ..tasks.tokenizer import train_tokenizer
 from ..trainer.bigram_init import initialize_bigram_table_
 from ..trainer.callbacks import InterruptCallback
@@ -104,7 +104,9 @@ def prepare_data(
         fast = train_tokenizer(corpus["train"], vocab_size=vocab_size)
     else:
         fast = AutoTokenizer.from_pretrained(tokenizer)
-    blocks = DatasetDict({name: pack(split, fast, block_size) for name, split in corpus.items()})
+    blocks = DatasetDict(
+        {name: pack_dataset(split, fast, block_size) for name, split in corpus.items()}
+    )
     tokens = sum(len(split) for split in blocks.values()) * block_size
     files = sum(len(split) for split in corpus.values())
     say(f"  {files:,} files, {tokens:,} tokens of {len(fast):,} kinds")

@@ -5,7 +5,7 @@ from pathlib import Path
 from ..circuits.circuit import Circuit
 from ..circuits.viewer.settings import ReportConfig
 from ..tasks.corpus import build_corpus
-from ..tasks.packing import pack
+from ..tasks.packing import pack_dataset
 from .console import quiet_libraries, say, table
 from .prune import load_model
 
@@ -34,7 +34,7 @@ def run_view(
     circuit.check_model(loaded)  # before the corpus is read
     reference = None
     if corpus is not None:
-        reference = pack(build_corpus(corpus)["train"], tokenizer, loaded.config.block_size)
+        reference = pack_dataset(build_corpus(corpus)["train"], tokenizer, loaded.config.block_size)
     folder = Path(circuit_folder) if Path(circuit_folder).is_dir() else Path()
     path = Path(output) if output else folder / "index.html"
     return circuit.report(path, loaded, tokenizer, reference=reference, config=config)

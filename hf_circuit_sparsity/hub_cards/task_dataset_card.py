@@ -23,7 +23,7 @@ def task_dataset_card(
     license: str = "apache-2.0",
     tags: Sequence[str] = (),
 ) -> DatasetCard:
-    """The card of what `build_task_dataset` made.
+    """The card of what `build_task_datasets` made.
 
     Args:
         tasks: name to its splits; each is a configuration of the dataset.
@@ -53,7 +53,7 @@ def task_dataset_card(
         **fields,
     )
     first = "single_double_quote" if "single_double_quote" in tasks else next(iter(tasks))
-    made_by = "By `build_task_dataset` of `hf-circuit-sparsity`"
+    made_by = "By `build_task_datasets` of `hf-circuit-sparsity`"
     made_by += "" if seed is None else f" with seed {seed}"
     ids_of = f"The token ids are those of {code(tokenizer)}." if tokenizer else (
         "Which tokenizer the token ids are of is not stated."

@@ -5,8 +5,9 @@ all of them, in `hub_cards/`, and what a refusal means in `hub/`. Where the slot
 for a model that runs on the code that came with it, card and errors are those of transformers.
 """
 
+import importlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 _write: Callable[..., str | None] | None = None
@@ -27,8 +28,15 @@ def fill_hub_slot(
     _write, _explain = write, explain
 
 
+def _ask_package() -> None:
+    if _write is None:
+        with suppress(ImportError):
+            importlib.import_module("hf_circuit_sparsity.hub_cards")  # fills the slot
+
+
 def explained(repo_id: str, **facts: Any) -> AbstractContextManager[None]:
     """Within it, what the Hub refuses is said in one sentence; see `hub/errors.py`."""
+    _ask_package()
     return nullcontext() if _explain is None else _explain(repo_id, **facts)
 
 
@@ -41,4 +49,5 @@ def card_of(kind: str, artifact: Any, repo_id: str, **facts: Any) -> str | None:
         repo_id: where it is pushed to.
         facts: see `hub_cards/pushed_card.py`.
     """
+    _ask_package()
     return None if _write is None else _write(kind, artifact, repo_id, **facts)

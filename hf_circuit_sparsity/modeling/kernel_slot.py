@@ -5,13 +5,24 @@ model that is only loaded. With the package installed `kernels/` fills the slot,
 of this folder ask it first.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-_load: Callable[[], Any] | None = None
+
+def _installed_kernels() -> Any:
+    try:
+        load = importlib.import_module("hf_circuit_sparsity.kernels").load_kernels
+    except ImportError:
+        load = None
+    fill_slot(load)
+    return load and load()
+
+
+_load: Callable[[], Any] | None = _installed_kernels
 
 
 def fill_slot(load: Callable[[], Any] | None) -> None:

@@ -3,8 +3,8 @@
 from .adversarial import load_adversarial_tasks
 from .binary_task import BinaryTask, TaskNotExpressibleError, TaskTooLongError
 from .corpus import build_corpus
-from .load import build_task_dataset, list_tasks, load_task
-from .packing import pack
+from .load import build_task_datasets, list_tasks, load_task
+from .packing import pack_dataset
 from .tokenizer import decode_bytes, encode_bytes, tokenizer_from_openai, train_tokenizer
 
 __all__ = [
@@ -12,13 +12,13 @@ __all__ = [
     "TaskNotExpressibleError",
     "TaskTooLongError",
     "build_corpus",
-    "build_task_dataset",
+    "build_task_datasets",
     "decode_bytes",
     "encode_bytes",
     "list_tasks",
     "load_adversarial_tasks",
     "load_task",
-    "pack",
+    "pack_dataset",
     "tokenizer_from_openai",
     "train_tokenizer",
 ]

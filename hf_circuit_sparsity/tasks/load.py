@@ -76,7 +76,7 @@ def load_task(
     )
 
 
-def build_task_dataset(
+def build_task_datasets(
     tokenizer: PreTrainedTokenizerBase,
     names: Sequence[str] | None = None,
     *,

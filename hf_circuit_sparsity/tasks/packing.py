@@ -13,7 +13,7 @@ AnyDataset = TypeVar("AnyDataset", Dataset, DatasetDict)
 _DOCUMENTS_PER_BATCH = 64
 
 
-def pack(
+def pack_dataset(
     dataset: AnyDataset,
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,

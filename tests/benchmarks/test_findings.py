@@ -21,7 +21,7 @@ from hf_circuit_sparsity.circuits.ablation import mean_activations
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from hf_circuit_sparsity.tasks.corpus import build_corpus
-from hf_circuit_sparsity.tasks.packing import pack
+from hf_circuit_sparsity.tasks.packing import pack_dataset
 from hf_circuit_sparsity.tasks.tokenizer import train_tokenizer
 from tests.circuits.planted import (
     PLANTED_NODES,
@@ -52,7 +52,7 @@ def test_training_stops_at_the_loss():
 def test_lessons_are_a_quarter_of_the_text_and_answered():
     corpus = build_corpus()["train"].select(range(0, 600, 30))
     tokenizer = train_tokenizer(corpus, vocab_size=500)
-    train = pack(corpus, tokenizer, 64)
+    train = pack_dataset(corpus, tokenizer, 64)
     blocks = DatasetDict({"train": train.select(range(90)), "validation": train.select([0])})
     mixed = with_lessons(blocks, ("bracket_counting",), tokenizer)
     assert len(mixed["train"]) == 120 and len(mixed["validation"]) == 1

@@ -12,7 +12,7 @@ from hf_circuit_sparsity.cli import main
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from hf_circuit_sparsity.tasks.corpus import build_corpus
-from hf_circuit_sparsity.tasks.packing import pack
+from hf_circuit_sparsity.tasks.packing import pack_dataset
 from hf_circuit_sparsity.tasks.tokenizer import train_tokenizer
 from tests.conftest import random_model
 
@@ -33,7 +33,7 @@ def run(tmp_path_factory) -> Path:
     model = random_model(config)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    blocks = torch.tensor(pack(corpus["train"], tokenizer, 32)["input_ids"][:8])
+    blocks = torch.tensor(pack_dataset(corpus["train"], tokenizer, 32)["input_ids"][:8])
     Circuit(
         nodes={"h.0.attn.v": [1, 2], "h.0.attn.resid_delta": [3], "h.0.mlp.post_act": [0]},
         means=mean_activations(model, blocks),

@@ -4,7 +4,7 @@ import pytest
 from datasets import get_dataset_config_names, load_dataset
 from huggingface_hub import DatasetCard
 
-from hf_circuit_sparsity import build_task_dataset, load_task, tokenizer_from_openai
+from hf_circuit_sparsity import build_task_datasets, load_task, tokenizer_from_openai
 from hf_circuit_sparsity.tasks.binary_task import FEATURES
 from tests.conftest import FIXTURES
 
@@ -18,7 +18,7 @@ def tokenizer():
 
 
 def test_one_configuration_per_task(hub_server, tokenizer):
-    built = build_task_dataset(tokenizer, NAMES, **ROWS)
+    built = build_task_datasets(tokenizer, NAMES, **ROWS)
     for name, splits in built.items():
         splits.push_to_hub("ada/tasks", config_name=name, private=True)
     assert sorted(get_dataset_config_names("ada/tasks")) == sorted(NAMES)
@@ -37,7 +37,7 @@ def test_one_configuration_per_task(hub_server, tokenizer):
 
 
 def test_what_the_viewer_reads_is_on_the_card(hub_server, tokenizer):
-    for name, splits in build_task_dataset(tokenizer, NAMES, **ROWS).items():
+    for name, splits in build_task_datasets(tokenizer, NAMES, **ROWS).items():
         splits.push_to_hub("ada/tasks", config_name=name)
     data = DatasetCard.load("ada/tasks").data.to_dict()
     assert sorted(config["config_name"] for config in data["configs"]) == sorted(NAMES)

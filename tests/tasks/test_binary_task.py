@@ -4,7 +4,7 @@ from datasets import Dataset
 
 from hf_circuit_sparsity.tasks.binary_task import BinaryTask, TaskNotExpressibleError, encode_pairs
 from hf_circuit_sparsity.tasks.definitions.base import DEFINITIONS, Example, TaskDefinition
-from hf_circuit_sparsity.tasks.load import build_task_dataset, list_tasks, load_task
+from hf_circuit_sparsity.tasks.load import build_task_datasets, list_tasks, load_task
 
 PAIRS = [
     (("x = 'a", "'"), ('x = "a', '"')),
@@ -129,9 +129,9 @@ def test_a_tokenizer_that_cannot_tell_the_answers_apart(bytes_only):
     ):
         load_task("bracket_counting", bytes_only)
     with pytest.raises(TaskNotExpressibleError):
-        build_task_dataset(bytes_only, ["bracket_counting"])
+        build_task_datasets(bytes_only, ["bracket_counting"])
     with pytest.warns(UserWarning) as warned:
-        tasks = build_task_dataset(bytes_only, n_train=4, n_test=2)
+        tasks = build_task_datasets(bytes_only, n_train=4, n_test=2)
     assert set(tasks) == set(list_tasks()) - NOT_IN_BYTES
     assert len(warned) == len(NOT_IN_BYTES)
     for warning, name in zip(warned, sorted(NOT_IN_BYTES), strict=True):
@@ -151,13 +151,13 @@ def test_unequal_lengths_where_the_tokenizer_leaves_no_choice(bytes_only):
 
 
 def test_build_task_dataset(openai):
-    tasks = build_task_dataset(openai, n_train=20, n_test=10, seed=3)
+    tasks = build_task_datasets(openai, n_train=20, n_test=10, seed=3)
     assert list(tasks) == list_tasks()
     for name in ("bracket_counting", "with_open"):
         task = load_task(name, openai, n_train=20, n_test=10, seed=3)
         assert tasks[name]["train"].to_dict() == task.train.to_dict()
         assert tasks[name]["test"].to_dict() == task.test.to_dict()
-    assert list(build_task_dataset(openai, ["while_return_true"], n_train=2, n_test=2)) == [
+    assert list(build_task_datasets(openai, ["while_return_true"], n_train=2, n_test=2)) == [
         "while_return_true"
     ]
 

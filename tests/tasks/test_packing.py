@@ -9,7 +9,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_circuit_sparsity.tasks.packing import pack
+from hf_circuit_sparsity.tasks.packing import pack_dataset
 
 TEXTS = ["x = 1\n", "def f(x):\n    return x\n", "import os\n", "y = [1, 2, 3]\n"]
 
@@ -27,7 +27,7 @@ def flat(blocks):
 
 @pytest.mark.parametrize("block_size", [2, 5, 8])
 def test_blocks_are_the_documents_joined_by_end_of_text(openai, block_size):
-    blocks = pack(Dataset.from_dict({"text": TEXTS}), openai, block_size)
+    blocks = pack_dataset(Dataset.from_dict({"text": TEXTS}), openai, block_size)
     expected = stream(openai, TEXTS)
     n_blocks = len(expected) // block_size
     assert blocks.num_rows == n_blocks
@@ -38,13 +38,13 @@ def test_blocks_are_the_documents_joined_by_end_of_text(openai, block_size):
 
 def test_order_holds_over_many_documents(openai):
     texts = [f"x{i} = {i}\n" for i in range(300)]
-    blocks = pack(Dataset.from_dict({"text": texts}), openai, 7)
+    blocks = pack_dataset(Dataset.from_dict({"text": texts}), openai, 7)
     expected = stream(openai, texts)
     assert flat(blocks) == expected[: 7 * (len(expected) // 7)]
 
 
 def test_a_document_cannot_fake_its_end(openai):
-    blocks = pack(Dataset.from_dict({"text": ["<|endoftext|>"]}), openai, 2)
+    blocks = pack_dataset(Dataset.from_dict({"text": ["<|endoftext|>"]}), openai, 2)
     assert flat(blocks)[0] == openai("<")["input_ids"][0]
     assert flat(blocks).count(openai.eos_token_id) <= 1
     # ... and the tokenizer still knows its special token afterwards.
@@ -53,15 +53,19 @@ def test_a_document_cannot_fake_its_end(openai):
 
 def test_splits_and_columns(openai):
     dataset = Dataset.from_dict({"code": TEXTS * 3})
-    packed = pack(DatasetDict({"train": dataset, "test": dataset}), openai, 4, text_column="code")
+    packed = pack_dataset(
+        DatasetDict({"train": dataset, "test": dataset}), openai, 4, text_column="code"
+    )
     assert set(packed) == {"train", "test"}
     assert packed["train"].column_names == ["input_ids", "labels"]
-    assert packed["train"].to_dict() == pack(dataset, openai, 4, text_column="code").to_dict()
+    assert (
+        packed["train"].to_dict() == pack_dataset(dataset, openai, 4, text_column="code").to_dict()
+    )
     assert packed["train"].cache_files == []
 
 
 def test_trainer_takes_the_blocks_as_they_are(openai, tmp_path):
-    blocks = pack(Dataset.from_dict({"text": TEXTS * 20}), openai, 16)
+    blocks = pack_dataset(Dataset.from_dict({"text": TEXTS * 20}), openai, 16)
     batch = default_data_collator([blocks[0], blocks[1]])
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 16)
     assert batch["labels"].dtype == torch.int64
@@ -88,13 +92,13 @@ def test_trainer_takes_the_blocks_as_they_are(openai, tmp_path):
 def test_errors(openai):
     dataset = Dataset.from_dict({"text": TEXTS})
     with pytest.raises(ValueError, match="block_size is 1"):
-        pack(dataset, openai, 1)
+        pack_dataset(dataset, openai, 1)
     with pytest.raises(ValueError, match="fewer than one block of 1000"):
-        pack(dataset, openai, 1000)
+        pack_dataset(dataset, openai, 1000)
     with pytest.raises(ValueError, match="'nothing'; pass text_column"):
-        pack(dataset, openai, 4, text_column="nothing")
+        pack_dataset(dataset, openai, 4, text_column="nothing")
     with pytest.raises(ValueError, match="The validation split has 0 tokens"):
-        pack(DatasetDict({"train": dataset, "validation": dataset.select([])}), openai, 4)
+        pack_dataset(DatasetDict({"train": dataset, "validation": dataset.select([])}), openai, 4)
     without_end = type(openai)(tokenizer_object=openai.backend_tokenizer)
     with pytest.raises(ValueError, match="no eos_token"):
-        pack(dataset, without_end, 4)
+        pack_dataset(dataset, without_end, 4)

@@ -1,0 +1,65 @@
+"""What `import hf_circuit_sparsity` offers, what it imports, and what it registers."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_circuit_sparsity
+from tests.conftest import FIXTURES
+
+SAVED = FIXTURES / "saved_at_b9f8998"
+HEAVY = {"datasets", "transformers.trainer", "peft", "pandas", "pyarrow", "matplotlib", "optuna"}
+TRANSFORMERS = f"""
+from transformers import AutoConfig, AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(SAVED / "model_dense")!r})
+assert type(model).__module__.startswith("hf_circuit_sparsity."), type(model)
+assert "circuitgpt_bridge" in AutoConfig.for_model("circuitgpt_bridge").model_type
+"""
+PEFT = f"""
+from peft import PeftConfig
+for name in ("circuit_adapter", "bridge"):
+    config = PeftConfig.from_pretrained({str(SAVED)!r} + "/" + name)
+    assert type(config).__module__.startswith("hf_circuit_sparsity."), type(config)
+"""
+
+
+def run(code: str) -> str:
+    """What a Python of its own prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_public_name_is_there_and_listed():
+    for name in hf_circuit_sparsity.__all__:
+        assert getattr(hf_circuit_sparsity, name).__name__ == name
+    assert set(hf_circuit_sparsity.__all__) <= set(dir(hf_circuit_sparsity))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = hf_circuit_sparsity.no_such_name
+
+
+def test_editors_see_the_names_where_they_are_imported_from():
+    tree = ast.parse(Path(hf_circuit_sparsity.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == hf_circuit_sparsity._MODULES
+
+
+def test_names_are_imported_when_they_are_used():
+    show = "import sys; print(*sys.modules)"
+    loaded = run(f"import hf_circuit_sparsity; {show}").split()
+    assert not {"torch", "transformers", "numpy"} & set(loaded)
+    loaded = run(f"from hf_circuit_sparsity import CircuitGPTForCausalLM; {show}").split()
+    assert not HEAVY & set(loaded)
+
+
+@pytest.mark.parametrize("library", [TRANSFORMERS, PEFT], ids=["transformers", "peft"])
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_types_are_registered_whatever_is_imported_first(library, order):
+    ours = "import hf_circuit_sparsity\n"
+    imports, *rest = library.strip().split("\n")
+    rest = "\n".join(rest)
+    run(f"{ours}{imports}\n{rest}" if order == "first" else f"{imports}\n{ours}{rest}")
