@@ -1,4 +1,4 @@
-"""One bridge: the encoder and decoder between the two residual streams at one location."""
+"""The encoder and decoder between the two residual streams at one location."""
 
 import torch
 from torch import nn
@@ -8,13 +8,12 @@ from ..modeling.abs_topk import abs_topk
 
 
 class Bridge(nn.Module):
-    """The encoder and decoder of one location (Gao et al. 2025, METHOD 4).
+    """The encoder and decoder of one location.
 
-    Both read and write the dense stream in standard units: what `encoder` gets and `decoder` gives
-    is `(x - dense_mean) / dense_scale`, channel by channel. The two are constants, as the dense
-    model is frozen, so both maps stay affine. Without them a step of the optimizer moves an
-    estimate in proportion to the length of the dense stream, which is arbitrary and differs tens
-    of times between models and locations.
+    Both see the dense stream standardized, channel by channel: `encoder` reads and `decoder`
+    writes `(x - dense_mean) / dense_scale`. The length of the dense stream is arbitrary and differs
+    tens of times between models and locations; a step of the optimizer would move an estimate in
+    proportion to it. The two are constants, as the dense model is frozen, so both maps stay affine.
 
     Args:
         dense_width, sparse_width: channels of the two residual streams.
@@ -32,8 +31,8 @@ class Bridge(nn.Module):
         self.register_buffer("dense_mean", torch.zeros(dense_width))
         self.register_buffer("dense_scale", torch.ones(dense_width))
         self.k = k
-        # A fresh twin's stream is small, and an encoder that begins far above it would be all that
-        # the first steps are about.
+        # The stream of a fresh sparse model is small; an encoder that starts far above it would
+        # dominate the first steps.
         nn.init.normal_(self.encoder.weight, std=0.02 / dense_width**0.5)
         if bias:
             nn.init.zeros_(self.encoder.bias)
@@ -50,25 +49,22 @@ class Bridge(nn.Module):
         return self.dense_mean + self.dense_scale * x
 
     def decode_change(self, change: torch.Tensor) -> torch.Tensor:
-        """What a change `(..., sparse_width)` of the sparse stream is in the dense one."""
+        """The change of the dense stream for a change `(..., sparse_width)` of the sparse one."""
         weight = self.decoder.weight
         return self.dense_scale * F.linear(change.to(weight.dtype), weight)
 
     @property
-    def has_units(self) -> bool:
+    def is_standardized(self) -> bool:
         """Whether the dense stream has been measured."""
         return not bool((self.dense_scale == 1).all())
 
     @torch.no_grad()
-    def set_units_(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
+    def standardize_(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
         """Standardize by the dense stream's mean and variance, `(dense_width,)` each.
 
         The weights stay, so what the bridge computes changes.
         """
-        # A channel that hardly moves keeps a scale that noise in it is small against.
+        # The floor keeps the noise of a nearly constant channel from being blown up.
         scale = variance.clamp(min=1e-6 * variance.mean().item()).sqrt()
         self.dense_mean.copy_(mean)
         self.dense_scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))
-
-
-__all__ = ["Bridge"]

@@ -1,4 +1,4 @@
-"""The Hugging Face ``Trainer`` for a sparse twin and its bridges to a dense model."""
+"""The Hugging Face `Trainer` for a sparse model and its bridges to a dense one."""
 
 import random
 from fnmatch import fnmatchcase
@@ -15,34 +15,38 @@ from ..trainer.sparse_trainer import SparseTrainer
 from .bridge_config import BRIDGE_PARAMETERS, BridgeTrainingArguments
 from .checkpoint import WEIGHTS_NAME, load_adapter_weights
 from .initialization import standardize_bridges_
-from .modeling_bridge import LOSS_TERMS, BridgedCausalLM, BridgeOutput
+from .losses import LOSS_TERMS, BridgeOutput
+from .modeling_bridge import BridgedCausalLM
 
-# What every location has a figure of, by its name in the model's output.
+# The model's outputs that have one value per location.
 BY_LOCATION = ("encode_nmse", "decode_nmse", "dense_to_sparse_kl", "sparse_to_dense_kl")
 
 
 class BridgeTrainer(SparseTrainer):
-    """Trains the sparse twin of a frozen dense model, and the bridges between the two.
+    """Trains a sparse model beside a frozen dense one, and the bridges between the two.
 
-    Takes what :class:`SparseTrainer` takes, with a :class:`BridgedCausalLM` as ``model`` and
-    :class:`BridgeTrainingArguments` as ``args``. The twin becomes sparse as any model does there
-    (top-k or random coordinate descent), the bridges stay dense unless ``sparse_bridges``.
+    Takes what [`SparseTrainer`] takes. The sparse model becomes sparse as any model does there
+    (top-k or random coordinate descent); the bridges stay dense unless `sparse_bridges`, and then
+    their learning rate has no sharkfin factor.
 
-    With ``standardize_bridges``, bridges that have no units yet (see
-    :func:`standardize_bridges_`) get them from the first batch. The learning rate of bridges has no
-    sharkfin factor unless they become sparse themselves.
+    With `standardize_bridges`, bridges that are not standardized yet (see
+    [`standardize_bridges_`]) are standardized by the first batch.
 
-    The locations of a step's hybrid runs follow from the seed and the number of the step, so that a
-    resumed run draws the same, and every process and every accumulated batch of a step too.
+    The locations of a step's hybrid runs follow from the seed and the number of the step. So a
+    resumed run draws the same ones, and so does every process and accumulated batch of a step.
 
-    Beside what :class:`SparseTrainer` logs there are the terms of the loss without their weights,
-    means since the last log: ``lm``, ``kl``, ``nmse``, ``dense_to_sparse``, ``sparse_to_dense``,
-    and ``encode_nmse`` and ``decode_nmse``, means over locations. Evaluation runs the hybrids at
-    all locations; it adds the terms and, by location, ``eval_encode_nmse_0`` and so on.
-    ``eval_perplexity`` is that of the twin.
+    Beside what [`SparseTrainer`] logs there are the terms of the loss without their weights, means
+    since the last log (`lm`, `kl`, `nmse`, `dense_to_sparse`, `sparse_to_dense`), and `encode_nmse`
+    and `decode_nmse`, means over locations. Evaluation runs the hybrids at all locations; it adds
+    the terms and, by location, `eval_encode_nmse_0` and so on. `eval_perplexity` is the sparse
+    model's.
+
+    Args:
+        model: a [`BridgedCausalLM`].
+        args: [`BridgeTrainingArguments`].
 
     Raises:
-        TypeError: if ``model`` or ``args`` is of another kind.
+        TypeError: `model` or `args` is of another type.
     """
 
     args: BridgeTrainingArguments
@@ -67,21 +71,18 @@ class BridgeTrainer(SparseTrainer):
                 "BridgedCausalLM.from_models(dense)."
             )
         self._sums: dict[str, torch.Tensor] = {}
-        self._counted = 0
+        self._batches = 0
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
 
     def sampled_locations(self, step: int) -> dict[str, list[int]]:
-        """Where the hybrid runs of a training step enter and leave the twin."""
+        """The locations at which the hybrid runs of a training step switch models."""
         args, n_locations = self.args, self._bridged.n_locations
         generator = random.Random(f"bridge locations/{args.seed}/{step}")
         count = min(args.hybrid_locations, n_locations)
-        draws = {
-            "enter_at": sorted(generator.sample(range(n_locations), count)),
-            "leave_at": sorted(generator.sample(range(n_locations), count)),
-        }
+        enter_at, leave_at = (sorted(generator.sample(range(n_locations), count)) for _ in range(2))
         return {
-            "enter_at": draws["enter_at"] if args.dense_to_sparse_weight else [],
-            "leave_at": draws["leave_at"] if args.sparse_to_dense_weight else [],
+            "enter_at": enter_at if args.dense_to_sparse_weight else [],
+            "leave_at": leave_at if args.sparse_to_dense_weight else [],
         }
 
     def _param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -106,50 +107,41 @@ class BridgeTrainer(SparseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, BridgeOutput]:
-        """The weighted sum of the terms; see ``Trainer.compute_loss``."""
-        bridged = self._bridged
-        everywhere = list(range(bridged.n_locations))
-        if (
-            model.training
-            and self.args.standardize_bridges
-            and not all(bridge.has_units for bridge in bridged.bridges)
-        ):
-            mask = inputs.get("attention_mask")
-            standardize_bridges_(bridged, inputs["input_ids"], mask, self.accelerator)
-        places = (
-            self.sampled_locations(self.state.global_step)
-            if model.training
-            else {"enter_at": everywhere, "leave_at": everywhere}
-        )
-        inputs = dict(inputs)
-        inputs.setdefault("labels", inputs["input_ids"])
-        output = model(**inputs, **places, loss_weights=self.args.loss_weights())
+        """The weighted sum of the terms; see `Trainer.compute_loss`."""
+        bridged, args = self._bridged, self.args
+        if model.training:
+            if args.standardize_bridges and not all(b.is_standardized for b in bridged.bridges):
+                mask = inputs.get("attention_mask")
+                standardize_bridges_(bridged, inputs["input_ids"], mask, self.accelerator)
+            locations = self.sampled_locations(self.state.global_step)
+        else:
+            everywhere = list(range(bridged.n_locations))
+            locations = {"enter_at": everywhere, "leave_at": everywhere}
+        inputs = {"labels": inputs["input_ids"], **inputs}
+        output = model(**inputs, **locations, loss_weights=args.loss_weights())
         self._count(output, by_location=not model.training)
         return (output.loss, output) if return_outputs else output.loss
 
     def _count(self, output: BridgeOutput, by_location: bool) -> None:
-        figures = {name: output.get(name) for name in LOSS_TERMS}
+        values = {name: output[name] for name in LOSS_TERMS if name in output}
         for name in BY_LOCATION:
-            values = output.get(name)
-            if values is None:
-                continue
-            if name.endswith("_nmse"):
-                figures[name] = values.mean()
-            if by_location:
-                figures |= {f"{name}_{i}": value for i, value in enumerate(values)}
-        for name, value in figures.items():
-            if value is not None:
-                self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
-        self._counted += 1
+            if name in output:
+                if name.endswith("_nmse"):
+                    values[name] = output[name].mean()
+                if by_location:
+                    values |= {f"{name}_{i}": value for i, value in enumerate(output[name])}
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+        self._batches += 1
 
     def _take_means(self) -> dict[str, float]:
-        """Means over batches and processes of what was counted; starts counting anew."""
-        if not self._counted:
+        """Means over batches and processes since the last call."""
+        if not self._batches:
             return {}
         names = list(self._sums)
-        means = torch.stack([self._sums[name] for name in names]) / self._counted
+        means = torch.stack([self._sums[name] for name in names]) / self._batches
         means = self.accelerator.gather(means[None]).mean(0)
-        self._sums, self._counted = {}, 0
+        self._sums, self._batches = {}, 0
         return dict(zip(names, means.tolist(), strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -166,15 +158,14 @@ class BridgeTrainer(SparseTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As ``SparseTrainer``'s, with every term and its figures by location."""
-        # What training has counted since its last log comes back afterwards.
-        kept = self._sums, self._counted
-        self._sums, self._counted = {}, 0
+        """As [`SparseTrainer`]'s, with every term, also by location."""
+        training = self._sums, self._batches
+        self._sums, self._batches = {}, 0
         output = super().evaluation_loop(
             dataloader, description, True, ignore_keys, metric_key_prefix
         )
         means = self._take_means()
-        self._sums, self._counted = kept
+        self._sums, self._batches = training
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         output.metrics.update(metrics)
         if "lm" in means:
@@ -188,8 +179,8 @@ class BridgeTrainer(SparseTrainer):
         path = Path(resume_from_checkpoint) / WEIGHTS_NAME
         if not path.is_file():
             raise ValueError(
-                f"{resume_from_checkpoint} holds no {WEIGHTS_NAME}, so it is no checkpoint of a "
-                "BridgeTrainer; pass one of its checkpoint folders."
+                f"{resume_from_checkpoint} holds no {WEIGHTS_NAME}; pass a checkpoint folder of a "
+                "BridgeTrainer."
             )
         load_adapter_weights(self._bridged, load_file(path), path)
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import cached_file
 
+from ..files import replacing
 from ..modeling.fingerprint import model_fingerprint
 from ..modeling.validation import FLOAT_DTYPES, ArtifactError, Field, read_tensors, tensor_shapes
 from .configuration_bridge import BridgeConfig
@@ -19,25 +19,26 @@ from .configuration_bridge import BridgeConfig
 PEFT_TYPE = "SPARSE_BRIDGE"
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-# What a PeftModel calls the part of it that is a bridge; see `adapters/bridge_adapter.py`.
+# What a PeftModel calls the part of it that is a bridge; see `adapters/bridge/model.py`.
 PREFIX = "base_model.bridge_parts."
 _HUB_OPTIONS = (
     "cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder",
 )  # fmt: skip
-# What the Auto classes pass along and what concerns only them.
+# What the Auto classes pass along although it concerns only them.
 _AUTO_OPTIONS = (
-    "adapter_kwargs",
-    "code_revision",
-    "_from_auto",
-    "_commit_hash",
-    "attn_implementation",
-)
+    "adapter_kwargs", "code_revision", "_from_auto", "_commit_hash", "attn_implementation",
+)  # fmt: skip
 
 
 def adapter_state_dict(
-    bridged: Any, state_dict: Mapping[str, torch.Tensor] | None = None
+    bridged: PreTrainedModel, state_dict: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Weights of twin and bridges by the names they are saved under."""
+    """Weights of the sparse model and the bridges, by the names they are saved under.
+
+    Args:
+        bridged: a [`BridgedCausalLM`].
+        state_dict: its weights, where they had to be gathered; by default its own.
+    """
     weights = bridged.state_dict() if state_dict is None else state_dict
     tied = {f"sparse.{name}" for name in (bridged.sparse.all_tied_weights_keys or {})}
     return {
@@ -47,8 +48,14 @@ def adapter_state_dict(
     }
 
 
-def load_adapter_weights(bridged: Any, weights: Mapping[str, torch.Tensor], source: Any) -> None:
-    """Put saved weights into twin and bridges, or raise a `ValueError` that names `source`."""
+def load_adapter_weights(
+    bridged: PreTrainedModel, weights: Mapping[str, torch.Tensor], source: str | os.PathLike
+) -> None:
+    """Put saved weights into the sparse model and the bridges.
+
+    Raises:
+        ArtifactError: a weight is missing, unknown, of another shape or no float; names `source`.
+    """
     check_adapter_shapes(bridged, {n: tuple(t.shape) for n, t in weights.items()}, source)
     for name, tensor in weights.items():
         if tensor.dtype not in FLOAT_DTYPES:
@@ -60,7 +67,7 @@ def load_adapter_weights(bridged: Any, weights: Mapping[str, torch.Tensor], sour
 
 
 def check_adapter_shapes(
-    bridged: Any, shapes: Mapping[str, tuple[int, ...]], source: str | os.PathLike
+    bridged: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], source: str | os.PathLike
 ) -> None:
     """Raise an `ArtifactError` that names `source` unless these are the weights of `bridged`."""
     shapes = {name.removeprefix(PREFIX): shape for name, shape in shapes.items()}
@@ -76,85 +83,77 @@ def check_adapter_shapes(
         )
 
 
-def adapter_config(config: BridgeConfig) -> dict[str, Any]:
-    """The content of `adapter_config.json`."""
+def save_bridge(
+    bridged: PreTrainedModel,
+    save_directory: str | os.PathLike,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """See [`BridgedCausalLM.save_pretrained`]."""
+    folder, config = Path(save_directory), bridged.config
+    config.architectures = [type(bridged).__name__]
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    with replacing(folder / WEIGHTS_NAME) as path:
+        save_file(adapter_state_dict(bridged, state_dict), path, metadata={"format": "pt"})
     fields = config.to_diff_dict()
-    ours = {k: v for k, v in fields.items() if k not in ("auto_map", "transformers_version")}
-    return {
+    fields.pop("transformers_version", None)
+    adapter_config = {
         "peft_type": PEFT_TYPE,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config.base_model_name_or_path,
         "revision": config.base_model_revision,
         "inference_mode": True,
-        "bridge": ours,
+        "bridge": fields,
     }
-
-
-def save_bridge(
-    bridged: Any,
-    save_directory: str | os.PathLike,
-    state_dict: Mapping[str, torch.Tensor] | None = None,
-) -> None:
-    """See `BridgedCausalLM.save_pretrained`."""
-    folder = Path(save_directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    bridged.config.architectures = [type(bridged).__name__]
-    if getattr(bridged, "_auto_class", None) is not None:
-        custom_object_save(bridged, folder, config=bridged.config)
-    bridged.config.save_pretrained(folder)
-    temporary = folder / f".{WEIGHTS_NAME}.tmp"
-    save_file(adapter_state_dict(bridged, state_dict), temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / WEIGHTS_NAME)
-    temporary = folder / f".{CONFIG_NAME}.tmp"
-    text = json.dumps(adapter_config(bridged.config), indent=2, sort_keys=True)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, folder / CONFIG_NAME)
+    with replacing(folder / CONFIG_NAME) as path:
+        text = json.dumps(adapter_config, indent=2, sort_keys=True)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def load_bridge(
-    cls: Any,
+    cls: type[PreTrainedModel],
     source: str | os.PathLike,
-    dense: Any,
+    dense: PreTrainedModel | str | os.PathLike | None,
     config: BridgeConfig | None,
     check_base_model: bool,
     kwargs: dict[str, Any],
-) -> Any:
-    """See `BridgedCausalLM.from_pretrained`."""
-    where = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+) -> PreTrainedModel:
+    """See [`BridgedCausalLM.from_pretrained`]."""
+    hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
     for name in _AUTO_OPTIONS:
         kwargs.pop(name, None)
-    trust = kwargs.pop("trust_remote_code", None)
     options = {n: kwargs.pop(n) for n in ("dtype", "torch_dtype", "device_map") if n in kwargs}
+    has_dtype = "dtype" in options or "torch_dtype" in options
+    options["trust_remote_code"] = kwargs.pop("trust_remote_code", None)
     if kwargs:
         raise TypeError(
             f"from_pretrained got {', '.join(map(repr, sorted(kwargs)))}, which it does not know; "
             "it takes dense, config, check_base_model, dtype, device_map, trust_remote_code and "
-            "where on the Hub."
+            f"{', '.join(_HUB_OPTIONS)}."
         )
     config_file = f"{source}/config.json"
     if config is None:
-        config = BridgeConfig.from_pretrained(source, **where)
-    # Not by class: where the code came with the weights, the Auto classes may have it twice.
-    if config.model_type != cls.config_class.model_type:
+        config = BridgeConfig.from_pretrained(source, **hub_options)
+    if config.model_type != BridgeConfig.model_type:
         raise ArtifactError(
             config_file,
             f" holds a {config.model_type!r} model, expected a bridge "
-            f"({cls.config_class.model_type!r}); pass the folder BridgedCausalLM.save_pretrained "
+            f"({BridgeConfig.model_type!r}); pass a folder that BridgedCausalLM.save_pretrained "
             "wrote.",
         )
-    path = cached_file(source, WEIGHTS_NAME, **where)
+    path = cached_file(source, WEIGHTS_NAME, **hub_options)
     shapes = tensor_shapes(path)
     if dense is None:
-        if not config.base_model_name_or_path:
+        dense = config.base_model_name_or_path
+        if not dense:
             raise ValueError(
                 f"{source} does not say where its dense model is; pass the model as dense=."
             )
-        dense = config.base_model_name_or_path
-        if not os.path.isdir(source):  # of somebody else, who has no say on folders here
+        if not os.path.isdir(source):  # a stranger's file must not name folders of this machine
             Field(dense, config_file, "base_model_name_or_path").name_of_folder()
         options["revision"] = config.base_model_revision
     if isinstance(dense, (str, os.PathLike)):
-        dense = load_dense(dense, trust_remote_code=trust, **options)
+        dense = load_dense(dense, **options)
     try:
         if check_base_model:
             check_base(config, dense)
@@ -166,17 +165,18 @@ def load_bridge(
     bridged = cls(config, dense)
     load_adapter_weights(bridged, read_tensors(path), path)
     bridged.name_or_path = bridged.config.name_or_path = str(source)
-    # The parts follow the dense model: one place, one precision.
     parameter = next(dense.parameters())
     for part in (bridged.sparse, bridged.bridges):
-        part.to(device=parameter.device)
-        if "dtype" in options or "torch_dtype" in options:
-            part.to(dtype=parameter.dtype)
+        part.to(device=parameter.device, dtype=parameter.dtype if has_dtype else None)
     return bridged.eval()
 
 
 def load_dense(source: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
-    """A dense model by folder or Hub id, or an `OSError` of one sentence."""
+    """A dense model by folder or Hub id.
+
+    Raises:
+        OSError: it was not found.
+    """
     try:
         return AutoModelForCausalLM.from_pretrained(source, **kwargs)
     except OSError as error:
@@ -186,20 +186,18 @@ def load_dense(source: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
         ) from error
 
 
-def check_base(config: BridgeConfig, dense: Any) -> None:
+def check_base(config: BridgeConfig, dense: PreTrainedModel) -> None:
     """Raise a `ValueError` if `dense` is not the model the bridge was trained with."""
-    width, kind = getattr(dense.config, "hidden_size", None), dense.config.model_type
-    found = (kind, width)
-    wanted = (config.base_model_type, config.base_width)
-    fingerprint = None
-    if found == wanted:
+    kind, width = dense.config.model_type, getattr(dense.config, "hidden_size", None)
+    expected, fingerprint = config.base_model_fingerprint, ""
+    if (kind, width) == (config.base_model_type, config.base_width):
         fingerprint = model_fingerprint(dense)
-        if not config.base_model_fingerprint or fingerprint == config.base_model_fingerprint:
+        if expected in ("", fingerprint):
             return
     name = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
+    passed = f"{kind} {fingerprint}".rstrip()
     raise ValueError(
-        f"This bridge was trained for the {wanted[0]} model {config.base_model_fingerprint}{name} "
-        f"of width {wanted[1]}, but the dense model passed is {found[0]} "
-        f"{fingerprint or ''}{' ' if fingerprint else ''}of width {found[1]}; pass the model it "
-        "was trained for, or check_base_model=False if only its precision differs."
+        f"This bridge was trained for the {config.base_model_type} model {expected}{name} of width "
+        f"{config.base_width}, but the dense model passed is {passed} of width {width}; pass the "
+        "model it was trained for, or check_base_model=False if only its precision differs."
     )

@@ -1,4 +1,4 @@
-"""Where the training of bridges starts: standard units, and regression, which it must beat."""
+"""Where the training of bridges starts: standardization, and the ridge regression it must beat."""
 
 import torch
 from accelerate import Accelerator
@@ -15,13 +15,13 @@ def ridge_bridges_(
 ) -> BridgedCausalLM:
     """Set every encoder and decoder to the ridge regression between the two streams, in place.
 
-    The dense stream is standardized with what is measured here (see `Bridge`). The AbsTopK behind
+    The dense stream is standardized by what is measured here (see [`Bridge`]). The AbsTopK behind
     an encoder is not part of the regression.
 
     Args:
-        bridged: with biases in its bridges.
+        bridged: its bridges have biases.
         input_ids: `(n, T)`, unpadded; more tokens than either stream has channels.
-        penalty: squared weights count so many times the mean second moment of the inputs.
+        penalty: of squared weights, as a multiple of the mean second moment of the inputs.
         batch_size: sequences per forward pass.
 
     Raises:
@@ -29,7 +29,10 @@ def ridge_bridges_(
     """
     widths = bridged.dense.config.hidden_size, bridged.sparse.config.d_model
     if not bridged.config.bridge_bias:
-        raise ValueError("The bridges have no biases, which the regression fits; make them with.")
+        raise ValueError(
+            "The bridges have no biases, but the regression fits them; pass bridge_bias=True to "
+            "from_models."
+        )
     if input_ids.numel() <= max(widths):
         raise ValueError(
             f"input_ids has {input_ids.numel()} tokens, expected more than the {max(widths)} "
@@ -38,37 +41,36 @@ def ridge_bridges_(
     was_training = bridged.training
     bridged.eval()
     # Second moments of both streams with a constant beside them, summed over all tokens.
-    moments = [torch.zeros(sum(widths) + 1, sum(widths) + 1, dtype=torch.float64)
-               for _ in range(bridged.n_locations)]  # fmt: skip
+    size = sum(widths) + 1
+    moments = [torch.zeros(size, size, dtype=torch.float64) for _ in bridged.bridges]
     device = next(bridged.parameters()).device
     for batch in input_ids.split(batch_size):
-        streams = []
+        runs = []
         for stream in (bridged.dense_stream, bridged.sparse_stream):
             x, context = stream.embed(batch.to(device), None)
-            streams.append(stream.run(x, context))
-        for moment, *both in zip(moments, *streams, strict=True):
-            both = [x.flatten(0, 1).double().cpu() for x in both]
-            rows = torch.cat([*both, torch.ones(len(both[0]), 1, dtype=torch.float64)], dim=1)
+            runs.append(stream.run(x, context))
+        for moment, *both in zip(moments, *runs, strict=True):
+            columns = [x.flatten(0, 1).double().cpu() for x in both]
+            rows = torch.cat([*columns, torch.ones(batch.numel(), 1)], dim=1)
             moment += rows.T @ rows
     dense = torch.arange(widths[0])
     sparse = widths[0] + torch.arange(widths[1])
     for bridge, moment in zip(bridged.bridges, moments, strict=True):
         moment /= input_ids.numel()
         mean = moment[-1, dense]
-        bridge.set_units_(mean, moment.diagonal()[dense] - mean.square())
-        to_units = torch.eye(len(moment), dtype=moment.dtype)
-        to_units[-1, dense] = -bridge.dense_mean.cpu().double()
-        to_units[:, dense] /= bridge.dense_scale.cpu().double()
-        moment = to_units.T @ moment @ to_units
+        bridge.standardize_(mean, moment.diagonal()[dense] - mean.square())
+        standardize = torch.eye(size, dtype=moment.dtype)
+        standardize[-1, dense] = -bridge.dense_mean.cpu().double()
+        standardize[:, dense] /= bridge.dense_scale.cpu().double()
+        moment = standardize.T @ moment @ standardize
         for linear, source, target in (
             (bridge.encoder, dense, sparse),
             (bridge.decoder, sparse, dense),
         ):
-            source = torch.cat([source, torch.tensor([sum(widths)])])
+            source = torch.cat([source, torch.tensor([size - 1])])
             gram = moment[source][:, source]
             strength = penalty * gram.diagonal()[:-1].mean()
-            gram += strength * torch.diag(torch.ones(len(gram), dtype=gram.dtype))
-            gram[-1, -1] -= strength  # the bias is not penalized
+            gram.diagonal()[:-1] += strength  # the bias is not penalized
             solution = torch.linalg.solve(gram, moment[source][:, target])
             linear.weight.copy_(solution[:-1].T)
             linear.bias.copy_(solution[-1])
@@ -82,25 +84,25 @@ def standardize_bridges_(
     attention_mask: torch.Tensor | None = None,
     accelerator: Accelerator | None = None,
 ) -> BridgedCausalLM:
-    """Let every bridge read and write the dense stream in standard units, in place; see `Bridge`.
+    """Let every bridge read and write the dense stream standardized, in place; see [`Bridge`].
 
-    The weights stay, so that fresh bridges begin at the size of the stream, whatever it is.
+    The weights stay, so fresh bridges start at the size of the stream, whatever that is.
 
     Args:
         bridged: its dense model is run once.
         input_ids: `(B, T)`, a thousand tokens or more.
         attention_mask: `(B, T)`, 0 for padding, which does not count.
-        accelerator: with several processes, each of which measures its own tokens, takes the mean
-            over all of them, so that the units are everywhere the same.
+        accelerator: of several processes, each of which measures its own tokens; the mean over all
+            of them is used everywhere.
     """
     stream = bridged.dense_stream
     x, context = stream.embed(input_ids, attention_mask)
-    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    for bridge, found in zip(bridged.bridges, stream.run(x, context), strict=True):
-        x = found[real.bool()].double()
-        moments = torch.stack([x.mean(0), x.square().mean(0)])
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    for bridge, location in zip(bridged.bridges, stream.run(x, context), strict=True):
+        tokens = location[mask.bool()].double()
+        moments = torch.stack([tokens.mean(0), tokens.square().mean(0)])
         if accelerator is not None:
             moments = accelerator.reduce(moments, "mean")
         mean, square = moments
-        bridge.set_units_(mean, square - mean.square())
+        bridge.standardize_(mean, square - mean.square())
     return bridged

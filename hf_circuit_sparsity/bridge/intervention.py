@@ -1,113 +1,90 @@
-"""Moving one channel of a sparse twin and letting the dense model feel it (METHOD 4)."""
+"""Where a channel of a sparse model acts on the residual stream (Gao et al. 2025, bridges)."""
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
+
+from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 
 _SITE = re.compile(r"h\.(\d+)\.(attn|mlp)\.(\w+)")
-MODES = ("add", "set")
 
 
-@contextmanager
-def steered(
-    bridged: Any,
-    where: int | str,
-    channel: int,
-    strength: float,
-    mode: str = "add",
-    positions: int | Sequence[int] | None = None,
-) -> Iterator[Any]:
-    """See `BridgedCausalLM.steer`."""
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r} is not known; use {' or '.join(map(repr, MODES))}.")
-    location, write = steering_place(bridged, where, channel)
-    if mode == "set" and write is not None:
+class SteeringPoint(NamedTuple):
+    """What steering one channel of a sparse model changes in its residual stream.
+
+    Attributes:
+        location: of the residual stream.
+        direction: `(d_model,)`, the change of the stream per unit of the channel.
+        is_residual: whether the channel is one of the residual stream itself.
+    """
+
+    location: int
+    direction: torch.Tensor
+    is_residual: bool
+
+
+def check_location(sparse: CircuitGPTForCausalLM, location: int) -> int:
+    """Return `location`.
+
+    Raises:
+        ValueError: the model has no such location.
+    """
+    n_layer = sparse.config.n_layer
+    if not _is_index(location, 2 * n_layer + 1):
         raise ValueError(
-            f"mode=\"set\" needs the channel's value, which the dense model's stream does not hold "
-            f'for {where}; use mode="add", or a residual site.'
+            f"There is no location {location!r}: a model of {n_layer} layers has 0 (after the "
+            f"embedding) to {2 * n_layer} (after the last MLP); 2i + 1 is after the attention of "
+            "layer i, 2i + 2 after its MLP."
         )
-    bridge = bridged.bridges[location]
-
-    def edit(x: torch.Tensor) -> torch.Tensor:
-        change = x.new_zeros((), dtype=bridge.decoder.weight.dtype) + strength
-        if mode == "set":
-            change = strength - bridge.encode(x)[..., channel, None]
-        # The decoder is linear, so the difference it makes is that of its input, decoded.
-        direction = decoded_direction(bridged, location, channel, write)
-        delta = (change * direction).to(x.dtype).expand_as(x)
-        if positions is None:
-            return x + delta
-        chosen = [positions] if isinstance(positions, int) else list(positions)
-        length = x.shape[1]
-        chosen = [p for p in chosen if -length <= p < length]
-        x = x.clone()
-        x[:, chosen] += delta[:, chosen]
-        return x
-
-    handles = bridged.dense_stream.add_edit(location, edit)
-    try:
-        yield bridged
-    finally:
-        for handle in handles:
-            handle.remove()
+    return location
 
 
-def steering_place(bridged: Any, where: int | str, channel: int) -> tuple[int, torch.Tensor | None]:
-    """The location that steering `where` acts at, and the channel's weights into the stream.
+def steering_point(sparse: CircuitGPTForCausalLM, where: int | str, channel: int) -> SteeringPoint:
+    """What steering `channel` at `where` changes.
 
-    Returns:
-        The location, and `None` if the channel is one of the residual stream, else the weights
-        `(d_model,)` by which it writes to it.
+    Args:
+        sparse: the sparse model.
+        where: a location or a node site; see [`BridgedCausalLM.steer`].
+        channel: its index there.
 
     Raises:
         ValueError: there is no such location, site or channel, or it does not write to the stream.
     """
-    twin = bridged.sparse.config
+    n_layer, width = sparse.config.n_layer, sparse.config.d_model
     if not isinstance(where, str):
-        _check_channel(f"location {where}", channel, twin.d_model)
-        return bridged.check_location(where), None
-    sites = bridged.sparse.node_sites()
-    match = _SITE.fullmatch(where)
-    if match is None or where not in sites:
-        raise ValueError(
-            f"There is no site {where!r} in the sparse twin; its sites are those of "
-            f"node_sites(), h.0.attn.act_in to h.{twin.n_layer - 1}.mlp.resid_delta."
-        )
-    layer, part, name = int(match[1]), match[2], match[3]
-    after = 2 * layer + (1 if part == "attn" else 2)
-    if name in ("q", "k"):
-        raise ValueError(
-            f"{where} decides where attention looks and writes nothing to the residual stream, so "
-            f"it has no counterpart in the dense one; steer h.{layer}.attn.act_in, .v or "
-            ".resid_delta."
-        )
-    _check_channel(where, channel, sites[where].width)
-    if name in ("v", "post_act"):
-        module = bridged.sparse.get_submodule(f"transformer.h.{layer}.{part}.c_proj")
-        return after, module.weight[:, channel].detach()
+        location, name, site_width = check_location(sparse, where), "act_in", width
+    else:
+        sites, match = sparse.node_sites(), _SITE.fullmatch(where)
+        if match is None or where not in sites:
+            raise ValueError(
+                f"There is no site {where!r} in the sparse model; its sites are those of "
+                f"node_sites(), h.0.attn.act_in to h.{n_layer - 1}.mlp.resid_delta."
+            )
+        layer, part, name = int(match[1]), match[2], match[3]
+        if name in ("q", "k"):
+            raise ValueError(
+                f"{where} decides where attention looks and writes nothing to the residual stream, "
+                f"so it has no counterpart in the dense one; steer h.{layer}.attn.act_in, .v or "
+                ".resid_delta."
+            )
+        location = 2 * layer + (1 if part == "attn" else 2) - (name == "act_in")
+        site_width = sites[where].width
+    is_residual = name in ("act_in", "resid_delta")
     # Channels past d_model are concatenated positions, which no bridge carries.
-    _check_channel(where, channel, twin.d_model)
-    return (after - 1 if name == "act_in" else after), None
-
-
-def decoded_direction(
-    bridged: Any, location: int, channel: int, write: torch.Tensor | None
-) -> torch.Tensor:
-    """What one unit of the channel is in the dense stream, `(dense width,)`."""
-    bridge = bridged.bridges[location]
-    if write is None:
-        weight = bridge.decoder.weight
-        write = torch.zeros(weight.shape[1], dtype=weight.dtype, device=weight.device)
-        write[channel] = 1.0
-    return bridge.decode_change(write).detach()
-
-
-def _check_channel(where: str, channel: int, width: int) -> None:
-    whole = isinstance(channel, int) and not isinstance(channel, bool)
-    if not whole or not 0 <= channel < width:
+    n_channels = min(site_width, width) if is_residual else site_width
+    if not _is_index(channel, n_channels):
+        where = where if isinstance(where, str) else f"location {where}"
         raise ValueError(
-            f"There is no channel {channel!r} at {where}; its channels are 0 to {width - 1}."
+            f"There is no channel {channel!r} at {where}; its channels are 0 to {n_channels - 1}."
         )
+    if is_residual:
+        direction = F.one_hot(torch.tensor(channel), width).to(sparse.device, sparse.dtype)
+        return SteeringPoint(location, direction, True)
+    write = sparse.get_submodule(f"transformer.h.{layer}.{part}.c_proj").weight
+    return SteeringPoint(location, write[:, channel].detach(), False)
+
+
+def _is_index(value: int, length: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < length

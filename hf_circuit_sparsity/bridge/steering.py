@@ -1,7 +1,7 @@
-"""Trying on a dense model what its sparse twin says: which channel to move, and what it does.
+"""Trying on a dense model what its sparse model says: which channel to move, and what that does.
 
-METHOD 4: move one sparse channel, decode the difference, add it to the dense stream, and watch the
-dense model's answer move, against no steering and against random channels.
+Gao et al. 2025 (bridges): move one sparse channel, decode the difference, add it to the dense
+stream, and watch the dense model's answer, against no steering and against random channels.
 """
 
 import os
@@ -9,7 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from ..circuits.circuit import Circuit
 from ..circuits.task_loss import TaskTensors, trimmed
 from ..decoders.residual_stream import position_ids
+from ..files import save_figure
 from ..tasks.binary_task import BinaryTask
-from .intervention import decoded_direction, steering_place
+from .intervention import steering_point
 from .losses import mean_kl
 from .modeling_bridge import BridgedCausalLM
 
@@ -27,22 +28,26 @@ RESIDUAL_SITES = ("act_in", "resid_delta")
 
 
 class SteeringCandidate(NamedTuple):
-    """A sparse channel that tells a task's two answers apart."""
+    """A sparse channel that tells a task's two answers apart.
+
+    Attributes:
+        location: of the residual stream; see `decoders/residual_stream.py`.
+        channel: its index there.
+        difference: its mean value, at the answer's position, where the other answer is right minus
+            where the first one is. Moving the channel by it should turn the one answer into the
+            other.
+        effect: what that should add to the dense model's logit of the other answer minus that of
+            the first, to first order.
+    """
 
     location: int
-    """Where in the residual stream; see `residual_streams.py`."""
     channel: int
-    """Its index there."""
     difference: float
-    """The twin's mean value where the other answer is right minus where the first one is, at the
-    answer's position. Moving the channel by it should turn the one answer into the other."""
     effect: float
-    """What that should do to the dense model's logit of the other answer minus that of the first,
-    to first order."""
 
 
 def answer_rows(task: BinaryTask, split: str, target_id: int, rows: int) -> dict[str, torch.Tensor]:
-    """The first so many prompts of a split whose right answer is `target_id`, as tensors.
+    """The first `rows` prompts of a split whose right answer is `target_id`, as tensors.
 
     Raises:
         ValueError: there are none.
@@ -66,71 +71,69 @@ def steering_candidates(
     circuit: Circuit | None = None,
     rows: int = 128,
 ) -> list[SteeringCandidate]:
-    """Channels to steer from one answer of a task to the other, the most promising first.
+    """Channels to steer from one answer of a task to the other, the largest effect first.
 
     Args:
-        bridged: with a trained bridge.
+        bridged: with trained bridges.
         task: its training prompts are used.
-        target_id: the answer to steer away from.
-        circuit: of the twin; only channels it reads from or writes to the residual stream count.
+        target_id: token id of the answer to steer away from.
+        circuit: of the sparse model; only channels it reads from or writes to the residual stream
+            are candidates.
         rows: prompts per answer.
     """
     first = answer_rows(task, "train", target_id, rows)
-    other = {  # the same pairs, seen from the other side
-        "input_ids": first["counterfactual_input_ids"],
-        "attention_mask": first["counterfactual_attention_mask"],
-    }
+    answers = first["target_ids"][:, None], first["counterfactual_target_ids"][:, None]
     dense, sparse = bridged.dense_stream, bridged.sparse_stream
-    answers = first["target_ids"], first["counterfactual_target_ids"]
     with torch.no_grad():
         means = []
-        for tensors in (first, other):
-            x, context = sparse.embed(tensors["input_ids"], tensors["attention_mask"])
+        for side in ("", "counterfactual_"):  # the same pairs, seen from the other side
+            x, context = sparse.embed(first[f"{side}input_ids"], first[f"{side}attention_mask"])
             means.append([y[:, -1].float().mean(0) for y in sparse.run(x, context)])
         x, context = dense.embed(first["input_ids"], first["attention_mask"])
         streams = dense.run(x, context)
-    found = []
-    for location in range(bridged.n_locations):
+    candidates = []
+    for location, bridge in enumerate(bridged.bridges):
         with torch.enable_grad():
             x = streams[location].detach().requires_grad_()
             logits = dense.logits(dense.run(x, context, location)[-1], context)[:, -1].float()
-            margin = logits.gather(1, answers[1][:, None]) - logits.gather(1, answers[0][:, None])
+            margin = logits.gather(1, answers[1]) - logits.gather(1, answers[0])
             (gradient,) = torch.autograd.grad(margin.mean(), x)
-        # Of moving every token's stream by the same vector.
+        # The gradient of moving every token's stream by the same vector.
         gradient = gradient.sum((0, 1)).float()
         difference = means[1][location] - means[0][location]
-        bridge = bridged.bridges[location]
         with torch.no_grad():
-            units = torch.eye(len(difference), device=difference.device)
-            effect = difference * (bridge.decode_change(units).float() @ gradient)
-        for channel in _channels(bridged, circuit, location):
+            identity = torch.eye(len(difference), device=difference.device)
+            effect = difference * (bridge.decode_change(identity).float() @ gradient)
+        for channel in _candidate_channels(bridged, circuit, location):
             values = difference[channel].item(), effect[channel].item()
-            found.append(SteeringCandidate(location, channel, *values))
-    return sorted(found, key=lambda candidate: -candidate.effect)
+            candidates.append(SteeringCandidate(location, channel, *values))
+    return sorted(candidates, key=lambda candidate: -candidate.effect)
 
 
-def _channels(bridged: BridgedCausalLM, circuit: Circuit | None, location: int) -> Sequence[int]:
+def _candidate_channels(
+    bridged: BridgedCausalLM, circuit: Circuit | None, location: int
+) -> Sequence[int]:
     width = bridged.sparse.config.d_model
     if circuit is None:
         return range(width)
-    found = set()
-    for site, nodes in circuit.nodes.items():
-        if site.rpartition(".")[2] in RESIDUAL_SITES:
-            for node in nodes:
-                if node < width and steering_place(bridged, site, node)[0] == location:
-                    found.add(node)
-    return sorted(found)
+    return sorted({
+        node
+        for site, nodes in circuit.nodes.items()
+        if site.rpartition(".")[2] in RESIDUAL_SITES
+        for node in nodes
+        if node < width and steering_point(bridged.sparse, site, node).location == location
+    })  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SteeringSweep:
-    """What steering did to the dense model, for every strength; probabilities are means.
+    """What steering did to the dense model, by strength; probabilities are means over prompts.
 
     Attributes:
         task: its name.
         where, channel, mode: what was steered.
         answer, other: the two answers, as text.
-        strengths: in the twin's units.
+        strengths: as in the sparse model.
         other_probability: of the answer that is wrong without steering.
         answer_probability: of the answer that is right without steering.
         random_probability: of the other answer, for every random channel.
@@ -153,46 +156,38 @@ class SteeringSweep:
 
     @property
     def unsteered_probability(self) -> float:
-        """Of the other answer without steering."""
+        """Probability of the other answer without steering."""
         return self.other_probability[self.strengths.index(0.0)]
 
     def plot(self, path: str | os.PathLike, title: str | None = None) -> Path:
-        """Draw the probabilities against strength, with both controls (needs matplotlib)."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "Drawing a sweep needs matplotlib; pip install 'hf-circuit-sparsity[viz]'."
-            ) from error
-        path = Path(path)
-        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
-        self.draw(figure.subplots(), title)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-        figure.savefig(temporary, dpi=150, facecolor="white")
-        os.replace(temporary, path)
-        return path
+        """Draw the probabilities against strength, with both controls, into a PNG, SVG or PDF file.
 
-    def draw(self, axes: object, title: str | None = None) -> None:
-        """The same into axes of one's own."""
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+
+        def draw(figure_class: type) -> Any:
+            figure = figure_class(figsize=(5.2, 3.4), layout="constrained")
+            self.draw(figure.subplots(), title)
+            return figure
+
+        return save_figure(path, draw, dpi=150)
+
+    def draw(self, axes: Any, title: str | None = None) -> None:
+        """[`plot`] into axes of matplotlib."""
         # Not as repr: quotes around quotes cannot be told apart in a picture.
         answer, other = (f"‹{text}›".replace("\n", "\\n") for text in (self.answer, self.other))
         for i, line in enumerate(self.random_probability):
-            axes.plot(
-                self.strengths, line, color="#9a9a9a", linewidth=0.8, zorder=1,
-                label=f"{other}, random channels" if i == 0 else None,
-            )  # fmt: skip
+            label = None if i else f"{other}, random channels"
+            axes.plot(self.strengths, line, "#9a9a9a", linewidth=0.8, zorder=1, label=label)
         axes.axhline(
             self.unsteered_probability, color="#1b1b1b", linestyle=":", linewidth=1,
             label=f"{other}, unsteered",
         )  # fmt: skip
-        axes.plot(self.strengths, self.answer_probability, color="#0067a5", label=answer)
-        axes.plot(
-            self.strengths, self.other_probability, color="#c65300", linewidth=2,
-            label=other,
-        )  # fmt: skip
+        axes.plot(self.strengths, self.answer_probability, "#0067a5", label=answer)
+        axes.plot(self.strengths, self.other_probability, "#c65300", linewidth=2, label=other)
         where = f"location {self.where}" if isinstance(self.where, int) else self.where
-        axes.set_xlabel(f"strength at {where}, channel {self.channel} (twin's units)")
+        axes.set_xlabel(f"strength at {where}, channel {self.channel} (as in the sparse model)")
         axes.set_ylabel("dense model's probability")
         axes.set_ylim(-0.02, 1.02)
         axes.set_title(title or f"{self.task}: steering {answer} to {other}")
@@ -216,43 +211,42 @@ def steering_sweep(
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> SteeringSweep:
-    """Steer a dense model with growing strength and watch its answer, with two controls.
+    """Steer a dense model with growing strength and measure its answer, with two controls.
 
-    The controls are no steering, which is added to the strengths if it is not among them, and other
-    channels of the same place, drawn at random and scaled so that the dense stream is moved by a
-    vector of the same length.
+    The controls are no steering (strength 0 is added if missing), and other channels at `where`,
+    drawn at random and scaled so that the dense stream moves by a vector of the same length.
 
     Args:
-        bridged: with a trained bridge.
-        task: its held-out prompts are used, those with the answer `target_id`.
-        target_id: the answer to steer away from.
+        bridged: with trained bridges.
+        task: its held-out prompts with the answer `target_id` are used.
+        target_id: token id of the answer to steer away from.
         where, channel, mode: as for [`BridgedCausalLM.steer`]; every token is steered.
-        strengths: in the twin's units.
-        text: token ids `(n, T)` of unrelated text, to see how much else changes.
-        random_channels: how many of them.
+        strengths: as in the sparse model.
+        text: token ids `(n, T)` of unrelated text, to measure how much else changes.
+        random_channels: how many.
         rows: prompts.
         seed: of the random channels.
         tokenizer: if given, the probability of an answer is that of all tokens whose text begins
             with it: a quote may end a string alone or together with the bracket behind it.
 
     Raises:
-        ValueError: no such place, channel or answer.
+        ValueError: there is no such site, channel or answer.
     """
-    location, write = steering_place(bridged, where, channel)
+
+    def length(c: int) -> float:
+        point = steering_point(bridged.sparse, where, c)
+        return bridged.bridges[point.location].decode_change(point.direction).norm().item()
+
+    is_residual = steering_point(bridged.sparse, where, channel).is_residual
+    width = bridged.sparse.config.d_model
+    if not is_residual:
+        width = bridged.sparse.node_sites()[where].width
     tensors = answer_rows(task, "test", target_id, rows)
     row = next(r for r in task.test if r["target_id"] == target_id)
     strengths = sorted({0.0, *map(float, strengths)})
-    length = decoded_direction(bridged, location, channel, write).norm().item()
-    width = bridged.sparse.config.d_model
-    if isinstance(where, str) and write is not None:
-        width = bridged.sparse.node_sites()[where].width
     others = [c for c in range(width) if c != channel]
-    controls = []
-    for c in random.Random(seed).sample(others, min(random_channels, len(others))):
-        _, control_write = steering_place(bridged, where, c)
-        norm = decoded_direction(bridged, location, c, control_write).norm().item()
-        if norm > 0:
-            controls.append((c, length / norm))
+    others = random.Random(seed).sample(others, min(random_channels, len(others)))
+    controls = [(c, length(channel) / length(c)) for c in others if length(c) > 0]
     plain_text = None if text is None else bridged.dense(text).logits
     same = None if tokenizer is None else tokens_beginning_alike(tokenizer, tensors)
 
@@ -265,7 +259,7 @@ def steering_sweep(
         return answer, other, kl
 
     steered = [measure(channel, strength) for strength in strengths]
-    random_ones = [[measure(c, s * scale) for s in strengths] for c, scale in controls]
+    controlled = [[measure(c, s * scale) for s in strengths] for c, scale in controls]
 
     def column(index: int, lines: list) -> list:
         return [line[index] for line in lines if line[index] is not None]
@@ -280,9 +274,9 @@ def steering_sweep(
         strengths=strengths,
         answer_probability=column(0, steered),
         other_probability=column(1, steered),
-        random_probability=[column(1, lines) for lines in random_ones],
+        random_probability=[column(1, lines) for lines in controlled],
         text_kl=column(2, steered),
-        random_text_kl=[column(2, lines) for lines in random_ones],
+        random_text_kl=[column(2, lines) for lines in controlled],
     )
 
 
@@ -315,7 +309,7 @@ def answer_probabilities(
 def tokens_beginning_alike(
     tokenizer: PreTrainedTokenizerBase, tensors: TaskTensors
 ) -> dict[int, torch.Tensor]:
-    """For every answer of some prompts the ids of the tokens whose text begins with its text."""
+    """For every answer of some prompts, the ids of the tokens whose text begins with its text."""
     answers = torch.cat([tensors["target_ids"], tensors["counterfactual_target_ids"]])
     texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
     return {

@@ -11,7 +11,7 @@ from ..bridge.bridge_config import BridgeTrainingArguments
 from ..bridge.bridge_trainer import BridgeTrainer
 from ..bridge.checkpoint import load_dense
 from ..bridge.initialization import ridge_bridges_
-from ..bridge.modeling_bridge import BridgedCausalLM, default_twin
+from ..bridge.modeling_bridge import BridgedCausalLM, default_sparse_config
 from ..tasks.corpus import build_corpus
 from ..tasks.packing import pack_dataset
 from .console import columns, quiet_libraries, say, table
@@ -136,7 +136,7 @@ def build_bridge(
         fields: dict[str, Any] = {"afrac": arguments.afrac}
         if arguments.d_model is not None:
             fields["d_model"] = arguments.d_model
-        sparse = default_twin(dense, **fields)
+        sparse = default_sparse_config(dense, **fields)
     else:
         sparse, other = load_model(arguments.sparse_model)
         if other.get_vocab() != tokenizer.get_vocab():

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from hf_circuit_sparsity.bridge.losses import mean_kl, normalized_mse
-from hf_circuit_sparsity.bridge.modeling_bridge import BridgedCausalLM, default_twin
+from hf_circuit_sparsity.bridge.modeling_bridge import BridgedCausalLM, default_sparse_config
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from tests.decoders.dense_models import DENSE, circuitgpt, gpt2, llama
 
@@ -28,7 +28,7 @@ def bridged_pair(make=gpt2, **fields) -> BridgedCausalLM:
             parameter.normal_()
         for bridge in bridged.bridges:
             width = len(bridge.dense_mean)
-            bridge.set_units_(torch.randn(width), torch.rand(width) + 0.5)
+            bridge.standardize_(torch.randn(width), torch.rand(width) + 0.5)
     return bridged.eval()
 
 
@@ -120,10 +120,10 @@ def test_units_are_only_another_way_to_write_the_same_maps():
         bridge.decode(y + change), decoded + bridge.decode_change(change), rtol=1e-4, atol=1e-4
     )
     # A channel that never moves does not make numbers that are not finite.
-    bridge.set_units_(torch.zeros(24), torch.zeros(24))
+    bridge.standardize_(torch.zeros(24), torch.zeros(24))
     assert bridge.encode(x).isfinite().all()
-    bridge.set_units_(torch.zeros(24), torch.arange(24.0))
-    assert bridge.encode(x).isfinite().all() and bridge.has_units
+    bridge.standardize_(torch.zeros(24), torch.arange(24.0))
+    assert bridge.encode(x).isfinite().all() and bridge.is_standardized
 
 
 def test_normalized_error_is_zero_for_the_target_and_one_for_its_mean():
@@ -279,8 +279,8 @@ def test_pairs_that_do_not_fit_are_refused():
         BridgedCausalLM.from_models("nowhere/at/all")
 
 
-def test_the_default_twin_fits():
-    config = default_twin(gpt2(n_embd=32))
+def test_the_default_sparse_config_fits():
+    config = default_sparse_config(gpt2(n_embd=32))
     assert isinstance(config, CircuitGPTConfig)
     assert (config.n_layer, config.d_model, config.vocab_size, config.block_size) == (2, 32, 64, 32)
 
@@ -369,19 +369,3 @@ def test_damaged_folders_are_refused(saved, tmp_path):
         BridgedCausalLM.from_pretrained(dense, config=bridged.dense.config)
     with pytest.raises(TypeError, match="'no_such_option'"):
         BridgedCausalLM.from_pretrained(folder, no_such_option=1)
-
-
-WITHOUT_PACKAGE = """
-import sys, torch
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_circuit_sparsity":
-            raise ImportError(name)
-sys.meta_path.insert(0, Refuse())
-from transformers import AutoModelForCausalLM
-bridged = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-with torch.no_grad(), bridged.steer("h.0.attn.resid_delta", 3, 2.0):
-    steered = bridged.dense(torch.load(sys.argv[2])).logits
-torch.save({"hybrid": bridged.hybrid(torch.load(sys.argv[2]), 1, 3), "steered": steered},
-           sys.argv[3])
-"""
