@@ -3,9 +3,7 @@
 Twin and bridges are trained together for a few steps, each time with one thing done otherwise.
 """
 
-import argparse
 import copy
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,21 +17,20 @@ from hf_circuit_sparsity.bridge.bridge_config import BridgeTrainingArguments
 from hf_circuit_sparsity.bridge.bridge_trainer import BridgeTrainer
 from hf_circuit_sparsity.bridge.initialization import ridge_bridges_
 from hf_circuit_sparsity.bridge.modeling_bridge import BridgedCausalLM
-from hf_circuit_sparsity.commands.console import quiet_libraries, say
-from hf_circuit_sparsity.commands.train import spread_sample, write_json
+from hf_circuit_sparsity.commands.console import say
 
-from ..speed.measure import machine, table, write_text
+from ..experiment import Experiment, machine, mean, stored, table
 from .bridge_models import (
     BLOCK_SIZE,
     BRIDGE_BATCH_SIZE,
     BRIDGE_LEARNING_RATE,
     DENSITY,
-    FINDINGS,
     FOLDER,
     NMSE_WEIGHT,
     ensure_dense,
     fresh_bridge,
     ridge_tokens,
+    sample_text,
 )
 from .bridges import KEYS, bridge_figures
 
@@ -131,66 +128,49 @@ def measure(
         trainer.sharkfin_everywhere = variant.sharkfin
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    text = torch.tensor(spread_sample(blocks["validation"], N_TEXT)["input_ids"][:])[:N_TEXT]
+    text = sample_text(blocks["validation"], N_TEXT)
     bridged.eval()
     found = bridge_figures(bridged, text)
     return {**found, "largest": largest.nmse, "length": stream_length(bridged, text)}
 
 
-def report(folder: Path, findings: Path, output: Path, steps: int) -> str:
-    """Measure every variant that has not been measured yet, and write the table."""
-    quiet_libraries()
-    _, blocks = ensure_dense(folder, findings)
-    place = folder / f"ablation-{steps}"
-    start = ridge_bridges_(fresh_bridge(folder / "dense", findings), ridge_tokens(blocks))
-    rows: list[tuple] = []
+def run(experiment: Experiment) -> str:
+    """Measure every variant that has not been measured yet, and return the table."""
+    folder, steps = experiment.folder, experiment.options.steps
+    _, blocks = ensure_dense(folder)
+    measured = folder / "bridges" / f"ablation-{steps}"
+    start = ridge_bridges_(fresh_bridge(folder), ridge_tokens(blocks))
+    rows = []
     regression: dict[str, Any] = {}
     for name, variant in {"ridge regression": None, **VARIANTS}.items():
-        path = place / f"{re.sub(r'[^a-zA-Z0-9]+', '-', name)}.json"
-        if not path.is_file():
-            place.mkdir(parents=True, exist_ok=True)
-            write_json(path, measure(start, variant, blocks, steps, place / "run"))
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = stored(
+            measured / f"{re.sub(r'[^a-zA-Z0-9]+', '-', name)}.json",
+            lambda variant=variant: measure(start, variant, blocks, steps, measured / "run"),
+        )
         regression = regression or found
         pairs = [pair for key in KEYS for pair in zip(found[key], regression[key], strict=True)]
+        better = f"{sum(a < b for a, b in pairs)} of {len(pairs)}"
         rows.append(
-            (
-                name,
-                *(f"{sum(found[key]) / len(found[key]):.3f}" for key in KEYS),
-                f"{sum(a < b for a, b in pairs)} of {len(pairs)}" if variant else "",
-                f"{found['largest']:.2f}" if variant else "",
-                f"{found['length']:.1f}",
-                f"{found['lm']:.2f}",
-            )
+            {
+                "": name,
+                **{label: f"{mean(found[key]):.3f}" for key, label in KEYS.items()},
+                "better than regression": better if variant else "",
+                "largest NMSE on the way": f"{found['largest']:.2f}" if variant else "",
+                "twin's stream": f"{found['length']:.1f}",
+                "twin's loss": f"{found['lm']:.2f}",
+            }
         )
         say(f"  {rows[-1]}")
-    header = (
-        "", "NMSE encoding", "NMSE decoding", "KL dense→sparse", "KL sparse→dense",
-        "better than regression", "largest NMSE on the way", "twin's stream", "twin's loss",
-    )  # fmt: skip
-    parts = ["# Training bridges: what matters", machine("cpu"),
-             HEAD.format(steps=steps, text=N_TEXT * BLOCK_SIZE), table(header, rows)]  # fmt: skip
-    text_out = "\n\n".join(parts) + "\n"
-    write_text(output, text_out)
-    return text_out
-
-
-HEAD = (
-    "Twin and bridges start from ridge regression and are trained together for {steps} steps of "
-    "1,024 tokens, each time with one thing done otherwise; one run each. NMSE (of encoding and "
-    "decoding; on the way, their sum) and KL as in bridges.md, means over the five locations, on "
-    "{text:,} validation tokens; how many of the twenty figures are better than regression's; the "
-    "standard deviation over tokens of the twin's stream after its last block."
-)
+    head = (
+        "Twin and bridges start from ridge regression and are trained together for "
+        f"{steps} steps of {BRIDGE_BATCH_SIZE * BLOCK_SIZE:,} tokens, each time with one thing "
+        "done otherwise; one run each. NMSE (of encoding and decoding; on the way, their sum) and "
+        f"KL as in bridges.md, means over the five locations, on {N_TEXT * BLOCK_SIZE:,} "
+        "validation tokens; how many of the twenty figures are better than regression's; the "
+        "standard deviation over tokens of the twin's stream after its last block."
+    )
+    return "\n\n".join(["# Training bridges: what matters", machine(), head, table(rows)])
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="(default: %(default)s)")
-    parser.add_argument("--findings", type=Path, default=FINDINGS, help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="(default: %(default)s)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("bridge_ablation.md"), help="(default: %(default)s)"
-    )
-    options = parser.parse_args()
-    say(report(options.folder, options.findings, options.output, options.steps))
+    Experiment.main(run, __doc__, "bridge_ablation", str(FOLDER), steps=100)

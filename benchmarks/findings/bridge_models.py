@@ -5,12 +5,12 @@ library. The twin starts as the quickstart's sparse model, which never saw the d
 then trained together with the bridges; these start from ridge regression.
 """
 
-import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import (
     AutoTokenizer,
     GPT2Config,
@@ -24,15 +24,19 @@ from hf_circuit_sparsity.bridge.bridge_config import BridgeTrainingArguments
 from hf_circuit_sparsity.bridge.bridge_trainer import BridgeTrainer
 from hf_circuit_sparsity.bridge.initialization import ridge_bridges_
 from hf_circuit_sparsity.bridge.modeling_bridge import BridgedCausalLM
-from hf_circuit_sparsity.commands.console import quiet_libraries, say
-from hf_circuit_sparsity.commands.train import fit, prepare_data, spread_sample, write_json
+from hf_circuit_sparsity.circuits.circuit import Circuit
+from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
+from hf_circuit_sparsity.circuits.pruning.find import find_circuit
+from hf_circuit_sparsity.commands.console import say
+from hf_circuit_sparsity.commands.train import fit, prepare_data, spread_sample
+from hf_circuit_sparsity.tasks.binary_task import BinaryTask
+from hf_circuit_sparsity.tasks.corpus import build_corpus
 from hf_circuit_sparsity.trainer.sparse_config import SparseTrainingArguments
 from hf_circuit_sparsity.trainer.sparse_trainer import SparseTrainer
 
-from .trained_models import BATCH_SIZE, BLOCK_SIZE, N_LAYER, load_trained, train_missing
+from ..experiment import stored
+from .trained_models import BATCH_SIZE, BLOCK_SIZE, FOLDER, N_LAYER, load_trained, train_missing
 
-FOLDER = Path("runs/bridges")
-FINDINGS = Path("runs/findings")
 TWIN = "topk-128-seed0"
 DENSE_STEPS = 2000
 BRIDGE_STEPS = 600
@@ -42,21 +46,26 @@ BRIDGE_LEARNING_RATE = 1e-3
 NMSE_WEIGHT = 4.0
 DENSITY = 0.05
 RIDGE_TOKENS = 65_536
+DENSE, BRIDGE = "bridges/dense", "bridges/bridge"
 SUMMARY = "training_summary.json"
 
 
-def text_blocks(
-    findings: Path = FINDINGS,
-) -> tuple[PreTrainedTokenizerBase, DatasetDict]:
+def text_blocks(folder: Path = FOLDER) -> tuple[PreTrainedTokenizerBase, DatasetDict]:
     """The tokenizer and the blocks that every model here was trained on."""
-    from hf_circuit_sparsity.tasks.corpus import build_corpus
-
-    train_missing([TWIN], findings)
-    return prepare_data(build_corpus(), BLOCK_SIZE, str(findings / "tokenizer"))
+    train_missing([TWIN], folder)
+    return prepare_data(build_corpus(), BLOCK_SIZE, str(folder / "tokenizer"))
 
 
-def train_dense(folder: Path, tokenizer: PreTrainedTokenizerBase, blocks: DatasetDict) -> None:
-    """Train the dense GPT-2 into a folder."""
+def sample_text(split: Dataset, rows: int) -> torch.Tensor:
+    """Blocks spread evenly over a split, int64 `(rows, T)`."""
+    return torch.tensor(spread_sample(split, rows)["input_ids"][:])[:rows]
+
+
+def train_dense(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, blocks: DatasetDict
+) -> dict[str, float]:
+    """Train the dense GPT-2 into a folder; returns what training reported."""
+    say("Training the dense GPT-2")
     set_seed(0)
     ids = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = GPT2Config(
@@ -75,39 +84,41 @@ def train_dense(folder: Path, tokenizer: PreTrainedTokenizerBase, blocks: Datase
         eval_dataset=spread_sample(blocks["validation"], 512),
         processing_class=tokenizer,
     )
-    fit(trainer, BLOCK_SIZE, get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    fit(trainer, BLOCK_SIZE, last_checkpoint(folder))
     metrics = trainer.evaluate()
     trainer.save_model()
-    write_json(folder / SUMMARY, {"loss": metrics["eval_loss"], "steps": DENSE_STEPS})
+    return {"loss": metrics["eval_loss"], "steps": DENSE_STEPS}
 
 
-def ensure_dense(
-    folder: Path = FOLDER, findings: Path = FINDINGS
-) -> tuple[PreTrainedTokenizerBase, DatasetDict]:
+def last_checkpoint(folder: Path) -> str | None:
+    """Where a training into a folder goes on."""
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def ensure_dense(folder: Path = FOLDER) -> tuple[PreTrainedTokenizerBase, DatasetDict]:
     """Train the dense model if it is not there yet; returns the tokenizer and the text."""
-    tokenizer, blocks = text_blocks(findings)
-    if not (folder / "dense" / SUMMARY).is_file():
-        say("Training the dense GPT-2")
-        train_dense(folder / "dense", tokenizer, blocks)
+    tokenizer, blocks = text_blocks(folder)
+    dense = folder / DENSE
+    stored(dense / SUMMARY, lambda: train_dense(dense, tokenizer, blocks))
     return tokenizer, blocks
 
 
-def fresh_bridge(dense: Path, findings: Path = FINDINGS) -> BridgedCausalLM:
+def fresh_bridge(folder: Path = FOLDER) -> BridgedCausalLM:
     """Untrained bridges between the dense model and the sparse one that never saw it."""
     set_seed(0)
-    return BridgedCausalLM.from_models(str(dense), load_trained(TWIN, findings)[0])
+    return BridgedCausalLM.from_models(str(folder / DENSE), load_trained(TWIN, folder)[0])
 
 
 def ridge_tokens(blocks: DatasetDict) -> torch.Tensor:
     """The training text that ridge regression is fitted on, `(n, T)`."""
-    sample = spread_sample(blocks["train"], RIDGE_TOKENS // BLOCK_SIZE)
-    return torch.tensor(sample["input_ids"][:])[: RIDGE_TOKENS // BLOCK_SIZE]
+    return sample_text(blocks["train"], RIDGE_TOKENS // BLOCK_SIZE)
 
 
 def train_bridge(
     folder: Path, bridged: BridgedCausalLM, tokenizer: PreTrainedTokenizerBase, blocks: DatasetDict
-) -> None:
-    """Train twin and bridges together into a folder."""
+) -> dict[str, float]:
+    """Train twin and bridges together into a folder; returns what training reported."""
+    say("Training its sparse twin and the bridges")
     set_seed(0)
     ridge_bridges_(bridged, ridge_tokens(blocks))
     arguments = BridgeTrainingArguments(
@@ -134,50 +145,53 @@ def train_bridge(
         names = ("lm", "kl", "nmse", "dense_to_sparse", "sparse_to_dense")
         return {name[:9]: f"{log[name]:.3f}" for name in names if name in log}
 
-    _, seconds = fit(
-        trainer,
-        BLOCK_SIZE,
-        get_last_checkpoint(str(folder)) if folder.is_dir() else None,
-        newest,
-    )
+    _, seconds = fit(trainer, BLOCK_SIZE, last_checkpoint(folder), newest)
     metrics = trainer.evaluate()
     trainer.save_model()
     bridged.sparse.save_pretrained(folder / "sparse")
     tokenizer.save_pretrained(folder / "sparse")
-    write_json(folder / SUMMARY, {**metrics, "steps": BRIDGE_STEPS, "seconds": seconds})
+    return {**metrics, "steps": BRIDGE_STEPS, "seconds": seconds}
 
 
 def load_models(
-    folder: Path = FOLDER, findings: Path = FINDINGS
+    folder: Path = FOLDER,
 ) -> tuple[BridgedCausalLM, PreTrainedTokenizerBase, DatasetDict]:
     """The trained bridge with its dense model, the tokenizer and the text; trains what is missing.
 
     Raises:
         Interrupted: after Ctrl-C, with a checkpoint from which the same call goes on.
     """
-    quiet_libraries()
-    dense, bridge = folder / "dense", folder / "bridge"
-    tokenizer, blocks = ensure_dense(folder, findings)
-    if not (bridge / SUMMARY).is_file():
-        say("Training its sparse twin and the bridges")
-        train_bridge(bridge, fresh_bridge(dense, findings), tokenizer, blocks)
-    tokenizer = AutoTokenizer.from_pretrained(dense)
-    return BridgedCausalLM.from_pretrained(bridge, dense=str(dense)), tokenizer, blocks
+    tokenizer, blocks = ensure_dense(folder)
+    bridge = folder / BRIDGE
+    stored(bridge / SUMMARY, lambda: train_bridge(bridge, fresh_bridge(folder), tokenizer, blocks))
+    tokenizer = AutoTokenizer.from_pretrained(folder / DENSE)
+    return BridgedCausalLM.from_pretrained(bridge, dense=str(folder / DENSE)), tokenizer, blocks
 
 
-def dense_loss(folder: Path = FOLDER) -> float:
-    """Validation loss of the dense model, nats per token."""
-    return json.loads((folder / "dense" / SUMMARY).read_text(encoding="utf-8"))["loss"]
+def summary(folder: Path, model: str) -> dict[str, float]:
+    """What training `DENSE`, or twin and bridges (`BRIDGE`), reported."""
+    return json.loads((folder / model / SUMMARY).read_text(encoding="utf-8"))
 
 
-def bridge_summary(folder: Path = FOLDER) -> dict[str, float]:
-    """What training twin and bridges reported."""
-    return json.loads((folder / "bridge" / SUMMARY).read_text(encoding="utf-8"))
+def circuit_of(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: BinaryTask,
+    blocks: DatasetDict,
+    folder: Path,
+    config: PruningConfig,
+) -> Circuit:
+    """The model's circuit for a task, as it is stored in the folder or found now.
 
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="(default: %(default)s)")
-    parser.add_argument("--findings", type=Path, default=FINDINGS, help="(default: %(default)s)")
-    arguments = parser.parse_args()
-    load_models(arguments.folder, arguments.findings)
+    Raises:
+        TaskNotLearnedError: the model does not do the task well enough.
+    """
+    try:
+        circuit = Circuit.from_pretrained(folder)
+        circuit.check_model(model)
+    except (FileNotFoundError, ValueError):
+        circuit = find_circuit(
+            model, tokenizer, task, config, reference=blocks["train"], progress=False
+        )
+        circuit.save_pretrained(folder)
+    return circuit

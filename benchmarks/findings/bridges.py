@@ -1,7 +1,5 @@
 """Bridges from a dense GPT-2 to a sparse twin: how exact they are, and steering through them."""
 
-import argparse
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,27 +20,28 @@ from hf_circuit_sparsity.bridge.steering import (
 )
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
-from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError, find_circuit
+from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError
 from hf_circuit_sparsity.commands.bridge import location_name
 from hf_circuit_sparsity.commands.console import say
-from hf_circuit_sparsity.commands.train import spread_sample
 from hf_circuit_sparsity.tasks.binary_task import BinaryTask
 from hf_circuit_sparsity.tasks.load import load_task
 
-from ..speed.measure import machine, save_figure, table, write_text
+from ..experiment import Experiment, machine, mean, table
 from .bridge_models import (
     BLOCK_SIZE,
+    BRIDGE,
     BRIDGE_BATCH_SIZE,
     BRIDGE_LEARNING_RATE,
     BRIDGE_STEPS,
-    FINDINGS,
+    DENSE,
     FOLDER,
     NMSE_WEIGHT,
-    bridge_summary,
-    dense_loss,
+    circuit_of,
     fresh_bridge,
     load_models,
     ridge_tokens,
+    sample_text,
+    summary,
 )
 
 TASKS = ("single_double_quote", "while_return_true")
@@ -54,7 +53,12 @@ CIRCUIT_LOSS = 0.3
 TRIED = 12  # channels of the circuit, and as many others, that are tried on training prompts
 TRIED_ROWS = 24
 TRIED_DOSES = (4.0, 8.0, 16.0, 32.0)
-KEYS = ("encode_nmse", "decode_nmse", "dense_to_sparse_kl", "sparse_to_dense_kl")
+KEYS = {
+    "encode_nmse": "NMSE encoding",
+    "decode_nmse": "NMSE decoding",
+    "dense_to_sparse_kl": "KL dense→sparse",
+    "sparse_to_dense_kl": "KL sparse→dense",
+}
 
 
 @torch.no_grad()
@@ -70,67 +74,33 @@ def bridge_figures(bridged: BridgedCausalLM, text: torch.Tensor) -> dict[str, An
     return {name: value.tolist() for name, value in sums.items()}
 
 
-def exactness(
-    bridged: BridgedCausalLM, blocks: Any, folder: Path, findings: Path, n_text: int
-) -> str:
+def exactness(bridged: BridgedCausalLM, blocks: Any, folder: Path, text: torch.Tensor) -> str:
     """Errors and divergences of four kinds of bridges, as a table."""
-    text = torch.tensor(spread_sample(blocks["validation"], n_text)["input_ids"][:])[:n_text]
     fitted_on = ridge_tokens(blocks)
-    sides = {"untrained": fresh_bridge(folder / "dense", findings).eval()}
-    figures = {"untrained": bridge_figures(sides["untrained"], text)}
-    regression = ridge_bridges_(sides["untrained"], fitted_on)
-    figures["ridge regression"] = bridge_figures(regression, text)
+    fresh = fresh_bridge(folder).eval()
+    figures = {"untrained": bridge_figures(fresh, text)}
+    figures["ridge regression"] = bridge_figures(ridge_bridges_(fresh, fitted_on), text)
     figures["trained together"] = bridge_figures(bridged, text)
     refitted = BridgedCausalLM.from_models(bridged.dense, bridged.sparse).eval()
-    figures["ridge, to the trained twin"] = bridge_figures(
-        ridge_bridges_(refitted, fitted_on), text
-    )
+    ridge_bridges_(refitted, fitted_on)
+    figures["ridge, to the trained twin"] = bridge_figures(refitted, text)
     rows = []
-    for location in range(bridged.n_locations):
+    for location in [*range(bridged.n_locations), None]:
         for side, found in figures.items():
-            cells = [f"{found[key][location]:.3f}" for key in KEYS]
-            rows.append((location_name(location), side, *cells))
-    for side, found in figures.items():
-        cells = [f"{sum(found[key]) / bridged.n_locations:.3f}" for key in KEYS]
-        rows.append(("**mean**", side, *cells))
-    header = ("after", "bridges", "NMSE encoding", "NMSE decoding", "KL dense→sparse",
-              "KL sparse→dense")  # fmt: skip
+            row = {"after": "**mean**" if location is None else location_name(location)}
+            row["bridges"] = side
+            for key, label in KEYS.items():
+                value = mean(found[key]) if location is None else found[key][location]
+                row[label] = f"{value:.3f}"
+            rows.append(row)
     start, end = figures["untrained"], figures["trained together"]
     return (
         f"{text.numel():,} validation tokens. NMSE is the share of the stream's variance that is "
         "missed (1: no better than its mean); KL is KL(dense ‖ hybrid), nats per token. Validation "
-        f"loss of the dense GPT-2 {dense_loss(folder):.2f}, of the sparse model before "
+        f"loss of the dense GPT-2 {summary(folder, DENSE)['loss']:.2f}, of the sparse model before "
         f"{start['lm']:.2f} and as its trained twin {end['lm']:.2f} nats per token; KL(dense ‖ "
-        f"sparse) before {start['kl']:.3f}, after {end['kl']:.3f}.\n\n" + table(header, rows)
+        f"sparse) before {start['kl']:.3f}, after {end['kl']:.3f}.\n\n{table(rows)}"
     )
-
-
-def twin_circuit(
-    bridged: BridgedCausalLM,
-    tokenizer: Any,
-    task: BinaryTask,
-    blocks: Any,
-    folder: Path,
-    steps: int,
-) -> Circuit | None:
-    """The twin's circuit for a task, found before or now; None where it has not learned it."""
-    try:
-        circuit = Circuit.from_pretrained(folder)
-        circuit.check_model(bridged.sparse)
-        return circuit
-    except (FileNotFoundError, ValueError):
-        pass
-    try:
-        circuit = find_circuit(
-            bridged.sparse, tokenizer, task, PruningConfig(steps=steps, target_loss=CIRCUIT_LOSS),
-            reference=blocks["train"], progress=False,
-        )  # fmt: skip
-    except TaskNotLearnedError as error:
-        say(f"  {task.name}: {error}")
-        return None
-    circuit.save_pretrained(folder)
-    circuit.plot(folder / "circuit.png", bridged.sparse, tokenizer)
-    return circuit
 
 
 def promising(
@@ -191,23 +161,38 @@ def choose_channel(
 
 
 def steering(
-    bridged: BridgedCausalLM, tokenizer: Any, blocks: Any, folder: Path, n_text: int, steps: int
+    experiment: Experiment, bridged: BridgedCausalLM, tokenizer: Any, blocks: Any
 ) -> tuple[str, str, list[SteeringSweep]]:
-    """Tables of the twin's circuits and of steering them in the dense model, and the sweeps."""
-    text = torch.tensor(spread_sample(blocks["validation"], n_text)["input_ids"][:])[:n_text]
-    circuit_rows, rows, sweeps = [], [], []
+    """The twin's circuits, steering them in the dense model, both as Markdown, and the sweeps."""
+    options = experiment.options
+    text = sample_text(blocks["validation"], options.text // 4)
+    circuit_rows, pictures, rows, sweeps = [], [], [], []
     for name in TASKS:
         task = load_task(name, tokenizer, n_train=1000, n_test=256, max_length=BLOCK_SIZE)
+        folder = experiment.folder / "bridges" / "circuits" / name
+        config = PruningConfig(steps=options.steps, target_loss=CIRCUIT_LOSS)
         circuit = None
-        if steps:
-            place = folder / "circuits" / name
-            circuit = twin_circuit(bridged, tokenizer, task, blocks, place, steps)
-        if circuit is not None:
+        try:
+            circuit = circuit_of(bridged.sparse, tokenizer, task, blocks, folder, config)
+        except TaskNotLearnedError as error:
+            say(f"  {task.name}: {error}")
+        else:
             m = circuit.metrics
-            losses = [f"{m[name]:.3f}" for name in ("model_loss", "circuit_loss", "ablated_loss")]
-            circuit_rows.append((name, m["nodes"], m["edges"], *losses, written(circuit)))
-        answers = sorted(set(task.test["target_id"]))
-        for target in answers:
+            circuit_rows.append(
+                {
+                    "task": name,
+                    "nodes": m["nodes"],
+                    "edges": m["edges"],
+                    "twin's task loss": f"{m['model_loss']:.3f}",
+                    "circuit's": f"{m['circuit_loss']:.3f}",
+                    "without the circuit": f"{m['ablated_loss']:.3f}",
+                    "writes to channels": written(circuit),
+                }
+            )
+            picture = experiment.results / f"{experiment.name}_{name}.png"
+            circuit.plot(picture, bridged.sparse, tokenizer)
+            pictures.append(f"![The twin's circuit for {name}]({picture.name})")
+        for target in sorted(set(task.test["target_id"])):
             own, others = promising(bridged, task, target, circuit)
             choice = choose_channel(bridged, tokenizer, task, target, own + others)
             best = choice.candidate
@@ -219,103 +204,81 @@ def steering(
             )  # fmt: skip
             sweeps.append(sweep)
             rows += sweep_rows(sweep, choice, best in own)
-    circuits = table(
-        (
-            "task",
-            "nodes",
-            "edges",
-            "twin's task loss",
-            "circuit's",
-            "without the circuit",
-            "writes to channels",
-        ),
-        circuit_rows,
-    )
-    header = ("task", "steered", "channel", "dose", "p(right answer)", "p(other answer)",
-              "random channels: mean (max)", "KL on text", "random: mean")  # fmt: skip
-    return circuits, table(header, rows), sweeps
+    return "\n\n".join([table(circuit_rows), *pictures]), table(rows), sweeps
 
 
-def sweep_rows(sweep: SteeringSweep, choice: Choice, of_circuit: bool = False) -> list[tuple]:
+def sweep_rows(
+    sweep: SteeringSweep, choice: Choice, of_circuit: bool = False
+) -> list[dict[str, object]]:
     """The lines of the table about one sweep: up to the dose that was best on training prompts."""
     rows, best = [], choice.candidate
-    place = f"{best.channel} after {location_name(best.location)}"
-    place += " (circuit's)" if of_circuit else ""
     for dose in (dose for dose in DOSES if dose <= choice.dose):
         i = sweep.strengths.index(dose * best.difference)
         others = [line[i] for line in sweep.random_probability]
-        text = [line[i] for line in sweep.random_text_kl]
         rows.append(
-            (sweep.task, f"`{sweep.answer!r}` → `{sweep.other!r}`",
-             place, f"{dose:g}",
-             f"{sweep.answer_probability[i]:.3f}", f"{sweep.other_probability[i]:.3f}",
-             f"{sum(others) / len(others):.3f} ({max(others):.3f})",
-             f"{sweep.text_kl[i]:.3f}", f"{sum(text) / len(text):.3f}")
-        )  # fmt: skip
+            {
+                "task": sweep.task,
+                "steered": f"`{sweep.answer!r}` → `{sweep.other!r}`",
+                "channel": f"{best.channel} after {location_name(best.location)}"
+                + (" (circuit's)" if of_circuit else ""),
+                "dose": f"{dose:g}",
+                "p(right answer)": f"{sweep.answer_probability[i]:.3f}",
+                "p(other answer)": f"{sweep.other_probability[i]:.3f}",
+                "random channels: mean (max)": f"{mean(others):.3f} ({max(others):.3f})",
+                "KL on text": f"{sweep.text_kl[i]:.3f}",
+                "random: mean": f"{mean([line[i] for line in sweep.random_text_kl]):.3f}",
+            }
+        )
     return rows
 
 
-def circuit_pictures(folder: Path, output: Path) -> list[str]:
-    """Put the pictures of the twin's circuits beside the report; returns what shows them there."""
-    lines = []
-    for name in TASKS:
-        picture = folder / "circuits" / name / "circuit.png"
-        if picture.is_file():
-            copied = output.with_name(f"{output.stem}_{name}.png")
-            shutil.copyfile(picture, copied)
-            lines.append(f"![The twin's circuit for {name}]({copied.name})")
-    return lines
-
-
-def draw(sweeps: Sequence[SteeringSweep], picture: Path) -> None:
+def draw(experiment: Experiment, sweeps: Sequence[SteeringSweep]) -> str:
     """All sweeps side by side."""
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(sweeps) / 2, 7), layout="constrained")
-    for axes, sweep in zip(figure.subplots(2, len(sweeps) // 2).T.flat, sweeps, strict=True):
-        sweep.draw(axes)
-    save_figure(figure, picture, dpi=110)
+    def both(axes: Any) -> None:
+        for one, sweep in zip(axes.T.flat, sweeps, strict=True):
+            sweep.draw(one)
+
+    half = len(sweeps) // 2
+    title = "Answer probability against strength"
+    return experiment.picture(both, title, (5 * half, 7), dpi=110, nrows=2, ncols=half)
 
 
-def report(folder: Path, findings: Path, output: Path, n_text: int = 64, steps: int = 200) -> str:
-    """Train what is missing and measure everything; writes the report and its picture."""
+def run(experiment: Experiment) -> str:
+    """Train what is missing and measure everything; returns the report."""
     began = time.monotonic()
-    bridged, tokenizer, blocks = load_models(folder, findings)
+    folder, options = experiment.folder, experiment.options
+    bridged, tokenizer, blocks = load_models(folder)
     bridged.eval()
     say("Errors and divergences")
-    exact = exactness(bridged, blocks, folder, findings, n_text)
-    say(exact)
+    text = sample_text(blocks["validation"], options.text)
+    exact = exactness(bridged, blocks, folder, text)
     say("Circuits and steering")
-    circuits, steered, sweeps = steering(bridged, tokenizer, blocks, folder, n_text // 4, steps)
-    draw(sweeps, output.with_suffix(".png"))
-    seconds = bridge_summary(folder)["seconds"]
+    circuits, steered, sweeps = steering(experiment, bridged, tokenizer, blocks)
     training = TRAINING.format(
-        steps=BRIDGE_STEPS, tokens=BRIDGE_BATCH_SIZE * BLOCK_SIZE, rate=BRIDGE_LEARNING_RATE,
-        weight=NMSE_WEIGHT, minutes=seconds / 60, whole=(time.monotonic() - began) / 60,
+        minutes=summary(folder, BRIDGE)["seconds"] / 60, whole=(time.monotonic() - began) / 60
+    )
+    found = (
+        "Losses in nats on held-out prompts; guessing is 0.693. Found with "
+        f"{options.steps} mask updates and a target loss of {CIRCUIT_LOSS:g}."
+    )
+    return "\n\n".join(
+        [
+            "# Bridges", machine(), training, "## How exact the bridges are", exact,
+            "## The twin's circuits", found, circuits,
+            "## Steering the dense model", STEERING, steered, draw(experiment, sweeps),
+        ]
     )  # fmt: skip
-    text = "\n\n".join([
-        "# Bridges", machine("cpu"), training, "## How exact the bridges are", exact,
-        "## The twin's circuits", CIRCUITS.format(steps=steps, loss=CIRCUIT_LOSS), circuits,
-        *circuit_pictures(folder, output),
-        "## Steering the dense model", STEERING, steered,
-        f"![Answer probability against strength]({output.with_suffix('.png').name})",
-    ])  # fmt: skip
-    write_text(output, text + "\n")
-    return text
 
 
 TRAINING = (
     "A dense GPT-2 of 2 layers and width 128, trained on the Python standard library; the "
     "quickstart's sparse model of the same size, which never saw it; and twin and bridges trained "
-    "together from there, starting from ridge regression, for {steps} steps of {tokens:,} tokens "
-    "({minutes:.0f} minutes; learning rate {rate:g}, weight of the NMSE {weight:g}). See "
-    "`bridge_models.py`; every model is one run. The command that wrote this took {whole:.0f} "
-    "minutes; it trains only what is not there yet."
-)
-
-CIRCUITS = (
-    "Losses in nats on held-out prompts; guessing is 0.693. Found with {steps} mask updates and a "
-    "target loss of {loss:g}."
+    f"together from there, starting from ridge regression, for {BRIDGE_STEPS} steps of "
+    f"{BRIDGE_BATCH_SIZE * BLOCK_SIZE:,} tokens ({{minutes:.0f}} minutes; learning rate "
+    f"{BRIDGE_LEARNING_RATE:g}, weight of the NMSE {NMSE_WEIGHT:g}). See `bridge_models.py`; every "
+    "model is one run. The command that wrote this took {whole:.0f} minutes; it trains only what "
+    "is not there yet."
 )
 
 STEERING = (
@@ -331,11 +294,4 @@ STEERING = (
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="(default: %(default)s)")
-    parser.add_argument("--findings", type=Path, default=FINDINGS, help="(default: %(default)s)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("bridges.md"), help="(default: %(default)s)"
-    )
-    options = parser.parse_args()
-    say(report(options.folder, options.findings, options.output))
+    Experiment.main(run, __doc__, "bridges", str(FOLDER), text=64, steps=200)

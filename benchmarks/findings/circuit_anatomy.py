@@ -6,32 +6,35 @@ a quarter of whose text was these tasks' training prompts, answered.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_circuit_sparsity.circuits.ablation import hooked_sites
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.edges import Edge, embedding_edges, unembedding_edges
-from hf_circuit_sparsity.circuits.task_loss import all_pair_logits, binary_loss, candidates, trimmed
+from hf_circuit_sparsity.circuits.task_loss import candidates
+from hf_circuit_sparsity.circuits.viewer.activations import record_activations
+from hf_circuit_sparsity.circuits.viewer.attention import attention_patterns
+from hf_circuit_sparsity.circuits.viewer.losses import node_effects
 
-from ..speed.measure import table
+from ..experiment import Experiment, table
 from .findings import (
     SEARCHES,
     TARGETS,
-    arguments,
     frontier,
     learned_tasks,
     loaded,
+    main,
     smallest,
     stored_circuits,
     stored_tasks,
     task_for,
     task_losses,
-    write_report,
 )
-from .trained_models import FOLDER, training_summary
+from .trained_models import training_summary
 
 CIRCUITS = (
     ("topk-128-seed0", "single_double_quote"),
@@ -43,10 +46,10 @@ PROMPTS = 256
 SHOWN = 4
 
 
-def run(folder: Path = FOLDER, stored_only: bool = False) -> str:
+def run(experiment: Experiment) -> str:
     """Describe and verify every circuit; returns the report."""
-    paragraph = __doc__.split("\n\n")[1]
-    parts = ["# What three circuits do, node by node", paragraph]
+    folder, stored_only = experiment.folder, experiment.stored_only
+    parts = ["# What three circuits do, node by node", __doc__.strip().split("\n\n")[1]]
     for name, task_name in CIRCUITS:
         parts.append(f"## {task_name} in {name}")
         if stored_only and not training_summary(name, folder):
@@ -106,122 +109,81 @@ def _circuit(name: str, task_name: str, folder: Path) -> str:
 
 def describe_nodes(circuit: Circuit, model: Any, tokenizer: Any, task: Any) -> str:
     """A Markdown table with a row for every node, in the order of computation."""
+    prompts = task.train[:PROMPTS]["input_ids"]
     rows = {k: v[:PROMPTS] for k, v in task.tensors("train").items()}
-    excited = _tokens(circuit, model, rows)
+    excited = excitement(circuit, model, prompts)
+    nodes = [(site, index) for site in circuit.means for index in circuit.nodes.get(site, [])]
+    effects = node_effects(circuit, model, rows, nodes)
     edges = circuit.edges(model)
-    without = _removals(circuit, model, rows)
-    tokens = sorted({t for t in rows["input_ids"][rows["attention_mask"].bool()].tolist()})
+    tokens = sorted({token for prompt in prompts for token in prompt})
     answers = sorted(set(candidates(rows).flatten().tolist()))
     lines = []
-    for site in circuit.means:
-        for index in circuit.nodes.get(site, []):
-            means = excited[site, index]
-            high = sorted(means, key=means.get, reverse=True)[:SHOWN]
-            low = sorted(means, key=means.get)[:SHOWN]
-            spread = 0.2 * max((abs(v) for v in means.values()), default=0.0)
-            lines.append(
-                (
-                    f"{site}.{index}",
-                    _listed(tokenizer, [t for t in high if means[t] > spread], means),
-                    _listed(tokenizer, [t for t in low if means[t] < -spread], means),
-                    _reads(circuit, model, tokenizer, site, index, edges, tokens),
-                    _writes(circuit, model, tokenizer, site, index, edges, answers),
-                    f"{without[site, index]:.2f}",
-                )
-            )
-    header = ("node", "excited by", "inhibited by", "reads", "writes", "loss without it")
+    for site, index in nodes:
+        means = excited[site, index]
+        high = sorted(means, key=means.__getitem__, reverse=True)[:SHOWN]
+        low = sorted(means, key=means.__getitem__)[:SHOWN]
+        spread = 0.2 * max((abs(v) for v in means.values()), default=0.0)
+        lines.append(
+            {
+                "node": f"{site}.{index}",
+                "excited by": _listed(tokenizer, [t for t in high if means[t] > spread], means),
+                "inhibited by": _listed(tokenizer, [t for t in low if means[t] < -spread], means),
+                "reads": _reads(circuit, model, tokenizer, site, index, edges, tokens),
+                "writes": _writes(circuit, model, tokenizer, site, index, edges, answers),
+                "ablating it adds": f"{effects[site, index]:.2f}",
+            }
+        )
     return (
         "Activations are deviations from the node's mean, averaged over the occurrences of a token "
-        f"in {len(rows['target_ids'])} training prompts, in the whole model.\n\n"
-        + table(header, lines)
+        f"in {len(prompts)} training prompts, in the whole model; the last column is in nats.\n\n"
+        + table(lines)
     )
 
 
-def _tokens(
-    circuit: Circuit, model: Any, rows: dict[str, torch.Tensor]
+def excitement(
+    circuit: Circuit, model: Any, prompts: list[list[int]]
 ) -> dict[tuple[str, int], dict[int, float]]:
     """(site, index) → token id → mean deviation from the node's mean where the token stands."""
-    seen: dict[str, torch.Tensor] = {}
-
-    def recorder(site: str):
-        def hook(module, args, output):
-            seen[site] = output[..., circuit.nodes[site]]
-
-        return hook
-
-    batch = trimmed(rows)
-    with torch.no_grad(), hooked_sites(model, {s: recorder(s) for s in circuit.nodes}):
-        model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    here = batch["attention_mask"].bool()
-    ids = batch["input_ids"][here]
+    recorded = record_activations(model, circuit.nodes, prompts)
+    ids = torch.tensor([token for prompt in prompts for token in prompt])
     result: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
-    for site, values in seen.items():
-        deviations = values[here] - circuit.means[site][circuit.nodes[site]]
+    for site, nodes in circuit.nodes.items():
+        deviations = recorded.values[site] - circuit.means[site][nodes]
         for token in ids.unique().tolist():
             at = deviations[ids == token]
             if len(at) >= 3:
-                for index, mean in zip(circuit.nodes[site], at.mean(0).tolist(), strict=True):
-                    result[site, index][token] = mean
+                for index, value in zip(nodes, at.mean(0).tolist(), strict=True):
+                    result[site, index][token] = value
     return result
-
-
-def _removals(
-    circuit: Circuit, model: Any, rows: dict[str, torch.Tensor]
-) -> dict[tuple[str, int], float]:
-    """Loss of the circuit without each of its nodes."""
-    losses = {}
-    for site, ids in circuit.nodes.items():
-        for index in ids:
-            smaller = Circuit(
-                {**circuit.nodes, site: [i for i in ids if i != index]},
-                circuit.means,
-                circuit.task,
-                circuit.model_fingerprint,
-                calibration=circuit.calibration,
-            )
-            with smaller.applied(model):
-                losses[site, index] = binary_loss(all_pair_logits(model, rows)).item()
-    return losses
 
 
 def _attention(circuit: Circuit, model: Any, tokenizer: Any, task: Any) -> str:
     """Where the circuit's heads look from the last position."""
-    width = model.config.head_dim
     heads = sorted(
         {
-            (int(site.split(".")[1]), index // width)
-            for site, ids in circuit.nodes.items()
+            (int(site.split(".")[1]), index // model.config.head_dim)
+            for site, nodes in circuit.nodes.items()
             if site.endswith((".q", ".k", ".v"))
-            for index in ids
+            for index in nodes
         }
     )
     if not heads:
         return "No attention head takes part."
-    batch = trimmed({k: v[:64] for k, v in task.tensors("test").items()})
-    before = model.config._attn_implementation
-    model.config._attn_implementation = "eager"
-    try:
-        with torch.no_grad(), circuit.applied(model):
-            attentions = model(
-                batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                use_cache=False,
-                output_attentions=True,
-            ).attentions
-    finally:
-        model.config._attn_implementation = before
+    prompts = task.test[:64]["input_ids"]
+    mass: dict[tuple[int, int], dict[int, float]] = {head: defaultdict(float) for head in heads}
+    for prompt in prompts:
+        layers = sorted({layer for layer, _ in heads})
+        patterns = attention_patterns(model, prompt, layers, partial(circuit.applied, model))
+        for layer, head in heads:
+            for token, weight in zip(prompt, patterns[layer][head, -1].tolist(), strict=True):
+                mass[layer, head][token] += weight / len(prompts)
     lines = []
-    for layer, head in heads:
-        weights = attentions[layer][:, head, -1]  # (prompts, positions)
-        mass: dict[int, float] = defaultdict(float)
-        for ids, row in zip(batch["input_ids"].tolist(), weights.tolist(), strict=True):
-            for token, weight in zip(ids, row, strict=True):
-                mass[token] += weight / len(weights)
-        most = sorted(mass, key=mass.get, reverse=True)[:SHOWN]
-        total = sum(mass.values())
+    for (layer, head), seen in mass.items():
+        most = sorted(seen, key=seen.__getitem__, reverse=True)[:SHOWN]
         lines.append(
             f"- Head {head} of layer {layer}, from the last position: "
-            f"{_listed(tokenizer, most, mass, sign=False)}; {1 - total:.2f} into the sink."
+            f"{_listed(tokenizer, most, seen, sign=False)}; {1 - sum(seen.values()):.2f} into the "
+            "sink."
         )
     return "Attention within the circuit, mean over held-out prompts:\n\n" + "\n".join(lines)
 
@@ -283,7 +245,7 @@ def _short(site: str) -> str:
     return site.split(".", 2)[2]
 
 
-def _listed(tokenizer: Any, ids: list[int], values: dict[int, float], sign: bool = True) -> str:
+def _listed(tokenizer: Any, ids: list[int], values: Mapping[int, float], sign: bool = True) -> str:
     """Tokens as Markdown code with their numbers; safe inside a table."""
     shown = []
     for token in ids:
@@ -293,5 +255,4 @@ def _listed(tokenizer: Any, ids: list[int], values: dict[int, float], sign: bool
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__)
-    write_report(args.results, "circuit_anatomy", run(args.folder, args.stored_only))
+    main(run, __doc__, "circuit_anatomy")

@@ -4,9 +4,9 @@ A sparse model is taught to close strings with the *other* quote. Only the answe
 should change.
 """
 
-import argparse
 import copy
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,20 @@ from hf_circuit_sparsity.adapters import CircuitPeftConfig
 from hf_circuit_sparsity.bridge.losses import mean_kl
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
-from hf_circuit_sparsity.circuits.pruning.find import find_circuit
 from hf_circuit_sparsity.circuits.task_loss import (
     all_pair_logits,
     binary_loss,
     pair_logits,
     trimmed,
 )
-from hf_circuit_sparsity.commands.console import quiet_libraries, say
-from hf_circuit_sparsity.commands.train import spread_sample
+from hf_circuit_sparsity.commands.console import say
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.tasks.binary_task import TaskNotExpressibleError
 from hf_circuit_sparsity.tasks.load import list_tasks, load_task
 
-from ..speed.measure import machine, table, write_text
-from .bridge_models import BLOCK_SIZE, FINDINGS, text_blocks
-from .trained_models import load_trained
+from ..experiment import Experiment, machine, mean, table
+from .bridge_models import BLOCK_SIZE, circuit_of, sample_text, text_blocks
+from .trained_models import FOLDER, load_trained
 
 MODEL = "topk-128-seed0"
 TASK = "single_double_quote"
@@ -69,7 +67,7 @@ def teach(model: PeftModel, tensors: dict[str, torch.Tensor], rate: float, steps
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-    return sum(losses[-10:]) / len(losses[-10:])
+    return mean(losses[-10:])
 
 
 def adapters(model: CircuitGPTForCausalLM, circuit: Circuit, tokens: list[int]) -> dict[str, Any]:
@@ -98,93 +96,82 @@ def side_effects(
     text: torch.Tensor,
     plain: torch.Tensor,
 ) -> tuple[float, float, float]:
-    """Mean and largest change of the other tasks' losses, and KL on unrelated text."""  # fmt: skip
+    """Mean and largest change of the other tasks' losses, and KL on unrelated text."""
     changes = [
         abs(binary_loss(all_pair_logits(model, task)).item() - before[name])
         for name, task in tasks.items()
     ]
     kl = mean_kl(plain, model(text).logits).item()
-    return sum(changes) / len(changes), max(changes), kl
+    return mean(changes), max(changes), kl
 
 
-def report(findings: Path, output: Path, steps: int = 60, rows: int = 64) -> str:
-    """Teach every adapter, measure and write the report."""
-    quiet_libraries()
-    model, tokenizer = load_trained(MODEL, findings)
-    _, blocks = text_blocks(findings)
+def run(experiment: Experiment) -> str:
+    """Teach every adapter, measure it and return the report."""
+    folder, options = experiment.folder, experiment.options
+    model, tokenizer = load_trained(MODEL, folder)
+    _, blocks = text_blocks(folder)
     task = load_task(TASK, tokenizer, n_train=1000, n_test=256, max_length=BLOCK_SIZE)
-    folder = findings / "circuits" / f"{MODEL}-{TASK}"
-    try:
-        circuit = Circuit.from_pretrained(folder)
-        circuit.check_model(model)
-    except (FileNotFoundError, ValueError):
-        circuit = find_circuit(
-            model, tokenizer, task, PruningConfig(steps=200), reference=blocks["train"],
-            progress=False,
-        )  # fmt: skip
-        circuit.save_pretrained(folder)
+    circuit = circuit_of(
+        model, tokenizer, task, blocks, folder / "circuits" / f"{MODEL}-{TASK}",
+        PruningConfig(steps=200),
+    )  # fmt: skip
     others = {}
     for name in list_tasks():
         if name == TASK or name.startswith("fstring"):
             continue
-        try:
-            other = load_task(name, tokenizer, n_train=2, n_test=rows, max_length=BLOCK_SIZE)
-        except TaskNotExpressibleError:
-            continue
-        others[name] = other.tensors("test")
-    text = torch.tensor(spread_sample(blocks["validation"], 32)["input_ids"][:])[:32]
+        with suppress(TaskNotExpressibleError):
+            other = load_task(
+                name, tokenizer, n_train=2, n_test=options.rows, max_length=BLOCK_SIZE
+            )
+            others[name] = other.tensors("test")
+    text = sample_text(blocks["validation"], 32)
     with torch.no_grad():
         before = {n: binary_loss(all_pair_logits(model, t)).item() for n, t in others.items()}
         plain = model(text).logits
     train, test = task.tensors("train"), task.tensors("test")
-    tokens = sorted(set(task.train["target_id"]))
-    lines = []
-    for name, config in adapters(model, circuit, tokens).items():
-        best = None
+    rows = []
+    for name, config in adapters(model, circuit, sorted(set(task.train["target_id"]))).items():
+        tried = []
         for rate in LEARNING_RATES:
             torch.manual_seed(0)
             adapted = get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
-            loss = teach(adapted, train, rate, steps)
-            if best is None or loss < best[0]:
-                best = loss, rate, adapted
-        _, rate, adapted = best
-        count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+            tried.append((teach(adapted, train, rate, options.steps), rate, adapted))
+        _, rate, adapted = min(tried, key=lambda run: run[0])
         with tempfile.TemporaryDirectory() as saved:
             adapted.save_pretrained(saved)
             size = sum(path.stat().st_size for path in Path(saved).glob("adapter_*"))
         pairs = all_pair_logits(adapted, test)
-        mean, most, kl = side_effects(adapted, before, others, text, plain)
-        lines.append(
-            (name, f"{count:,}", f"{size / 1024:.1f}", f"{rate:g}",
-             f"{opposite_loss(pairs).item():.3f}", f"{follows(pairs):.0%}",
-             f"{mean:.3f}", f"{most:.3f}", f"{kl:.4f}")
-        )  # fmt: skip
-        say(f"  {lines[-1]}")
+        change, most, kl = side_effects(adapted, before, others, text, plain)
+        count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        rows.append(
+            {
+                "adapter": name,
+                "parameters": f"{count:,}",
+                "KiB": f"{size / 1024:.1f}",
+                "learning rate": f"{rate:g}",
+                "loss on the new rule": f"{opposite_loss(pairs).item():.3f}",
+                "follows it": f"{follows(pairs):.0%}",
+                "other tasks: mean change": f"{change:.3f}",
+                "largest": f"{most:.3f}",
+                "KL on text": f"{kl:.4f}",
+            }
+        )
+        say(f"  {rows[-1]}")
     untouched = all_pair_logits(model, test)
     head = (
-        f"{steps} Adam steps of {BATCH_SIZE} prompts on `{TASK}` with the two answers swapped, "
-        f"each method with the best of the learning rates {', '.join(map(str, LEARNING_RATES))} by "
-        "training loss. The circuit's last edges are those that write to the residual stream and "
-        "the unembedding's of the two answers; trained with the earlier ones, these wear out "
-        "before the last have turned round, and the answer ends up a guess. Before: loss "
-        f"{opposite_loss(untouched).item():.3f}, {follows(untouched):.0%} of held-out strings "
-        f"closed with the other quote. The other tasks are {len(others)} of the twenty (without "
-        f"the quote and f-string ones), {rows} prompts each; change is of the binary loss, in "
-        "nats; KL is KL(before ‖ after) on unrelated validation text, nats per token."
+        f"{options.steps} Adam steps of {BATCH_SIZE} prompts on `{TASK}` with the two answers "
+        "swapped, each method with the best of the learning rates "
+        f"{', '.join(map(str, LEARNING_RATES))} by training loss. The circuit's last edges are "
+        "those that write to the residual stream and the unembedding's of the two answers; trained "
+        "with the earlier ones, these wear out before the last have turned round, and the answer "
+        f"ends up a guess. Before: loss {opposite_loss(untouched).item():.3f}, "
+        f"{follows(untouched):.0%} of held-out strings closed with the other quote. The other "
+        f"tasks are {len(others)} of the twenty (without the quote and f-string ones), "
+        f"{options.rows} prompts each; change is of the binary loss, in nats; KL is "
+        "KL(before ‖ after) on unrelated validation text, nats per token."
     )
-    header = ("adapter", "parameters", "KiB", "learning rate", "loss on the new rule", "follows it",
-              "other tasks: mean change", "largest", "KL on text")  # fmt: skip
-    parts = ["# Fine-tuning one circuit", machine("cpu"), head, table(header, lines)]
-    text_out = "\n\n".join(parts) + "\n"
-    write_text(output, text_out)
-    return text_out
+    return "\n\n".join(["# Fine-tuning one circuit", machine(), head, table(rows)])
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--findings", type=Path, default=FINDINGS, help="(default: %(default)s)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("circuit_finetuning.md"), help="(default: %(default)s)"
-    )
-    options = parser.parse_args()
-    say(report(options.findings, options.output))
+    Experiment.main(run, __doc__, "circuit_finetuning", str(FOLDER), steps=60, rows=64)

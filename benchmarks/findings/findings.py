@@ -1,11 +1,9 @@
-"""What the scripts about findings share: circuits of trained models, found once and kept.
+"""What the scripts about findings share: circuits of trained models, found once and stored.
 
 A script that was stopped goes on: models, circuits and figures that are in the folder are not made
 again.
 """
 
-import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -26,17 +24,16 @@ from hf_circuit_sparsity.circuits.pruning.find import (
 )
 from hf_circuit_sparsity.circuits.reference_tokens import reference_input_ids
 from hf_circuit_sparsity.circuits.task_scores import evaluate_tasks
-from hf_circuit_sparsity.commands.console import quiet_libraries, say
-from hf_circuit_sparsity.commands.train import write_json
+from hf_circuit_sparsity.commands.console import say
+from hf_circuit_sparsity.files import replacing
 from hf_circuit_sparsity.metrics.circuit_size.geometric_mean import geometric_mean
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.tasks.binary_task import BinaryTask
 from hf_circuit_sparsity.tasks.load import load_task
 
-from ..speed.measure import write_text
-from .trained_models import FOLDER, load_trained
+from ..experiment import Experiment, mean, stored
+from .trained_models import FOLDER, load_trained, training_summary
 
-RESULTS = Path("benchmarks/results")
 TARGETS = (0.15, 0.3, 0.5)
 # At which models are compared. Not the paper's 0.15: too few tasks are done that well by all of the
 # small models compared.
@@ -76,13 +73,12 @@ class Loaded(NamedTuple):
 def loaded(name: str, folder: Path = FOLDER) -> Loaded:
     """A model of `trained_models.RECIPES`, trained first where it is not there yet."""
     model, tokenizer = load_trained(name, folder)
-    stored = folder / "reference_tokens.npy"
-    if not stored.is_file():  # tokenizing the corpus takes longer than all that uses it
+    path = folder / "reference_tokens.npy"
+    if not path.is_file():  # tokenizing the corpus takes longer than all that uses it
         ids = reference_input_ids(model, tokenizer, None, CONFIG.reference_tokens)
-        partial = stored.with_name("partial.npy")
-        np.save(partial, ids.numpy().astype(np.int32))
-        partial.replace(stored)
-    reference = torch.from_numpy(np.load(stored)).long()
+        with replacing(path) as temporary:
+            np.save(temporary, ids.numpy().astype(np.int32))
+    reference = torch.from_numpy(np.load(path)).long()
     return Loaded(model, tokenizer, pruning_inputs(model, tokenizer, CONFIG, reference))
 
 
@@ -99,14 +95,6 @@ def task_for(name: str, task: str, folder: Path = FOLDER, search: str = "quick")
     )
 
 
-def kept(path: Path, compute: Callable[[], Any]) -> Any:
-    """What `compute` returned when it was called for this file first; JSON values only."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, compute())
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def task_losses(name: str, folder: Path = FOLDER) -> dict[str, dict[str, float]]:
     """Task → accuracy, loss and calibrated loss of a trained model, for tasks it can be asked."""
 
@@ -116,7 +104,7 @@ def task_losses(name: str, folder: Path = FOLDER) -> dict[str, dict[str, float]]
         scores = evaluate_tasks(model, tokenizer, n_train=256, n_test=256)
         return {score.task: asdict(score) for score in scores if not score.problem}
 
-    return kept(folder / "measured" / name / "tasks.json", compute)
+    return stored(folder / "measured" / name / "tasks.json", compute)
 
 
 def learned_tasks(name: str, folder: Path = FOLDER, target: float = COMPARED) -> list[str]:
@@ -181,7 +169,7 @@ def frontier(
                 rows.append({"target": target, "seed": seed, **circuit.metrics})
         return rows
 
-    return kept(_frontier_file(name, task, folder, search), compute)
+    return stored(_frontier_file(name, task, folder, search), compute)
 
 
 def _circuits(search: str) -> str:
@@ -232,25 +220,17 @@ def edges_mean(values: Sequence[float]) -> float:
     return geometric_mean([max(1.0, value) for value in values]) if values else math.nan
 
 
-def write_report(results: Path, name: str, text: str) -> None:
-    """Print a report and write it as `<name>.md`."""
-    write_text(results / f"{name}.md", text.rstrip() + "\n")
-    print(text)
+def model_row(name: str, folder: Path = FOLDER) -> dict[str, object]:
+    """What the tables say about a trained model."""
+    summary, scores = training_summary(name, folder), task_losses(name, folder)
+    return {
+        "model": name,
+        "validation loss": f"{summary['loss']:.3f}",
+        "nonzeros": f"{summary['nonzeros']:,}",
+        "mean task loss": f"{mean([s['calibrated_loss'] for s in scores.values()]):.3f}",
+    }
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """The options of every findings script."""
-    quiet_libraries()
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--folder", type=Path, default=FOLDER, help="models and circuits (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="report and pictures (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--stored-only",
-        action="store_true",
-        help="report on the circuits that are there; look for no others",
-    )
-    return parser.parse_args()
+def main(run: Callable[[Experiment], str], description: str | None, name: str) -> None:
+    """The command line of an experiment on circuits of trained models."""
+    Experiment.main(run, description, name, str(FOLDER))

@@ -5,29 +5,23 @@ the originals, on the standard library: the same data, order and number of token
 is a process of its own, so that its peak memory is its own.
 """
 
-import argparse
 import copy
-import json
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.utils import logging
 
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.modeling.sparse_layers import to_sparse
 
-from ..speed.measure import machine, peak_memory, table, write_text
-from .rcd_headline import tokens
-from .rcd_race import Recipe, Training
+from ..experiment import Experiment, in_new_process, machine, peak_memory, stored, table
+from .rcd_race import Run, Training, spread, tokens
 
 CONTEXT = 128
 ARCHITECTURES = ("circuitgpt", "gpt2", "tinyllama")
@@ -77,24 +71,19 @@ def builder(name: str, width: int, layers: int, vocabulary: int) -> Callable[[],
     return lambda: LlamaForCausalLM(llama)
 
 
-def run_one(args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    folder: Path, architecture: str, method: str, lr: float, options: SimpleNamespace
+) -> dict[str, Any]:
     """One training in this process: what the table says about it."""
-    logging.set_verbosity_error()
-    data = tokens(args.folder, args.vocabulary, CONTEXT)
-    held_out = torch.from_numpy(data["validation"])
-    held_out = held_out[:: max(1, len(held_out) // 128)][:128]
+    o = options
+    data = tokens(folder, o.vocabulary, CONTEXT)
+    held_out = spread(data["validation"], 128)
     before = peak_memory()
-    kind, _, settings = METHODS[args.method]
-    recipe = Recipe(kind, args.steps, args.lr, args.batch, settings)
-    training = Training(
-        builder(args.architecture, args.width, args.layers, args.vocabulary),
-        recipe,
-        1 / args.inverse_density,
-        torch.from_numpy(data["train"]),
-        held_out,
-    )
-    while not training.finished:
-        training.run(args.steps)
+    kind, _, settings = METHODS[method]
+    build = builder(architecture, o.width, o.layers, o.vocabulary)
+    plan = Run(kind, o.steps, lr, o.batch, settings)
+    training = Training(build, plan, 1 / o.inverse_density, data["train"], held_out)
+    training.run(o.steps)
     peak = peak_memory() - before
     loss = training.evaluate()
     training.close()
@@ -103,13 +92,10 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
     if nonzeros < entries / 8:
         to_sparse(model)
     return {
-        "architecture": args.architecture,
-        "method": args.method,
-        "lr": args.lr,
+        "lr": lr,
         "loss": loss,
         "density": nonzeros / entries,
-        "step_ms": 1e3 * training.seconds / args.steps,
-        "step_cpu_ms": 1e3 * training.cpu_seconds / args.steps,
+        "step_cpu_ms": 1e3 * training.cpu_seconds / o.steps,
         "peak_mb": peak / 1024**2,
         "tokens_per_second": _speed(model, held_out[:2]),
         "parameters": training.model.num_parameters(),
@@ -127,38 +113,49 @@ def _speed(model: PreTrainedModel, ids: torch.Tensor) -> float:
     return ids.numel() / best
 
 
-def report(results: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    """One table per architecture."""
+def run(experiment: Experiment) -> str:
+    """Train what is not stored yet; one table per architecture."""
+    o, folder = experiment.options, experiment.folder
+    tokens(folder, o.vocabulary, CONTEXT)
     parts = [
         "# Optimizers compared",
-        machine("cpu"),
-        f"{args.steps} steps of {args.batch} sequences of {CONTEXT} tokens "
-        f"({args.steps * args.batch * CONTEXT:,} tokens) of the standard library, vocabulary "
-        f"{args.vocabulary}, {args.layers} layers of width {args.width}; sparse runs end with one "
-        f"of {args.inverse_density} weights. One seed; of the learning rates "
+        machine(),
+        f"{o.steps} steps of {o.batch} sequences of {CONTEXT} tokens "
+        f"({o.steps * o.batch * CONTEXT:,} tokens) of the standard library, vocabulary "
+        f"{o.vocabulary}, {o.layers} layers of width {o.width}; sparse runs end with one "
+        f"of {o.inverse_density} weights. One seed; of the learning rates "
         "tried each optimizer's best, the other losses in brackets, by rising rate. Step times are "
         "CPU time per step; peak memory is what training added to that of the process; inference "
         "is a forward pass of 256 tokens per CPU second, on the nonzeros where there are few.",
     ]
-    for name in ARCHITECTURES:
-        tried = [r for r in results if r["architecture"] == name]
-        if not tried:
-            continue
-        by_method = {m: [r for r in tried if r["method"] == m] for m in METHODS}
-        own = [min(runs, key=_by_loss) for runs in by_method.values() if runs]
-        rows = [
-            (r["method"], f"{r['lr']:g}", _losses(r, by_method[r["method"]]),
-             f"{math.exp(min(r['loss'], 50)):.1f}", f"{r['density']:.4f}",
-             f"{r['step_cpu_ms']:.0f}", f"{r['peak_mb']:.0f}", f"{r['tokens_per_second']:,.0f}")
-            for r in own
-        ]  # fmt: skip
-        header = ("optimizer", "learning rate", "validation loss", "perplexity", "density",
-                  "ms per step", "peak memory (MB)", "inference (tokens/s)")  # fmt: skip
-        title = (
-            f"{LABELS[name]}, {own[0]['parameters']:,} parameters (the original: {FULL_SIZE[name]})"
-        )
-        parts += [f"## {title}", table(header, rows)]
-    return "\n\n".join(parts) + "\n"
+    for architecture in o.architectures:
+        rows = []
+        for method, (_, rates, _) in METHODS.items():
+            tried = []
+            for lr in rates:
+                file = folder / "measured" / architecture / method / f"{lr:g}.json"
+                args = (folder, architecture, method, lr, o)
+                tried.append(stored(file, lambda args=args: in_new_process(measure, *args)))
+            best = min(tried, key=_by_loss)
+            others = ", ".join(f"{r['loss']:.3f}" for r in tried if r is not best)
+            rows.append(
+                {
+                    "optimizer": method,
+                    "learning rate": f"{best['lr']:g}",
+                    "validation loss": f"{best['loss']:.3f} ({others})",
+                    "perplexity": f"{math.exp(min(best['loss'], 50)):.1f}",
+                    "density": f"{best['density']:.4f}",
+                    "ms per step": f"{best['step_cpu_ms']:.0f}",
+                    "peak memory (MB)": f"{best['peak_mb']:.0f}",
+                    "inference (tokens/s)": f"{best['tokens_per_second']:,.0f}",
+                }
+            )
+        parts += [
+            f"## {LABELS[architecture]}, {best['parameters']:,} parameters (the original: "
+            f"{FULL_SIZE[architecture]})",
+            table(rows),
+        ]
+    return "\n\n".join(parts)
 
 
 def _by_loss(run: dict[str, Any]) -> tuple[bool, float]:
@@ -166,49 +163,8 @@ def _by_loss(run: dict[str, Any]) -> tuple[bool, float]:
     return math.isnan(run["loss"]), run["loss"]
 
 
-def _losses(best: dict[str, Any], runs: list[dict[str, Any]]) -> str:
-    others = ", ".join(f"{r['loss']:.3f}" for r in runs if r is not best)
-    return f"{best['loss']:.3f} ({others})" if others else f"{best['loss']:.3f}"
-
-
-def main() -> None:
-    """The command line. Runs that are in the folder already are not repeated."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="for the data, results and table")
-    parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=2048)
-    parser.add_argument("--inverse-density", type=int, default=24)
-    parser.add_argument(
-        "--architectures", nargs="*", choices=ARCHITECTURES, default=list(ARCHITECTURES)
-    )
-    parser.add_argument("--architecture", choices=ARCHITECTURES, help=argparse.SUPPRESS)
-    parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
-    parser.add_argument("--lr", type=float, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.method:
-        print(json.dumps(run_one(args)))
-        return
-    file = args.folder / "optimizer_comparison.json"
-    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    tokens(args.folder, args.vocabulary, CONTEXT)
-    done = {(r["architecture"], r["method"], r["lr"]) for r in results}
-    for architecture, method in product(args.architectures, METHODS):
-        for lr in METHODS[method][1]:
-            if (architecture, method, lr) in done:
-                continue
-            command = [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--architecture",
-                       architecture, "--method", method, "--lr", str(lr)]  # fmt: skip
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            results.append(json.loads(out.splitlines()[-1]))
-            print(results[-1], flush=True)
-            write_text(file, json.dumps(results, indent=1) + "\n")
-    text = report(results, args)
-    write_text(args.folder / "optimizer_comparison.md", text)
-    print(text)
-
-
 if __name__ == "__main__":
-    main()
+    Experiment.main(
+        run, __doc__, "optimizer_comparison", "runs/optimizer_comparison", width=192, layers=3,
+        steps=200, batch=8, vocabulary=2048, inverse_density=24, architectures=ARCHITECTURES,
+    )  # fmt: skip

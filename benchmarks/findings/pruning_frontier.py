@@ -15,9 +15,8 @@ from hf_circuit_sparsity.circuits.pruning.find import find_frontier
 from hf_circuit_sparsity.circuits.pruning.masks import learn_masks
 from hf_circuit_sparsity.circuits.task_loss import all_pair_logits, binary_loss, fit_calibration
 
-from ..speed.measure import machine, save_figure, table
-from .findings import RESULTS, SEARCHES, arguments, kept, loaded, task_for, write_report
-from .trained_models import FOLDER
+from ..experiment import Experiment, machine, stored, table
+from .findings import SEARCHES, loaded, main, task_for
 
 MODEL, TASK, SEARCH = "topk-128-seed0", "single_double_quote", "dear"
 CONFIG = replace(SEARCHES[SEARCH], seeds=1)
@@ -26,38 +25,59 @@ STEPS_TIMED = 15
 SEEDS_TIMED = 3
 
 
-def run(folder: Path = FOLDER, results: Path = RESULTS, stored_only: bool = False) -> str:
-    """Find the circuits, time the parts, draw the plot; returns the report."""
-    path = folder / "measured" / MODEL / "pruning_frontier.json"
-    if stored_only and not path.is_file():
+def run(experiment: Experiment) -> str:
+    """Find the circuits, time the parts, draw the picture; returns the report."""
+    path = experiment.folder / "measured" / MODEL / "pruning_frontier.json"
+    if experiment.stored_only and not path.is_file():
         return "# Loss against the size of the circuit\n\nNot measured yet."
-    found = kept(path, lambda: _measured(folder))
-    _draw(found["circuits"], found["ranked"], results / "pruning_frontier.png")
-    lines = [
-        (f"{m['target']:g}", m["nodes"], m["edges"], f"{m['train_circuit_loss']:.3f}",
-         f"{m['circuit_loss']:.3f}")
-        for m in found["circuits"]
-    ]  # fmt: skip
-    seconds = found["seconds"]
-    header = ("target loss", "nodes", "edges", "loss, training prompts", "loss, held-out prompts")
+    found = stored(path, lambda: _measured(experiment.folder))
+    circuits, ranked, seconds = found["circuits"], found["ranked"], found["seconds"]
+    rows = [
+        {
+            "target loss": f"{m['target']:g}",
+            "nodes": m["nodes"],
+            "edges": m["edges"],
+            "loss, training prompts": f"{m['train_circuit_loss']:.3f}",
+            "loss, held-out prompts": f"{m['circuit_loss']:.3f}",
+        }
+        for m in circuits
+    ]
+    pace = [
+        {f"masks of {SEEDS_TIMED} seeds": how, "seconds per update and seed": f"{seconds[how]:.3f}"}
+        for how in ("together", "one by one")
+    ]
+
+    def draw(both: Any) -> None:
+        left, right = both
+        losses = [m["train_circuit_loss"] for m in circuits]
+        left.plot([k for k, _ in ranked], [v for _, v in ranked], "C7--o", label="by rank alone")
+        for axes, what in ((left, "nodes"), (right, "edges")):
+            axes.plot([max(1, m[what]) for m in circuits], losses, "C0-o", label="cleaned up")
+            axes.axhline(0.693, color="C7", linewidth=0.8, linestyle=":")
+            axes.set(xlabel=what)
+            axes.legend()
+        left.set_xscale("log")
+        ticks = (5, 10, 20, 50, 100, 200, 400)
+        left.set_xticks(ticks, map(str, ticks))
+        left.minorticks_off()
+        left.set_ylabel("task loss (nats), training prompts")
+        left.figure.suptitle(f"{TASK}: loss against the size of the circuit")
+
     return "\n\n".join(
         [
             "# Loss against the size of the circuit",
             f"{MODEL}, {TASK}. {found['machine']}; CPU seconds.",
-            table(header, lines),
-            "![Loss against nodes and edges](pruning_frontier.png)",
-            "Before the clean-up, keeping the nodes of largest mask parameter:",
-            table(
-                ("nodes", "loss, training prompts"), [(k, f"{v:.3f}") for k, v in found["ranked"]]
+            table(rows),
+            experiment.picture(
+                draw, "Loss against nodes and edges", (8, 3.6), ncols=2, sharey=True
             ),
+            "Before the clean-up, keeping the nodes of largest mask parameter:",
+            table([{"nodes": k, "loss, training prompts": f"{v:.3f}"} for k, v in ranked]),
             f"All of it took {seconds['all']:.0f} s, of which the masks "
             f"{CONFIG.steps * seconds['one by one']:.0f} s ({CONFIG.steps} updates of "
             f"{CONFIG.batch_size} pairs, at the pace below), the rest bisection and clean-up on "
             f"{CONFIG.selection_prompts} prompts for {len(TARGETS)} targets.",
-            table(
-                ("masks of " + str(SEEDS_TIMED) + " seeds", "seconds per update and seed"),
-                [(how, f"{seconds[how]:.3f}") for how in ("together", "one by one")],
-            ),
+            table(pace),
         ]
     )
 
@@ -79,7 +99,7 @@ def _measured(folder: Path) -> dict[str, Any]:
     seconds["all"] = time.process_time() - start
     circuits = [circuit for (circuit,) in found]
     return {
-        "machine": machine("cpu"),
+        "machine": machine(),
         "seconds": seconds,
         "ranked": _by_rank(model, task, inputs, circuits[0].scores),
         "circuits": [
@@ -103,35 +123,5 @@ def _by_rank(model: Any, task: Any, inputs: Any, scores: Any) -> list[tuple[int,
     return result
 
 
-def _draw(metrics: list[dict], ranked: list, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
-
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(8, 3.6), sharey=True, layout="constrained"
-    )
-    losses = [m["train_circuit_loss"] for m in metrics]
-    left.plot([k for k, _ in ranked], [v for _, v in ranked], "C7--o", label="by rank alone")
-    left.plot([max(1, m["nodes"]) for m in metrics], losses, "C0-o", label="cleaned up")
-    right.plot([max(1, m["edges"]) for m in metrics], losses, "C0-o", label="cleaned up")
-    for axes, what in ((left, "nodes"), (right, "edges")):
-        axes.axhline(0.693, color="C7", linewidth=0.8, linestyle=":")
-        axes.set(xlabel=what)
-        axes.legend()
-    left.set_xscale("log")
-    ticks = (5, 10, 20, 50, 100, 200, 400)
-    left.set_xticks(ticks, map(str, ticks))
-    left.minorticks_off()
-    right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.set_ylabel("task loss (nats), training prompts")
-    figure.suptitle(f"{TASK}: loss against the size of the circuit")
-    save_figure(figure, path)
-    pyplot.close(figure)
-
-
 if __name__ == "__main__":
-    args = arguments(__doc__)
-    write_report(args.results, "pruning_frontier", run(args.folder, args.results, args.stored_only))
+    main(run, __doc__, "pruning_frontier")

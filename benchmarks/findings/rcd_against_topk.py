@@ -9,6 +9,7 @@ prompts they are selected on.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,132 +18,111 @@ from hf_circuit_sparsity.circuits.edges import site_linears
 from hf_circuit_sparsity.circuits.pruning.find import mean_jaccard
 from hf_circuit_sparsity.circuits.task_loss import all_pair_logits, binary_loss, fit_calibration
 
-from ..speed.measure import save_figure, table
+from ..experiment import Experiment, mean, stored, table
 from .findings import (
     CONFIG,
-    RESULTS,
     TARGETS,
-    arguments,
     edges_mean,
     frontier,
-    kept,
     learned_tasks,
     loaded,
     lowest_common_target,
+    main,
+    model_row,
     smallest,
     stored_circuits,
     stored_tasks,
     task_for,
-    task_losses,
-    write_report,
 )
-from .trained_models import FOLDER, training_summary
 
-TOPK, RCD = "topk-64-seed0", "rcd-64-seed0"
+MODELS = {"top-k": "topk-64-seed0", "RCD": "rcd-64-seed0"}
 NOISE = (0.0, 0.05, 0.1, 0.2, 0.4)
 DRAWS = 3
 
 
-def run(folder: Path = FOLDER, results: Path = RESULTS, stored_only: bool = False) -> str:
+def run(experiment: Experiment) -> str:
     """Train, prune and compare what is not there yet; returns the report."""
-    names = (TOPK, RCD)
-    learned = {name: learned_tasks(name, folder, TARGETS[-1]) for name in names}
-    common = sorted(set(learned[TOPK]) & set(learned[RCD]))
+    folder, title = experiment.folder, "# Random coordinate descent against annealed top-k"
+    learned = {side: learned_tasks(name, folder, TARGETS[-1]) for side, name in MODELS.items()}
+    common = sorted(set.intersection(*map(set, learned.values())))
     missing: list[str] = []
-    if stored_only:
-        stored = stored_tasks(names, common, folder)
-        missing, common = [t for t in common if t not in stored], stored
-    rows = {name: {task: frontier(name, task, folder) for task in common} for name in names}
-    targets = {t: lowest_common_target([rows[n][t] for n in names]) for t in common}
+    if experiment.stored_only:
+        measured = stored_tasks(list(MODELS.values()), common, folder)
+        missing, common = [t for t in common if t not in measured], measured
+    rows = {side: {t: frontier(name, t, folder) for t in common} for side, name in MODELS.items()}
+    targets = {t: lowest_common_target([of_side[t] for of_side in rows.values()]) for t in common}
     common = [t for t in common if targets[t] is not None]
     if not common:
         return (
-            "# Random coordinate descent against annealed top-k\n\nNo task that both models "
-            f"learned has circuits of both yet. Not looked at: {', '.join(missing) or 'none'}."
+            f"{title}\n\nNo task that both models learned has circuits of both yet. Not looked at: "
+            f"{', '.join(missing) or 'none'}."
         )
-    noise = {
-        name: {
-            t: kept(
+    noise: dict[str, dict[str, list[float]]] = {}
+    models = []
+    by_task: dict[str, dict[str, object]] = {
+        t: {"task": t, "target loss": f"{targets[t]:g}"} for t in common
+    }
+    for side, name in MODELS.items():
+        levels = [
+            stored(
                 folder / "measured" / name / "noise" / f"{t}-loss-{targets[t]:g}.json",
                 lambda name=name, t=t: _noise(name, t, targets[t], folder),
             )
             for t in common
-        }
-        for name in names
-    }
-    lines = []
-    for name in names:
-        summary, scores = training_summary(name, folder), task_losses(name, folder)
-        best = [smallest(rows[name][task], targets[task]) for task in common]
-        jaccards = [mean_jaccard(stored_circuits(name, t, targets[t], folder)) for t in common]
-        lines.append(
-            (
-                name,
-                f"{summary['loss']:.3f}",
-                f"{summary['nonzeros']:,}",
-                len(learned[name]),
-                f"{sum(s['calibrated_loss'] for s in scores.values()) / len(scores):.3f}",
-                f"{edges_mean([b['edges'] for b in best]):.1f}",
-                f"{_mean(jaccards):.2f}",
-                f"{_mean([b['train_circuit_loss'] for b in best]):.3f}",
-                f"{_mean([b['circuit_loss'] for b in best]):.3f}",
-            )
+        ]
+        for part in ("model", "circuit"):
+            means = [mean(losses) for losses in zip(*(task[part] for task in levels), strict=True)]
+            noise[f"{part}, {side}"] = means
+        best = {t: smallest(rows[side][t], targets[t]) for t in common}
+        jaccard = {t: mean_jaccard(stored_circuits(name, t, targets[t], folder)) for t in common}
+        models.append(
+            {
+                **model_row(name, folder),
+                "tasks learned": len(learned[side]),
+                "edges, geometric mean": f"{edges_mean([b['edges'] for b in best.values()]):.1f}",
+                "nodes shared by seeds (Jaccard)": f"{mean(list(jaccard.values())):.2f}",
+                "circuit's loss, its prompts": (
+                    f"{mean([b['train_circuit_loss'] for b in best.values()]):.3f}"
+                ),
+                "unseen templates": f"{mean([b['circuit_loss'] for b in best.values()]):.3f}",
+            }
         )
-    _draw(noise, common, results / "rcd_against_topk.png")
-    header = (
-        "model", "validation loss", "nonzeros", "tasks learned", "mean task loss",
-        "edges, geometric mean", "nodes shared by seeds (Jaccard)", "circuit's loss, its prompts",
-        "unseen templates",
-    )  # fmt: skip
-    by_task = []
-    for task in common:
-        cells = [task, f"{targets[task]:g}"]
-        for name in names:
-            at = [r for r in rows[name][task] if r["target"] == targets[task]]
-            best_row = smallest(at, targets[task])
-            cells.append(", ".join(str(r["edges"]) for r in at))
-            shared = mean_jaccard(stored_circuits(name, task, targets[task], folder))
-            cells.append(f"{shared:.2f}")
-            cells.append(f"{best_row['train_circuit_loss']:.3f} → {best_row['circuit_loss']:.3f}")
-        by_task.append(cells)
+        for task, line in by_task.items():
+            at = [str(r["edges"]) for r in rows[side][task] if r["target"] == targets[task]]
+            row = best[task]
+            line[f"{side}: edges"] = ", ".join(at)
+            line[f"{side}: shared"] = f"{jaccard[task]:.2f}"
+            line[f"{side}: loss"] = f"{row['train_circuit_loss']:.3f} → {row['circuit_loss']:.3f}"
     noisy = [
-        (
-            f"{level:g}",
-            *(
-                f"{_mean([noise[name][t][part][i] for t in common]):.3f}"
-                for part in ("model", "circuit")
-                for name in names
-            ),
-        )
+        {"noise": f"{level:g}", **{column: f"{noise[column][i]:.3f}" for column in sorted(noise)}}
         for i, level in enumerate(NOISE)
     ]
+
+    def draw(axes: Any) -> None:
+        for side, colour in zip(MODELS, ("C0", "C1"), strict=True):
+            for part, style in (("model", "--s"), ("circuit", "-o")):
+                label = f"{part}, {side}"
+                axes.plot(NOISE, noise[label], f"{colour}{style}", label=label)
+        axes.axhline(0.693, color="C7", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="noise on each weight, relative", ylabel="task loss, nats")
+        axes.set_title(f"Noise on the weights, mean over {len(common)} tasks")
+        axes.legend()
+
     return "\n\n".join(
         [
-            "# Random coordinate descent against annealed top-k",
-            __doc__.split("\n\n")[1] + " One training run each.",
-            table(header, lines),
+            title,
+            __doc__.strip().split("\n\n")[1] + " One training run each.",
+            table(models),
             f"By task: edges for every pruning seed ({CONFIG.seeds}), nodes the seeds share "
             "(Jaccard), loss of the smallest circuit on its prompts → on unseen templates:",
-            table(
-                (
-                    "task",
-                    "target loss",
-                    "top-k: edges",
-                    "shared",
-                    "loss",
-                    "RCD: edges",
-                    "shared",
-                    "loss",
-                ),
-                by_task,
-            ),
+            table(list(by_task.values())),
             "Each nonzero weight between nodes times 1 + noise · N(0, 1): mean task loss over the "
             f"tasks and {DRAWS} draws, on unseen templates. The model is calibrated once, without "
             "noise.",
-            table(("noise", "model, top-k", "model, RCD", "circuit, top-k", "circuit, RCD"), noisy),
-            "![Task loss against noise on the weights](rcd_against_topk.png)",
+            table(noisy),
+            experiment.picture(draw, "Task loss against noise on the weights"),
             "Learned: "
-            + "; ".join(f"{name}: {', '.join(learned[name])}" for name in names)
+            + "; ".join(f"{side}: {', '.join(tasks)}" for side, tasks in learned.items())
             + "."
             + (f" Not looked at yet: {', '.join(missing)}." if missing else ""),
         ]
@@ -169,7 +149,7 @@ def _noise(name: str, task_name: str, target: float, folder: Path) -> dict[str, 
                 with circuit.applied(model):
                     losses["circuit"].append(binary_loss(all_pair_logits(model, test)).item())
         for part, values in losses.items():
-            result[part].append(sum(values) / len(values))
+            result[part].append(mean(values))
     return result
 
 
@@ -190,29 +170,5 @@ def noisy_weights(model: nn.Module, level: float, seed: int) -> Iterator[None]:
                 weight.copy_(original)
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _draw(noise: dict, tasks: list[str], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5.5, 4), layout="constrained")
-    for name, colour, label in ((TOPK, "C0", "top-k"), (RCD, "C1", "RCD")):
-        for part, style in (("model", "--s"), ("circuit", "-o")):
-            means = [_mean([noise[name][t][part][i] for t in tasks]) for i in range(len(NOISE))]
-            axes.plot(NOISE, means, f"{colour}{style}", label=f"{label}, {part}")
-    axes.axhline(0.693, color="C7", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="noise on each weight, relative", ylabel="task loss, nats")
-    axes.set_title(f"Noise on the weights, mean over {len(tasks)} tasks")
-    axes.legend()
-    save_figure(figure, path)
-    pyplot.close(figure)
-
-
 if __name__ == "__main__":
-    args = arguments(__doc__)
-    write_report(args.results, "rcd_against_topk", run(args.folder, args.results, args.stored_only))
+    main(run, __doc__, "rcd_against_topk")

@@ -8,37 +8,39 @@ on the prompts they are selected on. Both models are searched alike.
 """
 
 from pathlib import Path
+from typing import Any
 
-from ..speed.measure import save_figure, table
+from ..experiment import Experiment, table
 from .findings import (
-    RESULTS,
     SEARCHES,
     TARGETS,
-    arguments,
     edges_mean,
     frontier,
     learned_tasks,
     lowest_common_target,
+    main,
+    model_row,
     smallest,
     stored_tasks,
-    task_losses,
-    write_report,
 )
-from .trained_models import FOLDER, RECIPES, training_summary
+from .trained_models import training_summary
 
 SPARSE, DENSE = "topk-128-seed0", "dense-128-seed0"
 # The last is made where it is not there; the other counts where it was made on both models.
 SEARCHED = ("quick", "dear")
 # Whether other searches find smaller dense circuits.
 CHECKED = (*SEARCHED, "dear, twice the updates")
+Rows = dict[str, dict[str, list[dict[str, Any]]]]
+"""Model → task → circuits."""
 
 
-def run(folder: Path = FOLDER, results: Path = RESULTS, stored_only: bool = False) -> str:
+def run(experiment: Experiment) -> str:
     """Train, prune and compare what is not there yet; returns the report."""
+    folder = experiment.folder
     learned = {name: set(learned_tasks(name, folder, TARGETS[-1])) for name in (SPARSE, DENSE)}
     tasks = sorted(learned[SPARSE] & learned[DENSE])
-    alone = {name: sorted(learned[name] - set(tasks)) for name in learned}
-    if not stored_only:
+    alone = {name: ", ".join(sorted(learned[name] - set(tasks))) or "none" for name in learned}
+    if not experiment.stored_only:
         for name in learned:
             for task in tasks:
                 frontier(name, task, folder, search=SEARCHED[-1])
@@ -46,35 +48,44 @@ def run(folder: Path = FOLDER, results: Path = RESULTS, stored_only: bool = Fals
         task: [s for s in SEARCHED if stored_tasks((SPARSE, DENSE), [task], folder, s)]
         for task in tasks
     }
-    missing = [task for task in tasks if not searches[task]]
-    rows = {
+    rows: Rows = {
         name: {
             task: [row for s in found for row in frontier(name, task, folder, search=s)]
             for task, found in searches.items()
         }
         for name in learned
     }
-    beyond = [t for t in tasks if t not in missing and _target(t, rows) is None]
+    missing = [task for task in tasks if not searches[task]]
+    targets = {t: lowest_common_target([rows[name][t] for name in rows]) for t in tasks}
+    beyond = [t for t in tasks if t not in missing and targets[t] is None]
     tasks = [t for t in tasks if t not in missing + beyond]
-    parts = ["# Sparse against dense at equal pretraining loss", *__doc__.strip().split("\n\n")[1:]]
-    parts.append(_models(folder))
-    parts.append(_by_task(tasks, rows))
-    parts.append(_by_target(tasks, rows, results))
-    parts.append(_convergence(tasks, folder))
-    margin = SEARCHES[SEARCHED[-1]].selection_margin
+    search = SEARCHES[SEARCHED[-1]]
     kinds = "; ".join(
         f"{c.steps} at {c.k_coef:g} nats per node for {', '.join(ts)}"
         for s in SEARCHED
         if (ts := [t for t in tasks if s in searches[t]])
         for c in [SEARCHES[s]]
     )
-    parts.append(
-        f"Learned by the sparse model alone: {', '.join(alone[SPARSE]) or 'none'}. "
-        f"By the dense model alone: {', '.join(alone[DENSE]) or 'none'}. (Learned: a loss of at "
-        f"most {TARGETS[-1] * margin:g} on held-out prompts, calibrated.) Mask updates, "
-        f"{SEARCHES[SEARCHED[-1]].seeds} seeds each: {kinds}. The smallest circuit counts; edges "
-        "are the nonzero weights between kept nodes."
-    )
+    models = [
+        {**model_row(name, folder), "tokens": f"{training_summary(name, folder)['tokens']:,}"}
+        for name in rows
+    ]
+    parts = [
+        "# Sparse against dense at equal pretraining loss",
+        *__doc__.strip().split("\n\n")[1:],
+        table(models),
+        "At the lowest target loss, of those tried, that both models reach on the prompts circuits "
+        "are selected on:",
+        _by_task({task: targets[task] for task in tasks}, rows),
+        "Geometric means over the tasks of which both models reach the target:",
+        _by_target(experiment, tasks, rows),
+        "Have the masks of the dense model converged? Its smallest circuits by search:",
+        _convergence(tasks, folder),
+        f"Learned by the sparse model alone: {alone[SPARSE]}. By the dense model alone: "
+        f"{alone[DENSE]}. (Learned: a loss of at most {TARGETS[-1] * search.selection_margin:g} on "
+        f"held-out prompts, calibrated.) Mask updates, {search.seeds} seeds each: {kinds}. The "
+        "smallest circuit counts; edges are the nonzero weights between kept nodes.",
+    ]
     if beyond:
         parts.append(f"No common target, on training prompts: {', '.join(beyond)}.")
     if missing:
@@ -82,61 +93,33 @@ def run(folder: Path = FOLDER, results: Path = RESULTS, stored_only: bool = Fals
     return "\n\n".join(parts)
 
 
-def _models(folder: Path) -> str:
-    lines = []
-    for name in (SPARSE, DENSE):
-        summary = training_summary(name, folder)
-        scores = task_losses(name, folder)
-        mean = sum(s["calibrated_loss"] for s in scores.values()) / len(scores)
-        lines.append(
-            (
-                name,
-                RECIPES[name].d_model,
-                f"{summary['loss']:.3f}",
-                f"{summary['nonzeros']:,}",
-                f"{summary['tokens']:,}",
-                f"{mean:.3f}",
-            )
-        )
-    header = ("model", "d_model", "validation loss", "nonzeros", "tokens", "mean task loss")
-    return table(header, lines)
-
-
-def _target(task: str, rows: dict) -> float | None:
-    return lowest_common_target([by_task[task] for by_task in rows.values()])
-
-
-def _by_task(tasks: list[str], rows: dict) -> str:
-    lines = []
+def _by_task(targets: dict[str, float], rows: Rows) -> str:
+    lines: list[dict[str, object]] = []
     best: dict[str, list[float]] = {SPARSE: [], DENSE: []}
-    for task in tasks:
-        target = _target(task, rows)
-        cells = [task, f"{target:g}"]
-        for name in (SPARSE, DENSE):
+    for task, target in targets.items():
+        line: dict[str, object] = {"task": task, "target loss": f"{target:g}"}
+        for name, side in ((SPARSE, "sparse"), (DENSE, "dense")):
             row = smallest(rows[name][task], target)
-            every = [r["edges"] for r in rows[name][task] if r["target"] == target]
+            every = [str(r["edges"]) for r in rows[name][task] if r["target"] == target]
             best[name].append(row["edges"])
-            cells += [row["nodes"], f"{row['edges']} ({', '.join(map(str, every))})"]
-            cells.append(f"{row['circuit_loss']:.3f}")
+            line[f"{side}: nodes"] = row["nodes"]
+            line[f"{side}: edges (every search)"] = f"{row['edges']} ({', '.join(every)})"
+            line[f"{side}: held-out loss"] = f"{row['circuit_loss']:.3f}"
         ratio = max(1, best[DENSE][-1]) / max(1, best[SPARSE][-1])
-        lines.append((*cells, f"{ratio:.1f} ×"))
-    means = {name: edges_mean(edges) for name, edges in best.items()}
-    ratio = means[DENSE] / means[SPARSE]
-    lines.append(
-        ("**geometric mean**", "", "", f"**{means[SPARSE]:.1f}**", "", "",
-         f"**{means[DENSE]:.1f}**", "", f"**{ratio:.1f} ×**")
-    )  # fmt: skip
-    header = (
-        "task", "target loss", "sparse: nodes", "edges (every search)", "held-out loss",
-        "dense: nodes", "edges (every search)", "held-out loss", "dense / sparse",
-    )  # fmt: skip
-    return (
-        "At the lowest target loss, of those tried, that both models reach on the prompts circuits "
-        "are selected on:\n\n" + table(header, lines)
-    )
+        lines.append({**line, "dense / sparse": f"{ratio:.1f} ×"})
+    if lines:
+        means = {name: edges_mean(edges) for name, edges in best.items()}
+        last = {
+            "task": "geometric mean",
+            "sparse: edges (every search)": f"{means[SPARSE]:.1f}",
+            "dense: edges (every search)": f"{means[DENSE]:.1f}",
+            "dense / sparse": f"{means[DENSE] / means[SPARSE]:.1f} ×",
+        }
+        lines.append({name: f"**{last[name]}**" if name in last else "" for name in lines[0]})
+    return table(lines)
 
 
-def _by_target(tasks: list[str], rows: dict, results: Path) -> str:
+def _by_target(experiment: Experiment, tasks: list[str], rows: Rows) -> str:
     lines = []
     curves: dict[str, list[float]] = {SPARSE: [], DENSE: []}
     for target in TARGETS:
@@ -146,15 +129,33 @@ def _by_target(tasks: list[str], rows: dict, results: Path) -> str:
                 edges_mean([smallest(rows[name][task], target)["edges"] for task in reached])
             )
         sparse, dense = curves[SPARSE][-1], curves[DENSE][-1]
-        ratio = f"{dense / sparse:.1f} ×"
-        lines.append((f"{target:g}", len(reached), f"{sparse:.1f}", f"{dense:.1f}", ratio))
-    _draw(tasks, rows, curves, results / "sparse_against_dense.png")
-    header = ("target loss", "tasks", "sparse: edges", "dense: edges", "dense / sparse")
-    return (
-        "Geometric means over the tasks of which both models reach the target:\n\n"
-        + table(header, lines)
-        + "\n\n![Edges against target loss](sparse_against_dense.png)"
-    )
+        lines.append(
+            {
+                "target loss": f"{target:g}",
+                "tasks": len(reached),
+                "sparse: edges": f"{sparse:.1f}",
+                "dense: edges": f"{dense:.1f}",
+                "dense / sparse": f"{dense / sparse:.1f} ×",
+            }
+        )
+
+    def draw(axes: Any) -> None:
+        for name, colour, label in ((SPARSE, "C0", "sparse"), (DENSE, "C3", "dense")):
+            for task in tasks:
+                at = [(t, smallest(rows[name][task], t)) for t in TARGETS]
+                points = [(t, max(1, row["edges"])) for t, row in at if row]
+                axes.plot(*zip(*points, strict=True), f"{colour}.-", linewidth=0.7, alpha=0.4)
+            axes.plot(TARGETS, curves[name], f"{colour}-o", label=f"{label}, geometric mean")
+        axes.set(yscale="log", xlabel="target loss (nats; guessing is 0.69)", ylabel="edges")
+        axes.set_title(
+            "Circuits at equal pretraining loss\n(means over the "
+            f"{', '.join(str(line['tasks']) for line in lines)} tasks whose circuits in both "
+            "models reach it)",
+            fontsize="medium",
+        )
+        axes.legend()
+
+    return table(lines) + "\n\n" + experiment.picture(draw, "Edges against target loss")
 
 
 def _convergence(tasks: list[str], folder: Path) -> str:
@@ -164,46 +165,13 @@ def _convergence(tasks: list[str], folder: Path) -> str:
             if not stored_tasks([DENSE], [task], folder, search):
                 continue
             config, found = SEARCHES[search], frontier(DENSE, task, folder, search=search)
-            best = [smallest(found, target) for target in TARGETS]
-            sizes = [str(row["edges"]) if row else "–" for row in best]
-            lines.append((task, config.steps, f"{config.k_coef:g}", *sizes))
-    header = ("task", "updates", "nats per node", *(f"edges at {t:g}" for t in TARGETS))
-    return (
-        "Have the masks of the dense model converged? Its smallest circuits by search:\n\n"
-        + table(header, lines)
-    )
-
-
-def _draw(tasks: list[str], rows: dict, curves: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5.5, 4), layout="constrained")
-    for name, colour, label in ((SPARSE, "C0", "sparse"), (DENSE, "C3", "dense")):
-        for task in tasks:
-            at = [(t, smallest(rows[name][task], t)) for t in TARGETS]
-            points = [(t, max(1, row["edges"])) for t, row in at if row]
-            axes.plot(*zip(*points, strict=True), f"{colour}.-", linewidth=0.7, alpha=0.4)
-        axes.plot(TARGETS, curves[name], f"{colour}-o", label=f"{label}, geometric mean")
-    axes.set(yscale="log", xlabel="target loss (nats; guessing is 0.69)", ylabel="edges in circuit")
-    reached = (
-        sum(all(smallest(by_task[task], t) for by_task in rows.values()) for task in tasks)
-        for t in TARGETS
-    )
-    axes.set_title(
-        f"Circuits at equal pretraining loss\n(means over the {', '.join(map(str, reached))} tasks "
-        "whose circuits in both models reach it)",
-        fontsize="medium",
-    )
-    axes.legend()
-    save_figure(figure, path)
-    pyplot.close(figure)
+            line = {"task": task, "updates": config.steps, "nats per node": f"{config.k_coef:g}"}
+            for target in TARGETS:
+                row = smallest(found, target)
+                line[f"edges at {target:g}"] = row["edges"] if row else "–"
+            lines.append(line)
+    return table(lines)
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__)
-    write_report(
-        args.results, "sparse_against_dense", run(args.folder, args.results, args.stored_only)
-    )
+    main(run, __doc__, "sparse_against_dense")

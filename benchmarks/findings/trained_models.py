@@ -5,7 +5,6 @@ stopped goes on from its last checkpoint. All read the same blocks of the Python
 through the same tokenizer.
 """
 
-import argparse
 import json
 import random
 from collections.abc import Sequence
@@ -32,6 +31,8 @@ from hf_circuit_sparsity.tasks.corpus import build_corpus
 from hf_circuit_sparsity.tasks.definitions.base import DEFINITIONS
 from hf_circuit_sparsity.tasks.packing import pack_dataset
 from hf_circuit_sparsity.trainer.sparse_config import SparseTrainingArguments
+
+from ..experiment import Experiment, table
 
 FOLDER = Path("runs/findings")
 N_LAYER = 2
@@ -204,16 +205,14 @@ def with_lessons(
     return DatasetDict({**blocks, "train": mixed})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=list(RECIPES), help="(default: all)")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="(default: %(default)s)")
-    args = parser.parse_args()
-    unknown = sorted(set(args.names) - set(RECIPES))
-    if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(RECIPES)}.")
-    train_missing(args.names, args.folder)
+def run(experiment: Experiment) -> str:
+    """Train the models that are named and not there yet."""
+    train_missing(experiment.options.models, experiment.folder)
+    rows = [
+        {"model": n, **training_summary(n, experiment.folder)} for n in experiment.options.models
+    ]
+    return f"# Trained models\n\n{table(rows)}"
 
 
 if __name__ == "__main__":
-    main()
+    Experiment.main(run, __doc__, "trained_models", str(FOLDER), FOLDER, models=tuple(RECIPES))

@@ -5,16 +5,18 @@ from torch.nn import functional as F
 
 from hf_circuit_sparsity.modeling.abs_topk import abs_topk
 
-from .measure import interleaved, main, ratio, table
+from ..experiment import Experiment, table
 from .plain import abs_topk_plain
+from .timing import interleaved, main, ratio, settings
 
 SHAPES = ((256, 8192), (256, 2048), (2048, 1024), (2048, 4096), (1, 2048))
 
 
-def run(device: str, dtype: torch.dtype, quick: bool) -> str:
+def run(experiment: Experiment) -> str:
     """The table, a quarter of the entries kept."""
+    device, dtype, quick = settings(experiment)
     generator = torch.Generator().manual_seed(0)
-    lines = []
+    rows = []
     for tokens, width in SHAPES[:2] if quick else SHAPES:
         x = torch.randn(tokens, width, generator=generator).to(device=device, dtype=dtype)
         up = torch.randn(tokens, width, generator=generator).to(device=device, dtype=dtype)
@@ -33,38 +35,26 @@ def run(device: str, dtype: torch.dtype, quick: bool) -> str:
 
             times = interleaved(
                 {
-                    "plain": lambda e=entries, k=k: abs_topk_plain(e, k),
+                    "plain forward (ms)": lambda e=entries, k=k: abs_topk_plain(e, k),
                     "ours": lambda e=entries, k=k: abs_topk(e, k),
-                    "plain, both": lambda f=both, leaf=plain: f(abs_topk_plain, leaf),
-                    "ours, both": lambda f=both, leaf=ours: f(abs_topk, leaf),
+                    "plain forward + backward": lambda f=both, x=plain: f(abs_topk_plain, x),
+                    "ours, both": lambda f=both, x=ours: f(abs_topk, x),
                 },
                 rounds=5 if quick else 15,
                 device=device,
             )
-            lines.append(
-                (
-                    f"{tokens} × {width}",
-                    name,
-                    times["plain"],
-                    times["ours"],
-                    ratio(times["plain"], times["ours"]),
-                    times["plain, both"],
-                    times["ours, both"],
-                    ratio(times["plain, both"], times["ours, both"]),
-                )
+            forward, ours_forward, both_ways, ours_both = times.values()
+            rows.append(
+                {
+                    "shape": f"{tokens} × {width}",
+                    "entries": name,
+                    **times,
+                    "plain / ours, forward": ratio(forward, ours_forward),
+                    "plain / ours, both": ratio(both_ways, ours_both),
+                }
             )
-    header = (
-        "shape",
-        "entries",
-        "plain forward (ms)",
-        "ours",
-        "plain / ours",
-        "plain forward + backward",
-        "ours",
-        "plain / ours",
-    )
-    return f"{dtype}; ms, median (range).\n\n" + table(header, lines)
+    return f"{dtype}; ms, median (range).\n\n{table(rows)}"
 
 
 if __name__ == "__main__":
-    main(__doc__, run)
+    main(run, __doc__, "abs_topk")

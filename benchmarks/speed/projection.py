@@ -4,12 +4,14 @@ import torch
 
 from hf_circuit_sparsity.optim.projection import project_topk_
 
-from .measure import interleaved, main, ratio, table
+from ..experiment import Experiment, table
 from .plain import project_plain_
+from .timing import interleaved, main, ratio, settings
 
 
-def run(device: str, dtype: torch.dtype, quick: bool) -> str:
+def run(experiment: Experiment) -> str:
     """The table; that both sides keep the same entries but for ties is checked first."""
+    device, dtype, quick = settings(experiment)
     rows, width = (1024, 1024) if quick else (8192, 2048)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, width, generator=generator).to(device=device, dtype=dtype)
@@ -30,44 +32,30 @@ def run(device: str, dtype: torch.dtype, quick: bool) -> str:
             raise AssertionError(f"the two projections disagree at k={k}")
         times = interleaved(
             {
-                "plain": lambda: projected(project_plain_, 0),
-                "plain, minimum": lambda: projected(project_plain_, 4),
+                "topk (ms)": lambda: projected(project_plain_, 0),
+                "topk + row minimum 4": lambda: projected(project_plain_, 4),
                 "ours": lambda: projected(project_topk_, 0),
-                "ours, minimum": lambda: projected(project_topk_, 4),
-                "copy": lambda: scratch.copy_(weight),
+                "ours + row minimum 4": lambda: projected(project_topk_, 4),
+                "of each: copying the matrix": lambda: scratch.copy_(weight),
             },
             rounds=3 if quick else 7,
             device=device,
         )
+        plain, plain_rows, ours, ours_rows, _ = times.values()
         lines.append(
-            (
-                f"1/{divisor}",
-                times["plain"],
-                times["plain, minimum"],
-                times["ours"],
-                times["ours, minimum"],
-                ratio(times["plain"], times["ours"]),
-                ratio(times["plain"], times["ours, minimum"]),
-                ratio(times["plain, minimum"], times["ours, minimum"]),
-                f"{1e3 * times['copy'].median:.1f}",
-            )
+            {
+                "kept": f"1/{divisor}",
+                **times,
+                "topk / ours": ratio(plain, ours),
+                "topk / ours + minimum": ratio(plain, ours_rows),
+                "both with minimum": ratio(plain_rows, ours_rows),
+            }
         )
-    header = (
-        "kept",
-        "topk (ms)",
-        "topk + row minimum 4",
-        "ours",
-        "ours + row minimum 4",
-        "topk / ours",
-        "topk / ours + minimum",
-        "both with minimum",
-        "of each: copying the matrix",
-    )
     return (
         f"{rows} × {width} entries, {dtype}; ms, median (range). The plain row minimum keeps more "
-        "entries than ours, which takes them out of the budget.\n\n" + table(header, lines)
+        f"entries than ours, which takes them out of the budget.\n\n{table(lines)}"
     )
 
 
 if __name__ == "__main__":
-    main(__doc__, run)
+    main(run, __doc__, "projection")

@@ -4,10 +4,6 @@ Every side is a process of its own that makes a CircuitGPT and takes a few steps
 state and gradients are the bytes of their tensors; the peak is what the process grew by.
 """
 
-import argparse
-import json
-import subprocess
-import sys
 from collections.abc import Iterable
 
 import torch
@@ -21,7 +17,7 @@ from hf_circuit_sparsity.optim.sparse_compute import on_nonzeros
 from hf_circuit_sparsity.optim.sparse_init import sparse_from_config, sparsify_initialization_
 from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
 
-from .measure import machine, peak_memory, table
+from ..experiment import Experiment, in_new_process, machine, peak_memory, table
 
 DENSITY = 1 / 64
 SIDES = ("top-k AdamW", "RCD, whole matrices", "RCD, nonzeros alone")
@@ -73,40 +69,24 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def run(width: int, layers: int, steps: int) -> str:
+def run(experiment: Experiment) -> str:
     """The table."""
-    rows, results = [], {}
-    for side in SIDES:
-        command = [sys.executable, "-m", __spec__.name, "--side", side, "--width", str(width),
-                   "--layers", str(layers), "--steps", str(steps)]  # fmt: skip
-        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found = results[side] = json.loads(out.splitlines()[-1])
-        megabytes = [f"{found[name] / 1e6:,.1f}" for name in found]
-        share = results[SIDES[0]]["peak"] / found["peak"]
-        rows.append((side, *megabytes, f"{share:.1f} ×"))
-    header = ("side", "weights (MB)", "optimizer state (MB)", "gradients (MB)", "peak (MB)",
-              "top-k's peak / this")  # fmt: skip
+    width, layers, steps = (getattr(experiment.options, n) for n in ("width", "layers", "steps"))
+    found = {side: in_new_process(run_side, side, width, layers, steps) for side in SIDES}
+    rows = [
+        {
+            "side": side,
+            **{f"{name} (MB)": f"{size / 1e6:,.1f}" for name, size in sizes.items()},
+            "top-k's peak / this": f"{found[SIDES[0]]['peak'] / sizes['peak']:.1f} ×",
+        }
+        for side, sizes in found.items()
+    ]
     return (
-        f"CircuitGPT, d_model {width}, {layers} layers, density 1/64, no bigram table, {steps} "
-        "steps of 2 × 128 tokens; block fraction 1/16. Activations are part of the peak.\n\n"
-        + table(header, rows)
+        f"{machine()}\n\nCircuitGPT, d_model {width}, {layers} layers, density 1/64, no bigram "
+        f"table, {steps} steps of 2 × 128 tokens; block fraction 1/16. Activations are part of the "
+        f"peak.\n\n{table(rows)}"
     )
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.side:
-        print(json.dumps(run_side(args.side, args.width, args.layers, args.steps)))
-        return
-    print(machine("cpu"), end="\n\n")
-    print(run(args.width, args.layers, args.steps))
-
-
 if __name__ == "__main__":
-    main()
+    Experiment.main(run, __doc__, "rcd_memory", "runs/rcd", width=2048, layers=4, steps=2)

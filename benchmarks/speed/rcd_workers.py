@@ -1,6 +1,5 @@
 """What workers that share the coordinates tell each other, and what waiting less for them costs."""
 
-import argparse
 import tempfile
 from pathlib import Path
 
@@ -17,9 +16,8 @@ from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
 from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
 from hf_circuit_sparsity.optim.sparse_init import sparse_from_config
 
-from ..findings.rcd_headline import tokens
-from ..findings.rcd_race import Recipe, Training
-from .measure import machine, table
+from ..experiment import Experiment, machine, table
+from ..findings.rcd_race import Run, Training, tokens
 
 RANKS = 2
 STALENESS = (0, 1, 2, 4, 8)
@@ -74,15 +72,19 @@ def bytes_per_step(width: int, layers: int, steps: int) -> str:
         mp.spawn(_rank, (folder, width, layers, steps), nprocs=RANKS)
         ours, dense, ddp = torch.load(Path(folder, "bytes.pt"), weights_only=True)
     rows = [
-        ("DDP, all gradients", f"{ddp:,.0f}", ""),
-        ("of them, of dense parameters", f"{dense:,.0f}", ""),
-        ("RCD, sparse parameters", f"{ours:,.0f}", f"{(ddp - dense) / ours:.0f} ×"),
-        ("RCD, in all", f"{ours + dense:,.0f}", f"{ddp / (ours + dense):.1f} ×"),
+        ("DDP, all gradients", ddp, ""),
+        ("of them, of dense parameters", dense, ""),
+        ("RCD, sparse parameters", ours, f"{(ddp - dense) / ours:.0f} ×"),
+        ("RCD, in all", ours + dense, f"{ddp / (ours + dense):.1f} ×"),
+    ]
+    lines = [
+        {"what a rank hands over per step": what, "bytes": f"{count:,.0f}", "DDP / this": share}
+        for what, count, share in rows
     ]
     return (
         f"{RANKS} ranks, CircuitGPT, d_model {width}, {layers} layers, density 1/64, mean over "
         f"{steps} steps. The dense parameters are the bigram table, norms and sinks.\n\n"
-        + table(("what a rank hands over per step", "bytes", "DDP / this"), rows)
+        + table(lines)
     )
 
 
@@ -95,7 +97,7 @@ def staleness(folder: Path, steps: int) -> str:
         settings = {"selection": "gradient", "block_fraction": 1 / 4, "staleness": late}
         training = Training(
             lambda: CircuitGPTForCausalLM(config),
-            Recipe("rcd", steps, 1e-2, 8, settings),
+            Run("rcd", steps, 1e-2, 8, settings),
             1 / 16,
             data["train"],
             held_out,
@@ -104,27 +106,33 @@ def staleness(folder: Path, steps: int) -> str:
         loss = training.evaluate()
         training.close()
         first = loss if first is None else first
-        rows.append((late, f"{loss:.4f}", f"{loss - first:+.4f}"))
+        rows.append(
+            {
+                "steps late": late,
+                "validation loss": f"{loss:.4f}",
+                "against 0": f"{loss - first:+.4f}",
+            }
+        )
     return (
         f"CircuitGPT, d_model 96, 2 layers, density 1/16, vocabulary 512, {steps} steps of 8 × 64 "
         "tokens, one seed; gradients of live coordinates are used so many steps late, with the "
-        "learning rate as it is.\n\n" + table(("steps late", "validation loss", "against 0"), rows)
+        f"learning rate as it is.\n\n{table(rows)}"
     )
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="for the data")
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--bytes-steps", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=300)
-    args = parser.parse_args()
-    print(machine("cpu"), end="\n\n")
-    print(bytes_per_step(args.width, args.layers, args.bytes_steps), end="\n\n", flush=True)
-    print(staleness(args.folder, args.steps))
+def run(experiment: Experiment) -> str:
+    """Both tables."""
+    options = experiment.options
+    return "\n\n".join(
+        [
+            machine(),
+            bytes_per_step(options.width, options.layers, options.bytes_steps),
+            staleness(experiment.folder, options.steps),
+        ]
+    )
 
 
 if __name__ == "__main__":
-    main()
+    Experiment.main(
+        run, __doc__, "rcd_workers", "runs/rcd", width=512, layers=4, bytes_steps=8, steps=300
+    )

@@ -1,57 +1,51 @@
 """Checkpoints of the nonzeros: size, time to load and peak memory, against dense ones."""
 
-import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 
-from .measure import interleaved, main, ratio, table
+from ..experiment import Experiment, in_new_process, table
 from .plain import random_sparse_model
-
-# In a process of its own, as the peak is the process's. Linux lets one reset it (proc(5)).
-_PEAK = """
-import json, sys
-import torch
-from hf_circuit_sparsity.modeling import CircuitGPTForCausalLM
-from transformers.utils import logging
-logging.disable_progress_bar()
-def memory(kind):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(kind))
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")
-before = memory("VmRSS")
-folder, options = sys.argv[1], json.loads(sys.argv[2])
-model = CircuitGPTForCausalLM.from_pretrained(folder, **options)
-loading = memory("VmHWM") - before
-with torch.no_grad():
-    model(torch.arange(8)[None])
-print(json.dumps([loading, memory("VmHWM") - before]))
-"""
+from .timing import interleaved, main, ratio, settings
 
 
-def _peak(folder: Path, options: dict[str, bool]) -> tuple[str, str]:
-    """Peak memory above the start's, in MB: of loading, and with a forward pass after it."""
+@torch.no_grad()
+def load(folder: Path, options: dict[str, Any], use: bool) -> None:
+    """Load a model; a dense file is only mapped by that, and read when the model is used."""
+    model = CircuitGPTForCausalLM.from_pretrained(folder, **options)
+    if use:
+        model(torch.arange(8)[None])
+
+
+def peaks(folder: Path, options: dict[str, Any]) -> tuple[int, int] | None:
+    """Bytes that loading adds to the memory of this process, and that with a forward pass.
+
+    Linux lets a process reset its peak (proc(5)); None where that cannot be done.
+    """
     if not Path("/proc/self/clear_refs").exists():
-        return "not known here", "not known here"
-    done = subprocess.run(
-        [sys.executable, "-c", _PEAK, str(folder), json.dumps(options)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    loading, used = json.loads(done.stdout)
-    return f"{loading / 1e6:.0f}", f"{used / 1e6:.0f}"
+        return None
+
+    def memory(kind: str) -> int:
+        with open("/proc/self/status", encoding="utf-8") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith(kind))
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    model = CircuitGPTForCausalLM.from_pretrained(folder, **options)
+    loading = memory("VmHWM") - before
+    with torch.no_grad():
+        model(torch.arange(8)[None])
+    return loading, memory("VmHWM") - before
 
 
-def run(device: str, dtype: torch.dtype, quick: bool) -> str:
+def run(experiment: Experiment) -> str:
     """The table. Loading is into the CPU's memory whatever the device."""
+    _, dtype, quick = settings(experiment)
     config = CircuitGPTConfig(n_layer=2, d_model=256, vocab_size=512) if quick else None
     model = random_sparse_model(config or CircuitGPTConfig(), 1e-3, "cpu", dtype)
     with tempfile.TemporaryDirectory() as root:
@@ -66,48 +60,33 @@ def run(device: str, dtype: torch.dtype, quick: bool) -> str:
             "sparse file, run on the nonzeros": (folders["sparse"], {"sparse": True}),
         }
 
-        @torch.no_grad()
-        def load(folder: Path, options: dict[str, bool], use: bool) -> None:
-            loaded = CircuitGPTForCausalLM.from_pretrained(folder, **options)
-            if use:  # a dense file is only mapped when loaded, and read when used
-                loaded(torch.arange(8)[None])
-
         rounds = 2 if quick else 3
         times, used = (
             interleaved({n: lambda w=w, u=u: load(*w, u) for n, w in ways.items()}, rounds)
             for u in (False, True)
         )
         sizes = {n: sum(f.stat().st_size for f in p.iterdir()) for n, p in folders.items()}
-        lines = []
+        rows = []
         for name, (folder, options) in ways.items():
             size = sizes["sparse" if folder is folders["sparse"] else "dense"]
-            lines.append(
-                (
-                    name,
-                    f"{size / 1e6:.1f}",
-                    f"{sizes['dense'] / size:.0f} ×",
-                    times[name],
-                    used[name],
-                    ratio(used["dense file, run dense"], used[name]),
-                    *_peak(folder, options),
-                )
+            peak = in_new_process(peaks, folder, options)
+            loading, after = [f"{x / 1e6:.0f}" for x in peak] if peak else ["not known here"] * 2
+            rows.append(
+                {
+                    "checkpoint": name,
+                    "folder (MB)": f"{size / 1e6:.1f}",
+                    "dense / this": f"{sizes['dense'] / size:.0f} ×",
+                    "load (ms)": times[name],
+                    "load and first logits": used[name],
+                    "dense / this, first logits": ratio(used["dense file, run dense"], used[name]),
+                    "peak memory of loading (MB)": loading,
+                    "after a first forward pass": after,
+                }
             )
-    header = (
-        "checkpoint",
-        "folder (MB)",
-        "dense / this",
-        "load (ms)",
-        "load and first logits",
-        "dense / this",
-        "peak memory of loading (MB)",
-        "after a first forward pass",
-    )
     return (
-        ("The released shape at 1 in 1000 nonzero, " if not quick else "A small model, ")
-        + f"{dtype}; the folder holds the model's code too.\n\n"
-        + table(header, lines)
-    )
+        "The released shape at 1 in 1000 nonzero, " if not quick else "A small model, "
+    ) + f"{dtype}; the folder holds the model's code too.\n\n{table(rows)}"
 
 
 if __name__ == "__main__":
-    main(__doc__, run)
+    main(run, __doc__, "sparse_checkpoint")

@@ -1,7 +1,6 @@
 """A sparse model run on its nonzeros: forward and `generate`, against dense."""
 
 import copy
-import time
 from collections import defaultdict
 
 import torch
@@ -17,8 +16,9 @@ from hf_circuit_sparsity.modeling.modeling_circuitgpt import (
 )
 from hf_circuit_sparsity.modeling.sparse_layers import SparseWeight
 
-from .measure import Timing, interleaved, main, ratio, table
+from ..experiment import Experiment, table
 from .plain import plainly, random_sparse_model
+from .timing import Timing, interleaved, main, now, ratio, settings
 
 KINDS = (
     ("linear layers and embeddings", (SparseWeight, nn.Linear, nn.Embedding)),
@@ -30,8 +30,9 @@ KINDS = (
 
 
 @torch.no_grad()
-def run(device: str, dtype: torch.dtype, quick: bool) -> str:
+def run(experiment: Experiment) -> str:
     """Three tables: forward, generation, and the density at which the two ways break even."""
+    device, dtype, quick = settings(experiment)
     config = CircuitGPTConfig(n_layer=2, d_model=256, vocab_size=512) if quick else None
     dense = random_sparse_model(config or CircuitGPTConfig(), 1e-3, device, dtype)
     sparse = copy.deepcopy(dense).to_sparse()
@@ -65,23 +66,27 @@ def _forward(dense: CircuitGPTForCausalLM, sparse: CircuitGPTForCausalLM, quick:
         rounds=3 if quick else 5,
         device=device,
     )
-    lines = []
-    for name, model in (("ours, dense", dense), ("ours, on the nonzeros", sparse)):
-        lines.append((name, times[name], ratio(times["plain"], times[name]),
-                      ratio(times["ours, dense"], times[name]), _shares(model, ids)))  # fmt: skip
     with plainly(dense):
-        share = _shares(dense, ids)
+        shares = {"plain": _shares(dense, ids)}
+    shares["ours, dense"] = _shares(dense, ids)
+    shares["ours, on the nonzeros"] = _shares(sparse, ids)
     with without_kernels():
-        name = "the same without kernels"
-        lines.append((name, times[name], ratio(times["plain"], times[name]),
-                      ratio(times["ours, dense"], times[name]), _shares(sparse, ids)))  # fmt: skip
-    lines.insert(0, ("plain", times["plain"], "1.0 ×", "", share))
+        shares["the same without kernels"] = _shares(sparse, ids)
+    rows = [
+        {
+            "implementation": name,
+            "ms": timing,
+            "plain / this": ratio(times["plain"], timing),
+            "ours dense / this": ratio(times["ours, dense"], timing),
+            "of which": shares[name],
+        }
+        for name, timing in times.items()
+    ]
     return (
         f"Forward of 256 tokens: {config.n_layer} layers, d_model {config.d_model}, d_mlp "
         f"{config.d_mlp}, {config.n_head} heads, vocabulary {config.vocab_size}, AbsTopK at eight "
         f"sites, 1 in 1000 nonzero, {dense.dtype}; ms, median (range). The logits of the two ways "
-        f"are at most {apart:.1g} apart.\n\n"
-        + table(("implementation", "ms", "plain / this", "ours dense / this", "of which"), lines)
+        f"are at most {apart:.1g} apart.\n\n{table(rows)}"
     )
 
 
@@ -90,17 +95,12 @@ def _shares(model: nn.Module, ids: torch.Tensor) -> str:
     spent: dict[str, float] = defaultdict(float)
     open_: list[list[float]] = []
 
-    def now() -> float:
-        if ids.device.type != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter()
-
     def enter(*_: object) -> None:
-        open_.append([now(), 0.0])
+        open_.append([now(ids.device.type), 0.0])
 
     def leave(kind: str) -> None:
         start, within = open_.pop()
-        took = now() - start
+        took = now(ids.device.type) - start
         spent[kind] += took - within
         if open_:
             open_[-1][1] += took
@@ -111,17 +111,14 @@ def _shares(model: nn.Module, ids: torch.Tensor) -> str:
         if kind is not None:
             hooks.append(module.register_forward_pre_hook(enter))
             hooks.append(module.register_forward_hook(lambda *_, kind=kind: leave(kind)))
-    start = now()
+    start = now(ids.device.type)
     model(ids)
-    total = now() - start
+    total = now(ids.device.type) - start
     for hook in hooks:
         hook.remove()
     spent["rest"] = total - sum(spent.values())
-    return ", ".join(f"{k} {100 * s / total:.0f} %" for k, s in sorted(spent.items(), key=_size))
-
-
-def _size(item: tuple[str, float]) -> float:
-    return -item[1]
+    largest_first = sorted(spent, key=spent.__getitem__, reverse=True)
+    return ", ".join(f"{kind} {100 * spent[kind] / total:.0f} %" for kind in largest_first)
 
 
 def _generate(dense: CircuitGPTForCausalLM, sparse: CircuitGPTForCausalLM, quick: bool) -> str:
@@ -154,10 +151,13 @@ def _generate(dense: CircuitGPTForCausalLM, sparse: CircuitGPTForCausalLM, quick
     )
     each = {n: Timing(tuple(s / tokens.get(n, 64) for s in t.seconds)) for n, t in times.items()}
     fast = each["ours on the nonzeros, cached"]
-    lines = [(name, timing, ratio(timing, fast)) for name, timing in each.items()]
+    rows = [
+        {"implementation": n, "ms per token": t, "this / ours on the nonzeros": ratio(t, fast)}
+        for n, t in each.items()
+    ]
     return (
         "`generate` of 64 tokens after a prompt of 64; ms per token, median (range).\n\n"
-        + table(("implementation", "ms per token", "this / ours on the nonzeros"), lines)
+        + table(rows)
     )
 
 
@@ -170,7 +170,7 @@ def _crossover(device: str, dtype: torch.dtype, quick: bool) -> str:
         weight *= torch.rand(rows, width, generator=generator) < 1 / divisor
         weight = weight.to(device=device, dtype=dtype)
         csr = CSR.from_dense(weight)
-        line = [f"1/{divisor}"]
+        line: dict[str, object] = {"nonzero": f"1/{divisor}"}
         for tokens in (1, 256):
             x = torch.randn(tokens, width, generator=generator).to(device=device, dtype=dtype)
             times = interleaved(
@@ -181,14 +181,12 @@ def _crossover(device: str, dtype: torch.dtype, quick: bool) -> str:
                 rounds=5 if quick else 15,
                 device=device,
             )
-            line += [times["dense"], times["sparse"], ratio(times["dense"], times["sparse"])]
-        lines.append(tuple(line))
-    header = ("nonzero", "1 token: dense (ms)", "on the nonzeros", "ratio")
-    header += ("256 tokens: dense", "on the nonzeros", "ratio")
-    return f"One linear layer {rows} × {width}: where a layer breaks even.\n\n" + table(
-        header, lines
-    )
+            line[f"{tokens} token(s): dense (ms)"] = times["dense"]
+            line[f"{tokens}: on the nonzeros"] = times["sparse"]
+            line[f"{tokens}: ratio"] = ratio(times["dense"], times["sparse"])
+        lines.append(line)
+    return f"One linear layer {rows} × {width}: where a layer breaks even.\n\n{table(lines)}"
 
 
 if __name__ == "__main__":
-    main(__doc__, run)
+    main(run, __doc__, "sparse_execution")

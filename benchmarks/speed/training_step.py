@@ -1,7 +1,6 @@
 """A training step: dense and on the nonzeros, against the plain implementation."""
 
 import copy
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -15,8 +14,9 @@ from hf_circuit_sparsity.optim.projection import nonzero_budget
 from hf_circuit_sparsity.optim.sparse_compute import on_nonzeros
 from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
 
-from .measure import Timing, interleaved, main, ratio, table
+from ..experiment import Experiment, table
 from .plain import plainly, project_plain_, random_sparse_model
+from .timing import Timing, interleaved, main, now, ratio, settings
 
 PARTS = ("forward", "backward", "AdamW", "projection")
 
@@ -82,13 +82,9 @@ class _Step:
                 project_plain_(weight, nonzero_budget(weight.numel(), self.density), minimum)
 
     def _timed(self, part: str, call: Callable[[], object]) -> object:
-        if self.batch.device.type != "cpu":
-            torch.accelerator.synchronize()
-        start = time.perf_counter()
+        start = now(self.batch.device.type)
         result = call()
-        if self.batch.device.type != "cpu":
-            torch.accelerator.synchronize()
-        self.parts[part].append(time.perf_counter() - start)
+        self.parts[part].append(now(self.batch.device.type) - start)
         return result
 
     def shares(self) -> str:
@@ -97,8 +93,9 @@ class _Step:
         return ", ".join(f"{part} {100 * m / total:.0f} %" for part, m in medians.items())
 
 
-def run(device: str, dtype: torch.dtype, quick: bool) -> str:
-    """The table, and below it how far the losses of the two ways to compute are apart."""
+def run(experiment: Experiment) -> str:
+    """The table."""
+    device, dtype, quick = settings(experiment)
     width, layers, context, batch = (128, 2, 64, 4) if quick else (1024, 4, 128, 16)
     config = CircuitGPTConfig(
         n_layer=layers, d_model=width, d_head=16, block_size=context, vocab_size=2048
@@ -118,14 +115,20 @@ def run(device: str, dtype: torch.dtype, quick: bool) -> str:
         }
         times = interleaved(sides, rounds=3, device=device)
         for name, step in sides.items():
-            faster = ratio(times["plain"], times[name])
-            rows.append((label, name, times[name], faster, step.shares()))
+            rows.append(
+                {
+                    "density": label,
+                    "implementation": name,
+                    "ms": times[name],
+                    "plain / this": ratio(times["plain"], times[name]),
+                    "of which": step.shares(),
+                }
+            )
     return (
         f"d_model {width}, {layers} layers, {batch} × {context} tokens, {dtype}; ms per step, "
-        "median (range). In ours the projection is part of AdamW's time.\n\n"
-        + table(("density", "implementation", "ms", "plain / this", "of which"), rows)
+        f"median (range). In ours the projection is part of AdamW's time.\n\n{table(rows)}"
     )
 
 
 if __name__ == "__main__":
-    main(__doc__, run)
+    main(run, __doc__, "training_step")
