@@ -15,9 +15,8 @@ from huggingface_hub import HfFileSystem
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from hf_circuit_sparsity.kernels.cpu import load_kernels
+from hf_circuit_sparsity.kernels.cpu import load_kernels, without_kernels
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
-from hf_circuit_sparsity.modeling.kernel_slot import without_kernels
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.trainer import SparseTrainer, SparseTrainingArguments
 from tests.hub_server import HubServer

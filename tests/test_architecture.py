@@ -43,8 +43,6 @@ KNOWN_ARROWS: set[tuple[str, str]] = {
     ("hub_cards/pushed_card.py", "circuits/circuit.py"),
     ("hub_cards/pushed_card.py", "circuits/hub.py"),
     ("hub_cards/task_dataset_card.py", "tasks/definitions/base.py"),
-    ("kernels/__init__.py", "modeling/kernel_slot.py"),
-    ("kernels/calling.py", "modeling/worker_threads.py"),
     ("trainer/sparse_trainer.py", "hub/errors.py"),
 }
 KNOWN_CIRCLES: set[tuple[str, str]] = {

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from hf_circuit_sparsity.modeling.abs_topk import abs_topk
+from hf_circuit_sparsity.modeling.functional import abs_topk
 
 from ..experiment import Experiment, table
 from .plain import abs_topk_plain

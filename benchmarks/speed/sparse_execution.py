@@ -6,9 +6,9 @@ from collections import defaultdict
 import torch
 from torch import nn
 
+from hf_circuit_sparsity.kernels.cpu import without_kernels
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.csr import CSR
-from hf_circuit_sparsity.modeling.kernel_slot import without_kernels
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import (
     AbsTopK,
     CircuitGPTAttention,

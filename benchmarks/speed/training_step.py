@@ -6,8 +6,8 @@ from contextlib import nullcontext
 
 import torch
 
+from hf_circuit_sparsity.kernels.cpu import without_kernels
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
-from hf_circuit_sparsity.modeling.kernel_slot import without_kernels
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
 from hf_circuit_sparsity.optim.projection import nonzero_budget

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..modeling.abs_topk import abs_topk
+from ..modeling.functional import abs_topk
 
 
 class Bridge(nn.Module):

@@ -4,11 +4,3 @@ What is in `source/` is compiled on first use and kept in the user's cache folde
 compiler, or with `HF_CIRCUIT_SPARSITY_KERNELS=0` in the environment, everything runs on torch and
 numpy.
 """
-
-from ..modeling.kernel_slot import fill_slot
-from .cpu import CpuKernels, load_kernels
-from .products import CompressedRows, NonzeroList
-
-fill_slot(load_kernels)
-
-__all__ = ["CompressedRows", "CpuKernels", "NonzeroList", "load_kernels"]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..modeling.worker_threads import map_pieces
+from .threads import map_pieces
 
 LANES = 16  # as in lanes.h
 PIECE = 1 << 16  # entries worth a thread of their own

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .kernel_slot import kernels_for
+from .functional import compiled_kernels
 
 # Tokens multiplied at a time on the CPU: the piece of the output that is transposed into place then
 # still lies in the cache. With 2048 tokens and 4096 outputs that is twice as fast as at once.
@@ -48,7 +48,7 @@ class CSR:
     def from_dense(cls, weight: Tensor, max_density: float | None = None) -> "CSR | None":
         """The nonzeros of a matrix; None if their share is larger than `max_density`."""
         weight = weight.detach()
-        if kernels := kernels_for(weight):
+        if kernels := compiled_kernels(weight):
             room = None if max_density is None else int(max_density * weight.numel())
             parts = kernels.nonzeros(weight, room)
             if parts is None:
@@ -117,7 +117,7 @@ class CSR:
         if not self._transposed:
             rows, width = self.shape
             # Any float32 tensor on the CPU would do to ask whether there are kernels.
-            if kernels := kernels_for(self.columns.view(torch.float32)):
+            if kernels := compiled_kernels(self.columns.view(torch.float32)):
                 starts, columns, order = kernels.transpose_pattern(
                     self.row_starts, self.columns, width
                 )
@@ -145,7 +145,7 @@ class CSR:
             `(tokens, rows)`, contiguous, in the dtype of `x`.
         """
         rows = self.shape[0]
-        if kernels := kernels_for(x, self.values):
+        if kernels := compiled_kernels(x, self.values):
             return kernels.sparse_linear(x, self.row_starts, self.columns, self.values, rows, bias)
         on_cpu = x.device.type == "cpu"
         if on_cpu and not torch.backends.mkl.is_available():
@@ -183,7 +183,7 @@ class CSR:
         Returns:
             `(nonzeros,)`, on the CPU in at least float32.
         """
-        if kernels := kernels_for(left, right):
+        if kernels := compiled_kernels(left, right):
             return kernels.gradient_at(self.row_starts, self.columns, left, right)
         if left.device.type == "cpu":
             dtype = torch.promote_types(left.dtype, torch.float32)

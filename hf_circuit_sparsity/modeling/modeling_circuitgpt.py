@@ -24,9 +24,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
-from .abs_topk import abs_topk
-from .attention import sdpa_attention_with_sink
 from .configuration_circuitgpt import CircuitGPTConfig
+from .functional import abs_topk, sdpa_attention_with_sink
 from .sparse_pretrained import SparsePreTrainedModel
 
 # torch's RMSNorm derives its epsilon from the dtype; OpenAI's models were trained in float32, and
@@ -70,16 +69,16 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    sink_logit: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The readable reference: `(B, H, T, K)` in, `(B, T, H, K)` and the weights out."""
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    if sink_logit is not None:
+    if s_aux is not None:
         # The sink takes part in the softmax and then drops out: it only adds to the denominator.
-        sink = sink_logit.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        sink = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = weights[..., : key.shape[-2]]
@@ -132,14 +131,14 @@ class CircuitGPTAttention(nn.Module):
 
         implementation = self.config._attn_implementation
         dropout = self.config.dropout if self.training else 0.0
-        sink_logit = None if self.attn_imp is None else self.attn_imp.sink_logit
+        s_aux = None if self.attn_imp is None else self.attn_imp.sink_logit
         weights = None
-        if implementation == "sdpa" and sink_logit is not None:
-            y = sdpa_attention_with_sink(q, k, v, attention_mask, self.scaling, dropout, sink_logit)
+        if implementation == "sdpa" and s_aux is not None:
+            y = sdpa_attention_with_sink(q, k, v, attention_mask, self.scaling, dropout, s_aux)
         else:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-            if sink_logit is not None:
-                kwargs["sink_logit"] = sink_logit
+            if s_aux is not None:
+                kwargs["s_aux"] = s_aux  # transformers' name for attention sinks
             y, weights = attend(
                 self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
             )
@@ -246,6 +245,10 @@ class CircuitGPTPreTrainedModel(SparsePreTrainedModel):
         r"\.attn\.(masked_)?bias$",
         r"(^|[._])mask$",
     ]
+
+    def __init__(self, config: CircuitGPTConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.model_tags = ["circuitgpt", "weight-sparse"]  # for the card that push_to_hub writes
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any):

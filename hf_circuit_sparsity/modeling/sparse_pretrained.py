@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 
-from .hub_slot import card_of, explained
 from .sparse_checkpoint import (
     commit_hash,
     encoded_state_dict,
@@ -157,20 +155,9 @@ class SparsePreTrainedModel(PreTrainedModel):
         """As every `push_to_hub`, but uploads only the nonzeros unless `sparse=False`."""
         self._saves_sparse = sparse
         try:
-            with explained(repo_id, token=kwargs.get("token"), writing=True):
-                return super().push_to_hub(repo_id, *args, **kwargs)
+            return super().push_to_hub(repo_id, *args, **kwargs)
         finally:
             del self._saves_sparse
-
-    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any):
-        # transformers has put a card there: the one on the Hub, or a few general words.
-        readme = Path(working_dir) / "README.md"
-        there = readme.read_text(encoding="utf-8") if readme.is_file() else None
-        general = there is None or "has been automatically generated" in there
-        card = card_of("model", self, repo_id, existing=None if general else there, tokenizer=False)
-        if card is not None:
-            readme.write_text(card, encoding="utf-8")
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def to_sparse(self, threshold: float = MAX_DENSITY) -> "SparsePreTrainedModel":
         """Run linear layers and embeddings on their nonzeros, in place; returns the model.

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.cpu import CpuKernels
-from ..modeling.kernel_slot import kernels_for
-from ..modeling.worker_threads import map_pieces
+from ..kernels.cpu import CpuKernels, compiled_kernels
+from ..kernels.threads import map_pieces
 
 INTEGER_VIEW: dict[torch.dtype, torch.dtype] = {
     torch.float16: torch.int16,
@@ -100,7 +99,7 @@ def project_cpu_(weight: Tensor, k: int, min_nonzeros: int, row_dim: int) -> Non
     """Project a contiguous 2-D CPU tensor in place; see ``project_topk_`` for the definition."""
     bits = weight.view(-1).view(INTEGER_VIEW[weight.dtype]).numpy()
     top = infinity_bits(weight.dtype)
-    matrix = _Matrix(bits, weight.shape[1], row_dim, min_nonzeros, top, kernels_for(weight))
+    matrix = _Matrix(bits, weight.shape[1], row_dim, min_nonzeros, top, compiled_kernels(weight))
     sample = _sample(matrix)
     for reach in (1, 8, 64, math.inf):
         scan = _scan(matrix, *_bracket(matrix, sample, k, reach))

@@ -18,8 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..kernels.cpu import CpuKernels
-from ..modeling.kernel_slot import kernels_for
+from ..kernels.cpu import CpuKernels, compiled_kernels
 from ..modeling.sparse_layers import sparse_matmul
 
 # Up to this share of nonzero weights products with them are faster. On a CPU in float32 a
@@ -42,7 +41,7 @@ class NonzeroLinear(nn.Linear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kernels = kernels_for(x, self.weight)
+        kernels = compiled_kernels(x, self.weight)
         if not self._may_be_sparse(x, kernels):
             return F.linear(x, self.weight, self.bias)
         weight = _Nonzeros.of(self.weight.detach(), kernels)

@@ -151,13 +151,3 @@ def test_commands_say_why_a_model_cannot_be_had(api, hub_server, tiny_model, mon
     assert "'ada/private' holds a model, but no tokenizer beside it" in refused("ada/private")
     monkeypatch.setenv("HF_TOKEN", "")
     assert "no public model repository 'ada/private'" in refused("ada/private")
-
-
-def test_model_says_who_may_not_push(hub_server, tiny_model, monkeypatch):
-    tiny_model.push_to_hub("ada/small")
-    bob = hub_server.add_user("bob")
-    with pytest.raises(HubAccessError, match="'bob' has no right to write to 'ada/small'"):
-        tiny_model.push_to_hub("ada/small", token=bob)
-    monkeypatch.setenv("HF_TOKEN", "")
-    with pytest.raises(HubAccessError, match="Nobody is signed in, so 'ada/small'"):
-        tiny_model.push_to_hub("ada/small")

@@ -16,7 +16,6 @@ from hf_circuit_sparsity import (
 from hf_circuit_sparsity.hub_cards.bridge_card import bridge_card
 from hf_circuit_sparsity.hub_cards.circuit_card import circuit_card
 from hf_circuit_sparsity.hub_cards.model_card import model_card
-from hf_circuit_sparsity.hub_cards.pushed_card import MARK
 from hf_circuit_sparsity.hub_cards.task_dataset_card import task_dataset_card
 from tests.circuits.planted import planted_model, word_tokenizer
 from tests.hub_cards.artifacts import bridge, planted_circuit
@@ -98,14 +97,9 @@ def test_bridge_example(on_hub, tmp_path, api, capsys):
     assert "tensor(" in run(ModelCard.load("ada/bridge"), capsys)
 
 
-def test_pushing_a_model_writes_its_card(api, capsys):
+def test_pushing_a_model_tags_its_card(api):
     planted_model().push_to_hub("ada/planted")
-    card = ModelCard.load("ada/planted")
-    assert card.data.library_name == "transformers" and "circuitgpt" in card.data.tags
-    assert "torch.Size([1, 3, 16])" in run(card, capsys)
-    # Ours is written anew, a person's own is kept.
-    planted_model().push_to_hub("ada/planted")
-    assert MARK in ModelCard.load("ada/planted").text
+    assert {"circuitgpt", "weight-sparse"} <= set(ModelCard.load("ada/planted").data.tags)
     ModelCard("---\nlicense: mit\n---\n\n# My own\n").push_to_hub("ada/planted")
     planted_model().push_to_hub("ada/planted")
     assert "# My own" in ModelCard.load("ada/planted").text

@@ -11,8 +11,8 @@ from hf_circuit_sparsity.kernels.cpu import load_kernels
 
 ASK = """
 import torch
-from hf_circuit_sparsity.kernels import load_kernels
-from hf_circuit_sparsity.modeling.abs_topk import abs_topk
+from hf_circuit_sparsity.kernels.cpu import load_kernels
+from hf_circuit_sparsity.modeling.functional import abs_topk
 print(load_kernels() is not None, abs_topk(torch.tensor([[1.0, -3.0, 2.0]]), 2).tolist())
 """
 RESULT = "[[0.0, -3.0, 2.0]]"

@@ -1,21 +1,23 @@
 """Every compiled kernel gives what plain torch gives."""
 
+import os
+import signal
+
 import pytest
 import torch
 
-from hf_circuit_sparsity.kernels.cpu import load_kernels
-from hf_circuit_sparsity.modeling import worker_threads
-from hf_circuit_sparsity.modeling.abs_topk import abs_topk_reference
+from hf_circuit_sparsity.kernels import threads
+from hf_circuit_sparsity.kernels.cpu import compiled_kernels, load_kernels
 from hf_circuit_sparsity.modeling.csr import CSR
-from hf_circuit_sparsity.modeling.kernel_slot import kernels_for
+from hf_circuit_sparsity.modeling.functional import abs_topk_reference
 from hf_circuit_sparsity.modeling.sparse_layers import transposed
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C compiler, or switched off")
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"], autouse=True)
-def threads(request, monkeypatch):
-    monkeypatch.setattr(worker_threads.torch, "get_num_threads", lambda: request.param)
+def thread_count(request, monkeypatch):
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: request.param)
 
 
 @pytest.fixture
@@ -143,11 +145,23 @@ def test_sparse_linear_and_the_gradient_at_its_nonzeros(kernels, tokens, rows, w
 
 def test_kernels_are_for_plain_float32_tensors_on_the_cpu():
     x = torch.randn(3)
-    assert kernels_for(x, torch.nn.Parameter(x)) is not None
-    assert kernels_for(x, x.double()) is None
-    assert kernels_for(x.to("meta")) is None
+    assert compiled_kernels(x, torch.nn.Parameter(x)) is not None
+    assert compiled_kernels(x, x.double()) is None
+    assert compiled_kernels(x.to("meta")) is None
     with torch._subclasses.FakeTensorMode():
-        assert kernels_for(torch.empty(3)) is None
+        assert compiled_kernels(torch.empty(3)) is None
     seen = []
-    torch.func.grad(lambda t: seen.append(kernels_for(t)) or t.sum())(x)
+    torch.func.grad(lambda t: seen.append(compiled_kernels(t)) or t.sum())(x)
     assert seen == [None]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded")
+def test_a_forked_process_makes_its_own_threads(monkeypatch):
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 2)
+    assert threads.map_pieces(abs, [-1, -2, -3]) == [1, 2, 3]
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)  # a pool without its threads would wait for ever
+        os._exit(0 if threads.map_pieces(abs, [-4, -5]) == [4, 5] else 1)
+    assert os.waitpid(pid, 0)[1] == 0

@@ -1,12 +1,7 @@
-import os
-import signal
-
 import pytest
 import torch
 
-from hf_circuit_sparsity.modeling import abs_topk as abs_topk_module
-from hf_circuit_sparsity.modeling import worker_threads
-from hf_circuit_sparsity.modeling.abs_topk import abs_topk, abs_topk_reference
+from hf_circuit_sparsity.modeling.functional import abs_topk, abs_topk_reference
 
 pytestmark = pytest.mark.usefixtures("either_path")
 
@@ -61,28 +56,3 @@ def test_gradient_reaches_the_kept_entries_only():
 def test_infinities_are_the_largest():
     x = torch.tensor([[1.0, -torch.inf, 2.0, torch.inf]])
     assert torch.equal(abs_topk(x, 3), abs_topk_reference(x, 3))
-
-
-def test_threads_give_the_same(monkeypatch):
-    monkeypatch.setattr(abs_topk_module, "_PIECE", 1 << 12)  # so that there are pieces to share out
-    x = torch.randn(60, 700, generator=GENERATOR)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        assert torch.equal(abs_topk(x, 100), abs_topk_reference(x, 100))
-        trained = x.clone().requires_grad_()
-        assert torch.equal(abs_topk(trained, 100), abs_topk_reference(x, 100))
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded")
-def test_a_forked_process_makes_its_own_threads(monkeypatch):
-    monkeypatch.setattr(worker_threads.torch, "get_num_threads", lambda: 2)
-    assert worker_threads.map_pieces(abs, [-1, -2, -3]) == [1, 2, 3]
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(20)  # a pool without its threads would wait for ever
-        os._exit(0 if worker_threads.map_pieces(abs, [-4, -5]) == [4, 5] else 1)
-    assert os.waitpid(pid, 0)[1] == 0

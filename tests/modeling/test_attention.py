@@ -4,17 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from hf_circuit_sparsity.modeling.attention import sdpa_attention_with_sink, sink_as_key
+from hf_circuit_sparsity.modeling.functional import sdpa_attention_with_sink, sink_as_key
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import eager_attention_forward
 
 
-def reference(query, key, value, scaling, sink_logit):
+def reference(query, key, value, scaling, s_aux):
     queries, keys = query.shape[2], key.shape[2]
     visible = torch.ones(queries, keys).tril(keys - queries).bool()
     mask = torch.zeros(queries, keys, dtype=query.dtype).masked_fill(~visible, -torch.inf)
-    return eager_attention_forward(
-        nn.Module(), query, key, value, mask, scaling, sink_logit=sink_logit
-    )[0]
+    return eager_attention_forward(nn.Module(), query, key, value, mask, scaling, s_aux=s_aux)[0]
 
 
 @pytest.mark.parametrize("attend", [sdpa_attention_with_sink, sink_as_key])

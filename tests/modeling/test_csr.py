@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_circuit_sparsity.kernels.cpu import load_kernels
+from hf_circuit_sparsity.kernels.cpu import load_kernels, without_kernels
 from hf_circuit_sparsity.modeling.csr import CSR, linear_reference, sampled_reference
-from hf_circuit_sparsity.modeling.kernel_slot import without_kernels
 
 GENERATOR = torch.Generator().manual_seed(0)
 DENSITIES = [0.0, 0.05, 1.0]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_circuit_sparsity.modeling.abs_topk import abs_topk
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.modeling.functional import abs_topk
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.optim import sparse_compute
 from hf_circuit_sparsity.optim.projection import project_topk_

@@ -58,7 +58,7 @@ def attention_patterns(
         sink = None if attn.attn_imp is None else attn.attn_imp.sink_logit
         _, weights = eager_attention_forward(
             attn, query, key, torch.zeros_like(key), mask.masked_fill(future, -torch.inf),
-            attn.scaling, sink_logit=sink,
+            attn.scaling, s_aux=sink,
         )  # fmt: skip
         patterns[layer] = weights[0].float().cpu()
     return patterns

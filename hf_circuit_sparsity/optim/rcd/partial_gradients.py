@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ...modeling.kernel_slot import kernels_for
+from ...kernels.cpu import compiled_kernels
 from ...modeling.sparse_layers import SparseEmbedding, SparseLinear, SparseWeight
 from ..sparse_compute import MAX_DENSITY, product, weight_gradient
 from .blocks import Block
@@ -138,7 +138,7 @@ def block_gradient(block: Block, left: Tensor, right: Tensor) -> Tensor:
         right = right.index_select(1, block.ids)
     if not len(block.ids):
         return left.new_empty(0)
-    return weight_gradient(left, right, kernels_for(left, right)).flatten()
+    return weight_gradient(left, right, compiled_kernels(left, right)).flatten()
 
 
 def _supported(module: nn.Module) -> bool:
@@ -186,7 +186,7 @@ class _Forward:
         if whole and len(live.live) > self.threshold * weight.numel():
             weight = weight.to(x.dtype)
             # AbsTopK leaves zeros on one side or the other of every layer.
-            kernels = kernels_for(x, weight) if self.threshold >= 0.0 else None
+            kernels = compiled_kernels(x, weight) if self.threshold >= 0.0 else None
             return product(x, weight, kernels, transpose=not transpose)
         values = weight.view(-1)[live.live] if whole else weight
         return live.product(x, values, transpose)

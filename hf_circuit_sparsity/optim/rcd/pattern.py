@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...kernels.cpu import compiled_kernels
 from ...kernels.products import CompressedRows
-from ...modeling.kernel_slot import kernels_for
 from ...modeling.sparse_layers import sampled_product, sparse_matmul, transposed
 from ..sparse_compute import weight_gradient
 
@@ -58,7 +58,7 @@ class LivePattern:
         rows, width = self.shape
         if not transpose:
             return sparse_matmul(x, self.row_starts, self.columns, values, rows)
-        if kernels := kernels_for(x, values):
+        if kernels := compiled_kernels(x, values):
             own = CompressedRows(self.row_starts, self.columns, values.detach(), width)
             turned = kernels.transpose(own)
             return sparse_matmul(x, turned.row_starts, turned.columns, turned.values, width)
@@ -77,7 +77,7 @@ class LivePattern:
         rows, width = self.shape
         # A sampled product costs many times a dense product's price per entry, the more so where
         # activations are few.
-        kernels = kernels_for(left, right)
+        kernels = compiled_kernels(left, right)
         dense = 8 if kernels is None else 20
         if len(self.live) * dense > rows * width or not _has_sampled_kernel(left):
             return self._product_in_pieces(left, right)
@@ -92,14 +92,14 @@ class LivePattern:
             stop = min(rows, start + step)
             first, last = int(self.row_starts[start]), int(self.row_starts[stop])
             if first < last:
-                piece = weight_gradient(left[:, start:stop], right, kernels_for(left, right))
+                piece = weight_gradient(left[:, start:stop], right, compiled_kernels(left, right))
                 out[first:last] = piece.flatten()[self.live[first:last] - start * width]
         return out
 
 
 def _has_sampled_kernel(x: Tensor) -> bool:
     if x.device.type == "cpu":
-        return torch.backends.mkl.is_available() or kernels_for(x) is not None
+        return torch.backends.mkl.is_available() or compiled_kernels(x) is not None
     return x.device.type == "cuda"
 
 

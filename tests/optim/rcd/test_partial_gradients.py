@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from hf_circuit_sparsity.modeling.kernel_slot import without_kernels
+from hf_circuit_sparsity.kernels.cpu import without_kernels
 from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
 from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
 from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients

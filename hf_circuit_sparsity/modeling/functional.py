@@ -1,0 +1,237 @@
+"""AbsTopK and attention with a sink, each with the plain path it is held against beside it.
+
+Of attention that is `eager_attention_forward` in `modeling_circuitgpt.py`.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+
+
+@functools.cache
+def _kernels_room() -> ModuleType | None:
+    try:  # not there beside a copy of this file that came from the Hub with a model
+        return importlib.import_module("..kernels.cpu", __package__)
+    except ImportError:
+        return None
+
+
+def compiled_kernels(*tensors: Tensor) -> Any:
+    """The package's compiled kernels; None where there are none or they do not take these tensors.
+
+    Kernels are not differentiable; callers wrap them in an `autograd.Function`.
+    """
+    room = _kernels_room()
+    return None if room is None else room.compiled_kernels(*tensors)
+
+
+def abs_topk_reference(x: Tensor, k: int) -> Tensor:
+    """[`abs_topk`], written plainly: what the fast paths are held against."""
+    largest = x.abs().sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return torch.zeros_like(x).scatter(-1, largest, x.gather(-1, largest))
+
+
+def abs_topk(x: Tensor, k: int) -> Tensor:
+    """Keep the k largest entries by magnitude along the last dimension and zero the others.
+
+    AbsTopK of Gao et al. 2025; signs are kept, and the gradient reaches the kept entries only. Of
+    equal magnitudes on the CPU the first are kept.
+
+    Args:
+        x: `(..., width)`, any floating dtype.
+        k: entries to keep, 0 ≤ k ≤ width.
+    """
+    if k >= x.shape[-1]:
+        return x
+    # In forward-mode AD kernels and numpy would lose the derivative.
+    plain = not torch.compiler.is_compiling() and forward_ad._current_level < 0
+    if plain and k > 0 and x.numel() and x.device.type == "cpu":
+        if kernels := compiled_kernels(x):
+            if torch.is_grad_enabled() and x.requires_grad:
+                return _AbsTopK.apply(x, k, kernels)
+            return kernels.abs_topk(x, k, want_mask=False)[0]
+        if x.dtype in _BITS:
+            return torch.where(_topk_mask(x.detach(), k), x, 0)
+    largest = x.abs().topk(k, dim=-1, sorted=False).indices
+    return torch.zeros_like(x).scatter(-1, largest, x.gather(-1, largest))
+
+
+def _topk_mask(x: Tensor, k: int) -> Tensor:
+    """Bool mask of the k largest magnitudes in every row of a CPU tensor, the first of equals."""
+    # Magnitudes of floats are ordered as the integers of the same bits are, NaN above everything,
+    # and numpy selects among integers several times faster than torch.topk among floats.
+    width = x.shape[-1]
+    bits = x.reshape(-1, width).contiguous().view(_BITS[x.dtype]).numpy()
+    bits = bits & np.iinfo(bits.dtype).max
+    threshold = np.partition(bits, width - k, axis=-1)[:, width - k, None]
+    mask = bits >= threshold
+    over = np.flatnonzero(np.count_nonzero(mask, axis=-1) > k)
+    if over.size:  # the k-th magnitude is not unique: keep the first of those that equal it
+        tied = bits[over] == threshold[over]
+        above = mask[over] & ~tied
+        room = k - np.count_nonzero(above, axis=-1)[:, None]
+        mask[over] = above | (tied & (tied.cumsum(axis=-1) <= room))
+    return torch.from_numpy(mask).view(x.shape)
+
+
+class _AbsTopK(torch.autograd.Function):
+    """AbsTopK by the compiled kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: int, kernels: Any) -> Tensor:
+        ctx.kernels = kernels
+        out, mask = kernels.abs_topk(x, k, want_mask=True)
+        ctx.save_for_backward(mask)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (mask,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or not compiled_kernels(grad):  # grad is to be differentiated
+            return grad * mask, None, None
+        return ctx.kernels.masked(grad, mask), None, None
+
+
+def sdpa_attention_with_sink(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float,
+    s_aux: Tensor,
+) -> Tensor:
+    """Attention with a sink through torch's fused kernels.
+
+    Args:
+        query: `(B, H, T, K)`; key, value: `(B, H, past + T, K)`.
+        attention_mask: as of `scaled_dot_product_attention`; None is causal.
+        scaling: of the scores.
+        dropout: of the attention weights.
+        s_aux: `(H,)`, the sinks: logits that only enter the softmax denominator.
+
+    Returns:
+        `(B, T, H, K)`.
+    """
+    fused_on_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
+    if fused_on_cpu and attention_mask is None and not dropout and query.shape[2]:
+        if query.shape[2] > 1:
+            # A static cache holds more keys than there are queries, none of them filled yet.
+            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        kernels = compiled_kernels(query, key, value, s_aux)
+        if kernels and kernels.can_attend(query, key, value):
+            attended = _AttentionByKernels.apply(query, key, value, s_aux, scaling, kernels)
+        else:
+            attended = _CausalSinkAttention.apply(query, key, value, s_aux, scaling)
+        return attended.transpose(1, 2)
+    return sink_as_key(query, key, value, attention_mask, scaling, dropout, s_aux)
+
+
+def sink_as_key(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float,
+    s_aux: Tensor,
+) -> Tensor:
+    """[`sdpa_attention_with_sink`] through `scaled_dot_product_attention`.
+
+    The sink becomes a key in front of the others whose value is zero. One extra channel, 1 in
+    every query and `s_aux / scaling` in that key only, makes its score the sink's logit for every
+    query, so that no mask has to carry it and the causal kernels stay usable.
+    """
+    batch, heads, queries, width = query.shape
+    sink_key = query.new_zeros(batch, heads, 1, width + 1)
+    sink_key[..., -1] = (s_aux / scaling).to(query.dtype).view(1, heads, 1)
+    query = torch.cat([query, query.new_ones(batch, heads, queries, 1)], dim=-1)
+    key = torch.cat([sink_key, F.pad(key, (0, 1))], dim=2)
+    value = F.pad(value, (0, 1, 1, 0))  # a zero row in front; the extra channel keeps widths equal
+    is_causal = attention_mask is None and queries > 1
+    if is_causal:
+        # A query in front of the others keeps the causal diagonal in place. A static cache holds
+        # more keys than there are queries, none of them filled yet.
+        query = F.pad(query, (0, 0, 1, 0))
+        key, value = key[:, :, : queries + 1], value[:, :, : queries + 1]
+    elif attention_mask is not None:
+        seen = attention_mask.dtype == torch.bool  # in a boolean mask 1 is seen, in a float one 0
+        attention_mask = F.pad(attention_mask, (1, 0), value=1 if seen else 0)
+    attended = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        scale=scaling,
+    )
+    return attended[:, :, int(is_causal) :, :width].transpose(1, 2)
+
+
+class _AttentionByKernels(torch.autograd.Function):
+    """Causal attention with a sink by the compiled kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, query, key, value, s_aux, scaling: float, kernels: Any) -> Tensor:
+        out, log_sum = kernels.attend(query, key, value, s_aux, scaling)
+        ctx.save_for_backward(query, key, value, s_aux, out, log_sum)
+        ctx.scaling, ctx.kernels = scaling, kernels
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, s_aux, out, log_sum = ctx.saved_tensors
+        grads = ctx.kernels.attend_back(query, key, value, s_aux, ctx.scaling, out, log_sum, grad)
+        return *grads, None, None
+
+
+class _CausalSinkAttention(torch.autograd.Function):
+    """Causal attention with a sink from torch's CPU kernel, which knows no sink.
+
+    The kernel also gives the log of its softmax denominator, and the sink only enlarges that: the
+    output shrinks by the ratio of the two. The kernel's backward pass works from output and
+    denominator; given the enlarged ones, it is exact for attention with a sink.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query, key, value, s_aux, scaling: float) -> Tensor:
+        causal = query.shape[2] > 1
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, scale=scaling
+        )
+        log_sum_with_sink = torch.logaddexp(log_sum, s_aux.to(log_sum.dtype).view(1, -1, 1))
+        out = out * (log_sum - log_sum_with_sink).exp()[..., None].to(out.dtype)
+        ctx.save_for_backward(query, key, value, out, log_sum_with_sink, s_aux)
+        ctx.causal, ctx.scaling = causal, scaling
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, log_sum, s_aux = ctx.saved_tensors
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, out, log_sum, 0.0, ctx.causal, scale=ctx.scaling
+        )
+        grad_sink = None
+        if ctx.needs_input_grad[3]:
+            # Softmax backward at the sink, whose value is zero.
+            through = (grad * out).sum(-1, dtype=log_sum.dtype)
+            weight = (s_aux.to(log_sum.dtype).view(1, -1, 1) - log_sum).exp()
+            grad_sink = -(weight * through).sum((0, 2)).to(s_aux.dtype)
+        return *grads, grad_sink, None
