@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from .bridge.modeling_bridge import BridgedCausalLM
     from .circuits.circuit import Circuit
     from .circuits.evaluation.faithfulness import evaluate_circuit
+    from .circuits.evaluation.verification import verify_circuit
     from .circuits.hub import list_circuits
     from .circuits.pruning.config import PruningConfig
     from .circuits.pruning.find import TaskNotLearnedError, find_circuit
     from .circuits.pruning.tune import search_circuit
     from .circuits.task_scores import evaluate_tasks
+    from .circuits.viewer.plot import plot_circuit
+    from .circuits.viewer.report import write_report
     from .modeling.configuration_circuitgpt import CircuitGPTConfig
     from .modeling.modeling_circuitgpt import CircuitGPTForCausalLM, CircuitGPTModel, NodeSite
     from .modeling.validation import ArtifactError
@@ -73,12 +76,15 @@ _MODULES = {
     "list_tasks": "tasks.load",
     "load_task": "tasks.load",
     "pack_dataset": "tasks.packing",
+    "plot_circuit": "circuits.viewer.plot",
     "search_circuit": "circuits.pruning.tune",
     "sparse_from_config": "optim.sparse_init",
     "sparse_param_groups": "optim.param_groups",
     "sparsify_initialization_": "optim.sparse_init",
     "tokenizer_from_openai": "tasks.tokenizer",
     "train_tokenizer": "tasks.tokenizer",
+    "verify_circuit": "circuits.evaluation.verification",
+    "write_report": "circuits.viewer.report",
 }
 
 __all__ = sorted(_MODULES)

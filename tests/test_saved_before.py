@@ -16,13 +16,15 @@ from transformers import AutoModelForCausalLM
 
 import hf_circuit_sparsity.adapters  # noqa: F401  makes the methods known to PEFT
 from hf_circuit_sparsity.bridge.modeling_bridge import BridgedCausalLM
+from hf_circuit_sparsity.circuits.circuit import Circuit
+from hf_circuit_sparsity.circuits.evaluation.faithfulness import evaluate_circuit
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.optim.sparse_init import sparse_from_config
 from hf_circuit_sparsity.trainer.sparse_config import SparseTrainingArguments
 from hf_circuit_sparsity.trainer.sparse_trainer import SparseTrainer
 from tests.bridge.test_bridge import hybrids
-from tests.circuits.planted import reference_ids
+from tests.circuits.planted import on_off_task, reference_ids
 
 SAVED = Path(__file__).parent / "fixtures" / "saved_at_b9f8998"
 IDS = torch.arange(20).reshape(2, 10)
@@ -50,6 +52,21 @@ def test_adapter_of_a_circuit(expected):
     model = PeftModel.from_pretrained(base, str(SAVED / "circuit_adapter"))
     logits = model(reference_ids()[:4]).logits
     torch.testing.assert_close(logits, expected["circuit_adapter.logits"])
+
+
+@torch.no_grad()
+def test_circuit(expected):
+    model = CircuitGPTForCausalLM.from_pretrained(SAVED / "planted").eval()
+    circuit = Circuit.from_pretrained(SAVED / "circuit")
+    with circuit.apply(model):
+        logits = model(reference_ids()[:4]).logits
+    torch.testing.assert_close(logits, expected["circuit.logits"])
+    stored = json.loads((SAVED / "circuit_expected.json").read_text())
+    assert circuit.nodes == stored["nodes"] and len(circuit.edges(model)) == stored["edges"]
+    assert circuit.metrics == stored["metrics"]
+    assert evaluate_circuit(circuit, model, on_off_task()) == pytest.approx(
+        stored["metrics"], rel=1e-4, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("by_name", [True, False])

@@ -175,7 +175,6 @@ def summary(folder: Path, model: str) -> dict[str, float]:
 
 def circuit_of(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
     task: BinaryTask,
     blocks: DatasetDict,
     folder: Path,
@@ -190,8 +189,6 @@ def circuit_of(
         circuit = Circuit.from_pretrained(folder)
         circuit.check_model(model)
     except (FileNotFoundError, ValueError):
-        circuit = find_circuit(
-            model, tokenizer, task, config, reference=blocks["train"], progress=False
-        )
+        circuit = find_circuit(model, task, config, reference=blocks["train"], progress=False)
         circuit.save_pretrained(folder)
     return circuit

@@ -21,6 +21,7 @@ from hf_circuit_sparsity.bridge.steering import (
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError
+from hf_circuit_sparsity.circuits.viewer.plot import plot_circuit
 from hf_circuit_sparsity.commands.bridge import location_name
 from hf_circuit_sparsity.commands.console import say
 from hf_circuit_sparsity.tasks.binary_task import BinaryTask
@@ -173,7 +174,7 @@ def steering(
         config = PruningConfig(steps=options.steps, target_loss=CIRCUIT_LOSS)
         circuit = None
         try:
-            circuit = circuit_of(bridged.sparse, tokenizer, task, blocks, folder, config)
+            circuit = circuit_of(bridged.sparse, task, blocks, folder, config)
         except TaskNotLearnedError as error:
             say(f"  {task.name}: {error}")
         else:
@@ -190,7 +191,7 @@ def steering(
                 }
             )
             picture = experiment.results / f"{experiment.name}_{name}.png"
-            circuit.plot(picture, bridged.sparse, tokenizer)
+            plot_circuit(circuit, picture, bridged.sparse, tokenizer)
             pictures.append(f"![The twin's circuit for {name}]({picture.name})")
         for target in sorted(set(task.test["target_id"])):
             own, others = promising(bridged, task, target, circuit)

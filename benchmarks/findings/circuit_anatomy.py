@@ -15,6 +15,7 @@ import torch
 
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.edges import Edge, embedding_edges, unembedding_edges
+from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
 from hf_circuit_sparsity.circuits.task_loss import candidates
 from hf_circuit_sparsity.circuits.viewer.activations import record_activations
 from hf_circuit_sparsity.circuits.viewer.attention import attention_patterns
@@ -86,7 +87,7 @@ def _circuit(name: str, task_name: str, folder: Path) -> str:
     others = [c for c in found if c is not circuit]
     checks = "Not checked: there is hardly anything on held-out prompts for it to explain."
     if learned:
-        verification = circuit.verify(model, tokenizer, task, others=others, prompts=PROMPTS)
+        verification = verify_circuit(circuit, model, task, others=others, prompts=PROMPTS)
         checks = (
             "Checks on held-out prompts, beside random circuits of equal size:\n\n"
             + verification.table()
@@ -173,7 +174,7 @@ def _attention(circuit: Circuit, model: Any, tokenizer: Any, task: Any) -> str:
     mass: dict[tuple[int, int], dict[int, float]] = {head: defaultdict(float) for head in heads}
     for prompt in prompts:
         layers = sorted({layer for layer, _ in heads})
-        patterns = attention_patterns(model, prompt, layers, partial(circuit.applied, model))
+        patterns = attention_patterns(model, prompt, layers, partial(circuit.apply, model))
         for layer, head in heads:
             for token, weight in zip(prompt, patterns[layer][head, -1].tolist(), strict=True):
                 mass[layer, head][token] += weight / len(prompts)

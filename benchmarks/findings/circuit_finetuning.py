@@ -112,7 +112,7 @@ def run(experiment: Experiment) -> str:
     _, blocks = text_blocks(folder)
     task = load_task(TASK, tokenizer, n_train=1000, n_test=256, max_length=BLOCK_SIZE)
     circuit = circuit_of(
-        model, tokenizer, task, blocks, folder / "circuits" / f"{MODEL}-{TASK}",
+        model, task, blocks, folder / "circuits" / f"{MODEL}-{TASK}",
         PruningConfig(steps=200),
     )  # fmt: skip
     others = {}

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from hf_circuit_sparsity.circuits.ablation import ReferenceMeans, reference_means
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import (
-    PruningInputs,
     TaskNotLearnedError,
-    find_frontier,
-    pruning_inputs,
+    find_circuits,
 )
 from hf_circuit_sparsity.circuits.reference_tokens import reference_input_ids
 from hf_circuit_sparsity.circuits.task_scores import evaluate_tasks
@@ -66,7 +65,7 @@ class Loaded(NamedTuple):
 
     model: CircuitGPTForCausalLM
     tokenizer: Any
-    inputs: PruningInputs
+    means: ReferenceMeans
 
 
 @lru_cache(maxsize=2)
@@ -79,7 +78,8 @@ def loaded(name: str, folder: Path = FOLDER) -> Loaded:
         with replacing(path) as temporary:
             np.save(temporary, ids.numpy().astype(np.int32))
     reference = torch.from_numpy(np.load(path)).long()
-    return Loaded(model, tokenizer, pruning_inputs(model, tokenizer, CONFIG, reference))
+    reference = reference_input_ids(model, tokenizer, reference, CONFIG.reference_tokens)
+    return Loaded(model, tokenizer, reference_means(model, reference))
 
 
 @lru_cache(maxsize=8)
@@ -144,16 +144,15 @@ def frontier(
 
     def compute() -> list[dict[str, Any]]:
         say(f"Looking for circuits: {name}, {task} ({search})")
-        model, tokenizer, inputs = loaded(name, folder)
+        model, _, means = loaded(name, folder)
         for first in range(len(targets)):
             try:
-                found = find_frontier(
+                found = find_circuits(
                     model,
-                    tokenizer,
                     task_for(name, task, folder, search),
-                    targets[first:],
                     SEARCHES[search],
-                    inputs=inputs,
+                    reference=means,
+                    targets=targets[first:],
                 )
             except TaskNotLearnedError:
                 continue
@@ -161,12 +160,11 @@ def frontier(
         else:
             return []
         rows = []
-        for target, circuits in zip(targets[first:], found, strict=True):
-            for circuit in circuits:
-                seed = circuit.config["seed"]
-                path = circuit_folder(name, task, target, seed, folder, search)
-                circuit.save_pretrained(path)
-                rows.append({"target": target, "seed": seed, **circuit.metrics})
+        for circuit in found:
+            target, seed = circuit.config["target_loss"], circuit.config["seed"]
+            path = circuit_folder(name, task, target, seed, folder, search)
+            circuit.save_pretrained(path)
+            rows.append({"target": target, "seed": seed, **circuit.metrics})
         return rows
 
     return stored(_frontier_file(name, task, folder, search), compute)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_circuit_sparsity.circuits.ablation import mean_ablated
-from hf_circuit_sparsity.circuits.pruning.find import find_frontier
+from hf_circuit_sparsity.circuits.pruning.find import find_circuits
 from hf_circuit_sparsity.circuits.pruning.masks import learn_masks
 from hf_circuit_sparsity.circuits.task_loss import all_pair_logits, binary_loss, fit_calibration
 
@@ -84,7 +84,7 @@ def run(experiment: Experiment) -> str:
 
 def _measured(folder: Path) -> dict[str, Any]:
     """Circuits at every target, losses by rank, and seconds; what the report is made of."""
-    model, tokenizer, inputs = loaded(MODEL, folder)
+    model, _, means = loaded(MODEL, folder)
     task = task_for(MODEL, TASK, folder, SEARCH)
     train = task.tensors("train")
     seconds: dict[str, float] = {}
@@ -92,23 +92,22 @@ def _measured(folder: Path) -> dict[str, Any]:
     for how, memory in (("together", 64.0), ("together", 64.0), ("one by one", 1e-6)):
         start = time.process_time()
         config = replace(CONFIG, steps=STEPS_TIMED, memory_gb=memory)
-        learn_masks(model, train, inputs.means.nodes, config, range(SEEDS_TIMED), progress=False)
+        learn_masks(model, train, means.nodes, config, range(SEEDS_TIMED), progress=False)
         seconds[how] = (time.process_time() - start) / STEPS_TIMED / SEEDS_TIMED
     start = time.process_time()
-    found = find_frontier(model, tokenizer, task, TARGETS, CONFIG, inputs=inputs)
+    circuits = find_circuits(model, task, CONFIG, reference=means, targets=TARGETS)
     seconds["all"] = time.process_time() - start
-    circuits = [circuit for (circuit,) in found]
     return {
         "machine": machine(),
         "seconds": seconds,
-        "ranked": _by_rank(model, task, inputs, circuits[0].scores),
+        "ranked": _by_rank(model, task, means, circuits[0].scores),
         "circuits": [
             {"target": target, **c.metrics} for target, c in zip(TARGETS, circuits, strict=True)
         ],
     }
 
 
-def _by_rank(model: Any, task: Any, inputs: Any, scores: Any) -> list[tuple[int, float]]:
+def _by_rank(model: Any, task: Any, means: Any, scores: Any) -> list[tuple[int, float]]:
     """Nodes kept, in order of their mask parameters, and the calibrated loss."""
     rows = {k: v[: CONFIG.selection_prompts] for k, v in task.tensors("train").items()}
     order = torch.cat(list(scores.values())).argsort(descending=True)
@@ -117,7 +116,7 @@ def _by_rank(model: Any, task: Any, inputs: Any, scores: Any) -> list[tuple[int,
         flat = torch.zeros(len(order), dtype=torch.bool)
         flat[order[:k]] = True
         masks = dict(zip(scores, flat.split([len(s) for s in scores.values()]), strict=True))
-        with mean_ablated(model, masks, inputs.means.nodes):
+        with mean_ablated(model, masks, means.nodes):
             pairs = all_pair_logits(model, rows)
         result.append((k, binary_loss(fit_calibration(pairs, rows).pairs(pairs, rows)).item()))
     return result

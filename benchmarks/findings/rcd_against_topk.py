@@ -146,7 +146,7 @@ def _noise(name: str, task_name: str, target: float, folder: Path) -> dict[str, 
             with noisy_weights(model, level, draw):
                 pairs = calibration.pairs(all_pair_logits(model, test), test)
                 losses["model"].append(binary_loss(pairs).item())
-                with circuit.applied(model):
+                with circuit.apply(model):
                     losses["circuit"].append(binary_loss(all_pair_logits(model, test)).item())
         for part, values in losses.items():
             result[part].append(mean(values))

@@ -6,12 +6,15 @@ from .circuit import Circuit
 from .edges import Edge
 from .evaluation.checks import Check, Verification
 from .evaluation.faithfulness import evaluate_circuit
+from .evaluation.verification import verify_circuit
 from .hub import CircuitOnHub, list_circuits
 from .pruning.config import PruningConfig
-from .pruning.find import TaskNotLearnedError, find_circuit, find_circuits, find_frontier
+from .pruning.find import TaskNotLearnedError, find_circuit, find_circuits
 from .pruning.tune import search_circuit
 from .task_loss import Calibration, binary_accuracy, binary_loss
 from .task_scores import TaskScore, evaluate_tasks
+from .viewer.plot import plot_circuit
+from .viewer.report import write_report
 from .viewer.settings import ReportConfig
 
 __all__ = [
@@ -31,10 +34,12 @@ __all__ = [
     "evaluate_tasks",
     "find_circuit",
     "find_circuits",
-    "find_frontier",
     "list_circuits",
     "mean_ablated",
     "mean_activations",
     "model_fingerprint",
+    "plot_circuit",
     "search_circuit",
+    "verify_circuit",
+    "write_report",
 ]

@@ -1,4 +1,4 @@
-"""Mean ablation: run a model with some of its nodes fixed at their average (METHOD section 2)."""
+"""Mean ablation: fix nodes of a model at their average (Gao et al. 2025, section 2)."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -87,10 +87,12 @@ def reference_means(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    with hooked(hooks):
-        for batch in input_ids.split(batch_size):
-            model(batch.to(device), use_cache=False, logits_to_keep=1)
-    model.train(was_training)
+    try:
+        with hooked(hooks):
+            for batch in input_ids.split(batch_size):
+                model(batch.to(device), use_cache=False, logits_to_keep=1)
+    finally:
+        model.train(was_training)
     means = {key: (total / input_ids.numel()).float() for key, total in sums.items()}
 
     def of_kind(kind: str) -> dict[str, torch.Tensor]:

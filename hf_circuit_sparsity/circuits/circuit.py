@@ -5,26 +5,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..hub.repository import is_hub_id
 from ..modeling.fingerprint import model_fingerprint
 from ..modeling.validation import ArtifactError
 from .ablation import TOKENS, hooked, mean_ablated, node_sites
-from .circuit_file import JSON_NAME, read_circuit, write_circuit
+from .circuit_file import (
+    JSON_NAME,
+    download_circuit,
+    is_hub_id,
+    model_source,
+    model_text,
+    read_circuit,
+    write_circuit,
+)
 from .circuit_push import CircuitPushMixin
 from .edge_ablation import edge_hooks, edge_name
 from .edges import Edge, circuit_edges
-from .evaluation.checks import Verification
-from .hub import download_circuit, model_source, model_text
 from .task_loss import Calibration
-
-if TYPE_CHECKING:
-    from .reference_tokens import ReferenceTokens
-    from .viewer.settings import ReportConfig
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Circuit(CircuitPushMixin):
         tokens: ids of the tokens whose embeddings are kept, where those were pruned too; None where
             all of them are.
         token_mean: float32 `(d_model,)`, the embedding that stands in for the other tokens'.
-        verification: what [`Circuit.verify`] measured, check by check; empty before.
+        verification: what [`verify_circuit`] measured, check by check; empty before.
     """
 
     nodes: dict[str, list[int]]
@@ -175,14 +176,6 @@ class Circuit(CircuitPushMixin):
             ValueError: the circuit was made for another model.
         """
         self.check_model(model)
-        with self.applied(model, calibrated=calibrated, inverse=inverse):
-            yield model
-
-    @contextmanager
-    def applied(
-        self, model: nn.Module, *, calibrated: bool = True, inverse: bool = False
-    ) -> Iterator[nn.Module]:
-        """As [`Circuit.apply`] for a model that was checked before: checking hashes all weights."""
         masks, means = self.masks(), dict(self.means)
         if self.tokens is not None:
             vocabulary = model.get_input_embeddings().num_embeddings
@@ -206,98 +199,6 @@ class Circuit(CircuitPushMixin):
             finally:
                 if handle is not None:
                     handle.remove()
-
-    def verify(self, model: nn.Module, tokenizer: Any, task: Any, **options: Any) -> Verification:
-        """Check the circuit on held-out prompts, beside random circuits of equal size.
-
-        The numbers are kept in `.verification`, and so in `circuit.json` once saved.
-
-        Args:
-            model: the model this circuit was cut out of.
-            tokenizer: the model's.
-            task: the `BinaryTask` it was found for; its test split shares no template and no name
-                with the prompts it was found with.
-            prompts (int): held-out prompts, and training prompts for calibrations (256).
-            random_circuits (int): of equal size at every site, for the controls (2).
-            subsets (int): random halves of the circuit, for completeness (6).
-            stability_seeds (int): circuits to find from other seeds, as this one was found (2).
-            reference: see [`find_circuit`]; used for those.
-            others (list[Circuit]): circuits of other seeds, if they are there already.
-            adversarial (dict[str, BinaryTask]): prompts the mechanism may stumble over; those of
-                `load_adversarial_tasks` if not given.
-            seed (int): of whatever is drawn (0).
-            progress (bool): show progress bars.
-
-        Returns:
-            A [`Verification`]: `.passed`, `.table()`, and `[name]` for one check with its value,
-            control and threshold. The checks: sufficiency, necessity, completeness, transfer,
-            pair KL, vocabulary KL, interchange (where prompts are as long as their
-            counterfactuals), stability, adversarial (where there are such prompts).
-
-        Raises:
-            TaskNotLearnedError: the model does not solve the task, so there is nothing to check.
-            ValueError: an empty circuit, one of another model, or prompts longer than the context.
-        """
-        from .evaluation.verification import verify_circuit
-
-        verification = verify_circuit(self, model, tokenizer, task, **options)
-        self.verification = verification.numbers()
-        return verification
-
-    def plot(
-        self,
-        path: str | os.PathLike,
-        model: nn.Module,
-        tokenizer: Any = None,
-        column: Literal["single", "double"] = "double",
-    ) -> Path:
-        """Draw the circuit as a layered graph into a PNG, SVG or PDF file (needs matplotlib).
-
-        Args:
-            path: where to; its ending says the format.
-            model: the model the circuit was cut out of; its weights are the edges.
-            tokenizer: names the tokens at both ends, if given.
-            column: fits one column of a two-column page (3.25 inches) or both (6.75 inches).
-        """
-        from .viewer.plot import plot_circuit
-
-        return plot_circuit(self, path, model, tokenizer, column)
-
-    def report(
-        self,
-        path: str | os.PathLike,
-        model: nn.Module,
-        tokenizer: Any,
-        *,
-        task: Any = None,
-        reference: "ReferenceTokens" = None,
-        config: "ReportConfig | None" = None,
-        progress: bool = True,
-    ) -> Path:
-        """Write a page on which a person sees what the circuit does: one HTML file.
-
-        It needs no network and no server, and is a static Space as it is. What it shows is
-        measured anew: ablation effects, activations, attention, the loss of smaller circuits.
-
-        Args:
-            path: where to, e.g. `index.html`.
-            model: the model this circuit was cut out of.
-            tokenizer: the model's.
-            task: the `BinaryTask` it was found for; made anew if it is a built-in one.
-            reference: sample of the pretraining distribution for examples; see [`find_circuit`].
-            config: how many prompts, tokens and examples.
-            progress: show progress bars.
-
-        Raises:
-            ValueError: an empty circuit, one of another model, or of a task that is not built in
-                and was not passed.
-        """
-        from .viewer.report import write_report
-
-        return write_report(
-            self, path, model, tokenizer,
-            task=task, reference=reference, config=config, progress=progress,
-        )  # fmt: skip
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `circuit.json` and `circuit.safetensors` into a folder, each moved into place.

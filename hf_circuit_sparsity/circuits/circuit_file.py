@@ -5,18 +5,24 @@ What is written passes the same checks as what is read, so what could be written
 
 import json
 import os
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, ModelInfo, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
+from ..files import replacing
+from ..hub.errors import HubAccessError, hub_errors
 from ..modeling.validation import ArtifactError, Field, check_vector, read_json, read_tensors
 
 FORMAT_VERSION = 2
 _READABLE = (1, 2)  # 1 had neither pruned edges, pruned tokens nor a verification
 JSON_NAME = "circuit.json"
 TENSORS_NAME = "circuit.safetensors"
+PICTURE_NAME = "circuit.png"
 # No field may ask for more; far above any model's.
 MAX_INDEX = 2**31 - 1
 _SITE = r"[A-Za-z0-9_]{1,60}(\.[A-Za-z0-9_]{1,60}){0,8}"
@@ -108,12 +114,10 @@ def write_circuit(
     _check_tensors(tensors, folder / TENSORS_NAME)
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{TENSORS_NAME}.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / TENSORS_NAME)
-    temporary = folder / f".{JSON_NAME}.tmp"
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, folder / JSON_NAME)
+    with replacing(folder / TENSORS_NAME) as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+    with replacing(folder / JSON_NAME) as path:
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def read_circuit(
@@ -174,3 +178,78 @@ def _check_tensors(
                 f"{0 if mean is None else len(mean)}; they must be as many.",
             )
     return by_kind
+
+
+def is_hub_id(name: str | os.PathLike) -> bool:
+    """Whether a name has the form `user/name` and is no folder here."""
+    name = os.fspath(name)
+    part = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+    return re.fullmatch(f"{part}/{part}", name) is not None and not os.path.exists(name)
+
+
+def model_source(model: Any) -> tuple[str, str]:
+    """A model's path or Hub id, and its commit hash if it came from the Hub; "" where unknown."""
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", "") or ""
+    return name, (getattr(config, "_commit_hash", "") or "") if is_hub_id(name) else ""
+
+
+def model_text(fingerprint: str, name: str, revision: str) -> str:
+    """A model for an error message: its fingerprint and, where known, name and commit."""
+    at = f" at {revision[:12]}" if revision else ""
+    return f"{fingerprint} ({name}{at})" if name else fingerprint
+
+
+def circuit_folders(info: ModelInfo) -> list[str]:
+    """The folders of a repository that hold a circuit; "" is its root."""
+    files = {sibling.rfilename for sibling in info.siblings or ()}
+    folders = sorted(
+        str(path.parent) for path in map(PurePosixPath, files) if path.name == JSON_NAME
+    )
+    return [
+        "" if folder == "." else folder
+        for folder in folders
+        if str(PurePosixPath(folder) / TENSORS_NAME) in files
+    ]
+
+
+def download_circuit(
+    repo_id: str,
+    *,
+    subfolder: str = "",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """A folder of the cache with the two files of a circuit, both of the same commit.
+
+    Raises:
+        HubAccessError: the repository, the revision or the circuit in it is missing.
+    """
+    where: dict[str, Any] = {"subfolder": subfolder or None, "token": token}
+    where |= {"cache_dir": cache_dir, "local_files_only": local_files_only}
+    with hub_errors(repo_id, revision=revision, token=token):
+        try:
+            path = Path(hf_hub_download(repo_id, JSON_NAME, revision=revision, **where))
+            commit = path.parents[len(PurePosixPath(subfolder).parts)].name
+            hf_hub_download(repo_id, TENSORS_NAME, revision=commit, **where)
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as error:
+            raise HubAccessError(_no_circuit(repo_id, subfolder, revision, token)) from error
+    return path.parent
+
+
+def _no_circuit(
+    repo_id: str, subfolder: str, revision: str | None, token: str | bool | None
+) -> str:
+    info = HfApi(token=token).model_info(repo_id, revision=revision)
+    at = f" in {subfolder!r}" if subfolder else " at its root"
+    folders = [repr(folder) for folder in circuit_folders(info)]
+    if folders:
+        return f"{repo_id!r} holds no circuit{at}; pass subfolder= one of {', '.join(folders)}."
+    return (
+        f"{repo_id!r} holds no circuit (no {JSON_NAME} beside a {TENSORS_NAME}); pass the name of "
+        "a repository of circuits."
+    )

@@ -1,18 +1,18 @@
 """How a circuit gets onto the Hub."""
 
+import os
+import shutil
 import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
-from torch import nn
 
 from ..hub.errors import HubAccessError, hub_errors
-from ..hub.repository import is_hub_id
 from ..modeling.hub_slot import card_of
-from .hub import PICTURE_NAME
+from .circuit_file import PICTURE_NAME, is_hub_id
 
 if TYPE_CHECKING:
     from .circuit import Circuit
@@ -28,8 +28,7 @@ class CircuitPushMixin:
         subfolder: str = "",
         base_model: str | None = None,
         base_model_revision: str | None = None,
-        model: nn.Module | None = None,
-        tokenizer: Any = None,
+        picture: str | os.PathLike | None = None,
         private: bool | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -44,8 +43,7 @@ class CircuitPushMixin:
                 from the Hub before the circuit was found.
             base_model_revision: branch, tag or commit hash of that model; the commit hash is
                 recorded. Default: the commit it was loaded at, else the newest.
-            model: that model itself; a picture of the circuit is then uploaded too.
-            tokenizer: names the tokens in the picture.
+            picture: PNG of the circuit, as [`plot_circuit`] draws it; uploaded beside it.
             private: whether a new repository is private.
             revision: branch to write to.
             token: access token; the saved one if not given.
@@ -54,10 +52,13 @@ class CircuitPushMixin:
         Raises:
             HubAccessError: (an `OSError`) nobody is signed in, there is no right to write, or the
                 base model is not there.
-            ValueError: another task's circuit lies there, or `model` is another model.
+            ValueError: another task's circuit lies there, or there is no
+                such picture.
         """
-        if model is not None:
-            self.check_model(model)
+        if picture is not None and not Path(picture).is_file():
+            raise ValueError(
+                f"picture={os.fspath(picture)!r} was passed, but there is no such file."
+            )
         if {"..", "/"} & set(PurePosixPath(subfolder).parts):
             raise ValueError(
                 f"subfolder={subfolder!r} was passed, but it must be a folder in the repository."
@@ -69,8 +70,8 @@ class CircuitPushMixin:
             hub_errors(repo_id, revision=revision, token=token, writing=True),
         ):
             circuit.save_pretrained(folder)
-            if model is not None:
-                circuit.plot(Path(folder) / PICTURE_NAME, model, tokenizer)
+            if picture is not None:
+                shutil.copyfile(picture, Path(folder) / PICTURE_NAME)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             _refuse_to_replace(circuit, repo_id, subfolder, revision, token)
             operations = [
@@ -78,7 +79,7 @@ class CircuitPushMixin:
                 for path in sorted(Path(folder).iterdir())
             ]
             where = {"subfolder": subfolder, "token": token, "revision": revision}
-            card = card_of("circuit", circuit, repo_id, picture=model is not None, **where)
+            card = card_of("circuit", circuit, repo_id, picture=picture is not None, **where)
             if card is not None:
                 operations.append(CommitOperationAdd("README.md", card.encode()))
             return api.create_commit(

@@ -1,4 +1,4 @@
-"""Edges of a circuit: the nonzero weights between two of its nodes (METHOD section 2)."""
+"""Edges of a circuit: the nonzero weights between two of its nodes (Gao et al. 2025, section 2)."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

@@ -6,6 +6,7 @@ works on the pair of their logits, `(n, 2)`: the right token's first, the other'
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -133,3 +134,20 @@ def fit_calibration(pairs: torch.Tensor, tensors: TaskTensors, steps: int = 16) 
     if len(distinct) == 2:
         return Calibration(scale, {distinct[0]: shift / 2, distinct[1]: -shift / 2})
     return Calibration(scale)
+
+
+class ModelScores(NamedTuple):
+    """What a whole model answers on a task, measured once and compared with many circuits."""
+
+    train: torch.Tensor
+    """Logits `(n, 2)` of the two candidates on the training prompts."""
+    test: torch.Tensor
+    """The same on the held-out prompts."""
+    calibration: Calibration
+    """Fitted on the training prompts."""
+
+
+def model_scores(model: nn.Module, train: TaskTensors, test: TaskTensors) -> ModelScores:
+    """Measure a model in eval mode on both splits of a task."""
+    pairs = all_pair_logits(model, train)
+    return ModelScores(pairs, all_pair_logits(model, test), fit_calibration(pairs, train))

@@ -1,4 +1,4 @@
-"""How well a whole model does the binary tasks, and which of them it could be asked at all."""
+"""Accuracy and loss of the full model on each binary task; a task that cannot be asked says why."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..tasks.binary_task import TaskNotExpressibleError, TaskTooLongError
 from ..tasks.load import list_tasks, load_task
-from .task_loss import all_pair_logits, binary_accuracy, binary_loss, fit_calibration
+from .task_loss import binary_accuracy, binary_loss, model_scores
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,15 @@ def evaluate_tasks(
                 scores.append(TaskScore(name, problem=str(error)))
                 continue
             train, test = task.tensors("train"), task.tensors("test")
-            pairs = all_pair_logits(model, test)
-            calibration = fit_calibration(all_pair_logits(model, train), train)
+            whole = model_scores(model, train, test)
+            calibrated = whole.calibration.pairs(whole.test, test)
             scores.append(
                 TaskScore(
                     name,
-                    accuracy=binary_accuracy(pairs),
-                    loss=binary_loss(pairs).item(),
-                    calibrated_loss=binary_loss(calibration.pairs(pairs, test)).item(),
-                    prompts=len(pairs),
+                    accuracy=binary_accuracy(whole.test),
+                    loss=binary_loss(whole.test).item(),
+                    calibrated_loss=binary_loss(calibrated).item(),
+                    prompts=len(whole.test),
                 )
             )
     finally:

@@ -8,11 +8,13 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..circuits.circuit import Circuit
+from ..circuits.circuit_file import is_hub_id
+from ..circuits.evaluation.verification import verify_circuit
 from ..circuits.pruning.config import PruningConfig
 from ..circuits.pruning.find import find_circuit
 from ..circuits.pruning.tune import search_circuit
+from ..circuits.viewer.plot import plot_circuit
 from ..hub.errors import HubAccessError, hub_errors
-from ..hub.repository import is_hub_id
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..tasks.binary_task import BinaryTask
 from ..tasks.corpus import build_corpus
@@ -41,7 +43,7 @@ def run_prune(
             given.
         trials: settings of mask learning to try; above 1 they are searched, with the state of the
             search in `<output_dir>/search`.
-        verify: also run the checks of `Circuit.verify`, print and store them.
+        verify: also run the checks of `verify_circuit`, print and store them.
     """
     quiet_libraries()
     loaded, tokenizer = load_model(model)
@@ -52,7 +54,7 @@ def run_prune(
     circuit = prune_model(loaded, tokenizer, task, folder, config, reference, trials)
     if verify:
         task_loaded = _load_task(task, loaded, tokenizer, config)
-        verification = circuit.verify(loaded, tokenizer, task_loaded, reference=reference)
+        verification = verify_circuit(circuit, loaded, task_loaded, reference=reference)
         circuit.save_pretrained(folder)
         say(verification.table())
     return circuit
@@ -117,7 +119,6 @@ def prune_model(
     if trials > 1:
         circuit = search_circuit(
             model,
-            tokenizer,
             task,
             config,
             trials=trials,
@@ -125,9 +126,9 @@ def prune_model(
             reference=reference,
         )
     else:
-        circuit = find_circuit(model, tokenizer, task, config, reference=reference)
+        circuit = find_circuit(model, task, config, reference=reference)
     circuit.save_pretrained(folder)
-    circuit.plot(folder / "circuit.png", model, tokenizer)
+    plot_circuit(circuit, folder / "circuit.png", model, tokenizer)
     return circuit
 
 

@@ -10,7 +10,10 @@ from huggingface_hub import DatasetCard, DatasetCardData, SpaceCard, SpaceCardDa
 from transformers import PreTrainedTokenizerBase
 
 from ..circuits.circuit import Circuit
+from ..circuits.circuit_file import PICTURE_NAME
 from ..circuits.task_scores import TaskScore
+from ..circuits.viewer.plot import plot_circuit
+from ..circuits.viewer.report import write_report
 from ..circuits.viewer.settings import ReportConfig
 from ..hub.errors import Kind
 from ..hub_cards.circuit_card import circuit_card
@@ -23,7 +26,6 @@ from .circuits_page import circuits_page
 from .evaluate import FILE_NAME as SCORES_NAME
 from .prune import load_model
 
-PICTURE_NAME = "circuit.png"
 # As long as a commit hash: a dry run counts the bytes before there is a commit.
 UNKNOWN_COMMIT = "0" * 40
 # Sizes of what is made for publishing.
@@ -130,7 +132,7 @@ def parts_of(run: Run, names: Names, *, tasks: Sequence[str] | None, reference: 
 
     Args:
         tasks: which to publish as datasets; those of the circuits if None.
-        reference: text for the viewer's examples; see [`Circuit.report`].
+        reference: text for the viewer's examples; see [`write_report`].
     """
     built_in = set(list_tasks())
     if tasks is None:
@@ -155,7 +157,7 @@ def parts_of(run: Run, names: Names, *, tasks: Sequence[str] | None, reference: 
         for name, circuit in run.circuits.items():
             named[name] = _of_model(circuit, names.model, commit)
             named[name].save_pretrained(folder / name)
-            named[name].plot(folder / name / PICTURE_NAME, run.model, run.tokenizer)
+            plot_circuit(named[name], folder / name / PICTURE_NAME, run.model, run.tokenizer)
         card = circuit_card(named, repo_id=names.circuits, datasets=datasets)
         card.save(folder / "README.md")
 
@@ -208,8 +210,13 @@ def _lay_out_viewer(
     if len(pages) == 1:
         pages = dict.fromkeys(pages, "index.html")
     for name, page in pages.items():
-        circuits[name].report(
-            folder / page, run.model, run.tokenizer, reference=reference, config=REPORT
+        write_report(
+            circuits[name],
+            folder / page,
+            run.model,
+            run.tokenizer,
+            reference=reference,
+            config=REPORT,
         )
     if len(pages) > 1:
         page = circuits_page(f"Circuits of {names.model}", circuits, pages)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..circuits.circuit import Circuit
+from ..circuits.viewer.report import write_report
 from ..circuits.viewer.settings import ReportConfig
 from ..tasks.corpus import build_corpus
 from ..tasks.packing import pack_dataset
@@ -37,7 +38,7 @@ def run_view(
         reference = pack_dataset(build_corpus(corpus)["train"], tokenizer, loaded.config.block_size)
     folder = Path(circuit_folder) if Path(circuit_folder).is_dir() else Path()
     path = Path(output) if output else folder / "index.html"
-    return circuit.report(path, loaded, tokenizer, reference=reference, config=config)
+    return write_report(circuit, path, loaded, tokenizer, reference=reference, config=config)
 
 
 def model_of(circuit: Circuit, folder: Path) -> str:

@@ -1,7 +1,8 @@
 """A behaviour as pairs of prompts and two tokens to decide between."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ class BinaryTask:
         description: One or two sentences for cards and reports.
         train: Rows to find a circuit with.
         test: Rows to check it with; the built-in tasks share no template and no name with `train`.
-        pad_token_id: What `tensors` pads with.
+        tokenizer: The one that made the rows.
 
     Both datasets have the columns
 
@@ -58,7 +59,10 @@ class BinaryTask:
     description: str
     train: Dataset
     test: Dataset
-    pad_token_id: int
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    _tensors: dict[str, dict[str, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def from_pairs(
@@ -128,8 +132,21 @@ class BinaryTask:
                     f"tokens long under this tokenizer, but max_length is {max_length}; use a "
                     "model with a longer context or a tokenizer with longer tokens."
                 )
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        return cls(name, description, _rows(tokenizer, train), _rows(tokenizer, test), pad)
+        return cls(name, description, _rows(tokenizer, train), _rows(tokenizer, test), tokenizer)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What `tensors` pads with: the tokenizer's padding token, or 0 where it has none."""
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else pad
+
+    @cached_property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt of both splits."""
+        columns = ("input_ids", "counterfactual_input_ids")
+        return max(
+            len(ids) for split in (self.train, self.test) for name in columns for ids in split[name]
+        )
 
     @property
     def equal_length(self) -> bool:
@@ -143,7 +160,7 @@ class BinaryTask:
         )
 
     def tensors(self, split: Split) -> dict[str, torch.Tensor]:
-        """The whole split as tensors for a model.
+        """The whole split as tensors for a model, made once; do not change them in place.
 
         Prompts are padded on the left, so `logits[:, -1]` is always the answer's position. All
         tensors are int64 on the CPU; with n rows whose longest prompt has L tokens:
@@ -157,7 +174,12 @@ class BinaryTask:
         """
         if split not in ("train", "test"):
             raise ValueError(f'The split is {split!r}, but must be "train" or "test".')
-        rows = getattr(self, split)[:]
+        if split not in self._tensors:
+            self._tensors[split] = self._padded(getattr(self, split))
+        return dict(self._tensors[split])
+
+    def _padded(self, dataset: Dataset) -> dict[str, torch.Tensor]:
+        rows = dataset[:]
         length = max(map(len, rows["input_ids"] + rows["counterfactual_input_ids"]))
         ids, mask = self._pad_left(rows["input_ids"], length)
         other_ids, other_mask = self._pad_left(rows["counterfactual_input_ids"], length)

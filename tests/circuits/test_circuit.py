@@ -13,6 +13,7 @@ from hf_circuit_sparsity.circuits.task_loss import (
     binary_loss,
     fit_calibration,
 )
+from hf_circuit_sparsity.circuits.viewer.plot import plot_circuit
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from tests.circuits.planted import (
     PLANTED_NODES,
@@ -161,9 +162,39 @@ def test_fingerprint_is_the_weights(model):
     fingerprint = model_fingerprint(model)
     assert model_fingerprint(planted_model()) == fingerprint
     assert model_fingerprint(planted_model().to(torch.bfloat16)) == fingerprint
+
+
+def _step(weight):
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+
+
+def _swap_two(weight):
+    weight[0, 0], weight[3, 5] = weight[3, 5].clone(), weight[0, 0].clone()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _step,
+        _swap_two,
+        lambda w: w.data.add_(0.5),
+        lambda w: w.data[3, 3].mul_(2),
+        lambda w: w.numpy().__setitem__((2, 2), 7.0),
+        lambda w: setattr(w, "data", w.data + 1),
+        lambda w: w.set_(torch.zeros_like(w)),
+    ],
+)
+def test_fingerprint_notices_every_change_of_the_weights(model, change):
+    fingerprint = model_fingerprint(model)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
     with torch.no_grad():
-        model.lm_head.weight[3, 3] += 0.5
-    assert model_fingerprint(model) != fingerprint
+        change(model.lm_head.weight.requires_grad_(False))
+    changed = model_fingerprint(model)
+    assert changed != fingerprint
+    model.load_state_dict(before)
+    assert model_fingerprint(model) == fingerprint
 
 
 def test_damaged_artifacts_are_refused_by_name(circuit, tmp_path):
@@ -202,7 +233,7 @@ def test_damaged_artifacts_are_refused_by_name(circuit, tmp_path):
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_plot(model, circuit, tmp_path, ending):
-    path = circuit.plot(tmp_path / "pictures" / f"c.{ending}", model, word_tokenizer())
+    path = plot_circuit(circuit, tmp_path / "pictures" / f"c.{ending}", model, word_tokenizer())
     assert [p.name for p in path.parent.iterdir()] == [f"c.{ending}"]
     content = path.read_bytes()
     if ending == "png":
@@ -216,19 +247,19 @@ def test_plot(model, circuit, tmp_path, ending):
 
 @pytest.mark.parametrize(("column", "points"), [("single", 234), ("double", 486)])
 def test_plot_fits_a_paper_column(model, circuit, tmp_path, column, points):
-    path = circuit.plot(tmp_path / "c.svg", model, column=column)
+    path = plot_circuit(circuit, tmp_path / "c.svg", model, column=column)
     assert ElementTree.parse(path).getroot().get("width") == f"{points}pt"
     first = path.read_bytes()
-    assert circuit.plot(tmp_path / "c.svg", model, column=column).read_bytes() == first
+    assert plot_circuit(circuit, tmp_path / "c.svg", model, column=column).read_bytes() == first
 
 
 def test_plot_takes_any_text_and_refuses_unknown_columns(model, circuit, tmp_path):
     circuit.task = "<script>$x_{$"
     circuit.example["prompt"] = "$\\frac{" * 3000
-    text = circuit.plot(tmp_path / "c.svg", model).read_text()
+    text = plot_circuit(circuit, tmp_path / "c.svg", model).read_text()
     assert "&lt;script&gt;$x_{$" in text and len(text) < 100_000
     with pytest.raises(ValueError, match="column='wide'"):
-        circuit.plot(tmp_path / "d.svg", model, column="wide")
+        plot_circuit(circuit, tmp_path / "d.svg", model, column="wide")
     assert not (tmp_path / "d.svg").exists()
 
 
@@ -237,7 +268,7 @@ def test_an_empty_circuit_is_a_circuit(model, circuit, tmp_path):
     assert len(empty) == 0 and empty.edges(model) == []
     empty.save_pretrained(tmp_path)
     assert len(Circuit.from_pretrained(tmp_path)) == 0
-    empty.plot(tmp_path / "empty.png", model)
+    plot_circuit(empty, tmp_path / "empty.png", model)
 
 
 def test_what_could_not_be_read_back_is_not_written(circuit, tmp_path):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 
-from hf_circuit_sparsity import Circuit, CircuitGPTForCausalLM, list_circuits
-from hf_circuit_sparsity.circuits.hub import model_source
+from hf_circuit_sparsity import Circuit, CircuitGPTForCausalLM, list_circuits, plot_circuit
+from hf_circuit_sparsity.circuits.circuit_file import model_source
 from hf_circuit_sparsity.hub.errors import HubAccessError
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from tests.circuits.planted import PLANTED_NODES, planted_model, word_tokenizer
@@ -48,10 +48,11 @@ def circuit_of(model, task="on_off") -> Circuit:
     )
 
 
-def test_a_circuit_comes_back_with_its_model_and_commit(api, model):
+def test_a_circuit_comes_back_with_its_model_and_commit(api, model, tmp_path):
     pytest.importorskip("matplotlib")
     circuit = circuit_of(model)
-    commit = circuit.push_to_hub(CIRCUITS, model=model, tokenizer=word_tokenizer())
+    picture = plot_circuit(circuit, tmp_path / "drawn.png", model, word_tokenizer())
+    commit = circuit.push_to_hub(CIRCUITS, picture=picture)
     back = Circuit.from_pretrained(CIRCUITS)
     assert back.nodes == circuit.nodes and back.metrics == circuit.metrics
     assert all(torch.equal(back.means[site], mean) for site, mean in circuit.means.items())
@@ -102,8 +103,8 @@ def test_another_model_is_said_with_both_names_and_commits(api, model):
     old, new = circuit.model_revision[:12], api.model_info(MODEL).sha[:12]
     with pytest.raises(ValueError, match=rf"{MODEL} at {old}\).*{MODEL} at {new}\); load that"):
         circuit.check_model(newer)
-    with pytest.raises(ValueError, match="cut out of the model"):
-        circuit.push_to_hub(CIRCUITS, model=newer)
+    with pytest.raises(ValueError, match="picture="):
+        circuit.push_to_hub(CIRCUITS, picture="nowhere.png")
     assert not api.repo_exists(CIRCUITS)
 
 
@@ -191,7 +192,7 @@ def test_offline_the_cache_serves_and_else_says_so(api, hub_server, model):
     hub_server.log.clear()
     printed = in_another_process(
         f"""
-        from hf_circuit_sparsity import Circuit, CircuitGPTForCausalLM, list_circuits
+        from hf_circuit_sparsity import Circuit, CircuitGPTForCausalLM, list_circuits, plot_circuit
         circuit = Circuit.from_pretrained("{CIRCUITS}")
         circuit.check_model(CircuitGPTForCausalLM.from_pretrained(circuit.model_name))
         print(len(circuit), len(Circuit.from_pretrained("{CIRCUITS}", revision="{commit}")))

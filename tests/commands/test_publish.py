@@ -69,7 +69,7 @@ def run_dir(tmp_path_factory) -> Path:
     reference = torch.randint(0, len(tokenizer), (8, 64), generator=torch.manual_seed(0))
     for name in TASKS:
         task = load_task(name, tokenizer, **ROWS)
-        circuit = find_circuit(model, tokenizer, task, config, reference=reference)
+        circuit = find_circuit(model, task, config, reference=reference)
         # What a model that knows nothing needs is nothing; a page needs something to show.
         nodes = {site: [1, 4] for site in circuit.means}
         replace(circuit, nodes=nodes).save_pretrained(folder / "circuits" / name)

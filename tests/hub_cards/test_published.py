@@ -12,6 +12,7 @@ from hf_circuit_sparsity import (
     CircuitGPTForCausalLM,
     SparseTrainer,
     SparseTrainingArguments,
+    plot_circuit,
 )
 from hf_circuit_sparsity.hub_cards.bridge_card import bridge_card
 from hf_circuit_sparsity.hub_cards.circuit_card import circuit_card
@@ -55,7 +56,7 @@ def test_model_example(api, capsys):
 def test_circuit_example(on_hub, capsys):
     model = CircuitGPTForCausalLM.from_pretrained("ada/planted")
     circuit = planted_circuit(model)
-    circuit.push_to_hub("ada/c", model=model)
+    circuit.push_to_hub("ada/c")
     out = run(ModelCard.load("ada/c"), capsys)
     assert "on_off" in out and "h.0.attn.v" in out and "Edge(" in out and "indices" in out
     # Two in one repository: the example loads one by its folder.
@@ -105,9 +106,10 @@ def test_pushing_a_model_tags_its_card(api):
     assert "# My own" in ModelCard.load("ada/planted").text
 
 
-def test_pushing_circuits_keeps_one_card_of_all(on_hub):
+def test_pushing_circuits_keeps_one_card_of_all(on_hub, tmp_path):
     model = CircuitGPTForCausalLM.from_pretrained("ada/planted")
-    planted_circuit(model).push_to_hub("ada/c", subfolder="one", model=model)
+    picture = plot_circuit(planted_circuit(model), tmp_path / "c.png", model)
+    planted_circuit(model).push_to_hub("ada/c", subfolder="one", picture=picture)
     planted_circuit(model, task="other").push_to_hub("ada/c", subfolder="two")
     card = ModelCard.load("ada/c")
     assert card.data.base_model == "ada/planted" and "circuit" in card.data.tags

@@ -34,7 +34,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of [`Circuit.verify`]."""
+    """The outcome of [`verify_circuit`]."""
 
     checks: tuple[Check, ...]
 
@@ -44,7 +44,10 @@ class Verification:
         return all(check.passed for check in self.checks)
 
     def __getitem__(self, name: str) -> Check:
-        return next(check for check in self.checks if check.name == name)
+        for check in self.checks:
+            if check.name == name:
+                return check
+        raise KeyError(name)
 
     def table(self) -> str:
         """All checks as a Markdown table."""

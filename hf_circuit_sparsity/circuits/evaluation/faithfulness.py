@@ -1,19 +1,26 @@
-"""Size, sufficiency and necessity of a circuit (METHOD section 2)."""
-
-from typing import Any
+"""Size, sufficiency and necessity of a circuit (Gao et al. 2025, section 2)."""
 
 from torch import nn
 
 from ...metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
 from ...metrics.circuit_size.geometric_mean import shares
 from ...metrics.task_loss.pair_loss import task_accuracy, task_loss
+from ...tasks.binary_task import BinaryTask
 from ..circuit import Circuit
 from ..edges import embedding_edges, site_weights
-from ..task_loss import all_pair_logits, fit_calibration
+from ..task_loss import ModelScores, all_pair_logits, model_scores
 
 
-def evaluate_circuit(circuit: Circuit, model: nn.Module, task: Any) -> dict[str, float]:
+def evaluate_circuit(
+    circuit: Circuit, model: nn.Module, task: BinaryTask, *, whole: ModelScores | None = None
+) -> dict[str, float]:
     """Size, sufficiency and necessity of a circuit on the task's held-out prompts.
+
+    Args:
+        circuit: of `model`.
+        model: the model it was cut out of.
+        task: the task it was found for.
+        whole: of the model on this task, from [`model_scores`]; measured if not given.
 
     Returns:
         `nodes`, `edges`: its size; `node_share`, `edge_share`: of the model's nodes and of its
@@ -34,22 +41,24 @@ def evaluate_circuit(circuit: Circuit, model: nn.Module, task: Any) -> dict[str,
     Raises:
         ValueError: the circuit was made for another model.
     """
-    circuit.check_model(model)
-    model.eval()
     test, train = task.tensors("test"), task.tensors("train")
-    whole = all_pair_logits(model, test)
-    calibration = fit_calibration(all_pair_logits(model, train), train)
-    calibrated = calibration.pairs(whole, test).numpy()
-    with circuit.applied(model):
-        alone, alone_train = all_pair_logits(model, test), all_pair_logits(model, train)
-    with circuit.applied(model, inverse=True):
-        without = all_pair_logits(model, test)
+    was_training = model.training
+    model.eval()
+    try:
+        with circuit.apply(model):
+            alone, alone_train = all_pair_logits(model, test), all_pair_logits(model, train)
+        with circuit.apply(model, inverse=True):
+            without = all_pair_logits(model, test)
+        whole = whole or model_scores(model, train, test)
+    finally:
+        model.train(was_training)
+    calibrated = whole.calibration.pairs(whole.test, test).numpy()
     nodes, edges = len(circuit), len(circuit.split_edges(model)[0])
     all_nodes = sum(len(mean) for mean in circuit.means.values())
     all_edges = sum(int((weight != 0).sum()) for _, _, weight in site_weights(model))
     node_share, edge_share = shares([nodes, edges], [all_nodes, all_edges]).tolist()
-    whole, alone, without, alone_train = (
-        pairs.numpy() for pairs in (whole, alone, without, alone_train)
+    model_pairs, alone, without, alone_train = (
+        pairs.numpy() for pairs in (whole.test, alone, without, alone_train)
     )
     pruned_tokens = {}
     if circuit.tokens is not None:
@@ -61,8 +70,8 @@ def evaluate_circuit(circuit: Circuit, model: nn.Module, task: Any) -> dict[str,
         "node_share": node_share,
         "edge_share": edge_share,
         **pruned_tokens,
-        "model_loss": task_loss(whole),
-        "model_accuracy": task_accuracy(whole),
+        "model_loss": task_loss(model_pairs),
+        "model_accuracy": task_accuracy(model_pairs),
         "calibrated_model_loss": task_loss(calibrated),
         "circuit_loss": task_loss(alone),
         "circuit_accuracy": task_accuracy(alone),

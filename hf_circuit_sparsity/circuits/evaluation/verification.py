@@ -1,13 +1,12 @@
 """Checks that would catch a wrong circuit, each beside random circuits of equal size.
 
-Sufficiency, necessity and the sizes are Gao et al. 2025 (METHOD section 2); completeness is that of
-Wang et al. 2022 (arXiv 2211.00593, section 4); interchange is the intervention of Geiger et al.
-2021 (arXiv 2106.02997).
+Sufficiency, necessity and the sizes are those of Gao et al. 2025, section 2; completeness is
+that of Wang et al. 2022 (arXiv 2211.00593, section 4); interchange is the intervention of Geiger et
+al. 2021 (arXiv 2106.02997).
 """
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ...metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
 from ...tasks.adversarial import load_adversarial_tasks
+from ...tasks.binary_task import BinaryTask
 from ..ablation import hooked_sites, mean_ablated
 from ..circuit import Circuit
 from ..pruning.config import PruningConfig
@@ -28,6 +28,7 @@ from ..task_loss import (
     binary_accuracy,
     binary_loss,
     fit_calibration,
+    model_scores,
     pair_logits,
 )
 from .checks import Check, Verification
@@ -38,8 +39,7 @@ GUESSING = 0.6931  # nats; ln 2
 def verify_circuit(
     circuit: Circuit,
     model: nn.Module,
-    tokenizer: Any,
-    task: Any,
+    task: BinaryTask,
     *,
     prompts: int = 256,
     random_circuits: int = 2,
@@ -47,11 +47,40 @@ def verify_circuit(
     stability_seeds: int = 2,
     reference: ReferenceTokens = None,
     others: Sequence[Circuit] | None = None,
-    adversarial: dict[str, Any] | None = None,
+    adversarial: dict[str, BinaryTask] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Verification:
-    """See [`Circuit.verify`]."""
+    """Check a circuit on held-out prompts, beside random circuits of equal size.
+
+    The numbers are kept in `circuit.verification`, and so in `circuit.json` once saved.
+
+    Args:
+        circuit: of `model`.
+        model: the model it was cut out of.
+        task: the task it was found for; its test split shares no template and no name with the
+            prompts it was found with.
+        prompts: held-out prompts, and training prompts for calibrations.
+        random_circuits: of equal size at every site, for the controls.
+        subsets: random halves of the circuit, for completeness.
+        stability_seeds: circuits to find from other seeds, as this one was found.
+        reference: see [`find_circuit`]; used for those.
+        others: circuits of other seeds, if they exist already; none are searched then.
+        adversarial: prompts the mechanism may stumble over, by kind; those of
+            `load_adversarial_tasks` if not given.
+        seed: of every random choice.
+        progress: show progress bars.
+
+    Returns:
+        A [`Verification`]: `.passed`, `.table()`, and `[name]` for one check with its value,
+        control and threshold. The checks: sufficiency, necessity, completeness, transfer, pair KL,
+        vocabulary KL, interchange (where prompts are as long as their counterfactuals), stability,
+        adversarial (where there are such prompts).
+
+    Raises:
+        TaskNotLearnedError: the model does not solve the task, so there is nothing to check.
+        ValueError: an empty circuit, one of another model, or prompts longer than the context.
+    """
     if not len(circuit):
         raise ValueError(
             f"The circuit for {circuit.task!r} has no nodes, so there is nothing to verify; find "
@@ -63,13 +92,11 @@ def verify_circuit(
     model.eval()
     try:
         if others is None:
-            others = _other_seeds(
-                circuit, model, tokenizer, task, stability_seeds, reference, progress
-            )
+            others = _other_seeds(circuit, model, task, stability_seeds, reference, progress)
         if adversarial is None:
             adversarial = load_adversarial_tasks(
                 task.name,
-                tokenizer,
+                task.tokenizer,
                 n=prompts,
                 seed=seed,
                 max_length=getattr(model.config, "max_position_embeddings", None),
@@ -93,7 +120,9 @@ def verify_circuit(
         control = sum(m[name] for m in measured[1:]) / max(1, random_circuits)
         threshold, at_least, meaning = _meaning(name, target, suite)
         checks.append(Check(name, value, control, threshold, at_least, meaning))
-    return Verification(tuple(checks))
+    verification = Verification(tuple(checks))
+    circuit.verification = verification.numbers()
+    return verification
 
 
 def random_circuit(circuit: Circuit, generator: torch.Generator, vocabulary: int = 0) -> Circuit:
@@ -121,8 +150,7 @@ def random_circuit(circuit: Circuit, generator: torch.Generator, vocabulary: int
 def _other_seeds(
     circuit: Circuit,
     model: nn.Module,
-    tokenizer: Any,
-    task: Any,
+    task: BinaryTask,
     count: int,
     reference: ReferenceTokens,
     progress: bool,
@@ -132,7 +160,7 @@ def _other_seeds(
         return []
     known = {k: v for k, v in circuit.config.items() if k in PruningConfig.__dataclass_fields__}
     config = PruningConfig(**{**known, "seeds": count, "seed": int(known.get("seed", 0)) + 1000})
-    return find_circuits(model, tokenizer, task, config, reference=reference, progress=progress)
+    return find_circuits(model, task, config, reference=reference, progress=progress)
 
 
 def _meaning(name: str, target: float, suite: "_Suite") -> tuple[float | None, bool, str]:
@@ -165,12 +193,12 @@ class _Suite:
     def __init__(
         self,
         model: nn.Module,
-        task: Any,
+        task: BinaryTask,
         prompts: int,
         subsets: int,
         seed: int,
         others: Sequence[Circuit],
-        adversarial: dict[str, Any],
+        adversarial: dict[str, BinaryTask],
     ):
         self.model = model
         self.subsets = subsets
@@ -180,10 +208,9 @@ class _Suite:
         self.train = _some(task.tensors("train"), prompts, generator)
         self.test = _some(task.tensors("test"), prompts, generator)
         self.swaps = _equally_long(task, prompts)
-        self.model_pairs = all_pair_logits(model, self.test)
-        self.model_calibration = self._calibration()
-        self.model_loss = self._loss(self.model_pairs, self.model_calibration)
-        self.model_accuracy = binary_accuracy(self.model_pairs)
+        self.whole = model_scores(model, self.train, self.test)
+        self.model_loss = self._loss(self.whole.test, self.whole.calibration)
+        self.model_accuracy = binary_accuracy(self.whole.test)
         if self.model_loss > 0.9 * GUESSING or self.model_accuracy <= 0.5:
             raise TaskNotLearnedError(
                 f"The whole model reaches a loss of {self.model_loss:.3f} and an accuracy of "
@@ -195,7 +222,7 @@ class _Suite:
         self.adversarial_accuracy: dict[str, float] = {}
         for kind, adverse in adversarial.items():
             tensors = adverse.tensors("test")
-            pairs = self.model_calibration.pairs(all_pair_logits(model, tensors), tensors)
+            pairs = self.whole.calibration.pairs(all_pair_logits(model, tensors), tensors)
             self.adversarial[kind] = (tensors, pairs)
             self.adversarial_accuracy[kind] = binary_accuracy(pairs)
 
@@ -208,16 +235,16 @@ class _Suite:
     def measure(self, circuit: Circuit, real: bool) -> dict[str, float]:
         """All numbers of one candidate. Random ones are calibrated here, as found ones were."""
         model, test = self.model, self.test
-        with circuit.applied(model, calibrated=False):
+        with circuit.apply(model, calibrated=False):
             calibration = circuit.calibration if real else self._calibration()
             pairs = all_pair_logits(model, test)
             next_token = _next_token(model, test, calibration)
             adverse = {k: all_pair_logits(model, t) for k, (t, _) in self.adversarial.items()}
-        with circuit.applied(model, inverse=True):
+        with circuit.apply(model, inverse=True):
             # Calibrated anew: that the answers are merely shifted is not a loss of skill.
             without = self._loss(all_pair_logits(model, test), self._calibration())
         alone = calibration.pairs(pairs, test)
-        whole = self.model_calibration.pairs(self.model_pairs, test)
+        whole = self.whole.calibration.pairs(self.whole.test, test)
         numbers = {
             "sufficiency": binary_loss(alone).item(),
             "necessity": (without - self.model_loss) / (GUESSING - self.model_loss),
@@ -274,7 +301,7 @@ class _Suite:
             swap = {s: _swapper(seen[s], ids) for s, ids in circuit.nodes.items()}
             with hooked_sites(self.model, swap):
                 pairs = pair_logits(self.model, here).cpu()
-            turned.append(self.model_calibration.pairs(pairs, here))
+            turned.append(self.whole.calibration.pairs(pairs, here))
         pairs = torch.cat(turned)
         return (pairs[:, 1] > pairs[:, 0]).float().mean().item()
 
@@ -290,7 +317,7 @@ def _some(tensors: TaskTensors, count: int, generator: torch.Generator) -> dict[
     return {k: v[rows] for k, v in tensors.items()}
 
 
-def _equally_long(task: Any, count: int) -> tuple[TaskTensors, TaskTensors] | None:
+def _equally_long(task: BinaryTask, count: int) -> tuple[TaskTensors, TaskTensors] | None:
     """Held-out prompts and their counterfactuals, row by row; None if none are equally long."""
     tensors = task.tensors("test")
     lengths = tensors["attention_mask"].sum(1)

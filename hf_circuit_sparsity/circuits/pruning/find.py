@@ -1,4 +1,4 @@
-"""Finding a circuit: learn which nodes a behaviour needs (METHOD section 2, Gao et al. 2025 A.5).
+"""Finding a circuit: learn which nodes a behaviour needs (Gao et al. 2025, section 2 and A.5).
 
 One mask parameter τ per node is trained so that the model, with every node of τ ≤ 0 fixed at its
 mean, still solves the task with as few nodes as possible. Then nodes are ranked by τ, the smallest
@@ -10,20 +10,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...modeling.fingerprint import model_fingerprint
-from ..ablation import TOKENS, ReferenceMeans, node_sites, reference_means
+from ...tasks.binary_task import BinaryTask
+from ..ablation import TOKENS, ReferenceMeans, node_sites
 from ..circuit import Circuit
+from ..circuit_file import model_source
 from ..edge_ablation import cut_offsets, edge_name
 from ..edges import circuit_edges
 from ..evaluation.faithfulness import evaluate_circuit
-from ..hub import model_source
-from ..reference_tokens import ReferenceTokens, reference_input_ids
-from ..task_loss import TaskTensors, all_pair_logits, binary_loss, fit_calibration
+from ..reference_tokens import ReferenceTokens, means_over
+from ..task_loss import TaskTensors, binary_loss, fit_calibration, model_scores
 from .config import PruningConfig
 from .masks import Masks, learn_masks
 from .shrink import Selector, bisect, drop_edges, drop_unconnected, drop_unneeded
@@ -33,17 +34,9 @@ class TaskNotLearnedError(ValueError):
     """The model itself does not reach the loss that a circuit of it was asked to reach."""
 
 
-class PruningInputs(NamedTuple):
-    """What a search needs to know about the model once, whatever it tries."""
-
-    means: ReferenceMeans
-    fingerprint: str
-
-
 def find_circuit(
     model: nn.Module,
-    tokenizer: Any,
-    task: Any,
+    task: BinaryTask,
     config: PruningConfig | None = None,
     *,
     reference: ReferenceTokens = None,
@@ -53,12 +46,11 @@ def find_circuit(
 
     Args:
         model: a `CircuitGPTForCausalLM`; its weights are left as they are.
-        tokenizer: the model's.
-        task: a `BinaryTask` made with that tokenizer.
+        task: made with the model's tokenizer.
         config: how to look.
         reference: sample of the pretraining distribution for the nodes' means: a
             `datasets.Dataset` with an `input_ids` column, or token ids `(n, length)`. If not given,
-            the Python standard library, tokenized.
+            the Python standard library, tokenized by `task.tokenizer`.
         progress: show a progress bar.
 
     Returns:
@@ -70,112 +62,87 @@ def find_circuit(
             reaches.
         ValueError: a prompt is longer than the model's context.
     """
-    circuits = find_circuits(model, tokenizer, task, config, reference=reference, progress=progress)
-    best = min(circuits, key=circuit_size)
-    if len(circuits) > 1:
-        best.metrics["seed_jaccard"] = mean_jaccard(circuits)
-    return best
+    circuits = find_circuits(model, task, config, reference=reference, progress=progress)
+    return smallest(circuits)
 
 
 def find_circuits(
     model: nn.Module,
-    tokenizer: Any,
-    task: Any,
+    task: BinaryTask,
     config: PruningConfig | None = None,
     *,
-    reference: ReferenceTokens = None,
+    reference: ReferenceTokens | ReferenceMeans = None,
+    targets: Sequence[float] | None = None,
     progress: bool = True,
-    inputs: PruningInputs | None = None,
 ) -> list[Circuit]:
-    """As [`find_circuit`], but the circuits of all seeds, in the order of the seeds.
+    """Find the circuits of all seeds, and of several target losses.
+
+    Masks are learned once per seed; each next target starts from the circuit of the one before.
 
     Args:
-        inputs: from [`pruning_inputs`], to compute them once for many calls; `reference` is not
-            looked at then.
-    """
-    config = config or PruningConfig()
-    (circuits,) = find_frontier(
-        model,
-        tokenizer,
-        task,
-        [config.target_loss],
-        config,
-        reference=reference,
-        progress=progress,
-        inputs=inputs,
-    )
-    return circuits
-
-
-def find_frontier(
-    model: nn.Module,
-    tokenizer: Any,
-    task: Any,
-    targets: Sequence[float],
-    config: PruningConfig | None = None,
-    *,
-    reference: ReferenceTokens = None,
-    progress: bool = True,
-    inputs: PruningInputs | None = None,
-) -> list[list[Circuit]]:
-    """Circuits for several target losses: masks are learned once, and each next target starts from
-    the circuit of the one before.
-
-    Args:
-        targets: losses in nats, ascending; `config.target_loss` is not looked at.
-        The others are those of [`find_circuits`].
+        model: as for [`find_circuit`].
+        task: as for [`find_circuit`].
+        config: how to look.
+        reference: as for [`find_circuit`], or the means themselves, from [`reference_means`], to
+            compute them once for many calls.
+        targets: losses in nats, ascending, in place of `config.target_loss`.
+        progress: show a progress bar.
 
     Returns:
-        For every target, the circuits of all seeds.
+        Target by target, and for each target seed by seed; a circuit's `config` names both.
 
     Raises:
         TaskNotLearnedError: the model itself does not reach the first target.
-        ValueError: no targets or not ascending ones, or a prompt longer than the model's context.
+        ValueError: targets that do not ascend, or a prompt longer than the model's context.
     """
     config = config or PruningConfig()
-    if not targets or list(targets) != sorted(targets):
-        raise ValueError(f"targets={list(targets)} was passed, expected ascending losses.")
+    targets = [config.target_loss] if targets is None else list(targets)
+    if not targets or targets != sorted(targets):
+        raise ValueError(f"targets={targets} was passed, expected ascending losses.")
     configs = [replace(config, target_loss=target) for target in targets]
     node_sites(model)  # fails early on models that have none
     was_training = model.training
     model.eval()
     try:
         check_prompts_fit(model, task)
-        train = _sample_rows(task.tensors("train"), config.seed)
-        selection = {k: v[: config.selection_prompts] for k, v in train.items()}
-        _check_learned(model, task, selection, configs[0])
-        if inputs is None:
-            inputs = pruning_inputs(model, tokenizer, config, reference)
-        means = dict(inputs.means.nodes)
+        train = task.tensors("train")
+        whole = model_scores(model, train, task.tensors("test"))
+        # In a seeded order, so that any prefix is a fair sample.
+        generator = torch.Generator().manual_seed(config.seed)
+        order = torch.randperm(len(train["target_ids"]), generator=generator)
+        train = {name: rows[order] for name, rows in train.items()}
+        selection = {name: rows[: config.selection_prompts] for name, rows in train.items()}
+        _check_learned(task, whole.train[order[: config.selection_prompts]], selection, configs[0])
+        means = means_over(model, task, reference, config.reference_tokens, progress)
+        sites = dict(means.nodes)
         if config.token_nodes:
-            means[TOKENS] = inputs.means.token
+            sites[TOKENS] = means.token
         seeds = range(config.seed, config.seed + config.seeds)
-        frontier: list[list[Circuit]] = [[] for _ in targets]
-        for seed, scores in zip(
-            seeds, learn_masks(model, train, means, config, seeds, progress), strict=True
-        ):
+        learned = learn_masks(model, train, sites, config, seeds, progress)
+        by_target: list[list[Circuit]] = [[] for _ in targets]
+        for seed, scores in zip(seeds, learned, strict=True):
             keep = None
-            for at_target, circuits in zip(configs, frontier, strict=True):
-                selector = Selector(model, selection, inputs.means, at_target)
+            for at_target, circuits in zip(configs, by_target, strict=True):
+                selector = Selector(model, selection, means, at_target)
                 keep = bisect(scores, selector) if keep is None else keep
                 keep = drop_unconnected(model, keep, selector)
                 if config.cleanup:
                     keep = drop_unneeded(keep, selector, progress)
-                circuit = _circuit(model, task, keep, scores, selector, inputs, progress)
+                circuit = _circuit(model, task, keep, scores, selector, progress)
                 circuit.config = {**asdict(at_target), "seed": seed}
-                circuit.metrics = evaluate_circuit(circuit, model, task)
+                circuit.metrics = evaluate_circuit(circuit, model, task, whole=whole)
                 circuits.append(circuit)
-        return frontier
+        return [circuit for circuits in by_target for circuit in circuits]
     finally:
         model.train(was_training)
 
 
-def pruning_inputs(
-    model: nn.Module, tokenizer: Any, config: PruningConfig, reference: ReferenceTokens = None
-) -> PruningInputs:
-    """Means over the reference distribution, and which model this is."""
-    input_ids = reference_input_ids(model, tokenizer, reference, config.reference_tokens)
-    return PruningInputs(reference_means(model, input_ids), model_fingerprint(model))
+def smallest(circuits: Sequence[Circuit]) -> Circuit:
+    """The smallest circuit; where there are several, its metrics say how much they share."""
+    best = min(circuits, key=circuit_size)
+    if len(circuits) > 1:
+        best.metrics["seed_jaccard"] = mean_jaccard(circuits)
+    return best
 
 
 def circuit_size(circuit: Circuit) -> tuple[float, ...]:
@@ -197,30 +164,21 @@ def mean_jaccard(circuits: Sequence[Circuit]) -> float:
     return sum(jaccard(a, b) for a, b in pairs) / len(pairs)
 
 
-def check_prompts_fit(model: nn.Module, task: Any) -> None:
+def check_prompts_fit(model: nn.Module, task: BinaryTask) -> None:
     """Raise a `ValueError` if a prompt of the task is longer than the model's context."""
     context = getattr(model.config, "max_position_embeddings", None)
-    longest = max(task.tensors(split)["input_ids"].shape[1] for split in ("train", "test"))
-    if context is not None and longest > context:
+    if context is not None and task.longest_prompt > context:
         raise ValueError(
-            f"The task {task.name!r} has a prompt of {longest} tokens, but the model reads at most "
-            f"{context}; make the task with max_length={context} to see which, and use shorter "
-            "prompts or a model with a longer context."
+            f"The task {task.name!r} has a prompt of {task.longest_prompt} tokens, but the model "
+            f"reads at most {context}; make the task with max_length={context} to see which, and "
+            "use shorter prompts or a model with a longer context."
         )
 
 
-def _sample_rows(tensors: TaskTensors, seed: int) -> dict[str, torch.Tensor]:
-    """The split's rows in a seeded order, so that any prefix of them is a fair sample."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(tensors["target_ids"]), generator=generator)
-    return {k: v[order] for k, v in tensors.items()}
-
-
 def _check_learned(
-    model: nn.Module, task: Any, tensors: TaskTensors, config: PruningConfig
+    task: BinaryTask, pairs: torch.Tensor, tensors: TaskTensors, config: PruningConfig
 ) -> None:
     target = config.target_loss * config.selection_margin
-    pairs = all_pair_logits(model, tensors)
     loss = binary_loss(
         fit_calibration(pairs, tensors, config.calibration_steps).pairs(pairs, tensors)
     )
@@ -241,11 +199,10 @@ def _check_learned(
 
 def _circuit(
     model: nn.Module,
-    task: Any,
+    task: BinaryTask,
     keep: Masks,
     scores: Masks,
     selector: Selector,
-    inputs: PruningInputs,
     progress: bool,
 ) -> Circuit:
     """The circuit of these nodes, its edges pruned if that is asked for."""
@@ -261,18 +218,18 @@ def _circuit(
         gone = {edge_name(edge) for edge in cut}
         names = [edge_name(edge) for edge in circuit_edges(model, nodes)]
         pruned["kept_edges"] = [name for name in names if name not in gone]
-        pruned["edge_offsets"] = cut_offsets(cut, inputs.means)
+        pruned["edge_offsets"] = cut_offsets(cut, selector.means)
     if config.token_nodes:
         pruned["tokens"] = keep[TOKENS].nonzero()[:, 0].tolist()
-        pruned["token_mean"] = inputs.means.token.cpu()
+        pruned["token_mean"] = selector.means.token.cpu()
     model_name, model_revision = model_source(model)
     return Circuit(
         nodes=nodes,
-        means={site: mean.cpu() for site, mean in inputs.means.nodes.items()},
+        means={site: mean.cpu() for site, mean in selector.means.nodes.items()},
         scores={site: score.cpu() for site, score in scores.items() if site != TOKENS},
         calibration=calibration,
         task=task.name,
-        model_fingerprint=inputs.fingerprint,
+        model_fingerprint=model_fingerprint(model),
         model_name=model_name,
         model_revision=model_revision,
         example=_example(task),
@@ -280,7 +237,7 @@ def _circuit(
     )
 
 
-def _example(task: Any) -> dict[str, Any]:
+def _example(task: BinaryTask) -> dict[str, Any]:
     """The first held-out prompt, for pictures."""
     row = task.test[0]
     return {

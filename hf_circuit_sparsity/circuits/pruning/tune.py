@@ -15,11 +15,13 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...modeling.fingerprint import model_fingerprint
+from ...tasks.binary_task import BinaryTask
 from ..ablation import node_sites
 from ..circuit import Circuit
-from ..reference_tokens import ReferenceTokens
+from ..reference_tokens import ReferenceTokens, means_over
 from .config import PruningConfig
-from .find import circuit_size, find_circuits, mean_jaccard, pruning_inputs
+from .find import circuit_size, find_circuits, smallest
 
 JOURNAL_NAME = "trials.jsonl"
 SETTINGS_NAME = "search.json"
@@ -38,8 +40,7 @@ SEARCHED = (*_LOGARITHMIC, *_LINEAR)
 
 def search_circuit(
     model: nn.Module,
-    tokenizer: Any,
-    task: Any,
+    task: BinaryTask,
     config: PruningConfig | None = None,
     *,
     trials: int = 16,
@@ -52,11 +53,14 @@ def search_circuit(
     The first trial has the settings passed, so the result is never larger than theirs.
 
     Args:
-        model, tokenizer, task, reference, progress: as for [`find_circuit`].
+        model: as for [`find_circuit`].
+        task: as for [`find_circuit`].
         config: what the search does not vary (target loss, steps, seeds, what may be pruned), and
             where it starts for `SEARCHED`. Its seed is also that of the search.
         trials: how many settings to try in all, those of an earlier call on this folder included.
         folder: holds the state of the search. The same call goes on where it was stopped.
+        reference: as for [`find_circuit`].
+        progress: show progress bars.
 
     Returns:
         The circuit with the fewest edges, then nodes.
@@ -71,11 +75,13 @@ def search_circuit(
         raise ValueError(f"trials={trials} was passed, but it must be ≥ 1.")
     node_sites(model)
     folder = Path(folder)
-    inputs = pruning_inputs(model, tokenizer, config, reference)
-    _check_settings(folder, {"model": inputs.fingerprint, "task": task.name, **asdict(config)})
+    means = means_over(model, task, reference, config.reference_tokens, progress)
+    _check_settings(
+        folder, {"model": model_fingerprint(model), "task": task.name, **asdict(config)}
+    )
 
     def measure(tried: PruningConfig) -> list[Circuit]:
-        return find_circuits(model, tokenizer, task, tried, inputs=inputs, progress=progress)
+        return find_circuits(model, task, tried, reference=means, progress=progress)
 
     storage = optuna.storages.JournalStorage(
         optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL_NAME))
@@ -106,9 +112,7 @@ def _objective(
         settings = {n: trial.suggest_float(n, *r, log=True) for n, r in _LOGARITHMIC.items()}
         settings |= {n: trial.suggest_float(n, *r) for n, r in _LINEAR.items()}
         circuits = measure(replace(config, **settings))
-        best = min(circuits, key=circuit_size)
-        if len(circuits) > 1:
-            best.metrics["seed_jaccard"] = mean_jaccard(circuits)
+        best = smallest(circuits)
         # Saved before the trial counts as done, so that no recorded trial is without its circuit.
         stored = folder / BEST_NAME
         if not stored.is_dir() or circuit_size(best) < circuit_size(

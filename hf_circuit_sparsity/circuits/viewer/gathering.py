@@ -177,7 +177,7 @@ class Gathering:
                 self.model,
                 nodes,
                 prompts,
-                within=lambda: self.circuit.applied(self.model),
+                within=lambda: self.circuit.apply(self.model),
                 wrap=self._bar("activations on the task"),
             ),
             "text": record_activations(
@@ -264,7 +264,7 @@ class Gathering:
         }
         for ids in prompts:
             for run, within in (
-                ("circuit", lambda: self.circuit.applied(self.model)),
+                ("circuit", lambda: self.circuit.apply(self.model)),
                 ("model", None),
             ):
                 arguments = (self.model, ids, layers, *([within] if within else []))

@@ -28,9 +28,9 @@ def before_and_after(
 ) -> dict[str, LossAndAccuracy]:
     """Loss of the whole `model`, of the `circuit` alone, and of the model `without` it."""
     runs = {"model": all_pair_logits(model, tensors)}
-    with circuit.applied(model):
+    with circuit.apply(model):
         runs["circuit"] = all_pair_logits(model, tensors)
-    with circuit.applied(model, inverse=True):
+    with circuit.apply(model, inverse=True):
         runs["without"] = all_pair_logits(model, tensors)
     return {
         name: LossAndAccuracy(binary_loss(pairs).item(), binary_accuracy(pairs))
@@ -49,7 +49,7 @@ def node_effects(
         nodes: those of the circuit to measure; a progress bar may be wrapped around them.
     """
     effects = {}
-    with circuit.applied(model):
+    with circuit.apply(model):
         whole = binary_loss(all_pair_logits(model, tensors)).item()
         for site, index in nodes:
             mean = circuit.means[site]
@@ -109,7 +109,7 @@ def nested_losses(
         for site, index in order[:size]:
             masks[site][index] = True
         within = size <= len(circuit)
-        cuts = circuit.applied(model, calibrated=False) if within else nullcontext()
+        cuts = circuit.apply(model, calibrated=False) if within else nullcontext()
         with cuts, mean_ablated(model, masks, circuit.means):
             fitted = fit_calibration(all_pair_logits(model, train), train)
             pairs = all_pair_logits(model, test)

@@ -40,7 +40,22 @@ def plot_circuit(
     tokenizer: Any = None,
     column: PaperColumn = "double",
 ) -> Path:
-    """Draw `circuit` into a picture file; see [`Circuit.plot`]."""
+    """Draw a circuit as a layered graph into a PNG, SVG or PDF file (needs matplotlib).
+
+    Args:
+        circuit: of `model`.
+        path: where to; its ending says the format.
+        model: the model the circuit was cut out of; its weights are the edges.
+        tokenizer: names the tokens at both ends, if given.
+        column: fits one column of a two-column page (3.25 inches) or both (6.75 inches).
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the circuit was made for another model, or an unknown `column`.
+    """
     if column not in WIDTHS:
         raise ValueError(f'column={column!r} was passed, but it must be "single" or "double".')
     try:

@@ -28,7 +28,28 @@ def write_report(
     config: ReportConfig | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write the page of a circuit; see [`Circuit.report`]."""
+    """Write a page on which a person sees what the circuit does: one HTML file.
+
+    It needs no network and no server, and is a static Space as it is. What it shows is measured
+    anew: ablation effects, activations, attention, the loss of smaller circuits.
+
+    Args:
+        circuit: of `model`.
+        path: where to, e.g. `index.html`.
+        model: the model the circuit was cut out of.
+        tokenizer: the model's.
+        task: the task it was found for; made anew if it is a built-in one.
+        reference: sample of the pretraining distribution for examples; see [`find_circuit`].
+        config: how many prompts, tokens and examples.
+        progress: show progress bars.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: an empty circuit, one of another model, or of a task that is not built in and
+            was not passed.
+    """
     path = Path(path)
     data = report_data(
         circuit, model, tokenizer, task=task, reference=reference, config=config, progress=progress
@@ -74,7 +95,7 @@ def _task_of(circuit: "Circuit", model: nn.Module, tokenizer: Any, seed: int) ->
     if circuit.task not in list_tasks():
         raise ValueError(
             f"The circuit is for {shortened(circuit.task, 80)!r}, which is not a built-in task; "
-            "call circuit.report with the task it was found with."
+            "pass the task it was found with as task=."
         )
     found_with = circuit.config.get("seed")
     if type(found_with) is int:

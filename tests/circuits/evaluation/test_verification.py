@@ -5,7 +5,7 @@ import torch
 
 from hf_circuit_sparsity.circuits.ablation import mean_activations
 from hf_circuit_sparsity.circuits.circuit import Circuit
-from hf_circuit_sparsity.circuits.evaluation.verification import random_circuit
+from hf_circuit_sparsity.circuits.evaluation.verification import random_circuit, verify_circuit
 from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError
 from hf_circuit_sparsity.circuits.task_loss import Calibration
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
@@ -16,7 +16,6 @@ from tests.circuits.planted import (
     on_off_task,
     planted_model,
     reference_ids,
-    word_tokenizer,
 )
 
 
@@ -38,8 +37,8 @@ def planted_circuit(model, nodes=PLANTED_NODES):
 def verify(circuit, model, task=None, **options):
     others = [planted_circuit(model)]
     options = {"others": others, "adversarial": {"other_rows": on_off_task(seed=9)}, **options}
-    return circuit.verify(
-        model, word_tokenizer(), task or on_off_task(), prompts=80, progress=False, **options
+    return verify_circuit(
+        circuit, model, task or on_off_task(), prompts=80, progress=False, **options
     )
 
 
@@ -96,6 +95,8 @@ def test_outcome_is_stored_and_shown(planted, tmp_path):
     assert again.verification == circuit.verification == verification.numbers()
     assert again.verification["necessity"]["passed"] == 1.0
     assert "threshold" not in again.verification["vocabulary KL"]
+    with pytest.raises(KeyError):
+        verification["no such check"]
     table = verification.table()
     assert len(table.splitlines()) == 2 + len(verification.checks)
     assert "pass" in table and "FAIL" not in table
@@ -117,7 +118,7 @@ def test_bad_input(model):
     circuit = planted_circuit(short)
     short.config.block_size = 5
     with pytest.raises(ValueError, match="but the model reads at most 5"):
-        circuit.verify(short, word_tokenizer(), on_off_task(), others=[], progress=False)
+        verify_circuit(circuit, short, on_off_task(), others=[], progress=False)
     # Made for a wider model, but with this one's fingerprint.
     wide = planted_circuit(model)
     wide.means["h.0.attn.v"] = torch.zeros(99)

@@ -20,7 +20,6 @@ from tests.circuits.planted import (
     on_off_task,
     planted_model,
     reference_ids,
-    word_tokenizer,
 )
 
 CONFIG = PruningConfig(
@@ -65,7 +64,7 @@ def test_cutting_all_that_leaves_a_node_is_ablating_it(model, means, site):
 
 
 def test_cutting_is_setting_weights_to_zero_and_adding_to_biases(means):
-    model = planted_model()
+    model = planted_model().double()
     cut = [e for e in circuit_edges(model, PLANTED_NODES) if e.source_site == "h.0.attn.v"]
     assert len(cut) == 1
     with hooked(edge_hooks(model, cut, cut_offsets(cut, means))):
@@ -94,9 +93,7 @@ def test_needless_edges_go_and_take_their_nodes_along(model, means):
 @pytest.fixture(scope="module")
 def pruned(model):
     config = PruningConfig(**{**CONFIG.__dict__, "prune_edges": True, "token_nodes": True})
-    return find_circuit(
-        model, word_tokenizer(), on_off_task(), config, reference=reference_ids(), progress=False
-    )
+    return find_circuit(model, on_off_task(), config, reference=reference_ids(), progress=False)
 
 
 def test_only_the_tokens_that_decide_are_kept(model, pruned):

@@ -26,7 +26,6 @@ QUICK = PruningConfig(steps=200, batch_size=32, selection_prompts=200)
 def find(model=None, task=None, config=QUICK):
     return find_circuit(
         model or planted_model(),
-        word_tokenizer(),
         task or on_off_task(),
         config,
         reference=reference_ids(),
@@ -158,12 +157,10 @@ def test_bad_settings():
         with pytest.raises(ValueError, match=message):
             PruningConfig(**settings)
     with pytest.raises(TypeError, match=r"Linear has no node_sites"):
-        find_circuit(torch.nn.Linear(2, 2), None, None)
+        find_circuit(torch.nn.Linear(2, 2), None)
     model = planted_model()
     model.config.block_size = 5
     with pytest.raises(ValueError, match=r"a prompt of 9 tokens, but the model reads at most 5"):
         find(model)
     with pytest.raises(ValueError, match=r"shape \(5,\)"):
-        find_circuit(
-            planted_model(), word_tokenizer(), on_off_task(), QUICK, reference=torch.arange(5)
-        )
+        find_circuit(planted_model(), on_off_task(), QUICK, reference=torch.arange(5))

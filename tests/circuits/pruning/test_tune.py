@@ -10,7 +10,7 @@ from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import find_circuits, jaccard, mean_jaccard
 from hf_circuit_sparsity.circuits.pruning.masks import learn_masks
 from hf_circuit_sparsity.circuits.pruning.tune import search_circuit
-from tests.circuits.planted import on_off_task, planted_model, reference_ids, word_tokenizer
+from tests.circuits.planted import on_off_task, planted_model, reference_ids
 
 SMALL = PruningConfig(
     steps=20, batch_size=8, learning_rate=1e-2, selection_prompts=60, screen_prompts=30
@@ -39,7 +39,7 @@ def test_seeds_learned_together_are_seeds_learned_one_by_one():
 
 def find(config):
     return find_circuits(
-        planted_model(), word_tokenizer(), on_off_task(), config, reference=reference_ids(),
+        planted_model(), on_off_task(), config, reference=reference_ids(),
         progress=False,
     )  # fmt: skip
 
@@ -58,7 +58,7 @@ def test_every_seed_has_its_circuit_and_says_so():
 
 def search(folder, trials, config=SMALL):
     return search_circuit(
-        planted_model(), word_tokenizer(), on_off_task(), config, trials=trials, folder=folder,
+        planted_model(), on_off_task(), config, trials=trials, folder=folder,
         reference=reference_ids(), progress=False,
     )  # fmt: skip
 

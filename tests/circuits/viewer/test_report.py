@@ -19,7 +19,7 @@ from hf_circuit_sparsity.circuits.viewer.attention import attention_patterns
 from hf_circuit_sparsity.circuits.viewer.embeddings import channel_embeddings
 from hf_circuit_sparsity.circuits.viewer.losses import curve_sizes, node_effects
 from hf_circuit_sparsity.circuits.viewer.page import json_for_html, render_page
-from hf_circuit_sparsity.circuits.viewer.report import report_data
+from hf_circuit_sparsity.circuits.viewer.report import report_data, write_report
 from hf_circuit_sparsity.circuits.viewer.settings import ReportConfig
 from tests.circuits.planted import NO, ON, YES, planted_model, reference_ids
 from tests.circuits.viewer.conftest import SMALL
@@ -156,9 +156,9 @@ def test_every_token_shown_has_a_name_and_everything_is_json(data):
 def test_the_model_is_left_as_it_was_and_the_page_is_seeded(planted, data, tmp_path):
     _, tokenizer, task, circuit = planted
     model = planted_model().train()
-    path = circuit.report(
-        tmp_path / "new" / "page.html", model, tokenizer, task=task, reference=reference_ids(),
-        config=SMALL, progress=False,
+    path = write_report(
+        circuit, tmp_path / "new" / "page.html", model, tokenizer, task=task,
+        reference=reference_ids(), config=SMALL, progress=False,
     )  # fmt: skip
     assert model.training
     assert not any(site._forward_hooks for site in node_sites(model).values())
@@ -184,16 +184,16 @@ def test_bad_input_is_one_sentence_and_writes_nothing(planted, tmp_path):
     page = tmp_path / "page.html"
     empty = Circuit({}, circuit.means, "on_off", circuit.model_fingerprint)
     with pytest.raises(ValueError, match="has no nodes"):
-        empty.report(page, model, tokenizer, task=task)
+        write_report(empty, page, model, tokenizer, task=task)
     with pytest.raises(ValueError, match="'on_off', which is not a built-in task"):
-        circuit.report(page, model, tokenizer)
+        write_report(circuit, page, model, tokenizer)
     with pytest.raises(ValueError, match="cut out of the model"):
-        circuit.report(page, planted_model(seed=3), tokenizer, task=task)
+        write_report(circuit, page, planted_model(seed=3), tokenizer, task=task)
     damaged = dataclasses.replace(
         circuit, means={site: mean * torch.nan for site, mean in circuit.means.items()}
     )
     with pytest.raises(ValueError, match="'circuit' is nan"):
-        damaged.report(page, model, tokenizer, task=task, config=SMALL)
+        write_report(damaged, page, model, tokenizer, task=task, config=SMALL)
     with pytest.raises(ValueError, match="prompts=0"):
         ReportConfig(prompts=0)
     assert not page.exists()
