@@ -44,21 +44,21 @@ def build_corpus(
     disk.
 
     Args:
-        folder: The folder to read. Default: the running interpreter's standard library.
-        validation_fraction: Share of the files that goes to `validation`; each split gets at least
+        folder: the folder to read. Default: the running interpreter's standard library.
+        validation_fraction: share of the files that goes to `validation`; each split gets at least
             one file.
-        seed: Another seed, another split.
-        exclude: Patterns (as in `fnmatch`) of file and folder names to leave out. Default:
+        seed: another seed, another split.
+        exclude: patterns (as in `fnmatch`) of file and folder names to leave out. Default:
             `STDLIB_EXCLUDE` (tests, installed packages, build output) for the standard library,
             `FOLDER_EXCLUDE` (hidden, compiled and installed files) for a folder of your own.
-        on_bad_encoding: What a file that is not UTF-8 does: `"error"` raises, `"skip"` leaves it
+        on_bad_encoding: what a file that is not UTF-8 does: `"error"` raises, `"skip"` leaves it
             out. A PEP 263 coding line is not followed. (The standard library is UTF-8 outside its
             tests, by PEP 8.)
 
     Raises:
-        FileNotFoundError: The folder does not exist.
-        NotADirectoryError: It is not a folder.
-        ValueError: Fewer than two files with text in it, a file that is not UTF-8, or an argument
+        FileNotFoundError: the folder does not exist.
+        NotADirectoryError: it is not a folder.
+        ValueError: fewer than two files with text in it, a file that is not UTF-8, or an argument
             outside its range.
     """
     if not 0 < validation_fraction < 1:

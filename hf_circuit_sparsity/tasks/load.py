@@ -41,15 +41,15 @@ def load_task(
     arguments always give the same rows, and a larger `n_train` or `n_test` only adds to them.
 
     Args:
-        name: One of `list_tasks()`.
-        tokenizer: The model's tokenizer.
-        n_train: Rows of the train split; an even number, as every pair gives two rows.
-        n_test: Rows of the test split; an even number.
-        seed: Another seed, other rows.
-        max_length: The longest prompt that the model can take, in tokens.
+        name: one of `list_tasks()`.
+        tokenizer: the model's tokenizer.
+        n_train: rows of the train split; an even number, as every pair gives two rows.
+        n_test: rows of the test split; an even number.
+        seed: another seed, other rows.
+        max_length: the longest prompt that the model can take, in tokens.
 
     Raises:
-        ValueError: An unknown task, an odd or non-positive number of rows, or more rows than the
+        ValueError: an unknown task, an odd or non-positive number of rows, or more rows than the
             task has.
         TaskTooLongError: (a `ValueError`) A prompt longer than `max_length`.
         TaskNotExpressibleError: (a `ValueError`) The two answers are not different single tokens
@@ -87,15 +87,15 @@ def build_task_datasets(
     """Tasks as plain datasets, to share on the Hub: name to a `DatasetDict` of `train` and `test`.
 
     Args:
-        tokenizer: The tokenizer for the columns of token ids.
-        names: The tasks. Default: every task that the tokenizer can express, with a warning for
+        tokenizer: the tokenizer for the columns of token ids.
+        names: the tasks. Default: every task that the tokenizer can express, with a warning for
             each of the others.
-        n_train: As in `load_task`.
-        n_test: As in `load_task`.
-        seed: As in `load_task`.
+        n_train: as in `load_task`.
+        n_test: as in `load_task`.
+        seed: as in `load_task`.
 
     Raises:
-        ValueError: As `load_task`, for any of `names`.
+        ValueError: as `load_task`, for any of `names`.
     """
     tasks = {}
     for name in list_tasks() if names is None else names:

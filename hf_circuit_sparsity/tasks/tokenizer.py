@@ -43,10 +43,10 @@ def train_tokenizer(
     The same texts always give the same tokenizer. The standard library takes about two seconds.
 
     Args:
-        texts: Strings, a `Dataset` with a `text` column, or a `DatasetDict` of such, of which
+        texts: strings, a `Dataset` with a `text` column, or a `DatasetDict` of such, of which
             only `train` is read.
-        vocab_size: Entries in all. A corpus too small for that many merges gives fewer.
-        model_max_length: Stored in the tokenizer, which then warns about longer texts.
+        vocab_size: entries in all. A corpus too small for that many merges gives fewer.
+        model_max_length: stored in the tokenizer, which then warns about longer texts.
 
     Raises:
         ValueError: `vocab_size` below 257 (the bytes and `<|endoftext|>`), no text, or a dataset
@@ -90,12 +90,12 @@ def tokenizer_from_openai(
     beginning and padding token.
 
     Args:
-        folder: Local folder with the two files.
-        model_max_length: Stored in the tokenizer, which then warns about longer texts.
+        folder: local folder with the two files.
+        model_max_length: stored in the tokenizer, which then warns about longer texts.
 
     Raises:
-        FileNotFoundError: One of the files is missing.
-        ValueError: A file is not what it should be; the sentence names the file and the place.
+        FileNotFoundError: one of the files is missing.
+        ValueError: a file is not what it should be; the sentence names the file and the place.
     """
     encoder_file, merges_file = Path(folder) / "encoder.json", Path(folder) / "vocab.bpe"
     for file in (encoder_file, merges_file):

@@ -17,6 +17,7 @@ class Example(NamedTuple):
 
 # Two prompts that differ in what decides the answer; each is the other's counterfactual.
 Pair = tuple[Example, Example]
+PairGenerator = Callable[[random.Random, Split], Pair]
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,20 @@ class TaskDefinition:
 
     name: str
     description: str
-    generate: Callable[[random.Random, Split], Pair]
+    generate: PairGenerator
 
 
 DEFINITIONS: dict[str, TaskDefinition] = {}
 
 
-def define(
-    name: str, description: str
-) -> Callable[[Callable[[random.Random, Split], Pair]], Callable[[random.Random, Split], Pair]]:
-    """Register the decorated generator of pairs as the task `name`."""
+def define(name: str, description: str) -> Callable[[PairGenerator], PairGenerator]:
+    """Register the decorated generator of pairs as the task `name`.
 
-    def register(
-        generate: Callable[[random.Random, Split], Pair],
-    ) -> Callable[[random.Random, Split], Pair]:
+    Raises:
+        ValueError: another task has the name.
+    """
+
+    def register(generate: PairGenerator) -> PairGenerator:
         if name in DEFINITIONS:
             raise ValueError(f"The task {name!r} is defined twice; give one of them another name.")
         DEFINITIONS[name] = TaskDefinition(name, description, generate)
