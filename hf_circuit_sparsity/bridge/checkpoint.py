@@ -83,94 +83,6 @@ def check_adapter_shapes(
         )
 
 
-def save_bridge(
-    bridged: PreTrainedModel,
-    save_directory: str | os.PathLike,
-    state_dict: Mapping[str, torch.Tensor] | None = None,
-) -> None:
-    """See [`BridgedCausalLM.save_pretrained`]."""
-    folder, config = Path(save_directory), bridged.config
-    config.architectures = [type(bridged).__name__]
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    with replacing(folder / WEIGHTS_NAME) as path:
-        save_file(adapter_state_dict(bridged, state_dict), path, metadata={"format": "pt"})
-    fields = config.to_diff_dict()
-    fields.pop("transformers_version", None)
-    adapter_config = {
-        "peft_type": PEFT_TYPE,
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.base_model_name_or_path,
-        "revision": config.base_model_revision,
-        "inference_mode": True,
-        "bridge": fields,
-    }
-    with replacing(folder / CONFIG_NAME) as path:
-        text = json.dumps(adapter_config, indent=2, sort_keys=True)
-        path.write_text(text + "\n", encoding="utf-8")
-
-
-def load_bridge(
-    cls: type[PreTrainedModel],
-    source: str | os.PathLike,
-    dense: PreTrainedModel | str | os.PathLike | None,
-    config: BridgeConfig | None,
-    check_base_model: bool,
-    kwargs: dict[str, Any],
-) -> PreTrainedModel:
-    """See [`BridgedCausalLM.from_pretrained`]."""
-    hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-    for name in _AUTO_OPTIONS:
-        kwargs.pop(name, None)
-    options = {n: kwargs.pop(n) for n in ("dtype", "torch_dtype", "device_map") if n in kwargs}
-    has_dtype = "dtype" in options or "torch_dtype" in options
-    options["trust_remote_code"] = kwargs.pop("trust_remote_code", None)
-    if kwargs:
-        raise TypeError(
-            f"from_pretrained got {', '.join(map(repr, sorted(kwargs)))}, which it does not know; "
-            "it takes dense, config, check_base_model, dtype, device_map, trust_remote_code and "
-            f"{', '.join(_HUB_OPTIONS)}."
-        )
-    config_file = f"{source}/config.json"
-    if config is None:
-        config = BridgeConfig.from_pretrained(source, **hub_options)
-    if config.model_type != BridgeConfig.model_type:
-        raise ArtifactError(
-            config_file,
-            f" holds a {config.model_type!r} model, expected a bridge "
-            f"({BridgeConfig.model_type!r}); pass a folder that BridgedCausalLM.save_pretrained "
-            "wrote.",
-        )
-    path = cached_file(source, WEIGHTS_NAME, **hub_options)
-    shapes = tensor_shapes(path)
-    if dense is None:
-        dense = config.base_model_name_or_path
-        if not dense:
-            raise ValueError(
-                f"{source} does not say where its dense model is; pass the model as dense=."
-            )
-        if not os.path.isdir(source):  # a stranger's file must not name folders of this machine
-            Field(dense, config_file, "base_model_name_or_path").name_of_folder()
-        options["revision"] = config.base_model_revision
-    if isinstance(dense, (str, os.PathLike)):
-        dense = load_dense(dense, **options)
-    try:
-        if check_base_model:
-            check_base(config, dense)
-        with torch.device("meta"):  # without memory first: a config may claim any size
-            skeleton = cls(config, dense)
-    except ValueError as error:
-        raise ArtifactError(config_file, f": {error}") from error
-    check_adapter_shapes(skeleton, shapes, path)
-    bridged = cls(config, dense)
-    load_adapter_weights(bridged, read_tensors(path), path)
-    bridged.name_or_path = bridged.config.name_or_path = str(source)
-    parameter = next(dense.parameters())
-    for part in (bridged.sparse, bridged.bridges):
-        part.to(device=parameter.device, dtype=parameter.dtype if has_dtype else None)
-    return bridged.eval()
-
-
 def load_dense(source: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     """A dense model by folder or Hub id.
 
@@ -201,3 +113,122 @@ def check_base(config: BridgeConfig, dense: PreTrainedModel) -> None:
         f"{config.base_width}, but the dense model passed is {passed} of width {width}; pass the "
         "model it was trained for, or check_base_model=False if only its precision differs."
     )
+
+
+class BridgePreTrainedModel(PreTrainedModel):
+    """Saves and loads a [`BridgedCausalLM`] as a PEFT-style adapter, without the dense weights."""
+
+    config_class = BridgeConfig
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write the sparse model and the bridges as an adapter folder, without the dense weights.
+
+        PEFT reads `adapter_config.json` and `adapter_model.safetensors`; the Auto classes read
+        `config.json` too.
+        """
+        if push_to_hub:
+            raise ValueError("push_to_hub=True is not taken here; call push_to_hub(repo_id).")
+        if not is_main_process:
+            return
+        folder, config = Path(save_directory), self.config
+        config.architectures = [type(self).__name__]
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(folder)
+        with replacing(folder / WEIGHTS_NAME) as path:
+            save_file(adapter_state_dict(self, state_dict), path, metadata={"format": "pt"})
+        fields = config.to_diff_dict()
+        fields.pop("transformers_version", None)
+        adapter_config = {
+            "peft_type": PEFT_TYPE,
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": config.base_model_name_or_path,
+            "revision": config.base_model_revision,
+            "inference_mode": True,
+            "bridge": fields,
+        }
+        with replacing(folder / CONFIG_NAME) as path:
+            text = json.dumps(adapter_config, indent=2, sort_keys=True)
+            path.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        dense: PreTrainedModel | str | os.PathLike | None = None,
+        config: BridgeConfig | None = None,
+        check_base_model: bool = True,
+        **kwargs: Any,
+    ) -> "BridgePreTrainedModel":
+        """Load a saved bridge and the dense model it belongs to.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id of the bridge.
+            dense: the dense model, or where it is; by default where the bridge says it was.
+            config: the bridge's, if it has been loaded already.
+            check_base_model: compare the dense model's weights with those the bridge was trained
+                with. A quantized model needs `False`.
+            kwargs: `dtype`, `device_map` and `trust_remote_code` of the dense model, and where on
+                the Hub the bridge is (`revision`, `token`, `cache_dir`, ...).
+
+        Raises:
+            ValueError: the bridge is damaged, or was trained for another dense model.
+            OSError: a file or the dense model was not found.
+        """
+        source = pretrained_model_name_or_path
+        hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+        for name in _AUTO_OPTIONS:
+            kwargs.pop(name, None)
+        options = {n: kwargs.pop(n) for n in ("dtype", "torch_dtype", "device_map") if n in kwargs}
+        has_dtype = "dtype" in options or "torch_dtype" in options
+        options["trust_remote_code"] = kwargs.pop("trust_remote_code", None)
+        if kwargs:
+            raise TypeError(
+                f"from_pretrained got {', '.join(map(repr, sorted(kwargs)))}, expected only dense, "
+                "config, check_base_model, dtype, device_map, trust_remote_code or "
+                f"{', '.join(_HUB_OPTIONS)}."
+            )
+        config_file = f"{source}/config.json"
+        if config is None:
+            config = BridgeConfig.from_pretrained(source, **hub_options)
+        if not isinstance(config, BridgeConfig):
+            raise ArtifactError(
+                config_file,
+                f" holds a {config.model_type!r} model, expected a {BridgeConfig.model_type!r}; "
+                "pass a folder that BridgedCausalLM.save_pretrained wrote.",
+            )
+        path = cached_file(source, WEIGHTS_NAME, **hub_options)
+        shapes = tensor_shapes(path)
+        if dense is None:
+            dense = config.base_model_name_or_path
+            if not dense:
+                raise ValueError(
+                    f"{source} does not say where its dense model is; pass the model as dense=."
+                )
+            if not os.path.isdir(source):  # a stranger's file must not name folders of this machine
+                Field(dense, config_file, "base_model_name_or_path").name_of_folder()
+            options["revision"] = config.base_model_revision
+        if isinstance(dense, (str, os.PathLike)):
+            dense = load_dense(dense, **options)
+        try:
+            if check_base_model:
+                check_base(config, dense)
+            with torch.device("meta"):  # without memory first: a config may claim any size
+                skeleton = cls(config, dense)
+        except ValueError as error:
+            raise ArtifactError(config_file, f": {error}") from error
+        check_adapter_shapes(skeleton, shapes, path)
+        bridged = cls(config, dense)
+        load_adapter_weights(bridged, read_tensors(path), path)
+        bridged.name_or_path = bridged.config.name_or_path = str(source)
+        parameter = next(dense.parameters())
+        for part in (bridged.sparse, bridged.bridges):
+            part.to(device=parameter.device, dtype=parameter.dtype if has_dtype else None)
+        return bridged.eval()

@@ -17,26 +17,30 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..decoders.residual_stream import ResidualStream, residual_stream
+from ..decoders.residual_stream import residual_stream
 from ..modeling.configuration_circuitgpt import CircuitGPTConfig
 from ..modeling.fingerprint import model_fingerprint
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from .bridge_layer import Bridge
-from .checkpoint import load_bridge, load_dense, save_bridge
+from .checkpoint import BridgePreTrainedModel, load_dense
 from .configuration_bridge import BridgeConfig
 from .intervention import check_location, steering_point
 from .losses import LOSS_TERMS, BridgeOutput, mean_kl, normalized_mse
 
 
-class BridgedCausalLM(PreTrainedModel):
+class BridgedCausalLM(BridgePreTrainedModel):
     """A frozen dense model, a sparse model and the bridges between them.
 
     Make one with [`from_models`], train it with [`BridgeTrainer`], save it with `save_pretrained`
-    (without the dense weights) and load it with `from_pretrained`. `.dense` and `.sparse` are
-    ordinary models; [`steer`] tries on the dense one what was found in the sparse one.
+    (without the dense weights) and load it with `from_pretrained`. [`steer`] tries on the dense
+    model what was found in the sparse one.
+
+    Attributes:
+        dense, sparse: ordinary models.
+        dense_stream, sparse_stream: their residual streams, as [`ResidualStream`].
+        bridges: one [`Bridge`] per location.
     """
 
-    config_class = BridgeConfig
     accepts_loss_kwargs = False
 
     def __init__(self, config: BridgeConfig, dense: PreTrainedModel):
@@ -45,6 +49,8 @@ class BridgedCausalLM(PreTrainedModel):
         check_pair(dense, sparse)
         self.dense = dense.requires_grad_(False).eval()
         self.sparse = CircuitGPTForCausalLM(sparse)
+        self.dense_stream = residual_stream(self.dense)
+        self.sparse_stream = residual_stream(self.sparse)
         k = None if config.encoder_afrac is None else int(config.encoder_afrac * sparse.d_model)
         if k is not None and k < 1:
             raise ValueError(
@@ -99,52 +105,6 @@ class BridgedCausalLM(PreTrainedModel):
             bridged.sparse.load_state_dict(sparse.state_dict())
         return bridged
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        *,
-        dense: PreTrainedModel | str | os.PathLike | None = None,
-        config: BridgeConfig | None = None,
-        check_base_model: bool = True,
-        **kwargs: Any,
-    ) -> "BridgedCausalLM":
-        """Load a saved bridge and the dense model it belongs to.
-
-        Args:
-            pretrained_model_name_or_path: folder or Hub id of the bridge.
-            dense: the dense model, or where it is; by default where the bridge says it was.
-            config: the bridge's, if it has been loaded already.
-            check_base_model: compare the dense model's weights with those the bridge was trained
-                with. A quantized model needs `False`.
-            kwargs: `dtype`, `device_map` and `trust_remote_code` of the dense model, and where on
-                the Hub the bridge is (`revision`, `token`, `cache_dir`, ...).
-
-        Raises:
-            ValueError: the bridge is damaged, or was trained for another dense model.
-            OSError: a file or the dense model was not found.
-        """
-        source = pretrained_model_name_or_path
-        return load_bridge(cls, source, dense, config, check_base_model, kwargs)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: Mapping[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Write the sparse model and the bridges as an adapter folder, without the dense weights.
-
-        PEFT reads `adapter_config.json` and `adapter_model.safetensors`; the Auto classes read
-        `config.json` too.
-        """
-        if push_to_hub:
-            raise ValueError("push_to_hub=True is not taken here; call push_to_hub(repo_id).")
-        if is_main_process:
-            save_bridge(self, save_directory, state_dict)
-
     def get_input_embeddings(self) -> nn.Module:
         return self.sparse.get_input_embeddings()
 
@@ -156,16 +116,6 @@ class BridgedCausalLM(PreTrainedModel):
         super().train(mode)
         self.dense.eval()
         return self
-
-    @property
-    def dense_stream(self) -> ResidualStream:
-        """The dense model's residual stream."""
-        return residual_stream(self.dense)
-
-    @property
-    def sparse_stream(self) -> ResidualStream:
-        """The sparse model's residual stream."""
-        return residual_stream(self.sparse)
 
     @property
     def n_locations(self) -> int:

@@ -2,15 +2,14 @@
 
 from torch import nn
 
-from .residual_stream import ResidualStream, edits_output, register_residual_stream
+from .residual_stream import ResidualStream, register_residual_stream
 
 
 class CircuitGPTStream(ResidualStream):
-    """See [`ResidualStream`]."""
+    """See [`ResidualStream`]; positions and AbsTopK are the model's own."""
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.model.transformer.h
+    def __init__(self, model: nn.Module):
+        super().__init__(model, model.transformer.h, model.transformer.ln_f)
 
     def embed(self, input_ids, attention_mask):
         body = self.model.transformer
@@ -24,11 +23,11 @@ class CircuitGPTStream(ResidualStream):
         return block.after_mlp(x, context["positions"])
 
     def logits(self, x, context):
-        return self.model.unembed(self.model.transformer.ln_f(x), context["input_ids"])
+        return self.model.unembed(self.final_norm(x), context["input_ids"])
 
     def add_edit_after_attention(self, block, edit):
         # The stream itself passes through this module, after any nonlinearity.
-        return [block.resid_post_attn.register_forward_hook(edits_output(edit))]
+        return [block.resid_post_attn.register_forward_hook(lambda module, args, x: edit(x))]
 
 
 register_residual_stream("circuitgpt", CircuitGPTStream)

@@ -13,34 +13,21 @@ class GPT2Stream(ResidualStream):
     """
 
     def __init__(self, model: nn.Module):
-        super().__init__(model)
         if getattr(model.config, "add_cross_attention", False):
             raise ValueError(
                 "The GPT-2 model has add_cross_attention=True, but the 2L + 1 locations have no "
                 "place for cross-attention; pass a decoder without it."
             )
+        super().__init__(model, model.transformer.h, model.transformer.ln_f)
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.model.transformer.h
+    def parts(self, block):
+        return block.ln_1, block.attn, block.ln_2, block.mlp
 
     def embed(self, input_ids, attention_mask):
         body = self.model.transformer
         positions = position_ids(input_ids, attention_mask)
         x = body.drop(body.wte(input_ids) + body.wpe(positions))
         return x, {"attention_mask": causal_mask(self.model, x, attention_mask, positions)}
-
-    def attention(self, block, x, context):
-        return x + block.attn(block.ln_1(x), **context)[0]
-
-    def mlp(self, block, x, context):
-        return x + block.mlp(block.ln_2(x))
-
-    def logits(self, x, context):
-        return self.model.lm_head(self.model.transformer.ln_f(x))
-
-    def attention_parts(self, block):
-        return block.ln_1, block.attn
 
 
 register_residual_stream("gpt2", GPT2Stream)

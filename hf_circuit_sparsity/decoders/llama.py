@@ -8,9 +8,11 @@ from .residual_stream import ResidualStream, causal_mask, position_ids, register
 class LlamaStream(ResidualStream):
     """See [`ResidualStream`]."""
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.model.model.layers
+    def __init__(self, model: nn.Module):
+        super().__init__(model, model.model.layers, model.model.norm)
+
+    def parts(self, block):
+        return block.input_layernorm, block.self_attn, block.post_attention_layernorm, block.mlp
 
     def embed(self, input_ids, attention_mask):
         body = self.model.model
@@ -21,18 +23,6 @@ class LlamaStream(ResidualStream):
             "position_embeddings": body.rotary_emb(x, position_ids=positions),
             "attention_mask": causal_mask(self.model, x, attention_mask, positions),
         }
-
-    def attention(self, block, x, context):
-        return x + block.self_attn(hidden_states=block.input_layernorm(x), **context)[0]
-
-    def mlp(self, block, x, context):
-        return x + block.mlp(block.post_attention_layernorm(x))
-
-    def logits(self, x, context):
-        return self.model.lm_head(self.model.model.norm(x))
-
-    def attention_parts(self, block):
-        return block.input_layernorm, block.self_attn
 
 
 register_residual_stream("llama", LlamaStream)

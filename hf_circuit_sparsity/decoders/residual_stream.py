@@ -18,42 +18,41 @@ Context = dict[str, Any]
 class ResidualStream:
     """The residual stream of one model; the base class of one class per architecture.
 
-    A subclass implements [`blocks`], [`embed`], [`attention`], [`mlp`], [`logits`] and
-    [`attention_parts`]. `context` is what `embed` computed and the later pieces need.
+    A subclass of a pre-norm decoder implements [`parts`] and [`embed`]; any other overrides
+    [`attention`], [`mlp`], [`logits`] and [`add_edit_after_attention`] as well.
 
     Args:
-        model: of the architecture.
+        model: with an `lm_head`.
+        blocks: its layers, in order.
+        final_norm: the norm before its unembedding.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, final_norm: nn.Module):
+        self.model, self.blocks, self.final_norm = model, blocks, final_norm
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The layers, in order."""
+    def parts(self, block: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        """The norm before the attention, the attention, the norm before the MLP, and the MLP."""
         raise NotImplementedError
 
     def embed(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, Context]:
-        """The stream at location 0, `(B, T, D)`, and the context."""
+        """The stream at location 0, `(B, T, D)`, and the keyword arguments of every attention."""
         raise NotImplementedError
 
     def attention(self, block: nn.Module, x: torch.Tensor, context: Context) -> torch.Tensor:
         """From the stream before the attention of `block` to the stream after it."""
-        raise NotImplementedError
+        norm, attention, *_ = self.parts(block)
+        return x + attention(norm(x), **context)[0]
 
     def mlp(self, block: nn.Module, x: torch.Tensor, context: Context) -> torch.Tensor:
         """From the stream before the MLP of `block` to the stream after it."""
-        raise NotImplementedError
+        *_, norm, mlp = self.parts(block)
+        return x + mlp(norm(x))
 
     def logits(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         """From the stream at the last location to logits `(B, T, V)`."""
-        raise NotImplementedError
-
-    def attention_parts(self, block: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """The norm that reads the stream for the attention, and the attention itself."""
-        raise NotImplementedError
+        return self.model.lm_head(self.final_norm(x))
 
     @property
     def depth(self) -> int:
@@ -88,30 +87,32 @@ class ResidualStream:
         Returns:
             Hook handles; call `remove()` on each.
         """
-        if location == 0:
-            return [self.blocks[0].register_forward_pre_hook(_edits_input(edit), with_kwargs=True)]
-        if location % 2 == 0:
-            return [self.blocks[location // 2 - 1].register_forward_hook(edits_output(edit))]
-        return self.add_edit_after_attention(self.blocks[location // 2], edit)
+        if location % 2:
+            return self.add_edit_after_attention(self.blocks[location // 2], edit)
+        reader = [*self.blocks, self.final_norm][location // 2]
+
+        def edited(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            if args:
+                return (edit(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+
+        return [reader.register_forward_pre_hook(edited, with_kwargs=True)]
 
     def add_edit_after_attention(self, block: nn.Module, edit: Edit) -> list[Any]:
         """[`add_edit`] between the attention and the MLP of `block`."""
         # The block adds the attention's output to the stream, so the edit's change can be added to
         # that output.
-        norm, attention = self.attention_parts(block)
+        norm, attention, *_ = self.parts(block)
         before: list[torch.Tensor] = []
 
         def remember(module: nn.Module, args: tuple) -> None:
             before[:] = [args[0]]
 
-        def edited(delta: torch.Tensor) -> torch.Tensor:
-            x = before.pop() + delta
-            return delta + (edit(x) - x)
+        def edited(module: nn.Module, args: tuple, output: tuple) -> tuple:
+            x = before.pop() + output[0]
+            return (output[0] + (edit(x) - x), *output[1:])
 
-        return [
-            norm.register_forward_pre_hook(remember),
-            attention.register_forward_hook(edits_output(edited)),
-        ]
+        return [norm.register_forward_pre_hook(remember), attention.register_forward_hook(edited)]
 
 
 _STREAMS: dict[str, type[ResidualStream]] = {}
@@ -137,8 +138,8 @@ def residual_stream(model: nn.Module) -> ResidualStream:
     if model_type not in _STREAMS:
         raise ValueError(
             f"{type(model).__name__} has model_type {model_type!r}, expected one of "
-            f"{', '.join(sorted(_STREAMS))}; for another, implement blocks, embed, attention, mlp, "
-            "logits and attention_parts in a subclass of ResidualStream (see LlamaStream) and call "
+            f"{', '.join(sorted(_STREAMS))}; for another, implement parts and embed in a "
+            "subclass of ResidualStream (see LlamaStream) and call "
             "register_residual_stream(model_type, subclass)."
         )
     return _STREAMS[model_type](model)
@@ -152,12 +153,9 @@ def position_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -
 
 
 def causal_mask(
-    model: nn.Module,
-    x: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    positions: torch.Tensor,
+    model: nn.Module, x: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor
 ) -> torch.Tensor | None:
-    """The mask that a model of transformers makes for itself at its first block."""
+    """The mask that a model of transformers makes before its first layer."""
     return create_causal_mask(
         config=model.config,
         inputs_embeds=x,
@@ -165,23 +163,3 @@ def causal_mask(
         past_key_values=None,
         position_ids=positions,
     )
-
-
-def _edits_input(edit: Edit) -> Callable:
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (edit(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
-
-    return hook
-
-
-def edits_output(edit: Edit) -> Callable:
-    """A forward hook that edits a module's output, or the first of its outputs."""
-
-    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (edit(output[0]), *output[1:])
-        return edit(output)
-
-    return hook

@@ -1,14 +1,10 @@
-"""`evaluate` module: does a circuit alone choose as the whole model chooses?"""
+"""How faithfully a circuit alone follows the whole model's choice between two candidate tokens."""
 
 import datasets
 import evaluate
 
 from .pair_agreement import agreement, check_pairs, pair_kl, recovered
 
-_DESCRIPTION = """
-How faithfully a circuit, run alone with every other node ablated, follows the whole model's choice
-between the two candidate tokens of a binary task.
-"""
 _INPUTS = """
 Args:
     predictions: the circuit's logits (n, 2) of the right and of the wrong candidate.
@@ -20,15 +16,6 @@ Returns:
     faithfulness: with a baseline, the share of the model's mean logit difference (right minus
         wrong) above the baseline's that the circuit recovers; 1 is all of it.
 """
-_CITATION = """
-@inproceedings{wang2023interpretability,
-  title={Interpretability in the Wild: a Circuit for Indirect Object Identification in GPT-2 small},
-  author={Wang, Kevin and Variengien, Alexandre and Conmy, Arthur and Shlegeris, Buck and
-          Steinhardt, Jacob},
-  booktitle={ICLR},
-  year={2023}
-}
-"""
 
 
 class CircuitFaithfulness(evaluate.Metric):
@@ -37,9 +24,10 @@ class CircuitFaithfulness(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         pairs = datasets.Sequence(datasets.Value("float32"))
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
+            description=__doc__,
             inputs_description=_INPUTS,
+            citation="Wang et al. 2023, Interpretability in the Wild: a Circuit for Indirect "
+            "Object Identification in GPT-2 small",
             features=datasets.Features({"predictions": pairs, "references": pairs}),
             reference_urls=["https://arxiv.org/abs/2211.00593", "https://arxiv.org/abs/2511.13653"],
         )
@@ -49,6 +37,6 @@ class CircuitFaithfulness(evaluate.Metric):
         model = check_pairs("references", references, len(circuit))
         result = {"agreement": agreement(circuit, model), "kl": pair_kl(circuit, model)}
         if baseline is not None:
-            empty = check_pairs("baseline", baseline, len(circuit))
-            result["faithfulness"] = recovered(circuit, model, empty)
+            ablated = check_pairs("baseline", baseline, len(circuit))
+            result["faithfulness"] = recovered(circuit, model, ablated)
         return result

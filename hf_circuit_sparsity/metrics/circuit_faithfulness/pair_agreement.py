@@ -1,10 +1,13 @@
-"""How closely one model's choice between two tokens follows another's."""
+"""How closely one model's choice between two tokens follows another's.
+
+Everywhere pairs are logits `(n, 2)` of the right and of the wrong candidate.
+"""
 
 import numpy as np
 
 
 def check_pairs(name: str, pairs: np.ndarray, rows: int | None = None) -> np.ndarray:
-    """The pairs as float64 `(n, 2)`.
+    """The pairs as float64.
 
     Raises:
         ValueError: another shape, no rows, another number of rows than `rows`, or NaN.
@@ -23,17 +26,15 @@ def check_pairs(name: str, pairs: np.ndarray, rows: int | None = None) -> np.nda
 
 
 def agreement(circuit: np.ndarray, model: np.ndarray) -> float:
-    """Share of rows in which both prefer the same candidate.
-
-    Args:
-        circuit, model: logits `(n, 2)` of the right and of the wrong candidate.
-    """
+    """Share of rows in which both prefer the same candidate."""
     return float(((circuit[:, 0] > circuit[:, 1]) == (model[:, 0] > model[:, 1])).mean())
 
 
 def pair_kl(circuit: np.ndarray, model: np.ndarray) -> float:
     """Mean KL(model ‖ circuit) of the distributions over the two candidates, in nats."""
-    log_model, log_circuit = _log_softmax(model), _log_softmax(circuit)
+    log_model, log_circuit = (
+        pairs - np.logaddexp(pairs[:, :1], pairs[:, 1:]) for pairs in (model, circuit)
+    )
     # Rounding may leave a hair below zero where the two are equal.
     return max(0.0, float((np.exp(log_model) * (log_model - log_circuit)).sum(axis=1).mean()))
 
@@ -42,18 +43,11 @@ def recovered(circuit: np.ndarray, model: np.ndarray, baseline: np.ndarray) -> f
     """Share of the model's mean logit difference that the circuit recovers over the baseline.
 
     (m(circuit) - m(baseline)) / (m(model) - m(baseline)), m the mean of right minus wrong logit
-    (Wang et al. 2023, arXiv 2211.00593); NaN where model and baseline are equal.
-
-    Args:
-        circuit, model: logits `(n, 2)` as above.
-        baseline: the same with every node ablated.
+    (Wang et al. 2023, arXiv 2211.00593); NaN where model and baseline are equal. The baseline has
+    every node ablated.
     """
     m_circuit, m_model, m_baseline = (
         float((pairs[:, 0] - pairs[:, 1]).mean()) for pairs in (circuit, model, baseline)
     )
     gain = m_model - m_baseline
     return (m_circuit - m_baseline) / gain if gain else float("nan")
-
-
-def _log_softmax(pairs: np.ndarray) -> np.ndarray:
-    return pairs - np.logaddexp(pairs[:, :1], pairs[:, 1:])

@@ -1,14 +1,10 @@
-"""`evaluate` module: how small circuits are, over one task or many."""
+"""How small circuits are, over one task or many: geometric means of their nodes and edges."""
 
 import datasets
 import evaluate
 
 from .geometric_mean import geometric_mean, shares
 
-_DESCRIPTION = """
-Size of circuits: the geometric means of their numbers of nodes and of edges over tasks, and of the
-shares of the model's nodes and weights that these are.
-"""
 _INPUTS = """
 Args:
     nodes: (n,) nodes of each circuit.
@@ -19,27 +15,18 @@ Returns:
     nodes, edges: geometric means over the circuits; 0 if one of them has none.
     node_share, edge_share: with the model's numbers, geometric means of the shares.
 """
-_CITATION = """
-@article{gao2025weight,
-  title={Weight-sparse transformers have interpretable circuits},
-  author={Gao, Leo and others},
-  journal={arXiv preprint arXiv:2511.13653},
-  year={2025}
-}
-"""
 
 
 class CircuitSize(evaluate.Metric):
     """See `_INPUTS` above."""
 
     def _info(self) -> evaluate.MetricInfo:
+        integer = datasets.Value("int64")
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
+            description=__doc__,
             inputs_description=_INPUTS,
-            features=datasets.Features(
-                {"nodes": datasets.Value("int64"), "edges": datasets.Value("int64")}
-            ),
+            citation="Gao et al. 2025, Weight-sparse transformers have interpretable circuits",
+            features=datasets.Features({"nodes": integer, "edges": integer}),
             reference_urls=["https://arxiv.org/abs/2511.13653"],
         )
 

@@ -22,30 +22,27 @@ def answer_pairs(
     """
     logits = np.asarray(logits, dtype=np.float64)
     right = np.asarray(references, dtype=np.int64)
-    if logits.ndim != 2 or logits.shape[1] < 2 or right.shape != logits.shape[:1]:
-        raise ValueError(
-            f"predictions have the shape {logits.shape} and references {right.shape}; pass "
-            "logits (n, k) of at least two candidates and one column number for each row."
-        )
-    if counterfactual_references is None:
-        if logits.shape[1] != 2:
-            raise ValueError(
-                f"predictions have {logits.shape[1]} columns; with more than two pass "
-                "counterfactual_references, the column of the wrong candidate of each row."
-            )
-        wrong = 1 - right
-    else:
+    wrong = 1 - right
+    if counterfactual_references is not None:
         wrong = np.asarray(counterfactual_references, dtype=np.int64)
-    if wrong.shape != right.shape:
+    fits = logits.ndim == 2 and logits.shape[1] >= 2
+    if not fits or not right.shape == wrong.shape == logits.shape[:1]:
         raise ValueError(
-            f"references has {len(right)} rows, counterfactual_references {len(wrong)}; pass as "
-            "many of each."
+            f"predictions have the shape {logits.shape}, references {right.shape} and "
+            f"counterfactual_references {wrong.shape}; pass logits (n, k) of at least two "
+            "candidates and n columns of each."
+        )
+    if counterfactual_references is None and logits.shape[1] != 2:
+        raise ValueError(
+            f"predictions have {logits.shape[1]} columns; with more than two pass "
+            "counterfactual_references, the column of the wrong candidate of each row."
         )
     for name, columns in (("references", right), ("counterfactual_references", wrong)):
-        if columns.size and not 0 <= columns.min() <= columns.max() < logits.shape[1]:
+        outside = columns[(columns < 0) | (columns >= logits.shape[1])]
+        if outside.size:
             raise ValueError(
-                f"{name} names column {columns.max() if columns.min() >= 0 else columns.min()}, "
-                f"but predictions have {logits.shape[1]}; pass columns from 0."
+                f"{name} names column {outside[0]}, but predictions have {logits.shape[1]}; pass "
+                "columns from 0."
             )
     rows = np.arange(len(logits))
     pairs = np.stack([logits[rows, right], logits[rows, wrong]], axis=1)
@@ -56,16 +53,12 @@ def answer_pairs(
 
 
 def task_loss(pairs: np.ndarray) -> float:
-    """Mean over rows of -log p(right candidate) between the two, in nats.
-
-    Args:
-        pairs: `(n, 2)` from [`answer_pairs`].
-    """
+    """Mean over rows of -log p(right candidate) between the two of `pairs` `(n, 2)`, in nats."""
     pairs = np.asarray(pairs, dtype=np.float64)
     return float(np.logaddexp(0.0, pairs[:, 1] - pairs[:, 0]).mean())
 
 
 def task_accuracy(pairs: np.ndarray) -> float:
-    """Share of rows in which the right candidate has the larger logit; a tie is wrong."""
+    """Share of rows `(n, 2)` whose right candidate has the larger logit; a tie is wrong."""
     pairs = np.asarray(pairs)
     return float((pairs[:, 0] > pairs[:, 1]).mean())

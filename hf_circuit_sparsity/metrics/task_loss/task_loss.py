@@ -1,14 +1,10 @@
-"""`evaluate` module: how well a model decides between the two answers of a binary task."""
+"""Cross-entropy and accuracy of a model between the two candidate tokens of a binary task."""
 
 import datasets
 import evaluate
 
 from .pair_loss import answer_pairs, task_accuracy, task_loss
 
-_DESCRIPTION = """
-Cross-entropy and accuracy of a model on a binary next-token task: at the answer's position, only
-the logits of the right and of the wrong candidate token count.
-"""
 _INPUTS = """
 Args:
     predictions: logits (n, k) at the answer's position, of the two candidates (k = 2) or of the
@@ -19,30 +15,18 @@ Returns:
     task_loss: mean of -log p(right candidate) between the two, in nats; guessing is ln 2 = 0.693.
     task_accuracy: share of rows in which the right candidate has the larger logit.
 """
-_CITATION = """
-@article{gao2025weight,
-  title={Weight-sparse transformers have interpretable circuits},
-  author={Gao, Leo and others},
-  journal={arXiv preprint arXiv:2511.13653},
-  year={2025}
-}
-"""
 
 
 class TaskLoss(evaluate.Metric):
     """See `_INPUTS` above."""
 
     def _info(self) -> evaluate.MetricInfo:
+        logits, column = datasets.Sequence(datasets.Value("float32")), datasets.Value("int64")
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
+            description=__doc__,
             inputs_description=_INPUTS,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float32")),
-                    "references": datasets.Value("int64"),
-                }
-            ),
+            citation="Gao et al. 2025, Weight-sparse transformers have interpretable circuits",
+            features=datasets.Features({"predictions": logits, "references": column}),
             reference_urls=["https://arxiv.org/abs/2511.13653"],
         )
 
