@@ -27,7 +27,7 @@ from .tasks.load import list_tasks
 from .trainer.sparse_config import SparseTrainingArguments
 
 PRUNING_OPTIONS = (
-    "target_loss", "steps", "batch_size", "k_coef", "learning_rate", "seed", "seeds"
+    "target_loss", "max_steps", "batch_size", "node_penalty", "learning_rate", "seed", "num_seeds"
 )  # fmt: skip
 PRUNING_SWITCHES = {
     "prune_edges": "also drop single weights between the nodes",

@@ -18,6 +18,7 @@ import hf_circuit_sparsity.adapters  # noqa: F401  makes the methods known to PE
 from hf_circuit_sparsity.bridge.modeling_bridge import BridgedCausalLM
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.evaluation.faithfulness import evaluate_circuit
+from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.optim.sparse_init import sparse_from_config
@@ -64,6 +65,7 @@ def test_circuit(expected):
     stored = json.loads((SAVED / "circuit_expected.json").read_text())
     assert circuit.nodes == stored["nodes"] and len(circuit.edges(model)) == stored["edges"]
     assert circuit.metrics == stored["metrics"]
+    assert PruningConfig.from_stored(circuit.config).max_steps == circuit.config["steps"] == 60
     assert evaluate_circuit(circuit, model, on_off_task()) == pytest.approx(
         stored["metrics"], rel=1e-4, abs=1e-6
     )

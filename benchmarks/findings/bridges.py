@@ -171,7 +171,7 @@ def steering(
     for name in TASKS:
         task = load_task(name, tokenizer, n_train=1000, n_test=256, max_length=BLOCK_SIZE)
         folder = experiment.folder / "bridges" / "circuits" / name
-        config = PruningConfig(steps=options.steps, target_loss=CIRCUIT_LOSS)
+        config = PruningConfig(max_steps=options.steps, target_loss=CIRCUIT_LOSS)
         circuit = None
         try:
             circuit = circuit_of(bridged.sparse, task, blocks, folder, config)

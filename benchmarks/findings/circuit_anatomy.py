@@ -98,7 +98,7 @@ def _circuit(name: str, task_name: str, folder: Path) -> str:
             f"{task.description}{about}",
             f"{m['nodes']} nodes, {m['edges']} edges, found for a loss of {target:g}; the smallest "
             f"of {len(found)} seeds ({', '.join(str(c.metrics['edges']) for c in found)} edges), "
-            f"{SEARCHES[SEARCH].steps} mask updates each. On held-out "
+            f"{SEARCHES[SEARCH].max_steps} mask updates each. On held-out "
             f"prompts: loss {m['circuit_loss']:.3f}, accuracy {m['circuit_accuracy']:.1%}; the "
             f"whole model {m['model_loss']:.3f} and {m['model_accuracy']:.1%}.",
             _attention(circuit, model, tokenizer, task),

@@ -113,7 +113,7 @@ def run(experiment: Experiment) -> str:
     task = load_task(TASK, tokenizer, n_train=1000, n_test=256, max_length=BLOCK_SIZE)
     circuit = circuit_of(
         model, task, blocks, folder / "circuits" / f"{MODEL}-{TASK}",
-        PruningConfig(steps=200),
+        PruningConfig(max_steps=200),
     )  # fmt: skip
     others = {}
     for name in list_tasks():

@@ -39,23 +39,28 @@ TARGETS = (0.15, 0.3, 0.5)
 COMPARED = 0.3
 # Fewer updates and prompts than the defaults, so that the whole of it runs on two CPU cores.
 CONFIG = PruningConfig(
-    steps=120,
+    max_steps=120,
     batch_size=16,
     learning_rate=1e-2,
     selection_prompts=256,
     screen_prompts=64,
     reference_tokens=32768,
-    seeds=2,
+    num_seeds=2,
 )
 # How circuits are looked for. A node of a dense circuit of a hundred carries about 1e-3 nats, so at
 # a price far below that masks stay open and the clean-up has most of the work.
 SEARCHES = {
     "quick": CONFIG,
-    "dear": replace(CONFIG, k_coef=1e-3, steps=240),
-    "dear, twice the updates": replace(CONFIG, k_coef=1e-3, steps=480),
-    "dearer": replace(CONFIG, k_coef=3e-3, steps=240),
+    "dear": replace(CONFIG, node_penalty=1e-3, max_steps=240),
+    "dear, twice the updates": replace(CONFIG, node_penalty=1e-3, max_steps=480),
+    "dearer": replace(CONFIG, node_penalty=3e-3, max_steps=240),
     "thorough": replace(
-        CONFIG, steps=400, learning_rate=3e-3, batch_size=16, selection_prompts=1024, seeds=3
+        CONFIG,
+        max_steps=400,
+        learning_rate=3e-3,
+        batch_size=16,
+        selection_prompts=1024,
+        num_seeds=3,
     ),
 }
 

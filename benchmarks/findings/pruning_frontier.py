@@ -19,7 +19,7 @@ from ..experiment import Experiment, machine, stored, table
 from .findings import SEARCHES, loaded, main, task_for
 
 MODEL, TASK, SEARCH = "topk-128-seed0", "single_double_quote", "dear"
-CONFIG = replace(SEARCHES[SEARCH], seeds=1)
+CONFIG = replace(SEARCHES[SEARCH], num_seeds=1)
 TARGETS = (0.15, 0.2, 0.3, 0.4, 0.5, 0.6)
 STEPS_TIMED = 15
 SEEDS_TIMED = 3
@@ -74,7 +74,7 @@ def run(experiment: Experiment) -> str:
             "Before the clean-up, keeping the nodes of largest mask parameter:",
             table([{"nodes": k, "loss, training prompts": f"{v:.3f}"} for k, v in ranked]),
             f"All of it took {seconds['all']:.0f} s, of which the masks "
-            f"{CONFIG.steps * seconds['one by one']:.0f} s ({CONFIG.steps} updates of "
+            f"{CONFIG.max_steps * seconds['one by one']:.0f} s ({CONFIG.max_steps} updates of "
             f"{CONFIG.batch_size} pairs, at the pace below), the rest bisection and clean-up on "
             f"{CONFIG.selection_prompts} prompts for {len(TARGETS)} targets.",
             table(pace),
@@ -91,7 +91,7 @@ def _measured(folder: Path) -> dict[str, Any]:
     # One by one is what so little memory leaves; the first of the two rounds warms up.
     for how, memory in (("together", 64.0), ("together", 64.0), ("one by one", 1e-6)):
         start = time.process_time()
-        config = replace(CONFIG, steps=STEPS_TIMED, memory_gb=memory)
+        config = replace(CONFIG, max_steps=STEPS_TIMED, memory_gb=memory)
         learn_masks(model, train, means.nodes, config, range(SEEDS_TIMED), progress=False)
         seconds[how] = (time.process_time() - start) / STEPS_TIMED / SEEDS_TIMED
     start = time.process_time()

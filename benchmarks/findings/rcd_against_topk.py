@@ -113,7 +113,7 @@ def run(experiment: Experiment) -> str:
             title,
             __doc__.strip().split("\n\n")[1] + " One training run each.",
             table(models),
-            f"By task: edges for every pruning seed ({CONFIG.seeds}), nodes the seeds share "
+            f"By task: edges for every pruning seed ({CONFIG.num_seeds}), nodes the seeds share "
             "(Jaccard), loss of the smallest circuit on its prompts → on unseen templates:",
             table(list(by_task.values())),
             "Each nonzero weight between nodes times 1 + noise · N(0, 1): mean task loss over the "

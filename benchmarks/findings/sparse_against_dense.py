@@ -61,7 +61,7 @@ def run(experiment: Experiment) -> str:
     tasks = [t for t in tasks if t not in missing + beyond]
     search = SEARCHES[SEARCHED[-1]]
     kinds = "; ".join(
-        f"{c.steps} at {c.k_coef:g} nats per node for {', '.join(ts)}"
+        f"{c.max_steps} at {c.node_penalty:g} nats per node for {', '.join(ts)}"
         for s in SEARCHED
         if (ts := [t for t in tasks if s in searches[t]])
         for c in [SEARCHES[s]]
@@ -165,7 +165,11 @@ def _convergence(tasks: list[str], folder: Path) -> str:
             if not stored_tasks([DENSE], [task], folder, search):
                 continue
             config, found = SEARCHES[search], frontier(DENSE, task, folder, search=search)
-            line = {"task": task, "updates": config.steps, "nats per node": f"{config.k_coef:g}"}
+            line = {
+                "task": task,
+                "updates": config.max_steps,
+                "nats per node": f"{config.node_penalty:g}",
+            }
             for target in TARGETS:
                 row = smallest(found, target)
                 line[f"edges at {target:g}"] = row["edges"] if row else "–"

@@ -94,7 +94,7 @@ def run(experiment: Experiment) -> str:
             __doc__.strip().split("\n\n")[1] + " One training run each.",
             table(rows),
             experiment.picture(draw, "Validation loss and edges against width", (5, 4)),
-            f"Edges of the smallest circuit at a target loss of {COMPARED:g}, {CONFIG.seeds} "
+            f"Edges of the smallest circuit at a target loss of {COMPARED:g}, {CONFIG.num_seeds} "
             "pruning seeds, on the tasks that two widths or more learned:",
             table(by_task),
             f"Learned: {by_width}."

@@ -71,7 +71,7 @@ def quick_pruning(seed, target_loss=0.9):
 
     # 30 steps do not teach a task; a circuit of guessing is a circuit all the same.
     return PruningConfig(
-        seed=seed, target_loss=target_loss, selection_margin=1.0, steps=10, batch_size=8,
+        seed=seed, target_loss=target_loss, selection_margin=1.0, max_steps=10, batch_size=8,
         selection_prompts=32, cleanup=False,
     )  # fmt: skip
 

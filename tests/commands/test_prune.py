@@ -6,8 +6,8 @@ from hf_circuit_sparsity import Circuit
 from hf_circuit_sparsity.cli import main
 
 # An untrained model guesses; a circuit of guessing is a circuit all the same.
-GUESSING = ["--task", "while_return_true", "--target-loss", "0.9", "--steps", "2"]
-GUESSING += ["--batch-size", "2", "--seeds", "2"]
+GUESSING = ["--task", "while_return_true", "--target-loss", "0.9", "--max-steps", "2"]
+GUESSING += ["--batch-size", "2", "--num-seeds", "2"]
 
 
 def test_search_with_every_switch_and_again(saved, corpus, tmp_path, capsys):
@@ -22,7 +22,7 @@ def test_search_with_every_switch_and_again(saved, corpus, tmp_path, capsys):
         assert expected in printed
     circuit = Circuit.from_pretrained(output)
     assert circuit.kept_edges is not None and circuit.tokens is not None
-    assert circuit.config["seeds"] == 2 and circuit.config["steps"] == 2
+    assert circuit.config["num_seeds"] == circuit.config["max_steps"] == 2
     journal = (output / "search" / "trials.jsonl").read_text()
     assert main(arguments) == 0  # nothing is tried anew
     again = (output / "search" / "trials.jsonl").read_text()

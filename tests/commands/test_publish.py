@@ -63,7 +63,7 @@ def run_dir(tmp_path_factory) -> Path:
     tokenizer.save_pretrained(folder)
     model = CircuitGPTForCausalLM.from_pretrained(folder)
     config = PruningConfig(
-        target_loss=9.0, selection_margin=1.0, steps=4, batch_size=8, selection_prompts=16,
+        target_loss=9.0, selection_margin=1.0, max_steps=4, batch_size=8, selection_prompts=16,
         cleanup=False,
     )  # fmt: skip
     reference = torch.randint(0, len(tokenizer), (8, 64), generator=torch.manual_seed(0))

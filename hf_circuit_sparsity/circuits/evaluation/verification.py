@@ -158,8 +158,8 @@ def _other_seeds(
     """Circuits found as this one was, from other seeds."""
     if count < 1:
         return []
-    known = {k: v for k, v in circuit.config.items() if k in PruningConfig.__dataclass_fields__}
-    config = PruningConfig(**{**known, "seeds": count, "seed": int(known.get("seed", 0)) + 1000})
+    seed = int(circuit.config.get("seed", 0)) + 1000
+    config = PruningConfig.from_stored(circuit.config, num_seeds=count, seed=seed)
     return find_circuits(model, task, config, reference=reference, progress=progress)
 
 

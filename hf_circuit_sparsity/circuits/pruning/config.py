@@ -1,6 +1,15 @@
 """The settings of [`find_circuit`]."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+_OLD_NAMES = {
+    "steps": "max_steps",
+    "k_coef": "node_penalty",
+    "beta2": "adam_beta2",
+    "seeds": "num_seeds",
+}
 
 
 @dataclass(frozen=True)
@@ -9,11 +18,11 @@ class PruningConfig:
 
     target_loss: float = 0.15
     """Task loss, in nats, that the circuit must reach; ln 2 ≈ 0.69 is guessing."""
-    steps: int = 400
+    max_steps: int = 400
     """Mask updates; 0 ranks nodes by their initial noise only."""
     batch_size: int = 64
     """Prompt pairs per update; each brings two sequences."""
-    k_coef: float = 1e-4
+    node_penalty: float = 1e-4
     """Price of one open node, in nats."""
     init_mean: float = 0.1
     """Mean of the initial mask parameters."""
@@ -23,7 +32,7 @@ class PruningConfig:
     """Of the sigmoid whose derivative stands in for the step function's."""
     learning_rate: float = 3e-3
     """Initial; decays linearly to zero."""
-    beta2: float = 0.95
+    adam_beta2: float = 0.95
     """AdamW's second moment decay."""
     weight_decay: float = 1e-3
     """AdamW's, pulls mask parameters to the threshold."""
@@ -49,11 +58,23 @@ class PruningConfig:
     """Tokens of the pretraining distribution over which means are taken."""
     seed: int = 0
     """Of the initial noise and of the batches."""
-    seeds: int = 1
+    num_seeds: int = 1
     """Masks are learned from this many seeds, `seed` onwards; the smallest circuit wins."""
     memory_gb: float = 4.0
     """Activations that learning masks may hold, in GB, roughly; the masks of as many seeds as fit
     are learned together in one forward pass."""
+
+    @classmethod
+    def from_stored(cls, values: Mapping[str, Any], **changes: Any) -> "PruningConfig":
+        """The settings in a circuit's `config`, also where an earlier version named them.
+
+        Args:
+            values: settings by name; what is none is left out.
+            changes: settings to set in place of those.
+        """
+        known = {field.name for field in fields(cls)}
+        named = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
+        return cls(**{**{n: v for n, v in named.items() if n in known}, **changes})
 
     def __post_init__(self) -> None:
         for name in ("target_loss", "temperature", "learning_rate", "max_grad_norm", "memory_gb"):
@@ -64,11 +85,11 @@ class PruningConfig:
             "selection_prompts",
             "reference_tokens",
             "calibration_steps",
-            "seeds",
+            "num_seeds",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} was passed, but it must be ≥ 1.")
-        for name in ("steps", "screen_prompts", "k_coef", "weight_decay", "init_std"):
+        for name in ("max_steps", "screen_prompts", "node_penalty", "weight_decay", "init_std"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} was passed, but it must be ≥ 0.")
         if not 0 < self.selection_margin <= 1:

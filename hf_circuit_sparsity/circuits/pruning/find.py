@@ -117,7 +117,7 @@ def find_circuits(
         sites = dict(means.nodes)
         if config.token_nodes:
             sites[TOKENS] = means.token
-        seeds = range(config.seed, config.seed + config.seeds)
+        seeds = range(config.seed, config.seed + config.num_seeds)
         learned = learn_masks(model, train, sites, config, seeds, progress)
         by_target: list[list[Circuit]] = [[] for _ in targets]
         for seed, scores in zip(seeds, learned, strict=True):

@@ -57,7 +57,10 @@ def learn_masks(
     fit = max(1, int(1e9 * config.memory_gb / _bytes_per_seed(model, train, means, config)))
     learned = []
     with tqdm(
-        total=config.steps * len(seeds), desc="learning masks", disable=not progress, leave=False
+        total=config.max_steps * len(seeds),
+        desc="learning masks",
+        disable=not progress,
+        leave=False,
     ) as bar:
         for start in range(0, len(seeds), fit):
             learned += _learn_together(model, train, means, config, seeds[start : start + fit], bar)
@@ -97,11 +100,11 @@ def _learn_together(
     optimizer = torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,
-        betas=(0.9, config.beta2),
+        betas=(0.9, config.adam_beta2),
         weight_decay=config.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 1 - step / max(1, config.steps)
+        optimizer, lambda step: 1 - step / max(1, config.max_steps)
     )
     gates: Masks = {}
 
@@ -124,7 +127,7 @@ def _learn_together(
         for p in weights_need_grad:
             p.requires_grad_(False)
         with hooked_sites(model, {site: gate_hook(site) for site in taus}):
-            for _ in range(config.steps):
+            for _ in range(config.max_steps):
                 rows = torch.cat(
                     [torch.randint(n, (2 * config.batch_size,), generator=g) for g in generators]
                 )
@@ -136,7 +139,7 @@ def _learn_together(
                 losses = torch.nn.functional.softplus(pairs[..., 1] - pairs[..., 0]).mean(1)
                 open_nodes = sum(gate.sum(1) for gate in gates.values())
                 optimizer.zero_grad()
-                (losses + config.k_coef * open_nodes).sum().backward()
+                (losses + config.node_penalty * open_nodes).sum().backward()
                 _clip_each_seed(parameters, config.max_grad_norm)
                 optimizer.step()
                 schedule.step()

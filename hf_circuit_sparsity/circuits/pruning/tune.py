@@ -28,13 +28,13 @@ SETTINGS_NAME = "search.json"
 BEST_NAME = "smallest"
 # Settings and their ranges, by how optuna samples them; the defaults are well inside.
 _LOGARITHMIC = {
-    "k_coef": (1e-5, 3e-3),
+    "node_penalty": (1e-5, 3e-3),
     "learning_rate": (1e-3, 3e-2),
     "temperature": (0.2, 3.0),
     "weight_decay": (1e-5, 1e-1),
     "max_grad_norm": (0.1, 10.0),
 }
-_LINEAR = {"init_mean": (0.02, 0.5), "beta2": (0.85, 0.995)}
+_LINEAR = {"init_mean": (0.02, 0.5), "adam_beta2": (0.85, 0.995)}
 SEARCHED = (*_LOGARITHMIC, *_LINEAR)
 
 

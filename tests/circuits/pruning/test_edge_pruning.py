@@ -23,7 +23,7 @@ from tests.circuits.planted import (
 )
 
 CONFIG = PruningConfig(
-    steps=60, batch_size=16, learning_rate=1e-2, selection_prompts=100, screen_prompts=40
+    max_steps=60, batch_size=16, learning_rate=1e-2, selection_prompts=100, screen_prompts=40
 )
 
 

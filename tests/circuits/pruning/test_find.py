@@ -20,7 +20,7 @@ from tests.circuits.planted import (
     word_tokenizer,
 )
 
-QUICK = PruningConfig(steps=200, batch_size=32, selection_prompts=200)
+QUICK = PruningConfig(max_steps=200, batch_size=32, selection_prompts=200)
 
 
 def find(model=None, task=None, config=QUICK):
@@ -92,7 +92,7 @@ def test_gate_is_a_step_forward_and_a_sigmoid_backward():
 def test_model_is_left_as_it_was():
     model = planted_model().train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    find(model, config=PruningConfig(**{**QUICK.__dict__, "steps": 5}))
+    find(model, config=PruningConfig(**{**QUICK.__dict__, "max_steps": 5}))
     assert model.training
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -126,7 +126,7 @@ def test_a_task_the_model_has_not_learned_says_what_it_can_reach():
     with pytest.raises(TaskNotLearnedError, match=r"reaches a loss of 0\.693 on the task 'on_off'"):
         find(model)
     # Asked for no more than guessing, it finds the circuit of guessing: hardly anything.
-    circuit = find(model, config=PruningConfig(steps=5, target_loss=1.0, selection_prompts=100))
+    circuit = find(model, config=PruningConfig(max_steps=5, target_loss=1.0, selection_prompts=100))
     assert len(circuit) == 0
     assert circuit.metrics["circuit_loss"] == pytest.approx(math.log(2), abs=0.02)
 
@@ -150,7 +150,7 @@ def test_bad_settings():
         ({"target_loss": 0.0}, "target_loss=0.0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"selection_margin": 1.5}, "selection_margin=1.5"),
-        ({"seeds": 0}, "seeds=0"),
+        ({"num_seeds": 0}, "num_seeds=0"),
         ({"memory_gb": 0.0}, "memory_gb=0.0"),
         ({"screen_prompts": -1}, "screen_prompts=-1"),
     ]:

@@ -13,7 +13,7 @@ from hf_circuit_sparsity.circuits.pruning.tune import search_circuit
 from tests.circuits.planted import on_off_task, planted_model, reference_ids
 
 SMALL = PruningConfig(
-    steps=20, batch_size=8, learning_rate=1e-2, selection_prompts=60, screen_prompts=30
+    max_steps=20, batch_size=8, learning_rate=1e-2, selection_prompts=60, screen_prompts=30
 )
 
 
@@ -50,7 +50,7 @@ def test_screening_leads_to_circuits_that_cannot_lose_a_node_either():
 
 
 def test_every_seed_has_its_circuit_and_says_so():
-    circuits = find(with_settings(seeds=2, seed=7))
+    circuits = find(with_settings(num_seeds=2, seed=7))
     assert [c.config["seed"] for c in circuits] == [7, 8]
     assert jaccard(circuits[0], circuits[0]) == 1
     assert 0 < mean_jaccard(circuits) <= 1
@@ -83,8 +83,8 @@ def test_a_search_that_was_stopped_goes_the_way_it_would_have_gone(tmp_path):
     assert values(tmp_path / "cut") == values(tmp_path / "whole")
     assert (tmp_path / "cut" / "trials.jsonl").read_bytes()[: len(before)] == before
 
-    with pytest.raises(ValueError, match=r"holds a search with steps=20, but 21 was asked for"):
-        search(tmp_path / "cut", 3, with_settings(steps=21))
+    with pytest.raises(ValueError, match=r"holds a search with max_steps=20, but 21 was asked for"):
+        search(tmp_path / "cut", 3, with_settings(max_steps=21))
     with pytest.raises(ValueError, match="trials=0"):
         search(tmp_path / "none", 0)
     assert not (tmp_path / "none").exists()
