@@ -13,7 +13,7 @@ import sys
 class Forbidden:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "hf_circuit_sparsity":
-            raise AssertionError("hf_circuit_sparsity was imported by its own name")
+            raise ModuleNotFoundError("hf_circuit_sparsity is not installed here")
 
 
 sys.meta_path.insert(0, Forbidden())

@@ -1,24 +1,15 @@
-"""The server itself: two ports of the loopback interface, a log of requests, a place to interfere.
+"""The server itself: one port of the loopback interface, a log of requests, and a hook."""
 
-The Hub and its file storage are two origins, as they are in reality: clients must not send their
-access token to the second.
-"""
-
-import shutil
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from tests.hub_server.errors import HubError
-from tests.hub_server.hub import Hub, Role, Token
-from tests.hub_server.routes import HUB, STORAGE
-from tests.hub_server.wire import Request, Response, Router
+from tests.hub_server.hub import Hub, HubError, Role, Token
+from tests.hub_server.routes import Request, Response, answer, as_json
 
 
 @dataclass(frozen=True)
@@ -34,15 +25,11 @@ class Logged:
     path: str
     status: int
     received: int
-    user: str | None
     known: bool
 
 
 class HubServer:
     """A Hub on loopback.
-
-    Args:
-        folder: where its state lies; a server started on the same folder knows it again.
 
     Attributes:
         log: every answered request, oldest first.
@@ -50,48 +37,31 @@ class HubServer:
             raise `ConnectionAbortedError` to hang up without an answer, or `HubError`.
     """
 
-    def __init__(self, folder: Path):
-        self.hub = Hub(Path(folder))
+    def __init__(self) -> None:
+        self.hub = Hub()
         self.log: list[Logged] = []
         self.before: Callable[[Request], None] | None = None
         self._lock = threading.RLock()
-        self._servers = [self._listen(HUB), self._listen(STORAGE)]
-        hub_port, storage_port = (server.server_address[1] for server in self._servers)
-        self.url = f"http://127.0.0.1:{hub_port}"
-        # Another name, not only another port: some clients compare nothing but names.
-        self.storage_url = f"http://localhost:{storage_port}"
-        for server in self._servers:
-            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def __enter__(self) -> "HubServer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        for server in self._servers:
-            server.shutdown()
-            server.server_close()
+        server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{server.server_address[1]}"
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
 
     @contextmanager
     def emptied(self) -> Iterator["HubServer"]:
         """Within the block nothing is there, and no one knows afterwards what was."""
         with self._lock:
-            before, self.log, self.before = self.hub, [], None
-            self.hub = Hub(Path(tempfile.mkdtemp(dir=before.folder)))
+            before, self.hub, self.log, self.before = self.hub, Hub(), [], None
         try:
             yield self
         finally:
             with self._lock:
-                shutil.rmtree(self.hub.folder, ignore_errors=True)
                 self.hub, self.before = before, None
 
-    def add_user(self, name: str, role: Role = "write", organizations: tuple[str, ...] = ()) -> str:
+    def add_user(self, name: str, role: Role = "write") -> str:
         """Make a user known and return an access token of theirs."""
         secret = f"hf_{name}_{role}"
         self.hub.tokens[secret] = Token(name, role)
-        self.hub.organizations[name] = list(organizations)
         return secret
 
     def uploaded(self) -> int:
@@ -106,40 +76,35 @@ class HubServer:
         """What clients asked for that this server does not know of."""
         return [f"{e.method} {e.path}" for e in list(self.log) if not e.known]
 
-    def _listen(self, router: Router) -> ThreadingHTTPServer:
-        server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, router))
-        server.daemon_threads = True
-        return server
-
-    def answer(self, router: Router, request: Request) -> Response:
+    def answer(self, request: Request) -> Response:
         known = True
         try:
             if self.before is not None:
                 self.before(request)
             with self._lock:
-                if router is HUB:
-                    secret = request.headers.get("authorization", "").removeprefix("Bearer ")
-                    request.token = self.hub.token(secret or None)
-                response = router.answer(self.hub, request)
+                secret = request.headers.get("authorization", "").removeprefix("Bearer ")
+                if secret and secret not in self.hub.tokens:
+                    raise HubError(401, "Invalid credentials in Authorization header")
+                request.token = self.hub.tokens.get(secret)
+                response = answer(self.hub, request)
             if response is None:
                 known = False
                 raise HubError(404, "This server has no such path.")
         except HubError as error:
-            response = Response.of_error(error)
+            response = as_json(error.body, error.status, error.headers)
         except ConnectionError:
             raise
         except Exception:
             # A failure of the fixture must be seen, not taken for a failure of the client.
             traceback.print_exc()
-            response = Response.json({"error": traceback.format_exc()}, 500)
-        user = request.token.user if request.token else None
+            response = as_json({"error": traceback.format_exc()}, 500)
         self.log.append(
-            Logged(request.method, request.path, response.status, len(request.body), user, known)
+            Logged(request.method, request.path, response.status, len(request.body), known)
         )
         return response
 
 
-def _handler(server: HubServer, router: Router) -> type[BaseHTTPRequestHandler]:
+def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
@@ -147,20 +112,14 @@ def _handler(server: HubServer, router: Router) -> type[BaseHTTPRequestHandler]:
         timeout = 60
 
         def do_GET(self) -> None:
+            parts = urlsplit(self.path)
+            headers = {name.lower(): value for name, value in self.headers.items()}
             try:
-                body = self._body()
-                parts = urlsplit(self.path)
                 request = Request(
-                    self.command,
-                    parts.path,
-                    parse_qs(parts.query),
-                    {name.lower(): value for name, value in self.headers.items()},
-                    body,
+                    self.command, parts.path, parse_qs(parts.query), headers, self._body(),
                     server.url,
-                    server.storage_url,
-                )
-                response = server.answer(router, request)
-                self._send(response)
+                )  # fmt: skip
+                self._send(server.answer(request))
             except (ConnectionError, TimeoutError):
                 self.close_connection = True
 
