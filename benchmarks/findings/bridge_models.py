@@ -15,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
@@ -61,38 +62,48 @@ def sample_text(split: Dataset, rows: int) -> torch.Tensor:
     return torch.tensor(spread_sample(split, rows)["input_ids"][:])[:rows]
 
 
+def train(
+    kind: type[SparseTrainer],
+    model: PreTrainedModel,
+    arguments: SparseTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: DatasetDict,
+    eval_rows: int,
+) -> dict[str, float]:
+    """Train a model into the arguments' folder, or go on there; returns its metrics."""
+    folder = Path(arguments.output_dir)
+    say(f"Training {folder}")
+    trainer = kind(
+        model,
+        arguments,
+        train_dataset=blocks["train"],
+        eval_dataset=spread_sample(blocks["validation"], eval_rows),
+        processing_class=tokenizer,
+    )
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    _, seconds = fit(trainer, BLOCK_SIZE, last)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    return {**metrics, "steps": arguments.max_steps, "seconds": seconds}
+
+
 def train_dense(
     folder: Path, tokenizer: PreTrainedTokenizerBase, blocks: DatasetDict
 ) -> dict[str, float]:
-    """Train the dense GPT-2 into a folder; returns what training reported."""
-    say("Training the dense GPT-2")
+    """Train the dense GPT-2 into a folder; returns its metrics."""
     set_seed(0)
-    ids = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    end = tokenizer.eos_token_id
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=BLOCK_SIZE, n_embd=128, n_layer=N_LAYER, n_head=8,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False, **ids,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False,
+        bos_token_id=end, eos_token_id=end,
     )  # fmt: skip
     arguments = SparseTrainingArguments(
         str(folder), sparsifier="none", max_steps=DENSE_STEPS, learning_rate=1e-2,
         per_device_train_batch_size=BATCH_SIZE, per_device_eval_batch_size=32, logging_steps=100,
         save_steps=DENSE_STEPS // 4, save_total_limit=1, report_to="none",
     )  # fmt: skip
-    trainer = SparseTrainer(
-        GPT2LMHeadModel(config),
-        arguments,
-        train_dataset=blocks["train"],
-        eval_dataset=spread_sample(blocks["validation"], 512),
-        processing_class=tokenizer,
-    )
-    fit(trainer, BLOCK_SIZE, last_checkpoint(folder))
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    return {"loss": metrics["eval_loss"], "steps": DENSE_STEPS}
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """Where a training into a folder goes on."""
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return train(SparseTrainer, GPT2LMHeadModel(config), arguments, tokenizer, blocks, 512)
 
 
 def ensure_dense(folder: Path = FOLDER) -> tuple[PreTrainedTokenizerBase, DatasetDict]:
@@ -117,40 +128,19 @@ def ridge_tokens(blocks: DatasetDict) -> torch.Tensor:
 def train_bridge(
     folder: Path, bridged: BridgedCausalLM, tokenizer: PreTrainedTokenizerBase, blocks: DatasetDict
 ) -> dict[str, float]:
-    """Train twin and bridges together into a folder; returns what training reported."""
-    say("Training its sparse twin and the bridges")
+    """Train twin and bridges together into a folder; returns their metrics."""
     set_seed(0)
     ridge_bridges_(bridged, ridge_tokens(blocks))
     arguments = BridgeTrainingArguments(
-        str(folder),
-        max_steps=BRIDGE_STEPS,
-        learning_rate=BRIDGE_LEARNING_RATE,
+        str(folder), max_steps=BRIDGE_STEPS, learning_rate=BRIDGE_LEARNING_RATE,
         nmse_weight=NMSE_WEIGHT,
         # The twin is as sparse as it is to be from the first step on.
         target_density=DENSITY, anneal_start=0.0, anneal_end=0.0,
         per_device_train_batch_size=BRIDGE_BATCH_SIZE, per_device_eval_batch_size=32,
-        logging_steps=max(1, BRIDGE_STEPS // 20), save_steps=max(1, BRIDGE_STEPS // 4),
-        save_total_limit=1, report_to="none",
+        logging_steps=BRIDGE_STEPS // 20, save_steps=BRIDGE_STEPS // 4, save_total_limit=1,
+        report_to="none",
     )  # fmt: skip
-    trainer = BridgeTrainer(
-        bridged,
-        arguments,
-        train_dataset=blocks["train"],
-        eval_dataset=spread_sample(blocks["validation"], 32),
-        processing_class=tokenizer,
-    )
-
-    def newest() -> dict[str, str]:
-        log = trainer.state.log_history[-1]
-        names = ("lm", "kl", "nmse", "dense_to_sparse", "sparse_to_dense")
-        return {name[:9]: f"{log[name]:.3f}" for name in names if name in log}
-
-    _, seconds = fit(trainer, BLOCK_SIZE, last_checkpoint(folder), newest)
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    bridged.sparse.save_pretrained(folder / "sparse")
-    tokenizer.save_pretrained(folder / "sparse")
-    return {**metrics, "steps": BRIDGE_STEPS, "seconds": seconds}
+    return train(BridgeTrainer, bridged, arguments, tokenizer, blocks, 32)
 
 
 def load_models(

@@ -95,10 +95,11 @@ def exactness(bridged: BridgedCausalLM, blocks: Any, folder: Path, text: torch.T
                 row[label] = f"{value:.3f}"
             rows.append(row)
     start, end = figures["untrained"], figures["trained together"]
+    dense_loss = summary(folder, DENSE)["eval_loss"]
     return (
         f"{text.numel():,} validation tokens. NMSE is the share of the stream's variance that is "
         "missed (1: no better than its mean); KL is KL(dense ‖ hybrid), nats per token. Validation "
-        f"loss of the dense GPT-2 {summary(folder, DENSE)['loss']:.2f}, of the sparse model before "
+        f"loss of the dense GPT-2 {dense_loss:.2f}, of the sparse model before "
         f"{start['lm']:.2f} and as its trained twin {end['lm']:.2f} nats per token; KL(dense ‖ "
         f"sparse) before {start['kl']:.3f}, after {end['kl']:.3f}.\n\n{table(rows)}"
     )

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 from hf_circuit_sparsity.circuits.circuit import Circuit
-from hf_circuit_sparsity.circuits.edges import Edge, embedding_edges, unembedding_edges
 from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
-from hf_circuit_sparsity.circuits.task_loss import candidates
 from hf_circuit_sparsity.circuits.viewer.activations import record_activations
 from hf_circuit_sparsity.circuits.viewer.attention import attention_patterns
+from hf_circuit_sparsity.circuits.viewer.layout import GraphLink, Key, layered_graph
 from hf_circuit_sparsity.circuits.viewer.losses import node_effects
 
 from ..experiment import Experiment, table
@@ -115,12 +114,12 @@ def describe_nodes(circuit: Circuit, model: Any, tokenizer: Any, task: Any) -> s
     excited = excitement(circuit, model, prompts)
     nodes = [(site, index) for site in circuit.means for index in circuit.nodes.get(site, [])]
     effects = node_effects(circuit, model, rows, nodes)
-    edges = circuit.edges(model)
-    tokens = sorted({token for prompt in prompts for token in prompt})
-    answers = sorted(set(candidates(rows).flatten().tolist()))
+    links = layered_graph(circuit, model).links
     lines = []
     for site, index in nodes:
-        means = excited[site, index]
+        means, head = excited[site, index], index // model.config.head_dim
+        reads = [(link.source, link) for link in links if link.target == (site, index)]
+        writes = [(link.target, link) for link in links if link.source == (site, index)]
         high = sorted(means, key=means.__getitem__, reverse=True)[:SHOWN]
         low = sorted(means, key=means.__getitem__)[:SHOWN]
         spread = 0.2 * max((abs(v) for v in means.values()), default=0.0)
@@ -129,8 +128,8 @@ def describe_nodes(circuit: Circuit, model: Any, tokenizer: Any, task: Any) -> s
                 "node": f"{site}.{index}",
                 "excited by": _listed(tokenizer, [t for t in high if means[t] > spread], means),
                 "inhibited by": _listed(tokenizer, [t for t in low if means[t] < -spread], means),
-                "reads": _reads(circuit, model, tokenizer, site, index, edges, tokens),
-                "writes": _writes(circuit, model, tokenizer, site, index, edges, answers),
+                "reads": _ends(tokenizer, reads),
+                "writes": _ends(tokenizer, writes) or f"attention scores of head {head}",
                 "ablating it adds": f"{effects[site, index]:.2f}",
             }
         )
@@ -189,61 +188,16 @@ def _attention(circuit: Circuit, model: Any, tokenizer: Any, task: Any) -> str:
     return "Attention within the circuit, mean over held-out prompts:\n\n" + "\n".join(lines)
 
 
-def _reads(
-    circuit: Circuit, model: Any, tokenizer: Any, site: str, index: int, edges: list[Edge],
-    tokens: list[int],
-) -> str:  # fmt: skip
-    if site.endswith("act_in"):
-        written = [
-            f"{other}.{index}"
-            for other in _before(circuit, site)
-            if other.endswith("resid_delta") and index in circuit.nodes[other]
-        ]
-        weights = {t: w for t, _, w in embedding_edges(model, {site: [index]}, tokens)}
-        strongest = sorted(weights, key=lambda t: -abs(weights[t]))[:SHOWN]
-        parts = [f"embedding of {_listed(tokenizer, strongest, weights)}"] if strongest else []
-        return "; ".join([*written, *parts])
-    return ", ".join(
-        f"{e.weight:+.2f} · {_short(e.source_site)}.{e.source}"
-        for e in edges
-        if (e.target_site, e.target) == (site, index)
-    )
-
-
-def _writes(
-    circuit: Circuit, model: Any, tokenizer: Any, site: str, index: int, edges: list[Edge],
-    answers: list[int],
-) -> str:  # fmt: skip
-    if site.endswith("resid_delta"):
-        read = [
-            f"{other}.{index}"
-            for other in circuit.nodes
-            if other.endswith("act_in")
-            and site in _before(circuit, other)
-            and index in circuit.nodes[other]
-        ]
-        weights = {t: w for _, t, w in unembedding_edges(model, {site: [index]}, answers)}
-        strongest = sorted(weights, key=lambda t: -abs(weights[t]))[:SHOWN]
-        parts = [f"logit of {_listed(tokenizer, strongest, weights)}"] if strongest else []
-        return "; ".join([*read, *parts])
-    if site.endswith((".q", ".k")):
-        head = index // model.config.head_dim
-        return f"attention scores of head {head}"
-    return ", ".join(
-        f"{e.weight:+.2f} → {_short(e.target_site)}.{e.target}"
-        for e in edges
-        if (e.source_site, e.source) == (site, index)
-    )
-
-
-def _before(circuit: Circuit, site: str) -> list[str]:
-    """The circuit's sites that are computed before this one."""
-    order = list(circuit.means)
-    return [s for s in order[: order.index(site)] if s in circuit.nodes]
-
-
-def _short(site: str) -> str:
-    return site.split(".", 2)[2]
+def _ends(tokenizer: Any, links: list[tuple[Key, GraphLink]]) -> str:
+    """What stands at the other ends of a node's links: nodes, and tokens with their weights."""
+    shown = []
+    for (site, index), link in links:
+        if site in ("token", "answer"):
+            shown.append(f"{site} {_listed(tokenizer, [index], {index: link.weight})}")
+        else:
+            weight = f"{link.weight:+.2f} · " if link.kind == "weight" else ""
+            shown.append(f"{weight}{site.removeprefix('h.')}.{index}")
+    return ", ".join(shown)
 
 
 def _listed(tokenizer: Any, ids: list[int], values: Mapping[int, float], sign: bool = True) -> str:

@@ -123,8 +123,16 @@ def learned_tasks(name: str, folder: Path = FOLDER, target: float = COMPARED) ->
 def circuit_folder(
     name: str, task: str, target: float, seed: int, folder: Path = FOLDER, search: str = "quick"
 ) -> Path:
-    """Where the circuit of a model is kept."""
-    return folder / _circuits(search) / name / task / f"loss-{target:g}-seed{seed}"
+    """Where a circuit of a model is stored."""
+    return folder / _of_search("circuits", search) / name / task / f"loss-{target:g}-seed{seed}"
+
+
+def _frontier_file(name: str, task: str, folder: Path, search: str) -> Path:
+    return folder / "measured" / name / _of_search("frontier", search) / f"{task}.json"
+
+
+def _of_search(kind: str, search: str) -> str:
+    return kind if search == "quick" else f"{kind}-{search.replace(',', '').replace(' ', '-')}"
 
 
 def frontier(
@@ -173,19 +181,6 @@ def frontier(
         return rows
 
     return stored(_frontier_file(name, task, folder, search), compute)
-
-
-def _circuits(search: str) -> str:
-    return "circuits" if search == "quick" else f"circuits-{_slug(search)}"
-
-
-def _frontier_file(name: str, task: str, folder: Path, search: str) -> Path:
-    kind = "frontier" if search == "quick" else f"frontier-{_slug(search)}"
-    return folder / "measured" / name / kind / f"{task}.json"
-
-
-def _slug(search: str) -> str:
-    return search.replace(",", "").replace(" ", "-")
 
 
 def stored_tasks(

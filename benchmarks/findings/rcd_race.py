@@ -6,13 +6,14 @@ The `Trainer` has neither: its trainings run to their ends, and its clock counts
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_circuit_sparsity.commands.console import say
@@ -95,6 +96,32 @@ def builders(
     )
 
 
+def sparse_optimizer(
+    model: nn.Module, run: Run, density: float
+) -> tuple[torch.optim.Optimizer, AbstractContextManager[Any]]:
+    """The optimizer of a run, and the context in which the model computes as it needs."""
+    groups = sparse_param_groups(model, min_nonzeros=MIN_NONZEROS)
+    if run.method in ("adamw", "sgd"):
+        plain = [{"params": [p for _, p in g["params"]], "weight_decay": g["weight_decay"]}
+                 for g in groups]  # fmt: skip
+        kind = torch.optim.AdamW if run.method == "adamw" else torch.optim.SGD
+        return kind(plain, lr=run.lr, **run.settings), nullcontext()
+    common = {
+        "lr": run.lr,
+        "betas": (0.9, 0.95),
+        "eps": 0.1,
+        "target_density": density,
+        "total_steps": run.steps,
+        "sharkfin": True,
+        "grad_rms": "always",
+        **run.settings,
+    }
+    if run.method == "topk":
+        return TopKAdamW(groups, **common), on_nonzeros(model)
+    optimizer = RCDSparseOptimizer(groups, seed=run.seed, **common)
+    return optimizer, PartialGradients(model, optimizer)
+
+
 class Training:
     """A training with a clock of its own, which stands still while others run or it is evaluated.
 
@@ -131,37 +158,11 @@ class Training:
                 sparsify_initialization_(
                     self.model, start, min_nonzeros=MIN_NONZEROS, seed=run.seed
                 )
-        self._computing: Any = nullcontext()
-        self.optimizer = self._optimizer(density)
+        self.optimizer, self._computing = sparse_optimizer(self.model, run, density)
         self._computing.__enter__()
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
         generator = torch.Generator().manual_seed(run.seed)
         self.order = torch.randperm(len(blocks), generator=generator)
-
-    def _optimizer(self, density: float) -> torch.optim.Optimizer:
-        run = self.plan
-        groups = sparse_param_groups(self.model, min_nonzeros=MIN_NONZEROS)
-        if run.method in ("adamw", "sgd"):
-            plain = [{"params": [p for _, p in g["params"]], "weight_decay": g["weight_decay"]}
-                     for g in groups]  # fmt: skip
-            kind = torch.optim.AdamW if run.method == "adamw" else torch.optim.SGD
-            return kind(plain, lr=run.lr, **run.settings)
-        common = {
-            "lr": run.lr,
-            "betas": (0.9, 0.95),
-            "eps": 0.1,
-            "target_density": density,
-            "total_steps": run.steps,
-            "sharkfin": True,
-            "grad_rms": "always",
-            **run.settings,
-        }
-        if run.method == "topk":
-            self._computing = on_nonzeros(self.model)
-            return TopKAdamW(groups, **common)
-        optimizer = RCDSparseOptimizer(groups, seed=run.seed, **common)
-        self._computing = PartialGradients(self.model, optimizer)
-        return optimizer
 
     def _factor(self, step: int) -> float:
         warmup = max(1, round(0.01 * self.plan.steps))

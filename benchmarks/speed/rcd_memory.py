@@ -10,14 +10,11 @@ import torch
 
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
-from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
 from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
-from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
-from hf_circuit_sparsity.optim.sparse_compute import on_nonzeros
 from hf_circuit_sparsity.optim.sparse_init import sparse_from_config, sparsify_initialization_
-from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
 
 from ..experiment import Experiment, in_new_process, machine, peak_memory, table
+from ..findings.rcd_race import Run, sparse_optimizer
 
 DENSITY = 1 / 64
 SIDES = ("top-k AdamW", "RCD, whole matrices", "RCD, nonzeros alone")
@@ -36,15 +33,9 @@ def run_side(side: str, width: int, layers: int, steps: int) -> dict[str, float]
     else:
         model = CircuitGPTForCausalLM(config)
         sparsify_initialization_(model, DENSITY)
-    groups = sparse_param_groups(model)
-    if side == "top-k AdamW":
-        optimizer: torch.optim.Optimizer = TopKAdamW(
-            groups, target_density=DENSITY, anneal_start=0.0, anneal_end=0.0
-        )
-        computing = on_nonzeros(model)
-    else:
-        optimizer = RCDSparseOptimizer(groups, lr=1e-2, target_density=DENSITY)
-        computing = PartialGradients(model, optimizer)
+    settings = {"anneal_start": 0.0, "anneal_end": 0.0}
+    run = Run("topk", 1, 1e-2, 2, settings) if side == SIDES[0] else Run("rcd", 1, 1e-2, 2)
+    optimizer, computing = sparse_optimizer(model, run, DENSITY)
     batch = torch.randint(2048, (2, 128), generator=torch.Generator().manual_seed(1))
     gradients = 0
     with computing:

@@ -20,6 +20,8 @@ from hf_circuit_sparsity.circuits.ablation import mean_activations
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from tests.circuits.planted import (
+    OFF,
+    ON,
     PLANTED_NODES,
     YES,
     on_off_task,
@@ -58,13 +60,14 @@ def test_noise_is_taken_back():
 def test_a_node_is_described_by_what_excites_it_and_what_it_reads_and_writes():
     model = planted_model()
     means, fingerprint = mean_activations(model, reference_ids()), model_fingerprint(model)
-    circuit = Circuit(PLANTED_NODES, means, "on_off", fingerprint)
+    example = {"token_ids": [ON], "counterfactual_token_ids": [OFF], "target_id": YES}
+    circuit = Circuit(PLANTED_NODES, means, "on_off", fingerprint, example=example)
     lines = describe_nodes(circuit, model, word_tokenizer(), on_off_task()).splitlines()
     row = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| h.")}
     assert list(row) == [f"{site}.{i}" for site, (i,) in PLANTED_NODES.items()]
     cells = row["h.0.attn.act_in.0"].split(" | ")
-    assert "'on'" in cells[1] and "'off'" in cells[2] and "+2.00 → attn.v.5" in cells[4]
-    assert "logit of `'yes'` +3.00" in row["h.1.mlp.resid_delta.4"]
+    assert "'on'" in cells[1] and "'off'" in cells[2] and "+2.00 · 0.attn.v.5" in cells[4]
+    assert "token `'on'`" in cells[3] and "answer `'yes'` +3.00" in row["h.1.mlp.resid_delta.4"]
     assert all(float(line.rstrip("| ").split(" | ")[-1]) > 0.5 for line in row.values())
 
 
