@@ -113,7 +113,7 @@ def sparse_optimizer(
         "target_density": density,
         "total_steps": run.steps,
         "sharkfin": True,
-        "grad_rms": "always",
+        "normalize_gradients": "always",
         **run.settings,
     }
     if run.method == "topk":

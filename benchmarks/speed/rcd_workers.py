@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.optim.param_groups import sparse_param_groups as groups_of
-from hf_circuit_sparsity.optim.rcd.distributed import Workers
+from hf_circuit_sparsity.optim.rcd.distributed import RCDProcessGroup
 from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
 from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
 from hf_circuit_sparsity.optim.sparse_init import sparse_from_config
@@ -38,9 +38,9 @@ def _rank(rank: int, folder: str, width: int, layers: int, steps: int) -> None:
     batches = [torch.randint(2048, (2, 64), generator=generator) for _ in range(steps)]
 
     model = sparse_from_config(config, 1 / 64)
-    workers = Workers()
+    workers = RCDProcessGroup()
     optimizer = RCDSparseOptimizer(
-        groups_of(model), lr=1e-2, target_density=1 / 64, grad_rms="always", workers=workers,
+        groups_of(model), lr=1e-2, target_density=1 / 64, normalize_gradients="always", process_group=workers,
         selection="gradient",
     )  # fmt: skip
     with PartialGradients(model, optimizer):

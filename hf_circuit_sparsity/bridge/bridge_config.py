@@ -70,9 +70,9 @@ class BridgeTrainingArguments(SparseTrainingArguments):
             raise ValueError(f"hybrid_locations={count!r} was passed, expected an integer >= 0.")
         super().__post_init__()
         if not self.sparse_bridges:
-            dense = list(self.dense_parameters or [])
+            dense = list(self.exclude_parameters or [])
             if BRIDGE_PARAMETERS not in dense:
-                self.dense_parameters = [*dense, BRIDGE_PARAMETERS]
+                self.exclude_parameters = [*dense, BRIDGE_PARAMETERS]
 
     def loss_weights(self) -> dict[str, float]:
         """The weight of every term, by its name."""

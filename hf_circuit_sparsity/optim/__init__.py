@@ -2,7 +2,7 @@
 
 from .param_groups import sparse_param_groups
 from .projection import nonzero_budget, project_topk_, project_topk_reference_
-from .rcd.distributed import Workers
+from .rcd.distributed import RCDProcessGroup
 from .rcd.forward_mode import add_forward_gradients, directional_derivative
 from .rcd.optimizer import RCDSparseOptimizer
 from .rcd.partial_gradients import PartialGradients
@@ -10,11 +10,11 @@ from .schedules import DensitySchedule, sharkfin
 from .sparse_compute import on_nonzeros
 from .sparse_init import sparse_from_config, sparsify_initialization_
 from .topk_adamw import TopKAdamW
-from .weight_mask import MaskGraph, extract_mask
+from .weight_mask import WeightMask, extract_mask
 
 __all__ = [
     "DensitySchedule",
-    "MaskGraph",
+    "WeightMask",
     "PartialGradients",
     "RCDSparseOptimizer",
     "TopKAdamW",

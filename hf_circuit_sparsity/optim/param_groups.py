@@ -23,31 +23,31 @@ def sparse_param_groups(
     exclude: Iterable[str] = (),
     include: Iterable[str] = (),
 ) -> list[dict[str, Any]]:
-    """Sort the trainable parameters of ``model`` into groups for :class:`TopKAdamW`.
+    """Sort the trainable parameters of `model` into groups for [`TopKAdamW`].
 
-    Sparse are the weights of ``nn.Linear``, transformers' ``Conv1D`` and ``nn.Embedding`` and the
+    Sparse are the weights of `nn.Linear`, transformers' `Conv1D` and `nn.Embedding` and the
     biases of the first two (Gao et al. 2025, section 2). Everything else is dense: norms of any
     class, bigram tables, attention sinks. A tied weight appears once and follows the rule for
-    embeddings. Frozen parameters (``requires_grad=False``) are left out.
+    embeddings. Frozen parameters (`requires_grad=False`) are left out.
 
-    The nonzeros of a layer that holds nothing else (``SparseLinear``, ``SparseEmbedding``) follow
-    the rule for its weight, in groups of their own marked ``nonzeros=True``, which
-    :class:`RCDSparseOptimizer` trains.
+    The nonzeros of a layer that holds nothing else (`SparseLinear`, `SparseEmbedding`) follow
+    the rule for its weight, in groups of their own marked `nonzeros=True`, which
+    [`RCDSparseOptimizer`] trains.
 
     Args:
-        model: any module; a ``PreTrainedModel`` also tells which matrix is its unembedding.
+        model: any module; a `PreTrainedModel` also tells which matrix is its unembedding.
         weight_decay: of parameters with two or more dimensions; the others get none.
         sparse_embeddings: whether embeddings and the unembedding are sparse.
-        sparse_biases: whether biases of ``nn.Linear`` and ``Conv1D`` are sparse.
-        min_nonzeros: row minimum of the sparse ``nn.Linear`` and ``Conv1D`` weights (per output
+        sparse_biases: whether biases of `nn.Linear` and `Conv1D` are sparse.
+        min_nonzeros: row minimum of the sparse `nn.Linear` and `Conv1D` weights (per output
             neuron or attention channel); embeddings, the unembedding and biases have none.
-        exclude: shell-style patterns (``fnmatch``: ``*``, ``?``, ``[...]``) matched against the
-            full parameter name, for example ``"*.mlp.*"``; what matches is dense.
-        include: patterns likewise; what matches is sparse, unless ``exclude`` matches it too.
+        exclude: shell-style patterns (`fnmatch`: `*`, `?`, `[...]`) matched against the
+            full parameter name, for example `"*.mlp.*"`; what matches is dense.
+        include: patterns likewise; what matches is sparse, unless `exclude` matches it too.
 
     Returns:
-        Groups with ``params`` as (name, parameter) pairs and the keys ``weight_decay``, ``sparse``,
-        ``min_nonzeros`` and ``row_dim``, in an order that depends on the model alone.
+        Groups with `params` as (name, parameter) pairs and the keys `weight_decay`, `sparse`,
+        `min_nonzeros` and `row_dim`, in an order that depends on the model alone.
 
     Raises:
         ValueError: if nothing would be sparse, or a pattern matches no trainable parameter.
@@ -95,7 +95,7 @@ def sparse_param_groups(
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter to make sparse: expected weights "
             "of nn.Linear, Conv1D or nn.Embedding; name others with `include` "
-            "(`sparse_parameters` in SparseTrainingArguments)."
+            "(`include_parameters` in SparseTrainingArguments)."
         )
     return list(groups.values())
 

@@ -1,8 +1,8 @@
 """Exact magnitude projection: keep the largest entries of a matrix and zero the others, in place.
 
-The definition is :func:`project_topk_reference_`, a dozen lines that sort. Training calls
-:func:`project_topk_`, which gives the same result entry for entry without sorting the matrix: in
-:mod:`~hf_circuit_sparsity.optim.projection_cpu` on the CPU, by bisection elsewhere.
+The definition is [`project_topk_reference_`], a dozen lines that sort. Training calls
+[`project_topk_`], which gives the same result entry for entry without sorting the matrix: in
+`projection_cpu.py` on the CPU, by bisection elsewhere.
 """
 
 import torch
@@ -12,31 +12,31 @@ from .projection_cpu import INTEGER_VIEW, infinity_bits, project_cpu_
 
 
 def nonzero_budget(numel: int, density: float) -> int:
-    """How many of ``numel`` entries a parameter keeps at ``density``: at least one."""
+    """How many of `numel` entries a parameter keeps at `density`: at least one."""
     return max(1, round(numel * density))
 
 
 def project_topk_(weight: Tensor, k: int, min_nonzeros: int = 0, row_dim: int = 0) -> None:
-    """Keep the ``k`` largest-magnitude entries of ``weight`` and set the others to zero, in place.
+    """Keep the `k` largest-magnitude entries of `weight` and set the others to zero, in place.
 
-    Each row first keeps its own ``min_nonzeros`` largest nonzero entries; what is left of ``k``
+    Each row first keeps its own `min_nonzeros` largest nonzero entries; what is left of `k`
     goes to the largest of the remaining entries, wherever they are (Gao et al. 2025, section 2:
     never fewer than j = 4 nonzeros per neuron or attention channel). So the matrix ends with
-    exactly ``max(k, rows * min(min_nonzeros, columns))`` nonzeros, fewer only where a row, or the
+    exactly `max(k, rows * min(min_nonzeros, columns))` nonzeros, fewer only where a row, or the
     whole matrix, has not so many to begin with. Among equal magnitudes the lowest flat index wins,
     so the result depends on the values alone, not on the device, the thread count or the run.
 
     Args:
         weight: any shape; float16, bfloat16, float32 or float64. Changed in place.
-        k: number of entries to keep, 0 <= k <= ``weight.numel()``.
+        k: number of entries to keep, 0 <= k <= `weight.numel()`.
         min_nonzeros: entries that each row keeps in any case; 0 for no row rule.
-        row_dim: the dimension that counts output neurons: 0 for ``nn.Linear.weight``, 1 for the
-            weight of transformers' ``Conv1D``. Only read if ``min_nonzeros`` is above 0.
+        row_dim: the dimension that counts output neurons: 0 for `nn.Linear.weight`, 1 for the
+            weight of transformers' `Conv1D`. Only read if `min_nonzeros` is above 0.
 
     Raises:
-        ValueError: if an argument is out of range, or ``weight`` holds NaN or infinity (nothing has
+        ValueError: if an argument is out of range, or `weight` holds NaN or infinity (nothing has
             been changed then).
-        TypeError: if ``weight`` is not a floating-point tensor of a supported dtype.
+        TypeError: if `weight` is not a floating-point tensor of a supported dtype.
     """
     _check_arguments(weight, k, min_nonzeros, row_dim)
     if weight.numel() == 0:
@@ -52,7 +52,7 @@ def project_topk_(weight: Tensor, k: int, min_nonzeros: int = 0, row_dim: int = 
 def project_topk_reference_(
     weight: Tensor, k: int, min_nonzeros: int = 0, row_dim: int = 0
 ) -> None:
-    """The definition of :func:`project_topk_`, by plain stable sorts. Same arguments and errors."""
+    """The definition of [`project_topk_`], by plain stable sorts. Same arguments and errors."""
     _check_arguments(weight, k, min_nonzeros, row_dim)
     with torch.no_grad():
         magnitude = weight.abs()
@@ -75,7 +75,7 @@ def project_topk_reference_(
 
 
 def project_bisection_(matrix: Tensor, k: int, min_nonzeros: int, row_dim: int) -> None:
-    """:func:`project_topk_` for a contiguous 2-D tensor on any device.
+    """[`project_topk_`] for a contiguous 2-D tensor on any device.
 
     The bits of a non-negative float, read as an integer, sort like the float. The threshold is
     therefore an integer that as many halvings as it has bits find exactly; each halving is one
@@ -113,7 +113,7 @@ def project_bisection_(matrix: Tensor, k: int, min_nonzeros: int, row_dim: int) 
 
 
 def _as_matrix(weight: Tensor) -> Tensor:
-    """``weight`` as a contiguous 2-D tensor: a view where that is possible, else a copy."""
+    """`weight` as a contiguous 2-D tensor: a view where that is possible, else a copy."""
     flat = weight.detach().contiguous()
     return flat.view(weight.shape[0], -1) if weight.ndim > 1 else flat.view(-1, 1)
 

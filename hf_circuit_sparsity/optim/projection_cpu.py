@@ -1,7 +1,7 @@
 """The CPU path of the magnitude projection: find the threshold without sorting the matrix.
 
-A small sample brackets the threshold between two magnitudes ``low`` and ``high``; one pass in
-cache-sized pieces counts what lies above ``high`` and lists what lies between; the exact threshold
+A small sample brackets the threshold between two magnitudes `low` and `high`; one pass in
+cache-sized pieces counts what lies above `high` and lists what lies between; the exact threshold
 and its ties are then settled on that short list. If the sample misled (it can, for a matrix with
 structure), the bracket is widened until the list is the whole matrix: the result is exact always,
 only the speed depends on luck. The row minimum costs only as much as there are rows that fall
@@ -96,7 +96,7 @@ class _Plan:
 
 
 def project_cpu_(weight: Tensor, k: int, min_nonzeros: int, row_dim: int) -> None:
-    """Project a contiguous 2-D CPU tensor in place; see ``project_topk_`` for the definition."""
+    """Project a contiguous 2-D CPU tensor in place; see `project_topk_` for the definition."""
     bits = weight.view(-1).view(INTEGER_VIEW[weight.dtype]).numpy()
     top = infinity_bits(weight.dtype)
     matrix = _Matrix(bits, weight.shape[1], row_dim, min_nonzeros, top, compiled_kernels(weight))
@@ -125,7 +125,7 @@ def _sample(matrix: _Matrix) -> np.ndarray | None:
 def _bracket(matrix: _Matrix, sample: np.ndarray | None, k: int, reach: float) -> tuple[int, int]:
     """A range [low, high) of magnitudes that very likely holds the k-th largest entry.
 
-    ``reach`` widens it; at infinity it is certain to.
+    `reach` widens it; at infinity it is certain to.
     """
     if sample is None or reach == math.inf:
         return 1, matrix.top  # all nonzeros
@@ -256,7 +256,7 @@ def _rank_in_row(row: np.ndarray) -> np.ndarray:
 def _top_of_lacking(
     matrix: _Matrix, scan: _Scan, row: np.ndarray, lacking: np.ndarray, complete: bool
 ) -> np.ndarray:
-    """Flat indices of the ``min_nonzeros`` largest nonzeros of each row that is ``lacking``.
+    """Flat indices of the `min_nonzeros` largest nonzeros of each row that is `lacking`.
 
     Of most rows they are on the list, where it is complete; the others are looked through.
     """
@@ -281,7 +281,7 @@ def _top_of_lacking(
 
 
 def _top_of_rows(matrix: _Matrix, rows: np.ndarray) -> np.ndarray:
-    """Flat indices of the ``min_nonzeros`` largest nonzeros of each of ``rows``."""
+    """Flat indices of the `min_nonzeros` largest nonzeros of each of `rows`."""
     grid = matrix.bits.reshape(-1, matrix.width)
     length = matrix.bits.size // matrix.n_rows
     per_piece = max(1, _PIECE // length)
@@ -311,7 +311,7 @@ def _smallest_spare(
     surplus: int,
     complete: bool,
 ) -> np.ndarray | None:
-    """Positions on the list of the ``surplus`` smallest taken entries that their row can spare.
+    """Positions on the list of the `surplus` smallest taken entries that their row can spare.
 
     A row can spare what it holds beyond its minimum. If all rows together cannot spare so many (the
     minima alone exceed the budget), everything that can be spared is returned. None if entries

@@ -1,93 +1,81 @@
-"""When a run is how sparse: the density schedule and the learning-rate factor that goes with it."""
+"""How dense the weights are at which step, and the learning-rate factor that goes with it."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
 
-@dataclass(frozen=True)
-class DensitySchedule:
-    """The kept fraction of every weight matrix as a function of the training step.
+def linear_density(
+    step: int, target_density: float, anneal_start: float, anneal_end: float, total_steps: int
+) -> float:
+    """The kept fraction of every weight matrix once `step` optimizer steps are done.
 
-    1 until ``anneal_start``, then linear down to ``target_density`` at ``anneal_end``, then
-    constant (Gao et al. 2025, section 2).
+    It is 1 until `anneal_start`, then falls linearly to `target_density` at `anneal_end`, then
+    stays (Gao et al. 2025, section 2). The first step of a run is 1; so even with `anneal_end=1`
+    the last step lands on the target exactly. See [`check_linear_density`] for the arguments.
+    """
+    start, end = anneal_start * total_steps, anneal_end * total_steps
+    if step >= end:
+        return target_density
+    if step <= start:
+        return 1.0
+    return 1.0 + (target_density - 1.0) * (step - start) / (end - start)
+
+
+def check_linear_density(
+    target_density: float, anneal_start: float, anneal_end: float, total_steps: int | None
+) -> None:
+    """Check the arguments of [`linear_density`].
 
     Args:
         target_density: kept fraction at the end, in (0, 1].
-        anneal_start: where the descent begins, as a fraction of ``total_steps``, in [0, 1].
-        anneal_end: where it ends, as a fraction of ``total_steps``, in [``anneal_start``, 1].
-        total_steps: number of optimizer steps of the whole run, at least 1.
+        anneal_start: where the descent begins, as a fraction of `total_steps`, in [0, 1].
+        anneal_end: where it ends, as a fraction of `total_steps`, in [`anneal_start`, 1].
+        total_steps: number of optimizer steps of the whole run, at least 1; None is allowed only
+            where the density never changes.
 
     Raises:
         ValueError: if a value is outside its range.
     """
-
-    target_density: float
-    anneal_start: float = 0.01
-    anneal_end: float = 0.5
-    total_steps: int = 1
-
-    def __post_init__(self) -> None:
-        # `not (a < x)` rather than `x <= a`, so that NaN is refused as well.
-        if not 0.0 < self.target_density <= 1.0:
-            raise ValueError(
-                f"target_density={self.target_density} is outside (0, 1]: pass the fraction of "
-                "weights to keep, for example 1/64."
-            )
-        if not 0.0 <= self.anneal_start <= self.anneal_end <= 1.0:
-            raise ValueError(
-                f"anneal_start={self.anneal_start} and anneal_end={self.anneal_end} must satisfy "
-                "0 <= anneal_start <= anneal_end <= 1: pass them as fractions of the training."
-            )
-        if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, int):
-            raise ValueError(
-                f"total_steps={self.total_steps!r} is not a whole number: pass the number of "
-                "optimizer steps of the run."
-            )
-        if self.total_steps < 1:
-            raise ValueError(
-                f"total_steps={self.total_steps} is below 1: pass the number of optimizer steps "
-                "of the run."
-            )
-
-    def density(self, step: int) -> float:
-        """Kept fraction, in [target_density, 1], that holds once ``step`` optimizer steps are done.
-
-        The first step of a run is ``step=1``; so even with ``anneal_end=1`` the last step
-        (``step=total_steps``) lands on the target exactly.
-        """
-        start, end = self.anneal_start * self.total_steps, self.anneal_end * self.total_steps
-        if step >= end:
-            return self.target_density
-        if step <= start:
-            return 1.0
-        return 1.0 + (self.target_density - 1.0) * (step - start) / (end - start)
+    # `not (a < x)` rather than `x <= a`, so that NaN is refused as well.
+    if not 0.0 < target_density <= 1.0:
+        raise ValueError(
+            f"target_density={target_density} is outside (0, 1]: pass the fraction of weights to "
+            "keep, for example 1/64."
+        )
+    if not 0.0 <= anneal_start <= anneal_end <= 1.0:
+        raise ValueError(
+            f"anneal_start={anneal_start} and anneal_end={anneal_end} must satisfy "
+            "0 <= anneal_start <= anneal_end <= 1: pass them as fractions of the training."
+        )
+    if total_steps is None and (target_density == 1.0 or anneal_end == 0.0):
+        return
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        raise ValueError(
+            f"total_steps={total_steps!r} is not a whole number >= 1, but the density is to fall to "
+            f"{target_density} by {anneal_end} of it: pass the number of optimizer steps of the "
+            "run, or anneal_start=0 and anneal_end=0 to be sparse from the first step."
+        )
 
 
-def scheduled_density(group: dict[str, Any], step: int) -> float | None:
-    """The budget of a group of :class:`RCDSparseOptimizer` in step ``step``, counted from 1.
+def geometric_density(
+    step: int, target_density: float, start_density: float, anneal_end: float, total_steps: int
+) -> float:
+    """The density in step `step`, counted from 1, of a run that starts sparse.
 
-    From ``start_density`` it falls by equal factors to ``target_density`` and gets there at
-    ``anneal_end``: what a step costs falls as fast as the density does.
-
-    Returns:
-        A share in (0, 1], or None where there is no budget.
+    From `start_density` it falls by equal factors to `target_density` and gets there at
+    `anneal_end`: what a step costs falls as fast as the density does.
     """
-    target, start = group["target_density"], group["start_density"]
-    if target is None or start is None:
-        return target
-    end = group["anneal_end"] * group["total_steps"]
+    end = anneal_end * total_steps
     share = min(1.0, step / end) if end > 0 else 1.0
-    return start ** (1.0 - share) * target**share if share < 1.0 else target
+    return start_density ** (1.0 - share) * target_density**share if share < 1.0 else target_density
 
 
 def sharkfin(density: float) -> float:
-    """Learning-rate factor ``1 / sqrt(density)`` for a model of which ``density`` is kept.
+    """Learning-rate factor `1 / sqrt(density)` for a model of which `density` is kept.
 
     Named for the shape it gives a linearly decaying learning rate (Gao et al. 2025, section 2).
 
     Raises:
-        ValueError: if ``density`` is outside (0, 1].
+        ValueError: if `density` is outside (0, 1].
     """
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density={density} is outside (0, 1]: pass the kept fraction.")

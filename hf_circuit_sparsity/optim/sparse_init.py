@@ -31,11 +31,11 @@ def sparsify_initialization_(
     seed: int = 0,
     **group_settings: object,
 ) -> dict[str, int]:
-    """Thin the matrices that are to be sparse out to ``density``, in place.
+    """Thin the matrices that are to be sparse out to `density`, in place.
 
-    With ``support="random"`` every row keeps as many entries as every other, give or take one, at
-    places drawn at random; with ``"magnitude"`` each matrix keeps its largest entries, which suits
-    a model that has been trained. With ``rescale`` the kept entries are multiplied so that the sum
+    With `support="random"` every row keeps as many entries as every other, give or take one, at
+    places drawn at random; with `"magnitude"` each matrix keeps its largest entries, which suits
+    a model that has been trained. With `rescale` the kept entries are multiplied so that the sum
     of squares of a matrix stays what it was: outputs then vary as much as before. A matrix that has
     no more nonzeros than it may keep is left as it is, so a sparse checkpoint goes through
     unchanged. Vectors are left alone: biases start at zero.
@@ -44,7 +44,7 @@ def sparsify_initialization_(
         density: share of each sparse matrix that stays, in (0, 1].
         min_nonzeros: entries that each row of a linear layer keeps in any case.
         seed: of the places; the global generators are not touched.
-        group_settings: which parameters are sparse, as for :func:`sparse_param_groups`.
+        group_settings: which parameters are sparse, as for [`sparse_param_groups`].
 
     Returns:
         Name and number of nonzeros of every matrix that was thinned out.
@@ -90,15 +90,15 @@ def sparse_from_config(
 ) -> CircuitGPTForCausalLM:
     """A fresh CircuitGPT that holds, multiplies and trains only the nonzeros of its weights.
 
-    As a fresh model that :func:`sparsify_initialization_` thinned out (random places, rescaled) and
-    ``to_sparse()`` switched, but no matrix that is to be sparse is ever allocated. Train it with
-    :class:`RCDSparseOptimizer` and :class:`PartialGradients`, or ``sparsifier="rcd"``.
+    As a fresh model that [`sparsify_initialization_`] thinned out (random places, rescaled) and
+    `to_sparse()` switched, but no matrix that is to be sparse is ever allocated. Train it with
+    [`RCDSparseOptimizer`] and [`PartialGradients`], or `sparsifier="rcd"`.
 
     Args:
         density: share of each sparse matrix that is not zero, in (0, 1].
         min_nonzeros: entries that each row of a linear layer has in any case.
         seed: of places and values; the global generators are not touched.
-        group_settings: which parameters are sparse, as for :func:`sparse_param_groups`.
+        group_settings: which parameters are sparse, as for [`sparse_param_groups`].
 
     Raises:
         ValueError: if a setting is out of range, or the config ties embedding and unembedding.
@@ -145,9 +145,9 @@ def sparse_from_config(
 def _random_nonzeros(
     shape: tuple[int, int], budget: int, std: float, generator: torch.Generator
 ) -> CSR:
-    """A matrix with ``budget`` random entries.
+    """A matrix with `budget` random entries.
 
-    Their sum of squares is about that of a dense matrix with standard deviation ``std``.
+    Their sum of squares is about that of a dense matrix with standard deviation `std`.
     """
     rows, width = shape
     counts = _even_counts(rows, budget, generator)
@@ -182,7 +182,7 @@ def _check_density(density: float) -> None:
 
 
 def _keep_random_(matrix: torch.Tensor, budget: int, generator: torch.Generator) -> None:
-    """Keep ``budget`` entries of a matrix, spread evenly over its rows."""
+    """Keep `budget` entries of a matrix, spread evenly over its rows."""
     rows, width = len(matrix), matrix[0].numel()
     counts = _even_counts(rows, budget, generator)
     step = max(1, _PIECE // width)

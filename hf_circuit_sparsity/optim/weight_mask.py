@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ..modeling.sparse_layers import SparseWeight
 
 
-class MaskGraph(Mapping[str, Tensor]):
+class WeightMask(Mapping[str, Tensor]):
     """Which weights of a model are nonzero: parameter name → bool mask of the parameter's shape.
 
     Only the positions are kept; a mask is built when it is asked for.
@@ -37,7 +37,7 @@ class MaskGraph(Mapping[str, Tensor]):
         return len(self._indices)
 
     def indices(self, name: str) -> Tensor:
-        """Where the nonzeros of a parameter are: ``(dimensions, nonzeros)`` int64."""
+        """Where the nonzeros of a parameter are: `(dimensions, nonzeros)` int64."""
         return torch.stack(torch.unravel_index(self._indices[name], self.shapes[name]))
 
     def nonzeros(self, name: str | None = None) -> int:
@@ -52,7 +52,7 @@ class MaskGraph(Mapping[str, Tensor]):
         return self.nonzeros(name) / max(1, sum(shape.numel() for shape in sizes))
 
     def summary(self) -> list[dict[str, str | int | float]]:
-        """For each parameter: ``name``, ``nonzeros``, ``entries`` and ``density``."""
+        """For each parameter: `name`, `nonzeros`, `entries` and `density`."""
         return [
             {
                 "name": name,
@@ -63,8 +63,8 @@ class MaskGraph(Mapping[str, Tensor]):
             for name in self
         ]
 
-    def overlap(self, other: "MaskGraph") -> float:
-        """Share of this graph's nonzeros that are nonzero in ``other`` too, in [0, 1].
+    def overlap(self, other: "WeightMask") -> float:
+        """Share of this graph's nonzeros that are nonzero in `other` too, in [0, 1].
 
         Raises:
             ValueError: if the graphs are not of the same architecture.
@@ -81,7 +81,7 @@ class MaskGraph(Mapping[str, Tensor]):
         """Draw the density of every parameter, in the order of the model, into a picture file.
 
         Returns:
-            ``path``.
+            `path`.
 
         Raises:
             ImportError: if matplotlib is not installed.
@@ -130,15 +130,15 @@ class MaskGraph(Mapping[str, Tensor]):
         )
 
     def __repr__(self) -> str:
-        return f"MaskGraph({len(self)} parameters, {self.nonzeros():,} nonzeros)"
+        return f"WeightMask({len(self)} parameters, {self.nonzeros():,} nonzeros)"
 
 
 @torch.no_grad()
-def extract_mask(model: nn.Module) -> MaskGraph:
+def extract_mask(model: nn.Module) -> WeightMask:
     """The nonzero graph of any model: the weights of its linear layers and embeddings.
 
-    Takes ``nn.Linear``, transformers' ``Conv1D`` and ``nn.Embedding`` and the layers that run on
-    their nonzeros (:meth:`to_sparse`). Shared weights appear once, under their first name. The
+    Takes `nn.Linear`, transformers' `Conv1D` and `nn.Embedding` and the layers that run on
+    their nonzeros ([`to_sparse`]). Shared weights appear once, under their first name. The
     result is on the CPU.
 
     Raises:
@@ -170,4 +170,4 @@ def extract_mask(model: nn.Module) -> MaskGraph:
             f"{type(model).__name__} has no nn.Linear, Conv1D or nn.Embedding: there is no graph "
             "to extract."
         )
-    return MaskGraph(indices, shapes)
+    return WeightMask(indices, shapes)

@@ -138,14 +138,14 @@ class SparseTrainingArguments(TrainingArguments):
     sparse_biases: bool = field(
         default=True, metadata={"help": "Whether the biases of linear layers are sparse."}
     )
-    dense_parameters: list[str] | None = field(
+    exclude_parameters: list[str] | None = field(
         default=None,
         metadata={
             "help": "Shell-style patterns of full parameter names to keep dense, for example "
             "'*.mlp.*'."
         },
     )
-    sparse_parameters: list[str] | None = field(
+    include_parameters: list[str] | None = field(
         default=None,
         metadata={
             "help": "Shell-style patterns of full parameter names to make sparse although they are "
@@ -211,14 +211,14 @@ class SparseTrainingArguments(TrainingArguments):
             )
         if self.grad_rms not in GRAD_RMS_MODES:
             raise ValueError(
-                f"grad_rms={self.grad_rms!r} is unknown: expected one of "
+                f"normalize_gradients={self.grad_rms!r} is unknown: expected one of "
                 f"{', '.join(GRAD_RMS_MODES)}."
             )
         DensitySchedule(self.target_density, self.anneal_start, self.anneal_end)  # checks them
         minimum = self.min_nonzeros
         if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 0:
             raise ValueError(f"min_nonzeros={minimum!r} is not a whole number >= 0.")
-        for name in ("dense_parameters", "sparse_parameters"):
+        for name in ("exclude_parameters", "include_parameters"):
             if isinstance(getattr(self, name), str):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is one string: pass a list of patterns."

@@ -20,7 +20,7 @@ from ..modeling.nonzero_checkpoint import load_nonzeros
 from ..modeling.sparse_layers import sparse_layers
 from ..modeling.sparse_pretrained import SparsePreTrainedModel
 from ..optim.param_groups import sparse_param_groups
-from ..optim.rcd.distributed import Workers
+from ..optim.rcd.distributed import RCDProcessGroup
 from ..optim.rcd.optimizer import RCDSparseOptimizer
 from ..optim.rcd.partial_gradients import PartialGradients
 from ..optim.sparse_compute import MAX_DENSITY, on_nonzeros
@@ -160,7 +160,7 @@ class SparseTrainer(Trainer):
                 self._built,
                 threshold=MAX_DENSITY if self.args.compute_on_nonzeros else 0.0,
                 # Asked for by name, so that it is meant.
-                allow_full=self.args.sparse_parameters or (),
+                exclude_parameters=self.args.include_parameters or (),
             )
         return super().create_optimizer(model)
 
@@ -183,7 +183,7 @@ class SparseTrainer(Trainer):
             anneal_start=args.anneal_start,
             anneal_end=args.anneal_end,
             sharkfin=args.sharkfin,
-            grad_rms=args.grad_rms,
+            normalize_gradients=args.grad_rms,
         )
 
     def _build_rcd(self, model: nn.Module) -> RCDSparseOptimizer:
@@ -200,7 +200,7 @@ class SparseTrainer(Trainer):
         groups = self._param_groups(model)
         workers = None
         if args.world_size > 1:
-            workers = Workers()
+            workers = RCDProcessGroup()
             _leave_to_workers(
                 model, {name for g in groups if g["sparse"] for name, _ in g["params"]}
             )
@@ -215,9 +215,9 @@ class SparseTrainer(Trainer):
             explore_end=args.rcd_explore_end,
             total_steps=self._training_steps(),
             sharkfin=args.sharkfin,
-            grad_rms=args.grad_rms,
+            normalize_gradients=args.grad_rms,
             seed=args.seed,
-            workers=workers,
+            process_group=workers,
             staleness=args.rcd_staleness,
             **args.rcd_settings(),
         )
@@ -393,6 +393,6 @@ def _group_settings(args: SparseTrainingArguments) -> dict[str, Any]:
         "sparse_embeddings": args.sparse_embeddings,
         "sparse_biases": args.sparse_biases,
         "min_nonzeros": args.min_nonzeros,
-        "exclude": args.dense_parameters or (),
-        "include": args.sparse_parameters or (),
+        "exclude": args.exclude_parameters or (),
+        "include": args.include_parameters or (),
     }

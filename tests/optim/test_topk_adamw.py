@@ -119,7 +119,7 @@ def test_numbers_against_the_formulas_written_out():
 )
 def test_gradient_rms_modes(mode, size, expected):
     params = parameters()
-    optimizer = TopKAdamW(params, target_density=1.0, grad_rms=mode)
+    optimizer = TopKAdamW(params, target_density=1.0, normalize_gradients=mode)
     set_gradients(params, 0)
     entries = torch.cat([p.grad.flatten() for p in params])
     scale = size / entries.square().mean().sqrt()
@@ -325,7 +325,7 @@ def test_half_precision_parameters():
         ({"total_steps": 10, "min_nonzeros": -1}, "min_nonzeros=-1"),
         ({"total_steps": 10, "min_nonzeros": 1.5}, "min_nonzeros=1.5"),
         ({"total_steps": 10, "row_dim": 2}, "row_dim=2"),
-        ({"total_steps": 10, "grad_rms": "sometimes"}, "grad_rms='sometimes'"),
+        ({"total_steps": 10, "grad_rms": "sometimes"}, "normalize_gradients='sometimes'"),
         ({"total_steps": 10, "lr": -1.0}, "learning rate"),
     ],
 )

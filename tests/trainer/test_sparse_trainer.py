@@ -130,9 +130,9 @@ def test_arguments_reach_the_optimizer(make_gpt2, make_trainer):
         make_gpt2(),
         min_nonzeros=3,
         sparse_embeddings=False,
-        dense_parameters=["*.mlp.c_proj.*"],
-        sparse_parameters=["transformer.ln_f.weight"],
-        grad_rms="clip",
+        exclude_parameters=["*.mlp.c_proj.*"],
+        include_parameters=["transformer.ln_f.weight"],
+        normalize_gradients="clip",
         sharkfin=False,
         weight_decay=0.02,
         adam_beta2=0.97,
@@ -144,7 +144,7 @@ def test_arguments_reach_the_optimizer(make_gpt2, make_trainer):
     assert rule["transformer.ln_f.weight"]["sparse"]
     conv = rule["transformer.h.0.attn.c_attn.weight"]
     assert (conv["min_nonzeros"], conv["row_dim"], conv["weight_decay"]) == (3, 1, 0.02)
-    assert (conv["grad_rms_mode"], conv["sharkfin"]) == ("clip", False)
+    assert (conv["normalize_gradients"], conv["sharkfin"]) == ("clip", False)
     assert (conv["betas"], conv["eps"], conv["lr"]) == ((0.9, 0.97), 0.1, 1e-2)
 
 
@@ -300,5 +300,5 @@ def test_bad_input_is_refused_before_anything_is_written(make_gpt2, make_trainer
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no trainable parameter"):
         make_trainer(frozen)
     with pytest.raises(ValueError, match="'typo' in exclude"):
-        make_trainer(make_gpt2(), dense_parameters=["typo"])
+        make_trainer(make_gpt2(), exclude_parameters=["typo"])
     assert not (tmp_path / "run").exists()

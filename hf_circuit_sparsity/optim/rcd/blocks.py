@@ -1,7 +1,7 @@
 """Which coordinates of a matrix a step of random coordinate descent looks at.
 
 A block is some rows, some columns or some single entries of a matrix *as stored*: the weight of
-``nn.Linear`` is stored outputs × inputs, that of transformers' ``Conv1D`` inputs × outputs. Drawing
+`nn.Linear` is stored outputs × inputs, that of transformers' `Conv1D` inputs × outputs. Drawing
 one costs what the block and the nonzeros cost, never what the matrix costs.
 """
 
@@ -27,7 +27,7 @@ class Block:
 
     Attributes:
         shape: of the matrix as stored.
-        dim: 0 if ``ids`` are rows of the stored matrix, 1 if they are its columns, None if they are
+        dim: 0 if `ids` are rows of the stored matrix, 1 if they are its columns, None if they are
             flat positions.
         ids: int64, ascending, on the matrix's device.
     """
@@ -42,7 +42,7 @@ class Block:
         return len(self.ids) * (1 if self.dim is None else self.shape[1 - self.dim])
 
     def index(self) -> Tensor:
-        """Flat positions of the coordinates, ``(numel,)`` int64, in the order of the block.
+        """Flat positions of the coordinates, `(numel,)` int64, in the order of the block.
 
         The order is that of the block cut out of the matrix and flattened; all that is said of a
         block's coordinates one by one follows it.
@@ -57,7 +57,7 @@ class Block:
         return (starts[:, None] + self.ids).flatten()
 
     def index_at(self, place: Tensor) -> Tensor:
-        """Flat positions of the coordinates at some places of the block; see :meth:`index`."""
+        """Flat positions of the coordinates at some places of the block; see [`index`]."""
         if self.dim is None:
             return self.ids[place]
         if self.dim == 0:
@@ -70,7 +70,7 @@ class Block:
         """Whether each coordinate of the block lies in a chosen row, flat.
 
         Args:
-            chosen: per entry of dimension ``row_dim`` of the matrix, bool.
+            chosen: per entry of dimension `row_dim` of the matrix, bool.
         """
         if self.dim is None:
             return chosen[self.ids // self.shape[1] if row_dim == 0 else self.ids % self.shape[1]]
@@ -80,7 +80,7 @@ class Block:
         return own.reshape(-1)
 
     def take(self, matrix: Tensor) -> Tensor:
-        """The entries of ``matrix`` (of any shape with as many entries) in the block, flat."""
+        """The entries of `matrix` (of any shape with as many entries) in the block, flat."""
         if self.dim is None:
             return matrix.reshape(-1)[self.ids]
         return matrix.reshape(self.shape).index_select(self.dim, self.ids).flatten()
@@ -89,10 +89,10 @@ class Block:
         """Where coordinates lie in the block.
 
         Args:
-            index: flat positions in the matrix, ``(n,)`` int64.
+            index: flat positions in the matrix, `(n,)` int64.
 
         Returns:
-            ``inside``, ``(n,)`` bool, and the place within the block of those that are inside.
+            `inside`, `(n,)` bool, and the place within the block of those that are inside.
         """
         width = self.shape[1]
         if self.dim is None:
@@ -112,7 +112,7 @@ class Block:
 
 
 def block_size(size: int, fraction: float) -> int:
-    """How many of ``size`` rows, columns or entries a block holds: at least one, if any."""
+    """How many of `size` rows, columns or entries a block holds: at least one, if any."""
     return max(1, round(size * fraction)) if fraction else 0
 
 
@@ -130,16 +130,16 @@ def draw_block(
 ) -> Block:
     """Draw a block of a matrix.
 
-    * ``"uniform"``: every row, column or entry is as likely as every other.
-    * ``"magnitude"`` (MB-RCD): with a probability of ``(1 - floor) * s / sum(s) + floor / size``,
-      where ``s`` is the sum of ``|x| ** power`` over the row, column or entry.
-    * ``"cyclic"``: one after the other.
-    * ``"gradient"`` draws uniformly; which of the block's coordinates move is decided when their
+    * `"uniform"`: every row, column or entry is as likely as every other.
+    * `"magnitude"` (MB-RCD): with a probability of `(1 - floor) * s / sum(s) + floor / size`,
+      where `s` is the sum of `|x| ** power` over the row, column or entry.
+    * `"cyclic"`: one after the other.
+    * `"gradient"` draws uniformly; which of the block's coordinates move is decided when their
       gradients are known.
 
     Args:
         shape: of the matrix as stored.
-        dim: see :class:`Block`.
+        dim: see [`Block`].
         fraction: share of the matrix, in [0, 1]; 0 for an empty block.
         number: how many blocks have been drawn before; places the cyclic ones.
         generator: on the CPU.
@@ -159,7 +159,7 @@ def draw_block(
 
 
 def _uniform(size: int, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` different numbers below ``size``."""
+    """`count` different numbers below `size`."""
     if count * 4 > size:
         return torch.randperm(size, generator=generator)[:count]
     found = torch.randint(size, (count + count // 4 + 8,), generator=generator).unique()

@@ -1,124 +1,141 @@
-"""The settings of :class:`RCDSparseOptimizer`, checked."""
+"""The settings of random coordinate descent."""
 
 import math
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
-from .blocks import BLOCK_KINDS, SELECTIONS
+from ..sparse_init import SUPPORTS, Support
+from .blocks import BLOCK_KINDS, SELECTIONS, BlockKind, Selection
 
-UPDATES = ("adam", "plain")
-# In (0, 1].
-_SHARES = ("block_fraction", "greedy_fraction", "magnitude_floor")
-_NOT_NEGATIVE = ("clip_threshold", "l1", "magnitude_power")
+Update = Literal["adam", "plain"]
+
+# Of the optimizer as a whole; all others are settings of a parameter group.
+_GLOBAL = ("init", "staleness")
 
 
-def check_settings(settings: dict[str, Any], prefix: str = "") -> None:
-    """Check the settings of a parameter group.
+@dataclass
+class RCDConfig:
+    """How [`RCDSparseOptimizer`] chooses coordinates and moves them.
 
     Args:
-        prefix: what the names of the settings begin with where they were given.
+        selection: how blocks are drawn, see [`draw_block`]: "uniform", "magnitude" (MB-RCD),
+            "cyclic", or "gradient" (Gauss-Southwell on the block: drawn uniformly, but of its zeros
+            only the `greedy_fraction` with the largest gradients move).
+        block: "rows" (output neurons), "columns" (inputs) or single "entries"; vectors have entries
+            only.
+        block_fraction: share of each sparse parameter in a block, in (0, 1].
+        block_steps: steps for which a block stays.
+        update: "adam" or "plain" gradient descent.
+        move_active: whether nonzeros outside the block move.
+        clip_threshold: what is smaller in magnitude becomes zero.
+        l1: weight of an L1 penalty, applied as a proximal step (soft threshold `lr * l1`).
+        magnitude_power, magnitude_floor: exponent of the weights in "magnitude", and the share of
+            its probability that is spread evenly, in (0, 1].
+        greedy_fraction: share of a block's zeros that "gradient" moves, in (0, 1].
+        start_density: share of nonzeros before the first step, from the target density to 1. It
+            falls by equal factors and reaches the target at `anneal_end`. None: the target from the
+            first step on.
+        explore_end: fraction of the steps from which on no blocks are drawn, no zeros are looked
+            at, and only nonzeros move.
+        staleness: gradients of nonzeros are used so many steps after they were computed, so that
+            several processes need not wait for each other; in-flight gradients are not saved.
+        init: how [`SparseTrainer`] thins out a model that is too dense: "random" suits a fresh one,
+            "magnitude" (keep the largest) a trained one.
 
     Raises:
-        ValueError: one sentence that names the setting.
+        ValueError: if a setting is unknown or out of range.
     """
-    for name, known in (("selection", SELECTIONS), ("block", BLOCK_KINDS), ("update", UPDATES)):
-        if settings[name] not in known:
-            raise ValueError(
-                f"{prefix}{name}={settings[name]!r} is unknown: expected one of {', '.join(known)}."
-            )
-    for name in _SHARES:
-        if not _is_number(settings[name]) or not 0.0 < settings[name] <= 1.0:
-            raise ValueError(
-                f"{prefix}{name}={settings[name]!r} is outside (0, 1]: pass a share, for example "
-                "1/16."
-            )
-    for name in _NOT_NEGATIVE:
-        value = settings[name]
-        if not _is_number(value) or not 0.0 <= value < math.inf:
-            raise ValueError(f"{prefix}{name}={value!r} is not a finite number >= 0.")
-    steps = settings["block_steps"]
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{prefix}block_steps={steps!r} is not a whole number >= 1.")
 
+    selection: Selection = "uniform"
+    block: BlockKind = "rows"
+    block_fraction: float = 1 / 16
+    block_steps: int = 1
+    update: Update = "adam"
+    move_active: bool = True
+    clip_threshold: float = 0.0
+    l1: float = 0.0
+    magnitude_power: float = 1.0
+    magnitude_floor: float = 0.1
+    greedy_fraction: float = 1 / 16
+    start_density: float | None = None
+    explore_end: float = 1.0
+    staleness: int = 0
+    init: Support = "random"
 
-def check_schedule(
-    target: float | None,
-    start: float | None,
-    anneal_end: float,
-    explore_end: float,
-    total_steps: int | None,
-    prefix: str = "",
-) -> None:
-    """Check how budget and exploration change over a run.
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("selection", SELECTIONS),
+            ("block", BLOCK_KINDS),
+            ("update", get_args(Update)),
+            ("init", SUPPORTS),
+        ):
+            self._check(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+        for name in ("block_fraction", "greedy_fraction", "magnitude_floor"):
+            value = getattr(self, name)
+            self._check(name, _is_number(value) and 0 < value <= 1, "a share in (0, 1]")
+        for name in ("clip_threshold", "l1", "magnitude_power"):
+            value = getattr(self, name)
+            self._check(name, _is_number(value) and 0 <= value < math.inf, "a finite number >= 0")
+        for name, least in (("block_steps", 1), ("staleness", 0)):
+            value = getattr(self, name)
+            self._check(name, _is_whole(value) and value >= least, f"a whole number >= {least}")
+        self._check("move_active", isinstance(self.move_active, bool), "True or False")
+        if self.start_density is not None:
+            inside = _is_number(self.start_density) and 0 < self.start_density <= 1
+            self._check("start_density", inside, "None or a share in (0, 1]")
+        inside = _is_number(self.explore_end) and 0 <= self.explore_end <= 1
+        self._check("explore_end", inside, "a fraction of the steps, in [0, 1]")
 
-    Raises:
-        ValueError: one sentence that names the setting.
-    """
-    if start is not None:
-        if target is None:
+    def _check(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{name}={getattr(self, name)!r} was passed: expected {expected}.")
+
+    def check_run(
+        self, target_density: float | None, anneal_end: float, total_steps: int | None
+    ) -> None:
+        """Check what depends on the run.
+
+        Raises:
+            ValueError: if a value is out of range, or does not go with the others.
+        """
+        if target_density is not None and not (
+            _is_number(target_density) and 0 < target_density <= 1
+        ):
             raise ValueError(
-                f"{prefix}start_density={start!r} was passed without a target_density for it to "
-                "fall to: pass both."
+                f"target_density={target_density!r} is outside (0, 1]: pass the share of weights "
+                "that may be nonzero, or None for no limit."
             )
-        if not _is_number(start) or not target <= start <= 1.0:
+        start = self.start_density
+        if start is not None and (target_density is None or start < target_density):
             raise ValueError(
-                f"{prefix}start_density={start!r} is not between target_density={target!r} and 1: "
-                "the budget can only fall."
+                f"start_density={start!r} does not go with target_density={target_density!r}: the "
+                "density can only fall; pass a target at or below the start."
             )
-    for name, value in (("anneal_end", anneal_end), (f"{prefix}explore_end", explore_end)):
-        if not _is_number(value) or not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name}={value!r} is outside [0, 1]: pass a fraction of the steps.")
-    counted = isinstance(total_steps, int) and not isinstance(total_steps, bool)
-    if (start is not None or explore_end < 1.0) and not (counted and total_steps >= 1):
-        raise ValueError(
-            f"total_steps={total_steps!r} is not a whole number >= 1, but {prefix}start_density "
-            "and explore_end need it: pass the number of steps of the run."
-        )
-
-
-def check_group(group: dict[str, Any]) -> None:
-    """Check the settings and the parameters of a parameter group.
-
-    Raises:
-        ValueError: one sentence that names the setting, or the parameter that fits no rule.
-    """
-    check_settings(group)
-    target = group["target_density"]
-    if target is not None and not (_is_number(target) and 0.0 < target <= 1.0):
-        raise ValueError(
-            f"target_density={target!r} is outside (0, 1]: pass the share of weights that may be "
-            "nonzero, or None for no budget."
-        )
-    schedule = ("start_density", "anneal_end", "explore_end", "total_steps")
-    check_schedule(target, *(group[name] for name in schedule))
-    for name in ("lr", "eps", "weight_decay"):
-        if not 0.0 <= float(group[name]) < math.inf:
-            raise ValueError(f"{name}={group[name]!r} is not a finite number >= 0.")
-    if not all(0.0 <= beta < 1.0 for beta in group["betas"]):
-        raise ValueError(f"betas={group['betas']!r} are not both in [0, 1).")
-    minimum = group["min_nonzeros"]
-    if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 0:
-        raise ValueError(f"min_nonzeros={minimum!r} is not a whole number >= 0.")
-    if group["row_dim"] not in (0, 1):
-        raise ValueError(f"row_dim={group['row_dim']!r} is neither 0 (nn.Linear) nor 1 (Conv1D).")
-    for i, p in enumerate(group["params"]):
-        names = group.get("param_names")
-        name = names[i] if names else f"parameter {i}"
-        described = f"{name} ({p.dtype}, shape {tuple(p.shape)})"
-        if not p.is_floating_point():
-            raise ValueError(f"{described} is not a floating-point tensor: leave it out.")
-        if not group["sparse"]:
-            continue
-        if not p.is_contiguous() or p.numel() == 0:
+        if not _is_number(anneal_end) or not 0 <= anneal_end <= 1:
             raise ValueError(
-                f"{described} is {'empty' if p.numel() == 0 else 'not contiguous'}, so it cannot "
-                "be sparse: leave it out, or put it into a group with sparse=False."
+                f"anneal_end={anneal_end!r} is outside [0, 1]: pass a fraction of the steps."
             )
-        if group["row_dim"] == 1 and p.ndim > 2:
+        if start is None and self.explore_end == 1:
+            return
+        if not _is_whole(total_steps) or total_steps < 1:
             raise ValueError(
-                f"{described} has no rule: row_dim=1 is for matrices stored as inputs × outputs "
-                "(Conv1D); pass row_dim=0 or put it into a group with sparse=False."
+                f"total_steps={total_steps!r} is not a whole number >= 1, but start_density and "
+                "explore_end need it: pass the number of steps of the run."
             )
+
+    def group_settings(self) -> dict[str, Any]:
+        """The settings that a parameter group may change."""
+        return {name: value for name, value in asdict(self).items() if name not in _GLOBAL}
+
+    @classmethod
+    def of_group(cls, group: dict[str, Any]) -> "RCDConfig":
+        """The settings of a parameter group."""
+        return cls(**{name: group[name] for name in cls().group_settings()})
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

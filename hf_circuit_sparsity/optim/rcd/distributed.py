@@ -1,7 +1,7 @@
-"""Several workers that share the coordinates of one model: what they tell each other.
+"""Several processes that share the coordinates of one model.
 
-Every rank computes the gradient of its own part of the live coordinates and of the block, on its
-own data, and ships that: never a full gradient. From then on all compute the same, so that they
+Every process computes the gradient of its own part of the active coordinates and of the block, on
+its own data, and ships that: never a full gradient. From then on all compute the same, so that they
 stay equal bit for bit.
 """
 
@@ -12,19 +12,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Positions, values, and moments by name, of coordinates that may become active.
+Coordinates = tuple[Tensor, Tensor, dict[str, Tensor]]
+
 
 def part_of(n: int, rank: int, size: int) -> slice:
-    """Which of ``n`` coordinates, in their order, are a rank's own."""
+    """Which of `n` coordinates, in their order, are a rank's own."""
     return slice(n * rank // size, n * (rank + 1) // size)
 
 
-class Workers:
-    """The ranks of a ``torch.distributed`` process group.
+class RCDProcessGroup:
+    """The ranks of a `torch.distributed` process group.
 
     Args:
         group: the process group; None for the default one.
         average_dense: whether gradients of dense parameters are averaged here; leave it False where
-            ``DistributedDataParallel`` does that.
+            `DistributedDataParallel` does that.
 
     Attributes:
         rank, size: of this process, and number of processes.
@@ -37,20 +40,14 @@ class Workers:
         self.average_dense = average_dense
         self.bytes_sent = 0
 
-    def gather(self, own: Tensor, sizes: list[int]) -> "Gathered":
-        """Begin to collect what every rank has, ``(sizes[rank],)`` each, in the order of ranks."""
+    def gather(self, own: Tensor, sizes: list[int]) -> "Gathering":
+        """Begin to collect what every rank has, `(sizes[rank],)` each, in the order of ranks."""
         padded = own.new_zeros(max(1, *sizes))
         padded[: len(own)] = own
-        found = [torch.empty_like(padded) for _ in sizes]
-        work = dist.all_gather(found, padded, group=self.group, async_op=True)
+        received = [torch.empty_like(padded) for _ in sizes]
+        work = dist.all_gather(received, padded, group=self.group, async_op=True)
         self.bytes_sent += own.numel() * own.element_size()
-        return Gathered(work, found, sizes)
-
-    def gather_unequal(self, own: Tensor) -> list[Tensor]:
-        """Collect tensors of lengths the others do not know."""
-        count = torch.tensor([len(own)], device=own.device)
-        counts = self.gather(count, [1] * self.size).wait()
-        return self.gather(own, [int(c) for c in counts]).wait()
+        return Gathering(work, received, sizes)
 
     def average(self, gradients: list[Tensor]) -> None:
         """Average gradients over the ranks, in place."""
@@ -61,112 +58,99 @@ class Workers:
         for g, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
             g.copy_(part.view(g.shape))
 
+    def share(self, own: list[Coordinates]) -> list[Coordinates]:
+        """Put together what every rank found in its part of the blocks, positions ascending.
 
-class Gathered:
-    """A collection under way."""
+        Args:
+            own: per parameter, what this rank found.
+        """
+        if not own:
+            return []
+        lengths = torch.tensor([len(p) for p, _, _ in own], device=own[0][0].device)
+        all_lengths = self.gather(lengths, [len(own)] * self.size).wait()
+        sizes = [int(n.sum()) for n in all_lengths]
+        names = list(own[0][2])
+        columns = [torch.cat([values for _, values, _ in own])]
+        columns += [torch.cat([m[name].to(columns[0].dtype) for _, _, m in own]) for name in names]
+        positions = torch.cat([positions for positions, _, _ in own])
+        gathered = [self.gather(column, sizes) for column in (positions, *columns)]
+        pieces = [
+            [x.split(n.tolist()) for x, n in zip(column.wait(), all_lengths, strict=True)]
+            for column in gathered
+        ]
+        shared = []
+        for i, (_, _, dtypes) in enumerate(own):
+            positions, values, *moments = (torch.cat([rank[i] for rank in kind]) for kind in pieces)
+            order = positions.argsort()
+            by_name = {
+                name: moment[order].to(dtypes[name].dtype)
+                for name, moment in zip(names, moments, strict=True)
+            }
+            shared.append((positions[order], values[order], by_name))
+        return shared
 
-    def __init__(self, work: Any, found: list[Tensor], sizes: list[int]) -> None:
-        self._work, self._found, self._sizes = work, found, sizes
+
+class Gathering:
+    """A collection in flight."""
+
+    def __init__(self, work: Any, received: list[Tensor], sizes: list[int]) -> None:
+        self._work, self._received, self._sizes = work, received, sizes
 
     def wait(self) -> list[Tensor]:
         """What each rank had."""
         if self._work is not None:
             self._work.wait()
             self._work = None
-        return [x[:n] for x, n in zip(self._found, self._sizes, strict=True)]
+        return [x[:n] for x, n in zip(self._received, self._sizes, strict=True)]
 
 
 class GradientExchange:
-    """Gradients at live coordinates on their way from all ranks to all ranks.
+    """Gradients at active coordinates on their way from all processes to all processes.
 
     Args:
-        workers: None for a single process, which only delays.
+        process_group: None for a single process, which only delays.
         staleness: how many steps after they were computed gradients are used.
     """
 
-    def __init__(self, workers: Workers | None, staleness: int) -> None:
-        self.workers, self.staleness = workers, staleness
-        self._under_way: deque = deque()
+    def __init__(self, process_group: RCDProcessGroup | None, staleness: int) -> None:
+        self.process_group, self.staleness = process_group, staleness
+        self._in_flight: deque = deque()
 
     def clear(self) -> None:
-        """Forget what is under way."""
-        self._under_way.clear()
+        """Forget what is in flight."""
+        self._in_flight.clear()
 
-    def send(self, own: dict[Tensor, Tensor], live: dict[Tensor, Tensor], scale: float) -> None:
-        """Ship this rank's part.
+    def swap(
+        self, own: dict[Tensor, Tensor], positions: dict[Tensor, Tensor]
+    ) -> dict[Tensor, tuple[Tensor, Tensor]]:
+        """Ship this rank's part of the gradients, and take those whose turn it is.
 
         Args:
-            own: parameter → gradient at this rank's part of ``live``.
-            live: parameter → positions of all live coordinates, the same on all ranks.
-            scale: to multiply the gradients by.
+            own: parameter → gradient at this rank's part of its active coordinates, scaled.
+            positions: parameter → all active coordinates, the same on all ranks.
+
+        Returns:
+            Parameter → (positions, gradient); empty in the first `staleness` steps.
         """
-        parts = list(own.values())
-        if self.workers is None:
-            gathered: Any = None
-        else:
-            flat = torch.cat([part.to(torch.float32) for part in parts])
+        sent: Any = list(own.values())
+        if self.process_group is not None and own:
+            flat = torch.cat([gradient.to(torch.float32) for gradient in sent])
             sizes = []
-            for rank in range(self.workers.size):
-                slices = [part_of(len(live[p]), rank, self.workers.size) for p in own]
-                sizes.append(sum(s.stop - s.start for s in slices))
-            gathered = self.workers.gather(flat, sizes)
-        self._under_way.append((gathered, own, {p: live[p] for p in own}, scale))
+            for rank in range(self.process_group.size):
+                parts = [part_of(len(positions[p]), rank, self.process_group.size) for p in own]
+                sizes.append(sum(part.stop - part.start for part in parts))
+            sent = self.process_group.gather(flat, sizes)
+        self._in_flight.append((sent, positions))
+        if len(self._in_flight) <= self.staleness:
+            return {}
+        arrived, positions = self._in_flight.popleft()
+        if isinstance(arrived, Gathering):
+            arrived = self._by_parameter(arrived.wait(), list(positions.values()))
+        return dict(zip(positions, zip(positions.values(), arrived, strict=True), strict=True))
 
-    def receive(self) -> tuple[dict[Tensor, tuple[Tensor, Tensor]], float] | None:
-        """The gradients whose turn it is: parameter → (positions, gradient), and their scale.
-
-        None in the first ``staleness`` steps.
-        """
-        if len(self._under_way) <= self.staleness:
-            return None
-        gathered, own, live, scale = self._under_way.popleft()
-        if gathered is None:
-            return {p: (live[p], gradient) for p, gradient in own.items()}, scale
-        per_rank = gathered.wait()
-        size, found = len(per_rank), {}
-        read = [0] * size
-        for p, positions in live.items():
-            pieces = []
-            for rank, flat in enumerate(per_rank):
-                part = part_of(len(positions), rank, size)
-                n = part.stop - part.start
-                pieces.append(flat[read[rank] : read[rank] + n])
-                read[rank] += n
-            found[p] = (positions, torch.cat(pieces))
-        return found, scale
-
-
-def share_births(
-    workers: Workers, births: list[tuple[Tensor, Tensor, dict[str, Tensor]]]
-) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
-    """What every rank found in its part of the blocks, together, positions ascending.
-
-    Args:
-        births: per parameter: positions, values and moments of its candidates.
-    """
-    if not births:
-        return []
-    device = births[0][0].device
-    lengths = torch.tensor([len(index) for index, _, _ in births], device=device)
-    all_lengths = workers.gather(lengths, [len(births)] * workers.size).wait()
-    index = torch.cat([index for index, _, _ in births])
-    columns = [torch.cat([values for _, values, _ in births])]
-    names = list(births[0][2])
-    columns += [torch.cat([m[name].to(columns[0].dtype) for _, _, m in births]) for name in names]
-    sizes = [int(n.sum()) for n in all_lengths]
-    all_index = workers.gather(index, sizes)
-    all_columns = [workers.gather(column, sizes) for column in columns]
-    pieces = [
-        [x.split(n.tolist()) for x, n in zip(gathered.wait(), all_lengths, strict=True)]
-        for gathered in (all_index, *all_columns)
-    ]
-    found = []
-    for i in range(len(births)):
-        positions, values, *moments = (torch.cat([rank[i] for rank in kind]) for kind in pieces)
-        order = positions.argsort()
-        own = {
-            name: m[order].to(births[i][2][name].dtype)
-            for name, m in zip(names, moments, strict=True)
-        }
-        found.append((positions[order], values[order], own))
-    return found
+    def _by_parameter(self, per_rank: list[Tensor], positions: list[Tensor]) -> list[Tensor]:
+        pieces = []
+        for rank, flat in enumerate(per_rank):
+            parts = [part_of(len(active), rank, len(per_rank)) for active in positions]
+            pieces.append(flat.split([part.stop - part.start for part in parts]))
+        return [torch.cat(of_one) for of_one in zip(*pieces, strict=True)]

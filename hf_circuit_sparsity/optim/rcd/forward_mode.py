@@ -1,7 +1,7 @@
 """Derivatives along chosen coordinates without a backward pass, by forward-mode differentiation.
 
 One derivative costs about two forward passes and stores no activations. So this pays for few
-coordinates, or where memory is short; for many, see :class:`PartialGradients`.
+coordinates, or where memory is short; for many, see [`PartialGradients`].
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,15 +19,15 @@ Loss = Callable[[nn.Module], Tensor]
 def directional_derivative(
     model: nn.Module, loss: Loss, direction: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and its derivative when parameters move along a direction (``torch.func.jvp``).
+    """The loss, and its derivative when parameters move along a direction (`torch.func.jvp`).
 
     Nothing is saved for a backward pass. Attention runs in its readable form meanwhile (the fused
-    kernels know no forward mode). Dropout makes every call's loss another one: use ``eval()``.
+    kernels know no forward mode). Dropout makes every call's loss another one: use `eval()`.
 
     Args:
-        model: any module; must not be attached to :class:`PartialGradients`.
+        model: any module; must not be attached to [`PartialGradients`].
         loss: computes the loss, a scalar, from the model, for example
-            ``lambda model: model(**batch).loss``.
+            `lambda model: model(**batch).loss`.
         direction: parameter name → tensor of its shape.
 
     Returns:
@@ -59,13 +59,13 @@ def directional_derivative(
 def coordinate_derivatives(
     model: nn.Module, loss: Loss, coordinates: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Partial derivatives of the loss, one :func:`directional_derivative` each.
+    """Partial derivatives of the loss, one [`directional_derivative`] each.
 
     Args:
-        coordinates: parameter name → flat positions in it, ``(n,)`` int64.
+        coordinates: parameter name → flat positions in it, `(n,)` int64.
 
     Returns:
-        Parameter name → derivatives, ``(n,)`` in the parameter's dtype.
+        Parameter name → derivatives, `(n,)` in the parameter's dtype.
     """
     parameters = dict(model.named_parameters())
     found = {}
@@ -83,26 +83,26 @@ def coordinate_derivatives(
 def add_forward_gradients(model: nn.Module, optimizer: RCDSparseOptimizer, loss: Loss) -> None:
     """Give the optimizer the gradients of its next step, without a backward pass.
 
-    Costs one :func:`directional_derivative` for every coordinate of the current blocks and, with
-    ``move_live``, for every live one; of dense parameters it computes none, so these stay.
+    Costs one [`directional_derivative`] for every coordinate of the current blocks and, with
+    `move_active`, for every active one; of dense parameters it computes none, so these stay.
 
     Args:
-        optimizer: of parameters of ``model``.
-        loss: as of :func:`directional_derivative`.
+        optimizer: of parameters of `model`.
+        loss: as of [`directional_derivative`].
     """
     names = {p: name for name, p in model.named_parameters()}
     for _, p in optimizer.sparse_parameters():
-        wanted, name = optimizer.coordinates(p), names[p]
-        block = coordinate_derivatives(model, loss, {name: wanted.block.index()})[name]
-        live = None
-        if wanted.move_live:
+        state, name = optimizer.sparse_state(p), names[p]
+        block = coordinate_derivatives(model, loss, {name: state.own_block.index()})[name]
+        active = None
+        if state.move_active:
             # Those in the block are known by now.
-            inside, place = wanted.live_in_block
-            outside = wanted.live.live[~inside]
-            live = block.new_empty(len(inside))
-            live[inside] = block[place]
-            live[~inside] = coordinate_derivatives(model, loss, {name: outside})[name]
-        optimizer.add_gradient(p, live, block)
+            inside, index = state.active_in_block
+            outside = state.active[~inside]
+            active = block.new_empty(len(inside))
+            active[inside] = block[index]
+            active[~inside] = coordinate_derivatives(model, loss, {name: outside})[name]
+        state.add_gradient(active, block)
 
 
 class _Called(nn.Module):

@@ -1,116 +1,90 @@
 """Random coordinate descent on sparse weights, at the cost of what it touches."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...modeling.sparse_layers import SparseWeight
-from ..schedules import scheduled_density
-from ..skipped_steps import COUNTERS, count_skipped_step
-from ..topk_adamw import GRAD_RMS_MODES
-from .blocks import Block, BlockKind, Selection
-from .config import check_group
-from .distributed import GradientExchange, Workers, share_births
-from .gradients import first_not_finite, gradient_rms, of_those_still_live, scale_for
-from .storage import MatrixStorage, NonzeroStorage, Storage
+from ..schedules import geometric_density
+from ..sparse_optimizer import Normalization, SparseOptimizer, learning_rate, refuse_sparse
+from .config import RCDConfig
+from .distributed import GradientExchange, RCDProcessGroup
+from .state import NonzeroState, SparseState
 from .updates import (
-    Coordinates,
-    block_dim,
-    draw_for,
-    find_births,
-    learning_rate,
-    move_dense_parameters,
-    move_live_coordinates,
-    remember_block,
-    seeded,
-    settle_live_coordinates,
-    working_dtype,
+    Growth,
+    find_growth,
+    gradient_rms,
+    grow_and_drop,
+    match_stale_gradient,
+    move_active,
 )
 
-# Per coordinate, in the state of a sparse parameter: torch would cast them on loading.
-_SEEN = ("block_sum", "block_square")
-_TENSORS = ("live", "exp_avg", "exp_avg_sq", "age", "block", *_SEEN)
 
-
-class RCDSparseOptimizer(torch.optim.Optimizer):
+class RCDSparseOptimizer(SparseOptimizer):
     """Random coordinate descent that starts sparse and stays sparse.
 
-    A block of each sparse parameter (some rows, columns or entries) is chosen at random and stays
-    for ``block_steps`` steps. In every step the live coordinates (those that are not zero; with
-    ``move_live=False`` only those in the block) move, ``x - lr * direction``, where the direction
-    is the gradient (``update="plain"``) or Adam's. At the end of the stay the block's zeros make
-    the same move from the mean of the gradients seen, then what is below ``clip_threshold`` is set
-    to zero, and with a ``target_density`` only the largest stay: a coordinate comes alive by
-    outgrowing another. Moments exist for live coordinates alone, gradients are needed for live
-    coordinates and block alone; see :class:`PartialGradients`, which computes no others. Gradients
-    in ``.grad`` are taken as well.
+    A block of each sparse parameter (some rows, columns or entries) is drawn at random and stays
+    for `block_steps` steps. In every step the active coordinates (those that are not zero; with
+    `move_active=False` only those in the block) move, `x - lr * direction`, where the direction is
+    Adam's or, with `update="plain"`, the gradient. At the end of the stay the block's zeros make
+    the same move from the mean of the gradients seen. Then what is below `clip_threshold` is set to
+    zero, and with a `target_density` only the largest stay: a coordinate grows by outgrowing
+    another, which drops.
 
-    With blocks of one entry, ``block_steps=1``, ``move_live=False`` and ``update="plain"`` this is
-    the coordinate descent of Nesterov 2012 ("Efficiency of coordinate descent methods on huge-scale
-    optimization problems") with zero-clipping. Parameters of a group with ``sparse=False`` are
-    trained by gradient descent or AdamW as a whole.
+    Moments exist for active coordinates alone. Gradients are needed for active coordinates and
+    block alone: [`PartialGradients`] computes no others; gradients in `.grad` are taken as well.
 
-    All arguments except ``params``, ``grad_rms`` and ``seed`` can be set per group;
-    :func:`sparse_param_groups` makes groups in which norms are left alone. Everything a run depends
-    on is in ``state_dict()``, the current block included. Change the weights by hand only before
-    the first step: which coordinates live is read from them once.
+    With blocks of one entry, `block_steps=1`, `move_active=False` and `update="plain"` this is the
+    coordinate descent of Nesterov 2012 ("Efficiency of coordinate descent methods on huge-scale
+    optimization problems") with zero-clipping. Parameters of a group with `sparse=False` are
+    trained by AdamW or gradient descent as a whole.
+
+    All arguments except `params`, `normalize_gradients`, `seed`, `process_group`, `staleness` and
+    `init` can be set per group; [`sparse_param_groups`] makes groups in which norms are left alone.
+    Everything a run depends on is in `state_dict()`, the current block included. Change the weights
+    by hand only before the first step: which coordinates are active is read from them once.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups; contiguous floating-point tensors.
         lr: learning rate.
-        betas, eps: of Adam; ``eps`` is added to the square root of the second moment.
-        weight_decay: decoupled, of live coordinates.
-        selection: how blocks are drawn, see :func:`draw_block`: ``"uniform"``, ``"magnitude"``,
-            ``"cyclic"``, or ``"gradient"`` (Gauss-Southwell on the block: drawn uniformly, but of
-            its zeros only the ``greedy_fraction`` with the largest gradients move).
-        block: ``"rows"`` (output neurons), ``"columns"`` (inputs) or single ``"entries"``; vectors
-            have entries only.
-        block_fraction: share of each sparse parameter in a block, in (0, 1].
-        block_steps: steps for which a block stays.
-        update: ``"adam"`` or ``"plain"``.
-        move_live: whether live coordinates outside the block move.
-        clip_threshold: what is smaller in magnitude becomes zero.
-        l1: weight of an L1 penalty, applied as a proximal step (soft threshold ``lr * l1``).
+        betas, eps: of Adam; `eps` is added to the square root of the second moment.
+        weight_decay: decoupled, of active coordinates.
+        config: the settings of the descent.
         target_density: at most this share of each sparse parameter stays nonzero, in (0, 1]; None
             for no such budget.
-        start_density: the budget before the first step, in [``target_density``, 1]; it then falls
-            by equal factors and reaches the target at ``anneal_end``. None: the target all along.
-        anneal_end, explore_end: as fractions of ``total_steps``; from ``explore_end`` on no blocks
-            are drawn, no zeros are looked at, and only what lives moves.
-        total_steps: number of steps of the whole run; needed with a ``start_density``, or an
-            ``explore_end`` below 1.
+        anneal_end: where `start_density` has fallen to the target, as a fraction of `total_steps`.
+        total_steps: number of steps of the whole run; needed with a `start_density`, or an
+            `explore_end` below 1.
         min_nonzeros: with a budget, nonzeros that each row of a matrix keeps in any case.
-        magnitude_power, magnitude_floor: exponent and evenly spread share of ``"magnitude"``.
-        greedy_fraction: of ``"gradient"``, in (0, 1].
-        sharkfin: whether to multiply the learning rate by ``1 / sqrt(target_density)``.
+        sharkfin: whether to multiply the learning rate by `1 / sqrt(density)`.
         sparse: False trains the group's parameters as a whole.
-        row_dim: dimension that counts output neurons: 0 for ``nn.Linear``, 1 for ``Conv1D``.
-        grad_rms: "always" brings the root-mean-square of the gradients to 1, estimated from what is
-            computed of them, "clip" only where it is above 1, "off" leaves them alone.
+        row_dim: dimension that counts output neurons: 0 for `nn.Linear`, 1 for `Conv1D`.
+        normalize_gradients: "always" brings the root-mean-square of the gradients to 1, estimated
+            from what is computed of them, "clip" only where it is above 1, "off" leaves them alone.
         seed: of the blocks; the global generators are not touched.
-        workers: ranks that share the coordinates; every one then computes the gradients of its own
-            part of them alone, and ships these. All must begin with the same weights, and what a
-            block has seen in the middle of its stay is not saved. Needs ``move_live``.
-        staleness: gradients of live coordinates are used so many steps after they were computed, so
-            that the ranks need not wait for each other; what is under way is not saved.
+        process_group: processes that share the coordinates. Every one then computes the gradients
+            of its own part of them alone, and ships these. All must begin with the same weights,
+            and what a block has seen in the middle of its stay is not saved. Needs `move_active`.
+        settings: settings of [`RCDConfig`] by name; they win over `config`.
 
     Attributes:
         grad_rms: root-mean-square of the last step's gradients, before scaling.
         effective_lr: learning rate of the first group in the last step, sharkfin included.
 
     Raises:
+        TypeError: if a setting is not known.
         ValueError: if a setting is out of range, or a parameter fits no rule.
-        FloatingPointError: from ``step()``, at the third step in a row with gradients that are not
+        FloatingPointError: from `step()`, at the third step in a row with gradients that are not
             finite.
     """
 
     # On the class, so that they also exist on a copy, for which torch calls no __init__.
-    grad_rms: float | None = None
-    effective_lr: float | None = None
-    workers: Workers | None = None
+    process_group: RCDProcessGroup | None = None
+    _exchange: GradientExchange | None = None
 
     def __init__(
         self,
@@ -120,368 +94,291 @@ class RCDSparseOptimizer(torch.optim.Optimizer):
         eps: float = 0.1,
         weight_decay: float = 0.0,
         *,
-        selection: Selection = "uniform",
-        block: BlockKind = "rows",
-        block_fraction: float = 1 / 16,
-        block_steps: int = 1,
-        update: Literal["adam", "plain"] = "adam",
-        move_live: bool = True,
-        clip_threshold: float = 0.0,
-        l1: float = 0.0,
+        config: RCDConfig | None = None,
         target_density: float | None = None,
-        start_density: float | None = None,
         anneal_end: float = 0.5,
-        explore_end: float = 1.0,
         total_steps: int | None = None,
         min_nonzeros: int = 0,
-        magnitude_power: float = 1.0,
-        magnitude_floor: float = 0.1,
-        greedy_fraction: float = 1 / 16,
         sharkfin: bool = False,
         sparse: bool = True,
         row_dim: int = 0,
-        grad_rms: Literal["always", "clip", "off"] = "off",
+        normalize_gradients: Normalization = "off",
         seed: int = 0,
-        workers: Workers | None = None,
-        staleness: int = 0,
+        process_group: RCDProcessGroup | None = None,
+        **settings: Any,
     ) -> None:
-        if grad_rms not in GRAD_RMS_MODES:
-            raise ValueError(
-                f"grad_rms={grad_rms!r} is unknown: expected one of {', '.join(GRAD_RMS_MODES)}."
-            )
+        config = replace(config or RCDConfig(), **settings)
         defaults = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
-            "selection": selection,
-            "block": block,
-            "block_fraction": block_fraction,
-            "block_steps": block_steps,
-            "update": update,
-            "move_live": move_live,
-            "clip_threshold": clip_threshold,
-            "l1": l1,
             "target_density": target_density,
-            "start_density": start_density,
             "anneal_end": anneal_end,
-            "explore_end": explore_end,
             "total_steps": total_steps,
             "min_nonzeros": min_nonzeros,
-            "magnitude_power": magnitude_power,
-            "magnitude_floor": magnitude_floor,
-            "greedy_fraction": greedy_fraction,
             "sharkfin": sharkfin,
             "sparse": sparse,
             "row_dim": row_dim,
+            "fused": None,
+            **config.group_settings(),
         }
-        super().__init__(params, defaults)
-        if isinstance(staleness, bool) or not isinstance(staleness, int) or staleness < 0:
-            raise ValueError(f"staleness={staleness!r} is not a whole number of steps >= 0.")
-        if (workers is not None or staleness) and not all(
-            g["move_live"] for g in self.param_groups if g["sparse"]
-        ):
-            raise ValueError(
-                "move_live=False was passed with several workers or staleness: leave it True."
-            )
-        self.workers = workers
-        self._exchange = GradientExchange(workers, staleness)
-        self._forget()
-        first = self.param_groups[0]
-        first.update(dict.fromkeys(COUNTERS, 0), grad_rms_mode=grad_rms, seed=seed)
-        self._set_densities()
-
-    def _forget(self) -> None:
-        """Drop what is derived from the state, or belongs to a step under way."""
-        self._storages: dict[Tensor, Storage] = self.__dict__.get("_storages", {})
-        self._coordinates: dict[Tensor, Coordinates] = {}
-        self._partial: dict[Tensor, tuple[Tensor | None, Tensor]] = {}
-        if "_exchange" not in self.__dict__:
-            self._exchange = GradientExchange(self.workers, 0)
-        self._exchange.clear()
+        super().__init__(params, defaults, normalize_gradients)
+        self.param_groups[0]["seed"] = seed
+        self.process_group = process_group
+        if process_group is not None or config.staleness:
+            if not all(g["move_active"] for g in self.param_groups if g["sparse"]):
+                raise ValueError(
+                    "move_active=False was passed with several processes or staleness: leave it "
+                    "True."
+                )
+            self._exchange = GradientExchange(process_group, config.staleness)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        for group in state.get("param_groups", ()):
+            if "move_live" in group:  # its name in earlier releases
+                group["move_active"] = group.pop("move_live")
         super().__setstate__(state)
-        for group in self.param_groups:  # of a state saved by an older release
-            for name in ("start_density", "anneal_end", "explore_end", "total_steps"):
-                group.setdefault(name, self.defaults[name])
-        self._set_densities()
-        self._forget()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, checking it first; see :class:`torch.optim.Optimizer`."""
-        super().add_param_group(param_group)
-        try:
-            check_group(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
+    def state_dict(self) -> dict[str, Any]:
+        """The state; see [`torch.optim.Optimizer`]. That of sparse parameters is in dicts as well.
+
+        In-flight gradients are not saved.
+        """
+        saved = super().state_dict()
+        for number, state in saved["state"].items():
+            if isinstance(state, SparseState):
+                saved["state"][number] = state.to_dict()
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; see :class:`torch.optim.Optimizer`."""
-        super().load_state_dict(state_dict)
+        """Load a state; see [`torch.optim.Optimizer`]."""
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
         # torch casts all state to the dtype of its parameter, which would round positions.
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(saved, self._parameters(), strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                if name in _TENSORS and "live" in state_dict["state"][i]:
-                    self.state[p][name] = value.detach().clone().to(p.device)
-
-    @property
-    def steps_taken(self) -> int:
-        """Steps taken so far, skipped ones included."""
-        return self.param_groups[0]["steps_taken"]
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps so far whose gradients were not finite."""
-        return self.param_groups[0]["skipped_steps"]
+        sparse = {i: s for i, s in state_dict["state"].items() if "live" in s}
+        dense = {i: s for i, s in state_dict["state"].items() if i not in sparse}
+        super().load_state_dict({**state_dict, "state": dense})
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(numbers, parameters, strict=True):
+            if number in sparse:
+                self.state[p] = {
+                    name: value.detach().clone() if isinstance(value, Tensor) else value
+                    for name, value in sparse[number].items()
+                }
+        if self._exchange is not None:
+            self._exchange.clear()
 
     @property
     def density(self) -> float:
-        """Share of the sparse parameters' coordinates that are live."""
-        self._prepare()
-        pairs = [
-            (len(self.state[p]["live"]), self.storage(p).numel) for _, p in self.sparse_parameters()
-        ]
-        return sum(live for live, _ in pairs) / max(1, sum(size for _, size in pairs))
+        """Share of the sparse parameters' coordinates that are active."""
+        states = [state for _, state in self._sparse_states()]
+        return sum(len(s.active) for s in states) / max(1, sum(s.numel for s in states))
 
     @property
     def block_number(self) -> int:
         """How many blocks of the first sparse parameter have been drawn."""
-        self._prepare()
-        return self.state[self.sparse_parameters()[0][1]]["draws"]
+        return self._sparse_states()[0][1].draws
 
     def sparse_parameters(self) -> list[tuple[dict[str, Any], Tensor]]:
         """(group, parameter) of every sparse parameter."""
         return [(g, p) for g in self.param_groups if g["sparse"] for p in g["params"]]
 
-    def coordinates(self, parameter: Tensor) -> Coordinates:
-        """The coordinates of a sparse parameter whose gradient the coming step uses."""
-        found = self._coordinates.get(parameter)
-        if found is None:
-            self._prepare()
-            found = self._coordinates[parameter]
-        return found
-
-    def storage(self, parameter: Tensor) -> Storage:
-        """Where a sparse parameter's weights lie.
+    def sparse_state(self, parameter: Tensor) -> SparseState:
+        """The state of a sparse parameter, with the coordinates whose gradients are needed next.
 
         Raises:
-            ValueError: if they are the nonzeros of layers that :meth:`train_nonzeros` was not told.
+            ValueError: if it holds nonzeros of layers that [`train_nonzeros`] was not told.
         """
-        found = self._storages.get(parameter)
-        if found is None:
-            if any(g.get("nonzeros") and any(p is parameter for p in g["params"])
-                   for g in self.param_groups):  # fmt: skip
-                raise ValueError(
-                    f"a sparse parameter with {parameter.numel()} entries holds the nonzeros of a "
-                    "layer the optimizer does not know: train with PartialGradients(model, "
-                    "optimizer), or call train_nonzeros(layers) before the first step."
-                )
-            found = self._storages[parameter] = MatrixStorage(parameter)
-        return found
+        state = self.state.get(parameter)
+        if isinstance(state, SparseState):
+            return state
+        group = next(g for g, p in self.sparse_parameters() if p is parameter)
+        return self._make_state(parameter, group)
 
     def train_nonzeros(self, layers: Iterable[SparseWeight]) -> None:
         """Train layers that hold only their nonzeros; their patterns change as they learn.
 
-        :class:`PartialGradients` does this for the layers of its model.
+        [`PartialGradients`] does this for the layers of its model.
 
         Args:
-            layers: those whose ``values`` are sparse parameters of this optimizer; tied ones all.
+            layers: those whose `values` are sparse parameters of this optimizer; tied ones all.
         """
-        owners: dict[Tensor, list[SparseWeight]] = {}
+        by_parameter: dict[Tensor, list[SparseWeight]] = {}
         for layer in layers:
-            owners.setdefault(layer.values, []).append(layer)
-        sparse = {p for _, p in self.sparse_parameters()}
-        for parameter, own in owners.items():
-            if parameter in sparse:
-                self._storages[parameter] = NonzeroStorage(own)
-
-    @torch.no_grad()
-    def add_gradient(self, parameter: Tensor, live: Tensor | None, block: Tensor) -> None:
-        """Add to the gradient the coming step uses; it and ``zero_grad`` use it up.
-
-        Args:
-            parameter: a sparse one.
-            live: gradient at ``coordinates(parameter).own_live``; None where live coordinates
-                outside the block do not move.
-            block: gradient at the coordinates of the block, flat, in its order.
-        """
-        before = self._partial.get(parameter)
-        if before is not None:
-            live = live if before[0] is None else before[0] + live
-            block = before[1] + block
-        self._partial[parameter] = (live, block)
+            by_parameter.setdefault(layer.values, []).append(layer)
+        for _, p in self.sparse_parameters():
+            own, state = by_parameter.get(p), self.state.get(p)
+            if own and isinstance(state, NonzeroState):
+                state.layers = own
+            elif own:
+                self._layers[p] = own
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, partial ones included."""
         super().zero_grad(set_to_none)
-        self._partial.clear()
+        self._drop_gradients()
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One optimization step; see the class.
+    @property
+    def _layers(self) -> dict[Tensor, list[SparseWeight]]:
+        """The layers that hold a parameter as their nonzeros."""
+        return self.__dict__.setdefault("_layers_of", {})
 
-        Args:
-            closure: reevaluates the model and returns the loss.
-
-        Raises:
-            FloatingPointError: at the third step in a row with gradients that are not finite.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._prepare()
-        counters = self.param_groups[0]
-        self._set_densities()
-        counters["steps_taken"] += 1
-        if self.workers is not None and self.workers.average_dense:
-            dense = [p for g in self.param_groups if not g["sparse"] for p in g["params"]]
-            self.workers.average([p.grad for p in dense if p.grad is not None])
-        gradients = {p: self._gradient(p) for _, p in self.sparse_parameters()}
-        self._partial.clear()
-        scale = self._scale(gradients)
-        self.effective_lr = learning_rate(counters)
-        if scale is None:
-            count_skipped_step(counters, first_not_finite(self.param_groups, gradients))
-        else:
-            counters["skipped_in_a_row"] = 0
-            for group in self.param_groups:
-                if not group["sparse"]:
-                    move_dense_parameters(group, self.state, scale)
-            self._move(gradients, scale)
-        self._settle()
-        return loss
-
-    def _move(self, gradients: dict[Tensor, Any], scale: float) -> None:
-        """Move what is live, wherever its gradients come from, and remember the block's."""
-        own, live = {}, {}
-        for group, p in self.sparse_parameters():
-            if gradients[p] is None:
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        config = RCDConfig.of_group(group)
+        config.check_run(group["target_density"], group["anneal_end"], group["total_steps"])
+        names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+        for name, p in zip(names, group["params"], strict=True):
+            described = f"{name} ({p.dtype}, shape {tuple(p.shape)})"
+            if not p.is_floating_point():
+                raise ValueError(f"{described} is not a floating-point tensor: leave it out.")
+            if not group["sparse"]:
                 continue
-            weight, state, wanted = self.storage(p), self.state[p], self._coordinates[p]
-            live_gradient, block_gradient = gradients[p]
-            if live_gradient is None:
-                moving, places = wanted.live_in_block
-                gradient = block_gradient[places]
-                move_live_coordinates(weight, group, state, gradient, moving, scale)
-            else:
-                own[p], live[p] = live_gradient, wanted.live.live
-            remember_block(weight, state, block_gradient, scale)
-        if not own:
-            return
-        self._exchange.send(own, live, scale)
-        received = self._exchange.receive()
-        if received is None:
-            return
-        arrived, scale = received
-        for group, p in self.sparse_parameters():
-            positions, gradient = arrived.get(p, ((), ()))
-            if not len(positions):
-                continue
-            state, moving = self.state[p], slice(None)
-            if positions is not state["live"]:
-                moving, gradient = of_those_still_live(positions, gradient, state["live"])
-            move_live_coordinates(self.storage(p), group, state, gradient, moving, scale)
+            if not p.is_contiguous() or p.numel() == 0:
+                raise ValueError(
+                    f"{described} is {'empty' if p.numel() == 0 else 'not contiguous'}, so it "
+                    "cannot be sparse: leave it out, or put it into a group with sparse=False."
+                )
+            if group["row_dim"] == 1 and p.ndim > 2:
+                raise ValueError(
+                    f"{described} has no rule: row_dim=1 is for matrices stored as inputs × "
+                    "outputs (Conv1D); pass row_dim=0 or put it into a group with sparse=False."
+                )
 
-    def _settle(self) -> None:
-        """Settle what is live in those parameters whose block has stayed its time."""
-        due = []
-        for group, p in self.sparse_parameters():
-            self.state[p]["stayed"] += 1
-            if self.state[p]["stayed"] >= group["block_steps"]:
-                due.append((group, p))
-        births = [
-            find_births(self.storage(p), g, self.state[p], self._coordinates[p]) for g, p in due
+    def _scheduled_density(self, group: dict[str, Any]) -> float | None:
+        target, start = group["target_density"], group["start_density"]
+        if target is None or start is None:
+            return target
+        return geometric_density(
+            self.steps_taken, target, start, group["anneal_end"], group["total_steps"]
+        )
+
+    def _sparse_states(self) -> list[tuple[dict[str, Any], SparseState]]:
+        pairs = self.sparse_parameters()
+        states = [(g, p, self.state.get(p)) for g, p in pairs]
+        return [
+            (g, s if isinstance(s, SparseState) else self._make_state(p, g)) for g, p, s in states
         ]
-        if self.workers is not None:
-            births = share_births(self.workers, births)
-        for (group, p), found in zip(due, births, strict=True):
-            wanted = self._coordinates[p]
-            born = found if len(found[0]) else None
-            settle_live_coordinates(self.storage(p), group, self.state[p], wanted, born)
-            self._choose(p, group)
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
 
     @torch.no_grad()
-    def _prepare(self) -> None:
-        """Make sure that every sparse parameter has its live coordinates and a block."""
-        if len(self._coordinates) == sum(
-            len(g["params"]) for g in self.param_groups if g["sparse"]
-        ):
-            return
-        for group, p in self.sparse_parameters():
-            state = self.state[p]
-            if "live" not in state:
-                live = self.storage(p).find()
-                state.update(live=live, draws=0)
-                if group["update"] == "adam":
-                    moments = torch.zeros(len(live), dtype=working_dtype(p), device=p.device)
-                    state.update(exp_avg=moments, exp_avg_sq=moments.clone())
-                    state["age"] = torch.zeros_like(moments, dtype=torch.int32)
-                self._choose(p, group)
-            elif p not in self._coordinates:
-                weight = self.storage(p)
-                weight.restore(state["live"])
-                block = Block(weight.shape, block_dim(weight, group), state["block"])
-                new = Coordinates(state["live"], block, group["move_live"], self.workers)
-                self._coordinates[p] = new
-                if self.workers is not None and "block_sum" in state:
-                    # One rank's state was saved; what the others had seen of the block is gone.
-                    state.update(seen=0)
-                    for name in _SEEN:
-                        state.pop(name, None)
+    def _make_state(self, p: Tensor, group: dict[str, Any]) -> SparseState:
+        saved = self.state.get(p)
+        layers = self._layers.get(p)
+        if layers is None and group.get("nonzeros"):
+            raise ValueError(
+                f"a sparse parameter with {p.numel()} entries holds the nonzeros of a layer the "
+                "optimizer does not know: train with PartialGradients(model, optimizer), or call "
+                "train_nonzeros(layers) before the first step."
+            )
+        if layers is None:
+            state = SparseState(p, group, saved, self.process_group)
+        else:
+            state = NonzeroState(layers, p, group, saved, self.process_group)
+        self.state[p] = state
+        if not saved:
+            self._draw(state, group)
+        return state
 
-    def _set_densities(self) -> None:
-        for group in self.param_groups:
-            group["density"] = scheduled_density(group, self.steps_taken + 1)
-
-    def _choose(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _draw(self, state: SparseState, group: dict[str, Any]) -> None:
         """Draw the next block of a parameter."""
-        state = self.state[p]
         fraction = group["block_fraction"]
         if group["explore_end"] < 1.0:
             explored = self.steps_taken >= group["explore_end"] * group["total_steps"]
             fraction = 0.0 if explored else fraction
         # Every draw has a generator of its own, so that it depends on its number alone and not on
         # what was drawn for other parameters.
-        ordinal = next(i for i, q in enumerate(self._parameters()) if q is p)
-        key = (self.param_groups[0].get("seed", 0), ordinal, state["draws"])
-        block = draw_for(self.storage(p), group, state, fraction, seeded(*key))
-        state.update(block=block.ids, draws=state["draws"] + 1, stayed=0, seen=0)
-        for name in _SEEN:
-            state.pop(name, None)
-        old = self._coordinates.get(p)
-        new = Coordinates(state["live"], block, group["move_live"], self.workers)
-        if old is not None and old.live.live is state["live"]:
-            new.live = old.live  # what is known of the pattern
-        self._coordinates[p] = new
+        parameters = (p for g in self.param_groups for p in g["params"])
+        number = next(i for i, p in enumerate(parameters) if p is state.parameter)
+        seed = self.param_groups[0].get("seed", 0)
+        key = (seed * 1_000_003 + number) * 1_000_003 + state.draws
+        state.draw(group, fraction, torch.Generator().manual_seed(key % (1 << 63)))
 
-    def _gradient(self, p: Tensor) -> tuple[Tensor | None, Tensor] | None:
-        """Gradient at the live coordinates (None: take it from the block) and at the block."""
-        if p.grad is not None:
-            if p.grad.is_sparse:
-                raise RuntimeError(
-                    "a gradient is a sparse tensor, expected dense ones: build embeddings with "
-                    "sparse=False."
-                )
-            wanted, grad = self._coordinates[p], p.grad.to(working_dtype(p))
-            live = grad.reshape(-1)[wanted.own_live.live] if wanted.move_live else None
-            self.add_gradient(p, live, wanted.block.take(grad))
-        return self._partial.get(p)
+    def _measure_gradients(self) -> float:
+        dense = [p for g in self.param_groups if not g["sparse"] for p in g["params"]]
+        dense = [p.grad for p in dense if p.grad is not None]
+        if self.process_group is not None and self.process_group.average_dense:
+            self.process_group.average(dense)
+        states = [state for _, state in self._sparse_states()]
+        for state in states:
+            self._take_dense_gradient(state)
+        known = [state for state in states if state.gradient is not None]
+        return gradient_rms(known, dense, self.process_group)
 
-    def _scale(self, gradients: dict[Tensor, Any]) -> float | None:
-        """What to multiply all gradients by; None if they are not finite."""
-        parts = [
-            (self.storage(p).numel, self.state[p], self._coordinates[p], *gradient)
-            for p, gradient in gradients.items()
-            if gradient is not None
-        ]
-        groups = [g for g in self.param_groups if not g["sparse"]]
-        dense = [p.grad for g in groups for p in g["params"] if p.grad is not None]
-        self.grad_rms = gradient_rms(parts, dense, self.workers)
-        return scale_for(self.grad_rms, self.param_groups[0].get("grad_rms_mode", "off"))
+    def _take_dense_gradient(self, state: SparseState) -> None:
+        gradient = state.parameter.grad
+        if gradient is None:
+            return
+        refuse_sparse(gradient)
+        gradient = gradient.to(state.dtype)
+        flat = gradient.reshape(-1)
+        active = flat[state.own_pattern.positions] if state.move_active else None
+        state.add_gradient(active, state.own_block.take(gradient))
+
+    def _gradients_of(self, group: dict[str, Any], p: Tensor) -> Iterable[Tensor | None]:
+        return (self.sparse_state(p).gradient or ()) if group["sparse"] else (p.grad,)
+
+    def _update(self, scale: float) -> None:
+        for group in self.param_groups:
+            if not group["sparse"]:
+                self._move_dense(group, scale)
+        shipped: dict[Tensor, Tensor] = {}
+        for group, state in self._sparse_states():
+            if state.gradient is None:
+                continue
+            active, block = state.gradient
+            block = block.to(state.dtype) * scale
+            if active is None:  # only what is in the block moves
+                moving, inside = state.active_in_block
+                move_active(state, group, block[inside], moving)
+            else:
+                active = active.to(state.dtype) * scale
+                if self._exchange is None:
+                    move_active(state, group, active, slice(None))
+                else:
+                    shipped[state.parameter] = active
+            state.remember_block(block)
+        if shipped:
+            self._move_by_shipped(shipped)
+
+    def _move_by_shipped(self, own: dict[Tensor, Tensor]) -> None:
+        arrived = self._exchange.swap(own, {p: self.sparse_state(p).active for p in own})
+        for group, state in self._sparse_states():
+            positions, gradient = arrived.get(state.parameter, ((), ()))
+            if not len(positions):
+                continue
+            moving: Tensor | slice = slice(None)
+            if positions is not state.active:
+                moving, gradient = match_stale_gradient(positions, gradient, state.active)
+            move_active(state, group, gradient.to(state.dtype), moving)
+
+    def _move_dense(self, group: dict[str, Any], scale: float) -> None:
+        """AdamW or gradient descent on the parameters of a group as a whole."""
+        if group["update"] == "adam":
+            self._adamw(group, scale)
+            return
+        lr = learning_rate(group)
+        for p in group["params"]:
+            if p.grad is not None:
+                p.mul_(1 - lr * group["weight_decay"]).add_(p.grad, alpha=-lr * scale)
+
+    def _sparsify(self) -> None:
+        """End the stay of those blocks that have stayed their time."""
+        due = []
+        for group, state in self._sparse_states():
+            state.gradient = None
+            state.stayed += 1
+            if state.stayed >= group["block_steps"]:
+                due.append((group, state))
+        growths = [find_growth(state, group) for group, state in due]
+        if self.process_group is not None:
+            own = [(g.positions, g.values, g.moments) for g in growths]
+            growths = [Growth(*coordinates) for coordinates in self.process_group.share(own)]
+        for (group, state), growth in zip(due, growths, strict=True):
+            grow_and_drop(state, group, growth)
+            self._draw(state, group)
+
+    def _drop_gradients(self) -> None:
+        for _, p in self.sparse_parameters():
+            state = self.state.get(p)
+            if isinstance(state, SparseState):
+                state.gradient = None

@@ -1,8 +1,8 @@
 """Backward passes that compute a weight's gradient only where the optimizer uses it.
 
-``y = x @ W.T`` has the weight gradient ``dY.T @ X``. For a block of output rows R it is
-``dY[:, R].T @ X``, for a block of columns C it is ``dY.T @ X[:, C]``, and at scattered coordinates
-a sampled product; none needs the rest. ``y`` and ``dX`` need the nonzeros of ``W`` only.
+`y = x @ W.T` has the weight gradient `dY.T @ X`. For a block of output rows R it is
+`dY[:, R].T @ X`, for a block of columns C it is `dY.T @ X[:, C]`, and at scattered coordinates
+a sampled product; none needs the rest. `y` and `dX` need the nonzeros of `W` only.
 """
 
 from types import TracebackType
@@ -14,23 +14,26 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ...kernels.cpu import compiled_kernels
+from ...modeling.csr import CSR
 from ...modeling.sparse_layers import SparseEmbedding, SparseLinear, SparseWeight
 from ..sparse_compute import MAX_DENSITY, product, weight_gradient
 from .blocks import Block
 from .optimizer import RCDSparseOptimizer
-from .pattern import LivePattern
+
+# Entries of a dense product held at a time where there is no kernel for a sampled one.
+_PIECE = 1 << 20
 
 
 class PartialGradients:
-    """Lets the layers of a model hand an :class:`RCDSparseOptimizer` the gradients it will use.
+    """Lets the layers of a model hand an [`RCDSparseOptimizer`] the gradients it will use.
 
-    While attached, ``nn.Linear``, transformers' ``Conv1D`` and ``nn.Embedding`` layers, and those
-    that take the place of the first and last in ``model.to_sparse()``, whose weight is one of the
-    optimizer's sparse parameters compute its gradient at the live coordinates and in the current
-    block, add it to what the optimizer holds for its next step, and leave ``.grad`` of the weight
+    While attached, `nn.Linear`, transformers' `Conv1D` and `nn.Embedding` layers, and those
+    that take the place of the first and last in `model.to_sparse()`, whose weight is one of the
+    optimizer's sparse parameters compute its gradient at the active coordinates and in the current
+    block, add it to what the optimizer holds for its next step, and leave `.grad` of the weight
     None. The full gradient never exists. Their forward passes and input gradients run on the live
     coordinates where these are few. Everything else (biases, norms, other modules) has an ordinary
-    ``.grad``; so has a weight that is also used outside of such layers, for that use, and the
+    `.grad`; so has a weight that is also used outside of such layers, for that use, and the
     optimizer adds the two. Layers that share a weight add up.
 
     As the block stays until the optimizer's step, gradients of several backward passes accumulate.
@@ -38,9 +41,9 @@ class PartialGradients:
     memory than the layer's output.
 
     Works with autocast, gradient checkpointing and frozen parameters. It does not work with
-    ``torch.func``, nor with a ``GradScaler`` (float16), which scales ``.grad`` only.
+    `torch.func`, nor with a `GradScaler` (float16), which scales `.grad` only.
 
-    Use it as a context manager, or call :meth:`close` to give the layers back their own methods::
+    Use it as a context manager, or call [`close`] to give the layers back their own methods::
 
         with PartialGradients(model, optimizer):
             model(**batch).loss.backward()
@@ -50,9 +53,9 @@ class PartialGradients:
     Args:
         model: any module.
         optimizer: may be wrapped by Accelerate.
-        threshold: layers with at most this share of live coordinates run on them, in [0, 1].
+        threshold: layers with at most this share of active coordinates run on them, in [0, 1].
         min_entries: weights with fewer entries are multiplied as they are in any case.
-        allow_full: names of sparse parameters, not the weight of any such layer, that may be given
+        exclude_parameters: names of sparse parameters, not the weight of any such layer, that may be given
             a full gradient.
 
     Raises:
@@ -68,7 +71,7 @@ class PartialGradients:
         *,
         threshold: float = MAX_DENSITY,
         min_entries: int = 1 << 16,
-        allow_full: tuple[str, ...] | list[str] = (),
+        exclude_parameters: tuple[str, ...] | list[str] = (),
     ) -> None:
         inner = getattr(optimizer, "optimizer", optimizer)
         if not isinstance(inner, RCDSparseOptimizer):
@@ -92,12 +95,12 @@ class PartialGradients:
         names = {id(p): name for name, p in model.named_parameters()}
         bare = [names.get(i, "one of another model") for i, p in sparse.items()
                 if i not in covered and p.ndim > 1]  # fmt: skip
-        bare = [name for name in bare if name not in allow_full]
+        bare = [name for name in bare if name not in exclude_parameters]
         if bare:
             raise ValueError(
                 f"no rule covers the sparse parameters {', '.join(bare)}: expected weights of "
                 "nn.Linear, Conv1D or nn.Embedding; put them into a group with sparse=False, or "
-                "name them in allow_full to compute their full gradient."
+                "name them in exclude_parameters to compute their full gradient."
             )
         inner.train_nonzeros(m for m in self.layers if isinstance(m, SparseWeight))
         for layer in self.layers:
@@ -105,7 +108,7 @@ class PartialGradients:
             layer.forward = _Forward(layer, inner, threshold if pays else -1.0)
 
     def close(self) -> None:
-        """Give the layers back their own forward and backward passes. Does no harm twice."""
+        """Give the layers back their own forward and backward passes. Idempotent."""
         for layer in self.layers:
             if isinstance(layer.__dict__.get("forward"), _Forward):
                 del layer.forward
@@ -124,14 +127,14 @@ class PartialGradients:
 
 
 def block_gradient(block: Block, left: Tensor, right: Tensor) -> Tensor:
-    """``left.T @ right`` in the block only, flat, in the block's order.
+    """`left.T @ right` in the block only, flat, in the block's order.
 
     Args:
-        left: ``(tokens, rows)``.
-        right: ``(tokens, width)``.
+        left: `(tokens, rows)`.
+        right: `(tokens, width)`.
     """
     if block.dim is None:
-        return LivePattern(block.ids, block.shape).sampled_product(left, right)
+        return gradient_at(CSR.from_positions(block.ids, block.shape), left, right)
     if block.dim == 0:
         left = left.index_select(1, block.ids)
     else:
@@ -139,6 +142,36 @@ def block_gradient(block: Block, left: Tensor, right: Tensor) -> Tensor:
     if not len(block.ids):
         return left.new_empty(0)
     return weight_gradient(left, right, compiled_kernels(left, right)).flatten()
+
+
+def gradient_at(pattern: CSR, left: Tensor, right: Tensor) -> Tensor:
+    """`left.T @ right` at the coordinates of a pattern only, `(n,)` in at least float32.
+
+    Args:
+        left: `(tokens, rows)`.
+        right: `(tokens, width)`.
+    """
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    left, right = left.to(dtype), right.to(dtype)
+    rows, width = pattern.shape
+    kernels = compiled_kernels(left, right)
+    # A sampled product costs many times a dense product's price per entry, the more so where
+    # activations are few.
+    price = 8 if kernels is None else 20
+    on_device = left.device.type == "cuda"
+    has_sampled = on_device or kernels is not None or torch.backends.mkl.is_available()
+    if has_sampled and len(pattern) * price <= rows * width:
+        return pattern.sampled(left, right)
+    # Dense products of a few rows at a time, read at the coordinates.
+    out = left.new_empty(len(pattern))
+    step = max(1, _PIECE // max(1, width))
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        first, last = int(pattern.row_starts[start]), int(pattern.row_starts[stop])
+        if first < last:
+            piece = weight_gradient(left[:, start:stop], right, kernels)
+            out[first:last] = piece.flatten()[pattern.positions[first:last] - start * width]
+    return out
 
 
 def _supported(module: nn.Module) -> bool:
@@ -160,7 +193,7 @@ def _trained(layer: nn.Module) -> nn.Parameter:
 
 
 class _Forward:
-    """Takes the place of a layer's ``forward``."""
+    """Takes the place of a layer's `forward`."""
 
     def __init__(self, layer: nn.Module, optimizer: RCDSparseOptimizer, threshold: float) -> None:
         self.layer = layer
@@ -180,20 +213,21 @@ class _Forward:
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def product(self, x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
-        """``x @ weight.T``, or ``x @ weight`` with ``transpose``, on the nonzeros if it pays."""
-        live = self.optimizer.coordinates(_trained(self.layer)).live
+        """`x @ weight.T`, or `x @ weight` with `transpose`, on the nonzeros if it pays."""
+        pattern = self.optimizer.sparse_state(_trained(self.layer)).pattern
         whole = not isinstance(self.layer, SparseWeight)
-        if whole and len(live.live) > self.threshold * weight.numel():
+        if whole and len(pattern) > self.threshold * weight.numel():
             weight = weight.to(x.dtype)
             # AbsTopK leaves zeros on one side or the other of every layer.
             kernels = compiled_kernels(x, weight) if self.threshold >= 0.0 else None
             return product(x, weight, kernels, transpose=not transpose)
-        values = weight.view(-1)[live.live] if whole else weight
-        return live.product(x, values, transpose)
+        values = weight.view(-1)[pattern.positions] if whole else weight
+        matrix = pattern.with_values(values)
+        return matrix.rmatmul(x) if transpose else matrix.linear(x)
 
 
 class _LinearFunction(torch.autograd.Function):
-    """A linear layer's product, without bias; ``x`` is ``(tokens, in_features)``."""
+    """A linear layer's product, without bias; `x` is `(tokens, in_features)`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, use: _Forward) -> Tensor:
@@ -213,12 +247,10 @@ class _LinearFunction(torch.autograd.Function):
                 grad_x = use.product(grad, weight, transpose=not stored_transposed)
             if ctx.needs_input_grad[1]:
                 # What was saved is another object under gradient checkpointing.
-                parameter = _trained(use.layer)
-                wanted = use.optimizer.coordinates(parameter)
+                state = use.optimizer.sparse_state(_trained(use.layer))
                 left, right = (x, grad) if stored_transposed else (grad, x)
-                live = wanted.own_live.sampled_product(left, right) if wanted.move_live else None
-                block = block_gradient(wanted.block, left, right)
-                use.optimizer.add_gradient(parameter, live, block)
+                active = gradient_at(state.own_pattern, left, right) if state.move_active else None
+                state.add_gradient(active, block_gradient(state.own_block, left, right))
         return grad_x, None, None
 
 
@@ -238,13 +270,12 @@ class _EmbeddingFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         if ctx.needs_input_grad[1]:
             (ids,) = ctx.saved_tensors
-            parameter = _trained(ctx.use.layer)
-            wanted = ctx.use.optimizer.coordinates(parameter)
+            state = ctx.use.optimizer.sparse_state(_trained(ctx.use.layer))
             grad = grad.reshape(-1, ctx.use.layer.embedding_dim)
             grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
             rows = _TokenGradient(ids.flatten(), grad, ctx.use.layer)
-            live = rows.at(wanted.own_live.live) if wanted.move_live else None
-            ctx.use.optimizer.add_gradient(parameter, live, rows.in_block(wanted.block))
+            active = rows.at(state.own_pattern.positions) if state.move_active else None
+            state.add_gradient(active, rows.in_block(state.own_block))
         return None, None, None
 
 

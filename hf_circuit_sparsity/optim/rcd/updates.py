@@ -1,215 +1,141 @@
-"""How :class:`RCDSparseOptimizer` moves coordinates.
+"""How [`RCDSparseOptimizer`] measures gradients, moves coordinates, and lets them grow and drop.
 
-Of sparse parameters every function costs what their live coordinates and their block cost.
+Every function costs what the active coordinates and the block of a parameter cost.
 """
 
 import math
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
+from ..keep_largest import keep_largest, positions_of
 from ..projection import nonzero_budget
-from ..schedules import sharkfin
-from .blocks import Block, draw_block
-from .distributed import Workers, part_of
-from .pattern import LivePattern, keep_largest, places
-from .storage import Storage
-
-_MOMENTS = ("exp_avg", "exp_avg_sq", "age")
+from ..sparse_optimizer import learning_rate
+from .distributed import RCDProcessGroup
+from .state import MOMENTS, SparseState
 
 
-class Coordinates:
-    """The coordinates of one sparse parameter that the current step may move.
+@dataclass
+class Growth:
+    """Zeros of a block that may become active: positions, values, and moments of each."""
 
-    Attributes:
-        shape: of the parameter as a matrix, as stored; a vector is a column.
-        live: pattern of the coordinates that are not zero.
-        own_live: of those whose gradient this rank computes; with one worker, all.
-        block: the chosen ones, live or not, of this rank.
-        move_live: whether the live ones outside the block move as well.
-    """
-
-    def __init__(
-        self, live: Tensor, block: Block, move_live: bool, workers: Workers | None = None
-    ) -> None:
-        self.shape = block.shape
-        self.live = LivePattern(live, block.shape)
-        self.workers = workers
-        if workers is not None:
-            own = block.ids[part_of(len(block.ids), workers.rank, workers.size)]
-            block = Block(block.shape, block.dim, own)
-        self.block = block
-        self.move_live = move_live
-
-    @cached_property
-    def own_live(self) -> LivePattern:
-        if self.workers is None:
-            return self.live
-        part = part_of(len(self.live.live), self.workers.rank, self.workers.size)
-        return LivePattern(self.live.live[part], self.shape)
-
-    @cached_property
-    def live_in_block(self) -> tuple[Tensor, Tensor]:
-        """Which of the live ones are in the block, and their places there."""
-        return self.block.locate(self.live.live)
+    positions: Tensor
+    values: Tensor
+    moments: dict[str, Tensor]
 
 
-def move_live_coordinates(
-    weight: Storage,
-    group: dict[str, Any],
-    state: dict[str, Any],
-    gradient: Tensor,
-    moving: Tensor | slice,
-    scale: float,
-) -> None:
-    """Move what is live.
+def gradient_rms(
+    states: list[SparseState], dense: list[Tensor], process_group: RCDProcessGroup | None
+) -> float:
+    """Root-mean-square over all entries of all gradients, estimated from what is known of them.
+
+    The zeros of a block stand for all zeros of their parameter. Where no zeros are looked at any
+    more, the ratio they had to the active coordinates is remembered.
 
     Args:
-        state: of the parameter, in the optimizer.
-        gradient: at the live coordinates that move.
-        moving: which these are.
-        scale: to multiply the gradient by.
+        states: those that have a gradient; the ratio is kept in them.
+        dense: whole gradients.
+        process_group: whose parts are put together.
     """
-    dtype = working_dtype(weight.parameter)
-    gradient = gradient.to(dtype) * scale
+    # For each state: sum of squares and number, first of active coordinates, then of zeros.
+    sums = []
+    for state in states:
+        active, block = state.gradient
+        in_block = _square(block)
+        if active is None:
+            sums.append((0.0, 0, in_block, len(block)))
+        else:
+            inside = state.active_in_block[1]
+            zeros = len(block) - len(inside)
+            sums.append((_square(active), len(active), in_block - _square(block[inside]), zeros))
+    if process_group is not None and sums:
+        flat = torch.tensor(sums, dtype=torch.float64).flatten()
+        gathered = process_group.gather(flat, [len(flat)] * process_group.size).wait()
+        sums = torch.stack(gathered).sum(0).view(-1, 4).tolist()
+    total, entries = 0.0, 0
+    for state, (square, active, zeros_square, zeros) in zip(states, sums, strict=True):
+        rest = state.numel - active
+        if zeros and square > 0.0:
+            ratio = zeros_square / zeros / square * max(1, active)
+            if math.isfinite(ratio):
+                before = ratio if state.zeros_ratio is None else state.zeros_ratio
+                state.zeros_ratio = 0.9 * before + 0.1 * ratio
+        if zeros:
+            total += zeros_square * rest / zeros
+        elif active:
+            total += square / active * (state.zeros_ratio or 0.0) * rest
+        total += square
+        entries += state.numel
+    for gradient in dense:
+        total += _square(gradient)
+        entries += gradient.numel()
+    return math.sqrt(max(0.0, total) / max(1, entries)) if math.isfinite(total) else total
+
+
+def move_active(
+    state: SparseState, group: dict[str, Any], gradient: Tensor, moving: Tensor | slice
+) -> None:
+    """Move active coordinates.
+
+    Args:
+        gradient: at those that move.
+        moving: which these are.
+    """
     lr = learning_rate(group)
     step: Tensor | float = lr
     if group["update"] == "adam":
         beta1, beta2 = group["betas"]
-        age = state["age"][moving] + 1
-        first = state["exp_avg"][moving].lerp(gradient, 1 - beta1)
-        second = state["exp_avg_sq"][moving].lerp(gradient.square(), 1 - beta2)
-        for name, moved in zip(_MOMENTS, (first, second, age), strict=True):
-            state[name][moving] = moved
+        moments = state.moments
+        age = moments["age"][moving] + 1
+        first = moments["exp_avg"][moving].lerp(gradient, 1 - beta1)
+        second = moments["exp_avg_sq"][moving].lerp(gradient.square(), 1 - beta2)
+        for name, moved in zip(MOMENTS, (first, second, age), strict=True):
+            moments[name][moving] = moved
         gradient = first / (1 - beta1**age)
         step = lr / ((second / (1 - beta2**age)).sqrt() + group["eps"])
-    x = weight.read(state["live"])[moving].to(dtype)
+    x = state.values()[moving]
     x = x * (1 - lr * group["weight_decay"]) - step * gradient
-    weight.write(state["live"], moving, shrink(x, step, group))
+    state.write(moving, _shrink(x, step, group))
 
 
-def remember_block(
-    weight: Storage, state: dict[str, Any], block_gradient: Tensor, scale: float
-) -> None:
-    """Add the block's gradient to what is remembered of its stay.
-
-    Args:
-        block_gradient: at the coordinates of the block.
-        scale: to multiply the gradient by.
-    """
-    seen = block_gradient.to(working_dtype(weight.parameter)) * scale
-    state["seen"] += 1
-    if "block_sum" not in state:
-        state["block_sum"] = seen
-        return
-    if "block_square" not in state:  # that of the first follows from the sum
-        state["block_square"] = state["block_sum"].square()
-    state["block_sum"] += seen
-    state["block_square"] += seen.square()
-
-
-def settle_live_coordinates(
-    weight: Storage,
-    group: dict[str, Any],
-    state: dict[str, Any],
-    wanted: Coordinates,
-    births: tuple[Tensor, Tensor, dict[str, Tensor]] | None,
-) -> None:
-    """End of a stay: the block's zeros move, then it is settled what is live from now on.
+def match_stale_gradient(
+    positions: Tensor, gradient: Tensor, active: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Select the entries of a stale gradient whose coordinates are still active.
 
     Args:
-        births: of :func:`find_births`, of all ranks.
+        positions: that were active when the gradient was computed, ascending.
+        gradient: at them.
+        active: positions now.
+
+    Returns:
+        Which of `active` have a gradient, as a mask, and their gradient.
     """
-    live = index = state["live"]
-    values = weight.read(live).to(working_dtype(weight.parameter))
-    moments = {name: state[name] for name in _MOMENTS if name in state}
-    if births is not None:
-        born, born_values, born_moments = births
-        index, values = torch.cat([live, born]), torch.cat([values, born_values])
-        moments = {name: torch.cat([m, born_moments[name]]) for name, m in moments.items()}
-    budget, minimum, rows = len(values), 0, None
-    if group["density"] is not None:
-        budget = nonzero_budget(weight.numel, group["density"])
-        minimum = group["min_nonzeros"] if weight.is_matrix else 0
-    if minimum:
-        rows = _rows(index, wanted, group)
-    kept = keep_largest(values, budget, rows, minimum)
-    if len(index) == len(live) and bool(kept.all()):
-        return  # nothing was born, nothing died, and what is known of the pattern still holds
-    order = _merged(index, len(live), kept)
-    wanted.live = weight.settle(live, index[order], values[order])
-    state["live"] = wanted.live.live
-    state.update({name: m[order] for name, m in moments.items()})
+    index = torch.searchsorted(positions, active).clamp_(max=max(0, len(positions) - 1))
+    moving = positions[index] == active
+    return moving, gradient[index[moving]]
 
 
-def _merged(index: Tensor, n: int, kept: Tensor) -> Tensor:
-    """The places of what is kept in ``index``, whose first ``n`` ascend, and so do the others, in
-    the order in which all ascend."""
-    first, second = places(kept[:n]), n + places(kept[n:])
-    if not len(second):
-        return first
-    place = torch.searchsorted(index[first], index[second])
-    place += torch.arange(len(second), device=place.device)
-    order = first.new_empty(len(first) + len(second))
-    others = torch.ones_like(order, dtype=torch.bool)
-    others[place] = False
-    order[place] = second
-    order[others] = first
-    return order
-
-
-def draw_for(
-    weight: Storage,
-    group: dict[str, Any],
-    state: dict[str, Any],
-    fraction: float,
-    generator: torch.Generator,
-) -> Block:
-    """The next block of a parameter, by the settings of its group."""
-    return draw_block(
-        weight.shape,
-        block_dim(weight, group),
-        fraction,
-        group["selection"],
-        state["draws"],
-        generator,
-        state["live"],
-        weight.read(state["live"]),
-        group["magnitude_power"],
-        group["magnitude_floor"],
-    )
-
-
-def seeded(seed: int, ordinal: int, draw: int) -> torch.Generator:
-    """The generator of one draw for one parameter."""
-    key = (seed * 1_000_003 + ordinal) * 1_000_003 + draw
-    return torch.Generator().manual_seed(key % (1 << 63))
-
-
-def find_births(
-    weight: Storage, group: dict[str, Any], state: dict[str, Any], wanted: Coordinates
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Those zeros of the block that may come alive: positions, values and moments."""
-    seen = state["seen"]
-    live_values = weight.read(state["live"]).to(working_dtype(weight.parameter))
-    if not seen or not wanted.block.numel:
-        moments = {n: state[n][:0] for n in _MOMENTS if n in state}
-        return state["live"][:0], live_values[:0], moments
-    place = _candidates(weight, group, state, wanted, live_values)
-    mean = state["block_sum"][place] / seen
-    square = state["block_square"][place] / seen if "block_square" in state else mean.square()
+def find_growth(state: SparseState, group: dict[str, Any]) -> Growth:
+    """Those zeros of this process's part of the block that may become active."""
+    values, seen = state.values(), state.seen
+    if not seen or not state.own_block.numel:
+        empty = {name: moment[:0] for name, moment in state.moments.items()}
+        return Growth(state.active[:0], values[:0], empty)
+    index = _candidates(state, group, values)
+    mean = state.block_sum[index] / seen
+    square = mean.square() if state.block_square is None else state.block_square[index] / seen
     step: Tensor | float = learning_rate(group)
     if group["update"] == "adam":
         step = step / (square.sqrt() + group["eps"])
-    values = shrink(-step * mean, step, group)
+    values = _shrink(-step * mean, step, group)
     chosen = values != 0
     if group["selection"] == "gradient":
-        count = max(1, round(wanted.block.numel * group["greedy_fraction"]))
+        count = max(1, round(state.own_block.numel * group["greedy_fraction"]))
         chosen = keep_largest(mean * chosen, count)
-    chosen = places(chosen)
+    chosen = positions_of(chosen)
     moments = {}
     if group["update"] == "adam":
         # What Adam would hold, had it seen the mean of these gradients so often.
@@ -217,28 +143,69 @@ def find_births(
         moments["exp_avg"] = mean[chosen] * (1 - beta1**seen)
         moments["exp_avg_sq"] = square[chosen] * (1 - beta2**seen)
         moments["age"] = torch.full_like(chosen, seen, dtype=torch.int32)
-    return wanted.block.index_at(place[chosen]), values[chosen], moments
+    return Growth(state.own_block.index_at(index[chosen]), values[chosen], moments)
 
 
-def _candidates(
-    weight: Storage,
-    group: dict[str, Any],
-    state: dict[str, Any],
-    wanted: Coordinates,
-    live_values: Tensor,
-) -> Tensor:
-    """The places in the block of the zeros that are worth a closer look.
+def grow_and_drop(state: SparseState, group: dict[str, Any], growth: Growth) -> None:
+    """End a block's stay: its zeros grow, and only the largest coordinates stay active.
 
-    Where the budget is spent, what does not outgrow the smallest live coordinate cannot take its
-    place. Adam's denominator is at least the mean gradient plus epsilon, so a look at the mean
-    settles this for nearly all of the block. Rows that are owed nonzeros are looked at in full.
+    Args:
+        growth: of all processes.
     """
-    mean, limit = state["block_sum"].abs(), 0.0
-    live, sizes = state["live"], live_values.abs()
+    n = len(state.active)
+    positions = torch.cat([state.active, growth.positions])
+    values = torch.cat([state.values(), growth.values])
+    budget, minimum, rows = len(values), 0, None
+    if group["density"] is not None:
+        budget = nonzero_budget(state.numel, group["density"])
+        minimum = group["min_nonzeros"] if state.is_matrix else 0
+    if minimum:
+        rows = state.rows(positions, group["row_dim"])
+    keep = keep_largest(values, budget, rows, minimum)
+    if len(positions) == n and bool(keep.all()):
+        return  # nothing grew, nothing drops, and what is known of the pattern still holds
+    order = _merged(positions, n, keep)
+    moments = {
+        name: torch.cat([moment, growth.moments[name]])[order]
+        for name, moment in state.moments.items()
+    }
+    state.assign(positions[order], values[order], moments)
+
+
+def _merged(positions: Tensor, n: int, keep: Tensor) -> Tensor:
+    """Where in `positions` the kept ones are, so that they ascend.
+
+    The first `n` positions ascend, and so do the others.
+    """
+    first, second = positions_of(keep[:n]), n + positions_of(keep[n:])
+    if not len(second):
+        return first
+    at = torch.searchsorted(positions[first], positions[second])
+    at += torch.arange(len(second), device=at.device)
+    order = first.new_empty(len(first) + len(second))
+    others = torch.ones_like(order, dtype=torch.bool)
+    others[at] = False
+    order[at] = second
+    order[others] = first
+    return order
+
+
+def _candidates(state: SparseState, group: dict[str, Any], values: Tensor) -> Tensor:
+    """Where in the block the zeros are that are worth a closer look.
+
+    Where the budget is spent, what does not outgrow the smallest active coordinate cannot take its
+    place. Adam's denominator is at least the mean gradient plus epsilon, so a look at the mean
+    settles this for nearly all of the block. Rows below their minimum are scanned completely.
+
+    Args:
+        values: at the active coordinates.
+    """
+    mean, limit = state.block_sum.abs(), 0.0
+    active, sizes = state.active, values.abs()
     if int(torch.count_nonzero(sizes)) < len(sizes):
-        live, sizes = live[sizes > 0], sizes[sizes > 0]
-    spent = group["density"] is not None and len(live) >= nonzero_budget(
-        weight.numel, group["density"]
+        active, sizes = active[sizes > 0], sizes[sizes > 0]
+    spent = group["density"] is not None and len(active) >= nonzero_budget(
+        state.numel, group["density"]
     )
     if spent:
         smallest, lr = float(sizes.min()), learning_rate(group)
@@ -247,63 +214,17 @@ def _candidates(
         else:
             limit = smallest * group["eps"] / (lr - smallest) if lr > smallest else math.inf
     # A little less, for rounding.
-    listed = mean > limit * state["seen"] * (1 - 1e-4)
-    if spent and group["min_nonzeros"] and weight.is_matrix:
-        rows = _rows(live, wanted, group)
-        counts = torch.bincount(rows, minlength=wanted.shape[group["row_dim"]])
-        listed |= wanted.block.take_rows(counts < group["min_nonzeros"], group["row_dim"]) & (
-            mean > 0
-        )
-    listed[wanted.live_in_block[1]] = False
-    return places(listed)
+    listed = mean > limit * state.seen * (1 - 1e-4)
+    if spent and group["min_nonzeros"] and state.is_matrix:
+        row_dim = group["row_dim"]
+        counts = torch.bincount(state.rows(active, row_dim), minlength=state.shape[row_dim])
+        short = counts < group["min_nonzeros"]
+        listed |= state.own_block.take_rows(short, row_dim) & (mean > 0)
+    listed[state.active_in_block[1]] = False
+    return positions_of(listed)
 
 
-def _rows(index: Tensor, wanted: Coordinates, group: dict[str, Any]) -> Tensor:
-    """The output neurons that coordinates belong to."""
-    width = wanted.shape[1]
-    return index // width if group["row_dim"] == 0 else index % width
-
-
-def move_dense_parameters(
-    group: dict[str, Any], state: dict[Tensor, dict[str, Any]], scale: float
-) -> None:
-    """Gradient descent or AdamW on the parameters of a group as a whole.
-
-    Args:
-        state: of the optimizer.
-        scale: to multiply the gradients by.
-    """
-    params = [p for p in group["params"] if p.grad is not None]
-    lr = learning_rate(group)
-    if group["update"] == "plain":
-        for p in params:
-            p.mul_(1 - lr * group["weight_decay"]).add_(p.grad, alpha=-lr * scale)
-        return
-    for p in params:
-        if not state[p]:
-            step = torch.zeros((), dtype=torch.float32, device=p.device)
-            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-            state[p].update(step=step, **moments)
-    states = [state[p] for p in params]
-    adamw(
-        params,
-        [p.grad if scale == 1.0 else p.grad * scale for p in params],
-        [own["exp_avg"] for own in states],
-        [own["exp_avg_sq"] for own in states],
-        [],
-        [own["step"] for own in states],
-        fused=all(p.device.type in ("cpu", "cuda") for p in params),
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=lr,
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-    )
-
-
-def shrink(x: Tensor, step: Tensor | float, group: dict[str, Any]) -> Tensor:
+def _shrink(x: Tensor, step: Tensor | float, group: dict[str, Any]) -> Tensor:
     """The proximal step of the L1 penalty for steps of this size, then the zero-clip."""
     if group["l1"]:
         x = x.sign() * (x.abs() - step * group["l1"]).clamp(min=0.0)
@@ -312,21 +233,7 @@ def shrink(x: Tensor, step: Tensor | float, group: dict[str, Any]) -> Tensor:
     return x
 
 
-def learning_rate(group: dict[str, Any]) -> float:
-    """The group's, with its sharkfin factor."""
-    factor = 1.0
-    if group["sharkfin"] and group["density"] is not None:
-        factor = sharkfin(group["density"])
-    return float(group["lr"]) * factor
-
-
-def working_dtype(p: Tensor) -> torch.dtype:
-    """In what moments are held and steps computed: float32 at least."""
-    return torch.promote_types(p.dtype, torch.float32)
-
-
-def block_dim(weight: Storage, group: dict[str, Any]) -> int | None:
-    """Which dimension of the stored matrix the group's blocks are cut from; see ``Block``."""
-    if group["block"] == "entries" or not weight.is_matrix:
-        return None
-    return group["row_dim"] if group["block"] == "rows" else 1 - group["row_dim"]
+def _square(x: Tensor) -> float:
+    """Sum of squares, in float32 at least: half precision loses digits or overflows."""
+    norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norm.item() ** 2

@@ -8,14 +8,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
-from hf_circuit_sparsity.optim.rcd.distributed import Workers, part_of
+from hf_circuit_sparsity.optim.rcd.distributed import RCDProcessGroup, part_of
 from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
 from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
 from hf_circuit_sparsity.optim.sparse_init import sparse_from_config
 from tests.conftest import random_model
 from tests.two_processes import launch
 
-SETTINGS = {"lr": 0.05, "target_density": 1 / 8, "block_fraction": 1 / 4, "grad_rms": "always"}
+SETTINGS = {"lr": 0.05, "target_density": 1 / 8, "block_fraction": 1 / 4, "normalize_gradients": "always"}
 
 
 def config():
@@ -26,7 +26,7 @@ def config():
 
 def train(model, workers, batches, **settings):
     optimizer = RCDSparseOptimizer(
-        sparse_param_groups(model), workers=workers, **{**SETTINGS, **settings}
+        sparse_param_groups(model), process_group=workers, **{**SETTINGS, **settings}
     )
     losses = []
     with PartialGradients(model, optimizer):
@@ -58,11 +58,11 @@ def work(rank, size, folder):
     }
     for name, own in settings.items():
         model = sparse_from_config(config(), 1 / 8)
-        workers = Workers(average_dense=True)
+        workers = RCDProcessGroup(average_dense=True)
         losses = train(model, workers, batches(rank, 8), **own)
         results[name] = (model.state_dict(), losses, workers.bytes_sent)
     model = sparse_from_config(config(), 1 / 8)
-    losses = train(model, Workers(average_dense=True), batches(rank, 6, same=True))
+    losses = train(model, RCDProcessGroup(average_dense=True), batches(rank, 6, same=True))
     results["same data"] = (model.state_dict(), losses, 0)
     # What DDP hands over for the same model, counted by its own hook.
     ddp = DistributedDataParallel(random_model(config()))
@@ -130,8 +130,8 @@ def test_bad_settings_are_named():
     model = sparse_from_config(config(), 1 / 8)
     with pytest.raises(ValueError, match="staleness=-1"):
         RCDSparseOptimizer(sparse_param_groups(model), staleness=-1)
-    with pytest.raises(ValueError, match="move_live=False"):
-        RCDSparseOptimizer(sparse_param_groups(model), staleness=1, move_live=False)
+    with pytest.raises(ValueError, match="move_active=False"):
+        RCDSparseOptimizer(sparse_param_groups(model), staleness=1, move_active=False)
 
 
 SCRIPT = """

@@ -19,7 +19,7 @@ from hf_circuit_sparsity.optim.sparse_init import sparse_from_config, sparsify_i
 from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
 
 SETTINGS = {"lr": 0.1, "target_density": 1 / 8, "block_fraction": 1 / 4, "selection": "gradient",
-            "grad_rms": "always"}  # fmt: skip
+            "normalize_gradients": "always"}  # fmt: skip
 
 
 def train(model, batch, steps, **settings):

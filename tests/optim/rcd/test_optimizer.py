@@ -47,13 +47,13 @@ def descend(n, goal, tolerance, max_steps, **settings):
     every coordinate of its block.
     """
     x = nn.Parameter(torch.zeros(n, dtype=torch.float64))
-    settings = {"update": "plain", "move_live": False, "block_fraction": 1 / n, **settings}
+    settings = {"update": "plain", "move_active": False, "block_fraction": 1 / n, **settings}
     optimizer = RCDSparseOptimizer(
         [x], block="entries", l1=PENALTY, clip_threshold=1e-4, **settings
     )
     evaluations = 0
     for _ in range(max_steps):
-        chosen = optimizer.coordinates(x).block.ids
+        chosen = optimizer.sparse_state(x).block.ids
         evaluations += 2 * len(chosen)
         optimizer.zero_grad()
         # Only what a directional derivative along the chosen coordinates would tell.
@@ -122,7 +122,7 @@ def test_only_what_lives_or_is_chosen_moves():
     with torch.no_grad():
         matrix[3, 3] = matrix[5, 8] = 1.0
     optimizer = RCDSparseOptimizer([matrix], block="rows", block_fraction=1 / 8)
-    rows = optimizer.coordinates(matrix).block.ids
+    rows = optimizer.sparse_state(matrix).block.ids
     assert len(rows) == 2
     matrix.grad = torch.ones_like(matrix)
     optimizer.step()
@@ -134,8 +134,8 @@ def test_only_what_lives_or_is_chosen_moves():
         assert not torch.is_tensor(value) or value.numel() <= 2 * 10 + 2
 
     matrix = nn.Parameter(torch.ones(16, 10))
-    optimizer = RCDSparseOptimizer([matrix], block="columns", block_fraction=0.2, move_live=False)
-    columns = optimizer.coordinates(matrix).block.ids
+    optimizer = RCDSparseOptimizer([matrix], block="columns", block_fraction=0.2, move_active=False)
+    columns = optimizer.sparse_state(matrix).block.ids
     matrix.grad = torch.ones_like(matrix)
     optimizer.step()
     moved = (matrix != 1).nonzero()[:, 1].unique()
@@ -148,7 +148,7 @@ def test_rows_are_outputs_in_either_layout():
         (0, "rows", 0, 8), (1, "rows", 1, 12), (0, "columns", 1, 12), (1, "columns", 0, 8),
     ):  # fmt: skip
         optimizer = RCDSparseOptimizer([matrix], row_dim=row_dim, block=kind, block_fraction=0.25)
-        block = optimizer.coordinates(matrix).block
+        block = optimizer.sparse_state(matrix).block
         assert (block.dim, len(block.ids)) == (dim, size // 4)
 
 
@@ -160,7 +160,7 @@ def test_with_everything_in_the_block_adam_moves_as_torch_does():
     settings = {"lr": 0.03, "betas": (0.8, 0.99), "eps": 0.01, "weight_decay": 0.2}
     optimizer = RCDSparseOptimizer(
         [{"params": [ours]}, {"params": [norm], "sparse": False}],
-        block_fraction=1.0, grad_rms="always", **settings,
+        block_fraction=1.0, normalize_gradients="always", **settings,
     )  # fmt: skip
     reference = TopKAdamW([theirs, norm_theirs], target_density=1.0, **settings)
     for step in range(8):
@@ -177,10 +177,10 @@ def test_with_everything_in_the_block_adam_moves_as_torch_does():
 def test_zeros_wait_for_the_end_of_the_stay_and_move_by_the_mean():
     matrix = nn.Parameter(torch.zeros(4, 3))
     optimizer = RCDSparseOptimizer([matrix], lr=0.1, update="plain", block_steps=3, seed=2)
-    row = int(optimizer.coordinates(matrix).block.ids)
+    row = int(optimizer.sparse_state(matrix).block.ids)
     for gradient in (1.0, 2.0, 6.0):
         assert not matrix.any()
-        assert optimizer.coordinates(matrix).block.ids == row
+        assert optimizer.sparse_state(matrix).block.ids == row
         matrix.grad = torch.full_like(matrix, gradient)
         optimizer.step()
     torch.testing.assert_close(matrix[row].detach(), torch.full((3,), -0.3))
@@ -192,7 +192,7 @@ def test_gauss_southwell_moves_the_largest_gradients_only():
     optimizer = RCDSparseOptimizer(
         [matrix], update="plain", selection="gradient", block_fraction=0.5, greedy_fraction=0.1
     )
-    rows = optimizer.coordinates(matrix).block.ids
+    rows = optimizer.sparse_state(matrix).block.ids
     matrix.grad = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
     best = matrix.grad[rows].abs().flatten().topk(2).values.min()
     optimizer.step()
@@ -241,7 +241,7 @@ def test_steps_are_those_of_a_plain_dense_reference(minimum, row_dim):
     for _ in range(25):
         gradient = torch.randn(24, 30, generator=g, dtype=torch.float64)
         in_block = torch.zeros(24, 30, dtype=torch.bool)
-        in_block.index_fill_(row_dim, optimizer.coordinates(weight).block.ids, True)
+        in_block.index_fill_(row_dim, optimizer.sparse_state(weight).block.ids, True)
         moving = in_block | (x != 0)
         first = torch.where(moving, beta1 * first + (1 - beta1) * gradient, 0.0)
         second = torch.where(moving, beta2 * second + (1 - beta2) * gradient**2, 0.0)
@@ -275,7 +275,7 @@ SETTINGS = {
     "l1": 1e-4,
     "clip_threshold": 1e-4,
     "weight_decay": 0.1,
-    "grad_rms": "always",
+    "normalize_gradients": "always",
     "seed": 7,
 }
 
@@ -351,7 +351,7 @@ def test_seeds_choose_other_blocks():
     chosen = []
     for seed in (0, 0, 1):
         optimizer = RCDSparseOptimizer(p := parameters(), block_fraction=0.1, seed=seed)
-        chosen.append([optimizer.coordinates(q).block.ids.tolist() for q in p])
+        chosen.append([optimizer.sparse_state(q).block.ids.tolist() for q in p])
     assert chosen[0] == chosen[1] != chosen[2]
 
 
@@ -417,7 +417,7 @@ def test_the_budget_falls_by_equal_factors_and_exploring_ends():
     nonzeros, blocks, masks = [], [], []
     for _ in range(16):
         weight.grad = torch.randn(32, 32, generator=generator)
-        blocks.append(optimizer.coordinates(weight).block.numel)
+        blocks.append(optimizer.sparse_state(weight).block.numel)
         optimizer.step()
         nonzeros.append(int(torch.count_nonzero(weight)))
         masks.append(weight.detach() != 0)
@@ -445,7 +445,7 @@ def test_the_budget_falls_by_equal_factors_and_exploring_ends():
         ({"l1": float("inf")}, "l1=inf"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"row_dim": 2}, "row_dim=2"),
-        ({"grad_rms": "sometimes"}, "grad_rms='sometimes'"),
+        ({"grad_rms": "sometimes"}, "normalize_gradients='sometimes'"),
         ({"start_density": 0.5}, "start_density=0.5 was passed without a target_density"),
         ({"start_density": 0.1, "target_density": 0.2}, "start_density=0.1 is not between"),
         ({"explore_end": 1.5}, "explore_end=1.5"),

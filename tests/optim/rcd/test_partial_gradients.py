@@ -47,7 +47,7 @@ def assert_slices_of_the_full_gradient(model, optimizer, run, rtol=1e-4, atol=1e
             torch.testing.assert_close(p.grad, full[name], rtol=rtol, atol=atol)
             continue
         assert p.grad is None
-        wanted, (live, block) = optimizer.coordinates(p), found[name]
+        wanted, (live, block) = optimizer.sparse_state(p), found[name]
         assert block.any() or not full[name].any()
         block_expected = wanted.block.take(full[name])
         torch.testing.assert_close(block.float(), block_expected.float(), rtol=rtol, atol=atol)
@@ -113,8 +113,8 @@ def test_autocast(tiny_config):
         full = twin.get_parameter(name).grad
         assert live.dtype == torch.float32
         for got, expected in (
-            (live, full.flatten()[optimizer.coordinates(p).live.live]),
-            (block, optimizer.coordinates(p).block.take(full)),
+            (live, full.flatten()[optimizer.sparse_state(p).live.live]),
+            (block, optimizer.sparse_state(p).block.take(full)),
         ):
             similarity = torch.cosine_similarity(got.float(), expected, dim=0)
             assert similarity > 0.98 or not expected.any(), name
@@ -204,12 +204,12 @@ def test_weight_gradient_flops_are_the_blocks_share(layer, block, fraction):
 
     full = count(module)
     assert full == 2 * tokens * inputs * outputs
-    assert count(module, move_live=False) == pytest.approx(fraction * full, rel=0.02)
+    assert count(module, move_active=False) == pytest.approx(fraction * full, rel=0.02)
     # With the live coordinates, their share is added.
     with torch.no_grad():
         module.weight.zero_().view(-1)[::50] = 1.0
     live = int(torch.count_nonzero(module.weight)) / module.weight.numel()
-    assert count(module, move_live=True) == pytest.approx((fraction + live) * full, rel=0.02)
+    assert count(module, move_active=True) == pytest.approx((fraction + live) * full, rel=0.02)
 
 
 def test_nothing_of_the_weights_size_is_made():
@@ -270,7 +270,7 @@ def test_bad_input():
     optimizer = RCDSparseOptimizer(model.parameters())
     with pytest.raises(ValueError, match="no rule covers the sparse parameters table:"):
         PartialGradients(model, optimizer)
-    PartialGradients(model, optimizer, allow_full=["table"]).close()
+    PartialGradients(model, optimizer, exclude_parameters=["table"]).close()
 
 
 def test_a_loop_of_ones_own_with_accelerate(make_llama, dataset):
@@ -278,7 +278,7 @@ def test_a_loop_of_ones_own_with_accelerate(make_llama, dataset):
     AcceleratorState._reset_state(reset_partial_state=True)  # another test's precision
     model = make_llama()
     sparsify_initialization_(model, 1 / 8)
-    optimizer = optimizer_for(model, target_density=1 / 8, lr=0.03, grad_rms="always")
+    optimizer = optimizer_for(model, target_density=1 / 8, lr=0.03, normalize_gradients="always")
     accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
     model, optimizer = accelerator.prepare(model, optimizer)
     batches = torch.tensor(dataset["input_ids"]).split(8)

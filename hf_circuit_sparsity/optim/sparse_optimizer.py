@@ -1,0 +1,225 @@
+"""The step that both optimizers share: normalize the gradients, move, make sparse, or skip."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import ParamsT
+
+from .schedules import sharkfin
+
+logger = logging.getLogger(__name__)
+
+Normalization = Literal["always", "clip", "off"]
+NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
+
+# One broken batch should not end a run, a run that has gone wrong should end.
+MAX_SKIPPED_IN_A_ROW = 3
+
+# Kept in the first parameter group, because groups are what torch saves, loads and copies.
+_COUNTERS = ("steps_taken", "skipped_steps", "skipped_in_a_row")
+
+
+class SparseOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers that keep weights sparse.
+
+    A subclass says how dense a group is (`_scheduled_density`), how large its gradients are
+    (`_measure_gradients`), how it moves (`_update`) and what ends every step (`_sparsify`).
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups.
+        defaults: settings of the groups.
+        normalize_gradients: "always" brings the root-mean-square of the gradients to 1, "clip"
+            only where it is above 1, "off" leaves the gradients alone.
+
+    Attributes:
+        grad_rms: root-mean-square of the gradients of the last step, before scaling; None before
+            the first step.
+        effective_lr: learning rate of the first group in the last step, sharkfin included.
+    """
+
+    # On the class, so that they also exist on a copy, for which torch calls no __init__.
+    grad_rms: float | None = None
+    effective_lr: float | None = None
+
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], normalize_gradients: Normalization
+    ) -> None:
+        if normalize_gradients not in NORMALIZATIONS:
+            raise ValueError(
+                f"normalize_gradients={normalize_gradients!r} is unknown: expected one of "
+                f"{', '.join(NORMALIZATIONS)}."
+            )
+        super().__init__(params, {**defaults, "normalize_gradients": normalize_gradients})
+        self.param_groups[0].update(dict.fromkeys(_COUNTERS, 0))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # saved by an earlier release, or by a plain AdamW
+            if "grad_rms_mode" in group:
+                group["normalize_gradients"] = group.pop("grad_rms_mode")
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+            _choose_fused(group)
+        for counter in _COUNTERS:
+            self.param_groups[0].setdefault(counter, 0)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group and check its settings; see [`torch.optim.Optimizer`]."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        _choose_fused(group)
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps taken so far, skipped ones included."""
+        return self.param_groups[0]["steps_taken"]
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps so far whose gradients were not finite."""
+        return self.param_groups[0]["skipped_steps"]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One optimization step; see the class.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Raises:
+            FloatingPointError: at the third step in a row with gradients that are not finite.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        counters = self.param_groups[0]
+        counters["steps_taken"] += 1
+        for group in self.param_groups:
+            group["density"] = self._scheduled_density(group)
+        rms = self.grad_rms = self._measure_gradients()
+        self.effective_lr = learning_rate(counters)
+        if math.isfinite(rms):
+            counters["skipped_in_a_row"] = 0
+            mode = counters["normalize_gradients"]
+            normalize = rms > 0.0 and (mode == "always" or (mode == "clip" and rms > 1.0))
+            self._update(1.0 / rms if normalize else 1.0)
+        else:
+            self._skip_step()
+        self._sparsify()
+        return loss
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError if a setting of the group is out of range."""
+        for name in ("lr", "eps", "weight_decay"):
+            if not 0.0 <= float(group[name]) < math.inf:
+                raise ValueError(f"{name}={group[name]!r} is not a finite number >= 0.")
+        if not all(0.0 <= beta < 1.0 for beta in group["betas"]):
+            raise ValueError(f"betas={group['betas']!r} are not both in [0, 1).")
+        minimum, row_dim = group["min_nonzeros"], group["row_dim"]
+        if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 0:
+            raise ValueError(f"min_nonzeros={minimum!r} is not a whole number >= 0.")
+        if row_dim not in (0, 1):
+            raise ValueError(f"row_dim={row_dim!r} is neither 0 (nn.Linear) nor 1 (Conv1D).")
+
+    def _scheduled_density(self, group: dict[str, Any]) -> float | None:
+        """Share of nonzeros that the current step leaves in a group; None for no such limit."""
+        raise NotImplementedError
+
+    def _measure_gradients(self) -> float:
+        """Root-mean-square of all gradients."""
+        raise NotImplementedError
+
+    def _gradients_of(self, group: dict[str, Any], p: Tensor) -> Iterable[Tensor | None]:
+        """All that is known of the gradient of a parameter."""
+        return (p.grad,)
+
+    def _update(self, scale: float) -> None:
+        """Move the parameters, by gradients multiplied by `scale`."""
+        raise NotImplementedError
+
+    def _sparsify(self) -> None:
+        """End the step: set to zero what is not to stay."""
+        raise NotImplementedError
+
+    def _adamw(self, group: dict[str, Any], scale: float) -> None:
+        """AdamW on the parameters of a group as a whole."""
+        params = [p for p in group["params"] if p.grad is not None]
+        fused = group["fused"]
+        for p in params:
+            if not self.state[p]:
+                step = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
+                moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[p].update(step=step, **moments)
+        states = [self.state[p] for p in params]
+        adamw(
+            params,
+            [p.grad if scale == 1.0 else p.grad * scale for p in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=fused,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=learning_rate(group),
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _skip_step(self) -> None:
+        counters = self.param_groups[0]
+        counters["skipped_steps"] += 1
+        counters["skipped_in_a_row"] += 1
+        step, where = self.steps_taken, self._first_not_finite()
+        if counters["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"the gradients were not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row (now at "
+                f"step {step}, first in {where}): lower the learning rate, train in float32, or "
+                "look for batches without labels."
+            )
+        logger.warning("Step %d skipped: the gradients were not finite (first in %s).", step, where)
+
+    def _first_not_finite(self) -> str:
+        for number, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                gradients = self._gradients_of(group, p)
+                if any(g is not None and not g.isfinite().all() for g in gradients):
+                    names = group.get("param_names")
+                    return names[i] if names else f"parameter {i} of group {number}"
+        return "no parameter alone; their squares overflow in sum"
+
+
+def _choose_fused(group: dict[str, Any]) -> None:
+    if group["fused"] is None:
+        group["fused"] = all(
+            p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in group["params"]
+        )
+
+
+def learning_rate(group: dict[str, Any]) -> float:
+    """The learning rate of a group in the current step, with its sharkfin factor."""
+    density = group["density"]
+    factor = sharkfin(density) if group["sharkfin"] and density is not None else 1.0
+    return float(group["lr"]) * factor
+
+
+def refuse_sparse(gradient: Tensor) -> None:
+    """Raise RuntimeError if a gradient is a sparse tensor."""
+    if gradient.is_sparse:
+        raise RuntimeError(
+            "a gradient is a sparse tensor, expected dense ones: build embeddings with "
+            "sparse=False."
+        )
