@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .modeling.modeling_circuitgpt import CircuitGPTForCausalLM, CircuitGPTModel, NodeSite
     from .modeling.validation import ArtifactError
     from .optim.param_groups import sparse_param_groups
+    from .optim.rcd.config import RCDConfig
     from .optim.rcd.optimizer import RCDSparseOptimizer
     from .optim.rcd.partial_gradients import PartialGradients
     from .optim.sparse_init import sparse_from_config, sparsify_initialization_
@@ -58,6 +59,7 @@ _MODULES = {
     "NodeSite": "modeling.modeling_circuitgpt",
     "PartialGradients": "optim.rcd.partial_gradients",
     "PruningConfig": "circuits.pruning.config",
+    "RCDConfig": "optim.rcd.config",
     "RCDSparseOptimizer": "optim.rcd.optimizer",
     "SparseTrainer": "trainer.sparse_trainer",
     "SparseTrainingArguments": "trainer.sparse_config",

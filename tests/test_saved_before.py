@@ -95,7 +95,7 @@ def test_a_bridge_that_names_code_of_its_own(trust, expected, monkeypatch, tmp_p
 def test_training_goes_on(run, expected, tmp_path):
     shutil.copytree(SAVED / run, tmp_path / run)
     rows = ((torch.arange(32)[:, None] + 7 * torch.arange(10)) % 32).tolist()
-    rcd = {"sparsifier": "rcd", "rcd_block_fraction": 0.25}
+    rcd = {"sparsifier": "rcd", "rcd_config": {"block_fraction": 0.25}}
     args = SparseTrainingArguments(
         str(tmp_path / run),
         max_steps=8,

@@ -38,11 +38,15 @@ def _rank(rank: int, folder: str, width: int, layers: int, steps: int) -> None:
     batches = [torch.randint(2048, (2, 64), generator=generator) for _ in range(steps)]
 
     model = sparse_from_config(config, 1 / 64)
-    workers = RCDProcessGroup()
+    process_group = RCDProcessGroup()
     optimizer = RCDSparseOptimizer(
-        groups_of(model), lr=1e-2, target_density=1 / 64, normalize_gradients="always", process_group=workers,
+        groups_of(model),
+        lr=1e-2,
+        target_density=1 / 64,
+        normalize_gradients="always",
+        process_group=process_group,
         selection="gradient",
-    )  # fmt: skip
+    )
     with PartialGradients(model, optimizer):
         for batch in batches:
             model(batch, labels=batch).loss.backward()
@@ -62,7 +66,7 @@ def _rank(rank: int, folder: str, width: int, layers: int, steps: int) -> None:
     ddp.register_comm_hook(None, count)
     ddp(batches[0], labels=batches[0]).loss.backward()
     if rank == 0:
-        torch.save([workers.bytes_sent / steps, dense, sum(sent)], f"{folder}/bytes.pt")
+        torch.save([process_group.bytes_sent / steps, dense, sum(sent)], f"{folder}/bytes.pt")
     dist.destroy_process_group()
 
 

@@ -20,8 +20,8 @@ def sparse_param_groups(
     sparse_embeddings: bool = True,
     sparse_biases: bool = True,
     min_nonzeros: int = 4,
-    exclude: Iterable[str] = (),
-    include: Iterable[str] = (),
+    exclude_parameters: Iterable[str] = (),
+    include_parameters: Iterable[str] = (),
 ) -> list[dict[str, Any]]:
     """Sort the trainable parameters of `model` into groups for [`TopKAdamW`].
 
@@ -41,9 +41,10 @@ def sparse_param_groups(
         sparse_biases: whether biases of `nn.Linear` and `Conv1D` are sparse.
         min_nonzeros: row minimum of the sparse `nn.Linear` and `Conv1D` weights (per output
             neuron or attention channel); embeddings, the unembedding and biases have none.
-        exclude: shell-style patterns (`fnmatch`: `*`, `?`, `[...]`) matched against the
-            full parameter name, for example `"*.mlp.*"`; what matches is dense.
-        include: patterns likewise; what matches is sparse, unless `exclude` matches it too.
+        exclude_parameters: shell-style patterns (`fnmatch`: `*`, `?`, `[...]`) matched
+            against the full parameter name, for example `"*.mlp.*"`; what matches is dense.
+        include_parameters: patterns likewise; what matches is sparse, unless `exclude_parameters`
+            matches it too.
 
     Returns:
         Groups with `params` as (name, parameter) pairs and the keys `weight_decay`, `sparse`,
@@ -52,9 +53,9 @@ def sparse_param_groups(
     Raises:
         ValueError: if nothing would be sparse, or a pattern matches no trainable parameter.
     """
-    exclude, include = tuple(exclude), tuple(include)
+    exclude, include = tuple(exclude_parameters), tuple(include_parameters)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for argument, patterns in (("exclude", exclude), ("include", include)):
+    for argument, patterns in (("exclude_parameters", exclude), ("include_parameters", include)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in parameters):
                 raise ValueError(
@@ -94,8 +95,8 @@ def sparse_param_groups(
     if not any(group["sparse"] for group in groups.values()):
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter to make sparse: expected weights "
-            "of nn.Linear, Conv1D or nn.Embedding; name others with `include` "
-            "(`include_parameters` in SparseTrainingArguments)."
+            "of nn.Linear, Conv1D or nn.Embedding; name others with "
+            "include_parameters."
         )
     return list(groups.values())
 

@@ -50,8 +50,8 @@ def check_linear_density(
         return
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise ValueError(
-            f"total_steps={total_steps!r} is not a whole number >= 1, but the density is to fall to "
-            f"{target_density} by {anneal_end} of it: pass the number of optimizer steps of the "
+            f"total_steps={total_steps!r} is not a whole number >= 1, but the density is to fall "
+            f"to {target_density} by {anneal_end} of it: pass the number of optimizer steps of the "
             "run, or anneal_start=0 and anneal_end=0 to be sparse from the first step."
         )
 

@@ -54,7 +54,9 @@ class SparseOptimizer(torch.optim.Optimizer):
                 f"normalize_gradients={normalize_gradients!r} is unknown: expected one of "
                 f"{', '.join(NORMALIZATIONS)}."
             )
-        super().__init__(params, {**defaults, "normalize_gradients": normalize_gradients})
+        # torch adds the last one itself to what it loads.
+        own = {"normalize_gradients": normalize_gradients, "differentiable": False}
+        super().__init__(params, {**defaults, **own})
         self.param_groups[0].update(dict.fromkeys(_COUNTERS, 0))
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,16 +1,15 @@
 """The settings of :class:`SparseTrainer`: what it adds to ``TrainingArguments``, and its recipe."""
 
-from dataclasses import dataclass, field, fields
+import json
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from ..optim.rcd.blocks import BlockKind, Selection
-from ..optim.rcd.config import check_schedule, check_settings
-from ..optim.schedules import DensitySchedule
-from ..optim.sparse_init import SUPPORTS
-from ..optim.topk_adamw import GRAD_RMS_MODES
+from ..optim.rcd.config import RCDConfig
+from ..optim.schedules import check_linear_density
+from ..optim.sparse_optimizer import NORMALIZATIONS, Normalization
 
 Sparsifier = Literal["topk", "rcd", "none"]
 SPARSIFIERS: tuple[str, ...] = get_args(Sparsifier)
@@ -33,9 +32,9 @@ class SparseTrainingArguments(TrainingArguments):
         default="topk",
         metadata={
             "help": "What makes the weights sparse: 'topk' keeps the largest weights after every "
-            "AdamW step, 'rcd' starts sparse and stays so by random coordinate descent (its "
-            "settings begin with rcd_; anneal_start does not apply), 'none' trains a dense model "
-            "by the same recipe, for comparison."
+            "AdamW step, 'rcd' starts sparse and stays so by random coordinate descent (see "
+            "rcd_config; anneal_start does not apply), 'none' trains a dense model by the same "
+            "recipe, for comparison."
         },
     )
     target_density: float = field(
@@ -61,73 +60,12 @@ class SparseTrainingArguments(TrainingArguments):
         },
     )
 
-    # --- Random coordinate descent (sparsifier="rcd"): see RCDSparseOptimizer ---
-    rcd_selection: Selection = field(
-        default="uniform",
-        metadata={
-            "help": "How blocks of coordinates are drawn: 'uniform', 'magnitude' (of the weights "
-            "in them), 'gradient' (uniform, but only the zeros with the largest gradients move) or "
-            "'cyclic'."
-        },
-    )
-    rcd_block: BlockKind = field(
-        default="rows",
-        metadata={"help": "What a block is made of: 'rows' (outputs), 'columns' or 'entries'."},
-    )
-    rcd_block_fraction: float = field(
-        default=1 / 16,
-        metadata={"help": "Share of each sparse parameter in a block, in (0, 1]."},
-    )
-    rcd_block_steps: int = field(
-        default=1, metadata={"help": "Optimizer steps for which a block stays."}
-    )
-    rcd_update: Literal["adam", "plain"] = field(
-        default="adam", metadata={"help": "Whether steps are Adam's or plain gradient steps."}
-    )
-    rcd_start: Literal["random", "magnitude"] = field(
-        default="random",
-        metadata={
-            "help": "How a model that is denser than target_density is thinned out first: 'random' "
-            "suits a fresh one, 'magnitude' (keep the largest) a trained one."
-        },
-    )
-    rcd_clip_threshold: float = field(
-        default=0.0, metadata={"help": "Weights smaller than this in magnitude become zero."}
-    )
-    rcd_l1: float = field(
-        default=0.0, metadata={"help": "Weight of an L1 penalty, applied by soft thresholding."}
-    )
-    rcd_magnitude_power: float = field(
-        default=1.0, metadata={"help": "Exponent of the weights in rcd_selection='magnitude'."}
-    )
-    rcd_magnitude_floor: float = field(
-        default=0.1,
-        metadata={"help": "Share of rcd_selection='magnitude' that is spread evenly, in (0, 1]."},
-    )
-    rcd_greedy_fraction: float = field(
-        default=1 / 16,
-        metadata={"help": "Share of a block's zeros that rcd_selection='gradient' moves."},
-    )
-
-    rcd_start_density: float | None = field(
+    # The annotation begins with types that HfArgumentParser can read from a command line.
+    rcd_config: RCDConfig | str | dict | None = field(
         default=None,
         metadata={
-            "help": "Share of nonzeros to start with, from target_density to 1; it falls by equal "
-            "factors until anneal_end. Not given: target_density from the first step."
-        },
-    )
-    rcd_explore_end: float = field(
-        default=1.0,
-        metadata={
-            "help": "From when on no zeros are looked at any more, as a fraction of the steps."
-        },
-    )
-
-    rcd_staleness: int = field(
-        default=0,
-        metadata={
-            "help": "Use gradients so many steps after they were computed, so that several "
-            "processes need not wait for each other."
+            "help": "Settings of sparsifier='rcd': an RCDConfig, a dict of its fields, or the dict "
+            "as JSON, for example '{\"block_fraction\": 0.25}'."
         },
     )
 
@@ -164,7 +102,7 @@ class SparseTrainingArguments(TrainingArguments):
     )
 
     # --- How the optimizer compensates ---
-    grad_rms: Literal["always", "clip", "off"] = field(
+    normalize_gradients: Normalization = field(
         default="always",
         metadata={
             "help": "Bring the root-mean-square of the gradients to 1 before each step: 'always', "
@@ -199,7 +137,7 @@ class SparseTrainingArguments(TrainingArguments):
         default=0.0,
         metadata={
             "help": "Maximum gradient norm for clipping; 0 for none, as the optimizer normalizes "
-            "the gradients itself (see grad_rms)."
+            "the gradients itself (see normalize_gradients)."
         },
     )
 
@@ -209,12 +147,12 @@ class SparseTrainingArguments(TrainingArguments):
                 f"sparsifier={self.sparsifier!r} is unknown: expected one of "
                 f"{', '.join(SPARSIFIERS)}."
             )
-        if self.grad_rms not in GRAD_RMS_MODES:
+        if self.normalize_gradients not in NORMALIZATIONS:
             raise ValueError(
-                f"normalize_gradients={self.grad_rms!r} is unknown: expected one of "
-                f"{', '.join(GRAD_RMS_MODES)}."
+                f"normalize_gradients={self.normalize_gradients!r} is unknown: expected one of "
+                f"{', '.join(NORMALIZATIONS)}."
             )
-        DensitySchedule(self.target_density, self.anneal_start, self.anneal_end)  # checks them
+        check_linear_density(self.target_density, self.anneal_start, self.anneal_end, 1)
         minimum = self.min_nonzeros
         if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 0:
             raise ValueError(f"min_nonzeros={minimum!r} is not a whole number >= 0.")
@@ -223,17 +161,8 @@ class SparseTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is one string: pass a list of patterns."
                 )
-        check_settings(self.rcd_settings(), prefix="rcd_")
-        check_schedule(
-            self.target_density, self.rcd_start_density, self.anneal_end, self.rcd_explore_end, 1,
-            prefix="rcd_",
-        )  # fmt: skip
-        if isinstance(self.rcd_staleness, bool) or self.rcd_staleness < 0:
-            raise ValueError(f"rcd_staleness={self.rcd_staleness!r} is not a number of steps >= 0.")
-        if self.rcd_start not in SUPPORTS:
-            raise ValueError(
-                f"rcd_start={self.rcd_start!r} is unknown: expected one of {', '.join(SUPPORTS)}."
-            )
+        self.rcd_config = _as_rcd_config(self.rcd_config)
+        self.rcd_config.check_run(self.target_density, self.anneal_end, 1)
         super().__post_init__()
         if self.sparsifier == "rcd":
             self._check_rcd()
@@ -243,12 +172,9 @@ class SparseTrainingArguments(TrainingArguments):
                 "itself; leave optim out, or hand SparseTrainer an optimizer with `optimizers=`."
             )
 
-    def rcd_settings(self) -> dict[str, Any]:
-        """The ``rcd_`` settings as :class:`RCDSparseOptimizer` takes them."""
-        names = [f.name for f in fields(self) if f.name.startswith("rcd_")]
-        for elsewhere in ("rcd_start", "rcd_start_density", "rcd_explore_end", "rcd_staleness"):
-            names.remove(elsewhere)
-        return {name.removeprefix("rcd_"): getattr(self, name) for name in names}
+    def to_dict(self) -> dict[str, Any]:
+        """All values as plain types; see `TrainingArguments`."""
+        return {**super().to_dict(), "rcd_config": asdict(self.rcd_config)}
 
     def _check_rcd(self) -> None:
         if self.fp16:
@@ -259,10 +185,25 @@ class SparseTrainingArguments(TrainingArguments):
         if self.max_grad_norm:
             raise ValueError(
                 f"max_grad_norm={self.max_grad_norm} clips full gradients only, and "
-                "sparsifier='rcd' computes partial ones: leave it at 0, grad_rms does the like."
+                "sparsifier='rcd' computes partial ones: leave it at 0; "
+                "normalize_gradients already does that."
             )
         if self.torch_compile:
             raise ValueError(
                 "torch_compile=True cannot trace the partial gradients of sparsifier='rcd': leave "
                 "it out."
             )
+
+
+def _as_rcd_config(value: RCDConfig | str | dict[str, Any] | None) -> RCDConfig:
+    """Read `rcd_config` in any of its forms."""
+    if isinstance(value, RCDConfig):
+        return value
+    try:
+        settings = json.loads(value) if isinstance(value, str) else value or {}
+        return RCDConfig(**settings)
+    except (TypeError, ValueError) as error:  # no JSON, no dict, or a setting that is not known
+        raise ValueError(
+            f"rcd_config={value!r} is not an RCDConfig, nor a dict of its fields or the JSON of "
+            f"one: {error}"
+        ) from error

@@ -183,7 +183,7 @@ class SparseTrainer(Trainer):
             anneal_start=args.anneal_start,
             anneal_end=args.anneal_end,
             sharkfin=args.sharkfin,
-            normalize_gradients=args.grad_rms,
+            normalize_gradients=args.normalize_gradients,
         )
 
     def _build_rcd(self, model: nn.Module) -> RCDSparseOptimizer:
@@ -191,17 +191,17 @@ class SparseTrainer(Trainer):
         # A checkpoint, which is sparse already, goes through unchanged.
         sparsify_initialization_(
             model,
-            args.rcd_start_density or args.target_density,
-            support=args.rcd_start,
-            rescale=args.rcd_start == "random",
+            args.rcd_config.start_density or args.target_density,
+            support=args.rcd_config.init,
+            rescale=args.rcd_config.init == "random",
             seed=args.seed,
             **_group_settings(args),
         )
         groups = self._param_groups(model)
-        workers = None
+        process_group = None
         if args.world_size > 1:
-            workers = RCDProcessGroup()
-            _leave_to_workers(
+            process_group = RCDProcessGroup()
+            _leave_to_process_group(
                 model, {name for g in groups if g["sparse"] for name, _ in g["params"]}
             )
         return RCDSparseOptimizer(
@@ -210,16 +210,13 @@ class SparseTrainer(Trainer):
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
             target_density=args.target_density,
-            start_density=args.rcd_start_density,
+            config=args.rcd_config,
             anneal_end=args.anneal_end,
-            explore_end=args.rcd_explore_end,
             total_steps=self._training_steps(),
             sharkfin=args.sharkfin,
-            normalize_gradients=args.grad_rms,
+            normalize_gradients=args.normalize_gradients,
             seed=args.seed,
-            process_group=workers,
-            staleness=args.rcd_staleness,
-            **args.rcd_settings(),
+            process_group=process_group,
         )
 
     def _param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -373,7 +370,7 @@ class SparseTrainer(Trainer):
 
 
 @torch.no_grad()
-def _leave_to_workers(model: nn.Module, sparse: set[str]) -> None:
+def _leave_to_process_group(model: nn.Module, sparse: set[str]) -> None:
     """Keep DDP from summing full gradients of sparse parameters, and make all ranks begin alike."""
     model._ddp_params_and_buffers_to_ignore = sorted(sparse)
     for name in sorted(sparse):
@@ -393,6 +390,6 @@ def _group_settings(args: SparseTrainingArguments) -> dict[str, Any]:
         "sparse_embeddings": args.sparse_embeddings,
         "sparse_biases": args.sparse_biases,
         "min_nonzeros": args.min_nonzeros,
-        "exclude": args.exclude_parameters or (),
-        "include": args.include_parameters or (),
+        "exclude_parameters": args.exclude_parameters or (),
+        "include_parameters": args.include_parameters or (),
     }

@@ -126,7 +126,11 @@ def test_the_twin_is_sparse_and_the_bridges_as_asked(
 def test_random_coordinate_descent_trains_the_twin(make_bridged, make_bridge_trainer):
     bridged = make_bridged()
     trainer = make_bridge_trainer(
-        bridged, sparsifier="rcd", max_steps=30, learning_rate=1e-2, rcd_block_fraction=0.25
+        bridged,
+        sparsifier="rcd",
+        max_steps=30,
+        learning_rate=1e-2,
+        rcd_config={"block_fraction": 0.25},
     )
     first = trainer.evaluate()
     trainer.train()
@@ -313,7 +317,7 @@ SCRIPT = """
     rows = torch.randint(61, (64, 12), generator=torch.Generator().manual_seed(1)).tolist()
     args = BridgeTrainingArguments(
         folder, max_steps=6, per_device_train_batch_size=4, sparsifier=sparsifier,
-        target_density=0.25, rcd_block_fraction=0.25, use_cpu=True, report_to=[],
+        target_density=0.25, rcd_config={"block_fraction": 0.25}, use_cpu=True, report_to=[],
         save_steps=3, logging_steps=1, disable_tqdm=True,
     )
     assert args.world_size == 2

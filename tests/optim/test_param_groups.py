@@ -49,15 +49,19 @@ def test_switches(make_gpt2):
 def test_patterns(make_gpt2):
     model = make_gpt2()
     rules = rule_of(
-        sparse_param_groups(model, exclude=["*.mlp.*"], include=["*.ln_?.weight", "*.mlp.c_fc.*"])
+        sparse_param_groups(
+            model,
+            exclude_parameters=["*.mlp.*"],
+            include_parameters=["*.ln_?.weight", "*.mlp.c_fc.*"],
+        )
     )
     assert rules["transformer.h.0.ln_1.weight"] == (True, 0, 0, 0.0)
     assert not rules["transformer.h.0.mlp.c_fc.weight"][0]  # exclude wins
     assert rules["transformer.h.0.attn.c_proj.weight"][0]
     with pytest.raises(ValueError, match=r"'\*\.mpl\.\*' in exclude"):
-        sparse_param_groups(model, exclude=["*.mpl.*"])
+        sparse_param_groups(model, exclude_parameters=["*.mpl.*"])
     with pytest.raises(ValueError, match="'nothing' in include"):
-        sparse_param_groups(model, include=["nothing"])
+        sparse_param_groups(model, include_parameters=["nothing"])
 
 
 class Odd(nn.Module):
@@ -81,7 +85,12 @@ def test_own_parameters_stay_dense_and_frozen_ones_are_left_out():
         "experts": (False, 0, 0, 0.1),
         "norm.weight": (False, 0, 0, 0.0),
     }
-    assert rule_of(sparse_param_groups(Odd(), include=["experts"]))["experts"] == (True, 4, 0, 0.1)
+    assert rule_of(sparse_param_groups(Odd(), include_parameters=["experts"]))["experts"] == (
+        True,
+        4,
+        0,
+        0.1,
+    )
 
 
 def test_nothing_to_make_sparse():

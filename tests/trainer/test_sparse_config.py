@@ -16,7 +16,7 @@ def test_defaults_are_the_recipe(build, tmp_path):
     assert (args.target_density, args.anneal_start, args.anneal_end) == (1 / 64, 0.01, 0.5)
     assert (args.learning_rate, args.adam_beta1, args.adam_beta2) == (1e-2, 0.9, 0.95)
     assert (args.adam_epsilon, args.weight_decay, args.max_grad_norm) == (0.1, 0.1, 0.0)
-    assert (args.min_nonzeros, args.grad_rms, args.sharkfin) == (4, "always", True)
+    assert (args.min_nonzeros, args.normalize_gradients, args.sharkfin) == (4, "always", True)
     assert args.lr_scheduler_type == "linear"
     assert args.get_warmup_steps(1000) == 10
     assert not (tmp_path / "out").exists()
@@ -38,7 +38,7 @@ def test_command_line(tmp_path):
     (args,) = parser.parse_args_into_dataclasses(line.split())
     assert (args.target_density, args.min_nonzeros, args.sparsifier) == (0.125, 2, "none")
     assert (args.sharkfin, args.sparse_biases, args.sparse_embeddings) == (False, False, True)
-    assert (args.grad_rms, args.learning_rate) == ("clip", 0.5)
+    assert (args.normalize_gradients, args.learning_rate) == ("clip", 0.5)
     assert args.exclude_parameters == ["*.mlp.*", "lm_head.*"]
     help_text = parser.format_help()  # fails on an unescaped % in a help string
     assert "--anneal_end" in help_text
@@ -61,7 +61,7 @@ def test_survives_a_round_trip_through_a_dict(build):
         ({"anneal_end": 2.0}, "anneal_end"),
         ({"min_nonzeros": -1}, "min_nonzeros"),
         ({"sparsifier": "lottery"}, "expected one of topk, rcd, none"),
-        ({"grad_rms": "never"}, "grad_rms"),
+        ({"normalize_gradients": "never"}, "normalize_gradients"),
         ({"exclude_parameters": "*.bias"}, "exclude_parameters"),
         ({"optim": "adafactor"}, "optim='adafactor'"),
     ],

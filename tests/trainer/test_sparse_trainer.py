@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
 from hf_circuit_sparsity.optim.projection import nonzero_budget
-from hf_circuit_sparsity.optim.schedules import DensitySchedule
+from hf_circuit_sparsity.optim.schedules import linear_density
 from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
 from hf_circuit_sparsity.trainer.sparse_trainer import SparseTrainer
 
@@ -71,7 +71,7 @@ def test_density_follows_the_schedule_and_the_run_ends_at_the_target(
     architecture, make_gpt2, make_llama, make_trainer
 ):
     model = make_gpt2() if architecture == "gpt2" else make_llama()
-    watcher = Watcher(DensitySchedule(1 / 8, 0.0, 0.5, total_steps=12))
+    watcher = Watcher([linear_density(s, 1 / 8, 0.0, 0.5, 12) for s in range(1, 13)])
     trainer = make_trainer(model, callbacks=[watcher])
     trainer.train()
     assert len(watcher.densities) == 12
@@ -96,7 +96,7 @@ def test_steps_are_counted_in_epochs_too(make_gpt2, make_trainer):
     trainer.train()
     assert trainer.optimizer.param_groups[0]["total_steps"] == 12
     densities = [entry["density"] for entry in training_logs(trainer)]
-    assert densities == [DensitySchedule(1 / 8, 0.0, 0.5, 12).density(s) for s in range(1, 13)]
+    assert densities == [linear_density(s, 1 / 8, 0.0, 0.5, 12) for s in range(1, 13)]
 
 
 def test_optimizer_built_before_training_knows_the_steps(make_gpt2, make_trainer):
@@ -271,7 +271,7 @@ def test_an_optimizer_of_ones_own_is_used(make_gpt2, make_trainer, dataset, tmp_
     trainer = SparseTrainer(model, args, train_dataset=dataset, optimizers=(own, None))
     trainer.train()
     assert own.param_groups[0]["total_steps"] == 99
-    assert training_logs(trainer)[-1]["density"] == DensitySchedule(0.5, 0.01, 0.5, 99).density(12)
+    assert training_logs(trainer)[-1]["density"] == linear_density(12, 0.5, 0.01, 0.5, 99)
 
 
 def test_the_optimizer_works_in_a_plain_trainer(make_gpt2, dataset, tmp_path):

@@ -55,8 +55,8 @@ class PartialGradients:
         optimizer: may be wrapped by Accelerate.
         threshold: layers with at most this share of active coordinates run on them, in [0, 1].
         min_entries: weights with fewer entries are multiplied as they are in any case.
-        exclude_parameters: names of sparse parameters, not the weight of any such layer, that may be given
-            a full gradient.
+        exclude_parameters: names of sparse parameters, not the weight of any such layer, that may
+            be given a full gradient.
 
     Raises:
         TypeError: if the optimizer is of another kind.

