@@ -315,15 +315,15 @@ def test_half_precision_parameters():
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        ({"target_density": 0.0}, "target_density=0.0"),
-        ({"target_density": 1.5}, "target_density=1.5"),
+        ({"target_density": 0.0}, "target_density"),
+        ({"target_density": 1.5}, "target_density"),
         ({"target_density": 0.5}, "total_steps"),
-        ({"target_density": 0.5, "total_steps": 0}, "total_steps=0"),
-        ({"total_steps": 10, "anneal_start": 0.7}, "anneal_start=0.7"),
-        ({"total_steps": 10, "min_nonzeros": -1}, "min_nonzeros=-1"),
-        ({"total_steps": 10, "min_nonzeros": 1.5}, "min_nonzeros=1.5"),
-        ({"total_steps": 10, "row_dim": 2}, "row_dim=2"),
-        ({"total_steps": 10, "grad_rms": "sometimes"}, "normalize_gradients='sometimes'"),
+        ({"target_density": 0.5, "total_steps": 0}, "total_steps"),
+        ({"total_steps": 10, "anneal_start": 0.7}, "anneal_start"),
+        ({"total_steps": 10, "min_nonzeros": -1}, "min_nonzeros"),
+        ({"total_steps": 10, "min_nonzeros": 1.5}, "min_nonzeros"),
+        ({"total_steps": 10, "row_dim": 2}, "row_dim"),
+        ({"total_steps": 10, "normalize_gradients": "sometimes"}, "normalize_gradients"),
         ({"total_steps": 10, "lr": -1.0}, "lr"),
     ],
 )

@@ -55,7 +55,7 @@ class Watcher(TrainerCallback):
         self.densities = []
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        density = self.schedule.density(state.global_step)
+        density = self.schedule[state.global_step - 1]
         expected = expected_nonzeros(model, density)
         # Biases start at zero and an unused embedding row may stay there: never more than the
         # budget, and exactly the budget for the matrices that start full.
