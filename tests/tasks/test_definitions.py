@@ -178,16 +178,8 @@ def skeleton(prompt):
 
 
 # In these the last line is given by the task, and the templates are what stands before it.
-ONE_LAST_LINE = {
-    "class_init",
-    "else_elif",
-    "enumerate_range",
-    "for_while",
-    "set_or_string",
-    "set_or_string_fixedvarname",
-    "var_swap",
-    "while_return_true",
-}
+ONE_LAST_LINE = {"class_init", "else_elif", "enumerate_range", "for_while", "set_or_string",
+                 "set_or_string_fixedvarname", "var_swap", "while_return_true"}  # fmt: skip
 
 
 def test_train_and_test_share_no_prompt_no_name_and_no_template(task):
@@ -232,11 +224,8 @@ def test_the_word_lists_hold_nothing_twice_and_nothing_that_decides_an_answer():
     assert train.isdisjoint(test)
     for bank in banks:
         assert len({*bank.train, *bank.test}) == len(bank.train) + len(bank.test)
-    for entry in train | test:
-        assert re.fullmatch(r"\w+", entry)
-    for bank in banks:
-        if bank is not words.WORDS:
-            assert not {*bank.train, *bank.test} & set(keyword.kwlist)
+        assert bank is words.WORDS or not {*bank.train, *bank.test} & set(keyword.kwlist)
+    assert all(re.fullmatch(r"\w+", entry) for entry in train | test)
 
 
 def test_two_tasks_cannot_have_one_name():

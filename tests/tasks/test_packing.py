@@ -53,14 +53,12 @@ def test_a_document_cannot_fake_its_end(openai):
 
 def test_splits_and_columns(openai):
     dataset = Dataset.from_dict({"code": TEXTS * 3})
-    packed = pack_dataset(
-        DatasetDict({"train": dataset, "test": dataset}), openai, 4, text_column="code"
-    )
+    splits = DatasetDict({"train": dataset, "test": dataset})
+    packed = pack_dataset(splits, openai, 4, text_column="code")
     assert set(packed) == {"train", "test"}
     assert packed["train"].column_names == ["input_ids", "labels"]
-    assert (
-        packed["train"].to_dict() == pack_dataset(dataset, openai, 4, text_column="code").to_dict()
-    )
+    alone = pack_dataset(dataset, openai, 4, text_column="code")
+    assert packed["train"].to_dict() == alone.to_dict()
     assert packed["train"].cache_files == []
 
 
@@ -69,19 +67,11 @@ def test_trainer_takes_the_blocks_as_they_are(openai, tmp_path):
     batch = default_data_collator([blocks[0], blocks[1]])
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 16)
     assert batch["labels"].dtype == torch.int64
-    torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(openai), n_positions=16, n_embd=32, n_layer=1, n_head=2)
     arguments = TrainingArguments(
-        tmp_path,
-        max_steps=20,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-    )
+        tmp_path, max_steps=20, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
+        report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
     for extra in ({}, {"processing_class": openai}):
         trainer = Trainer(GPT2LMHeadModel(config), arguments, train_dataset=blocks, **extra)
         trainer.train()

@@ -160,18 +160,20 @@ def test_what_train_tokenizer_reads():
     assert spelled.eos_token_id == len(spelled) - 1
 
 
-def test_train_tokenizer_errors():
-    with pytest.raises(ValueError, match="vocab_size is 256"):
-        train_tokenizer(["x"], 256)
-    for nothing in ([], [""], iter(())):
-        with pytest.raises(ValueError, match="no text"):
-            train_tokenizer(nothing)
-    with pytest.raises(TypeError, match="one string"):
-        train_tokenizer("x = 1")
-    with pytest.raises(ValueError, match="'text' is needed"):
-        train_tokenizer(Dataset.from_dict({"code": ["x"]}))
-    with pytest.raises(ValueError, match="'train' is needed"):
-        train_tokenizer(DatasetDict({"all": Dataset.from_dict({"text": ["x"]})}))
+@pytest.mark.parametrize(
+    ("texts", "vocab_size", "error", "message"),
+    [
+        (["x"], 256, ValueError, "vocab_size"),
+        ([], 300, ValueError, "no text"),
+        ([""], 300, ValueError, "no text"),
+        ("x = 1", 300, TypeError, "texts"),
+        (Dataset.from_dict({"code": ["x"]}), 300, ValueError, "'text'"),
+        (DatasetDict({"all": Dataset.from_dict({"text": ["x"]})}), 300, ValueError, "'train'"),
+    ],
+)
+def test_train_tokenizer_errors(texts, vocab_size, error, message):
+    with pytest.raises(error, match=message):
+        train_tokenizer(texts, vocab_size)
 
 
 @pytest.fixture
@@ -181,62 +183,41 @@ def copy(tmp_path):
     return tmp_path
 
 
-def test_missing_files(copy, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"encoder\.json' does not exist"):
-        tokenizer_from_openai(tmp_path / "nowhere")
-    (copy / "vocab.bpe").unlink()
-    with pytest.raises(FileNotFoundError, match=r"vocab\.bpe' does not exist"):
-        tokenizer_from_openai(copy)
+def with_line(line):
+    def insert(text):
+        lines = text.split("\n")
+        return "\n".join([*lines[:2], line, *lines[2:]])
+
+    return insert
 
 
-def change(vocab, **changes):
-    return json.dumps({**vocab, **changes})
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda vocab: json.dumps(vocab)[:1000], r"encoder\.json' is not JSON"),
-        (lambda vocab: json.dumps(list(vocab)), "must hold one JSON object"),
-        (lambda vocab: change(vocab, a="1"), "the id of token 'a' is '1'"),
-        (lambda vocab: change(vocab, a=True), "the id of token 'a' is True"),
-        (lambda vocab: change(vocab, a=5000), "ids must be the numbers 0 to 2047"),
-        (lambda vocab: change(vocab, a=1), "ids must be the numbers 0 to 2047"),
-        (
-            lambda vocab: json.dumps({("eot" if i == 2047 else t): i for t, i in vocab.items()}),
-            r"lacks 1 token.*'<\|endoftext\|>'",
-        ),
-    ],
-)
-def test_bad_encoder_json(copy, damage, message):
-    file = copy / "encoder.json"
-    file.write_text(damage(json.loads(file.read_text(encoding="utf-8"))), encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
-        tokenizer_from_openai(copy)
+def with_entries(**entries):
+    return lambda text: json.dumps({**json.loads(text), **entries})
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("name", "damage", "message"),
     [
-        ("abc", "line 3: 'abc' must be two tokens"),
-        ("a b c", "line 3: 'a b c' must be two tokens"),
-        ("qq zz", "line 3: the token 'qq' is not in encoder.json"),
-        ("q z", "line 3: the token 'qz' is not in encoder.json"),
+        ("encoder.json", lambda text: text[:1000], r"encoder\.json' is not JSON"),
+        ("encoder.json", lambda text: json.dumps(list(json.loads(text))), "one JSON object"),
+        ("encoder.json", with_entries(a="1"), "token 'a' is '1'"),
+        ("encoder.json", with_entries(a=True), "token 'a' is True"),
+        ("encoder.json", with_entries(a=5000), "0 to 2047"),
+        ("encoder.json", with_entries(a=1), "0 to 2047"),
+        ("encoder.json", lambda text: text.replace("<|endoftext|>", "eot"), "lacks 1 token"),
+        ("encoder.json", lambda text: b"\xff\xfe\x00", r"encoder\.json' is not JSON"),
+        ("vocab.bpe", with_line("abc"), "line 3: 'abc'"),
+        ("vocab.bpe", with_line("a b c"), "line 3: 'a b c'"),
+        ("vocab.bpe", with_line("qq zz"), "line 3: the token 'qq'"),
+        ("vocab.bpe", with_line("q z"), "line 3: the token 'qz'"),
+        ("vocab.bpe", lambda text: b"\xff\xfe\x00", r"vocab\.bpe' is not UTF-8"),
     ],
 )
-def test_bad_vocab_bpe(copy, line, message):
-    file = copy / "vocab.bpe"
-    lines = file.read_text(encoding="utf-8").split("\n")
-    lines.insert(2, line)
-    file.write_text("\n".join(lines), encoding="utf-8")
+def test_damaged_files(copy, name, damage, message):
+    text = damage((copy / name).read_text(encoding="utf-8"))
+    (copy / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         tokenizer_from_openai(copy)
-
-
-def test_files_that_are_not_utf8(copy):
-    (copy / "vocab.bpe").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"vocab\.bpe' is not UTF-8"):
-        tokenizer_from_openai(copy)
-    (copy / "encoder.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"encoder\.json' is not JSON"):
+    (copy / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
         tokenizer_from_openai(copy)
