@@ -1,221 +1,210 @@
-"""`hf-circuit-sparsity <command>`: parses the command line and calls `commands/`."""
+"""`hf-circuit-sparsity <command>`: parses the command line and calls `commands/`.
 
-import argparse
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+import ast
+import inspect
 import sys
-from dataclasses import fields
-from pathlib import Path
+from itertools import pairwise
+from typing import Annotated, Any
 
-from transformers import HfArgumentParser
+from typer import Argument, Context, Option, Typer
+from typer.core import TyperGroup
 
-from .bridge.bridge_config import BridgeTrainingArguments
-from .circuits.pruning.config import PruningConfig
-from .commands.bridge import BridgeModelArguments, print_bridge_summary, run_bridge
-from .commands.console import say
-from .commands.evaluate import run_evaluate
-from .commands.prune import print_prune_summary, run_prune
-from .commands.publish import run_publish
-from .commands.quickstart import QuickstartSettings, run_quickstart
-from .commands.train import (
-    DataArguments,
-    Interrupted,
-    ModelArguments,
-    print_train_summary,
-    run_train,
+from .commands.console import Interrupted, say
+
+
+class _Group(TyperGroup):
+    """Hands Ctrl-C on to `main`; click would end the process itself."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            if ctx.invoked_subcommand == "view":
+                message = "and nothing was written; the same command begins anew"
+            else:
+                message = "finished steps are kept; the same command goes on after them"
+            raise Interrupted(message) from interrupt
+
+
+app = Typer(
+    cls=_Group,
+    help="Train weight-sparse transformers and cut circuits out of them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
-from .commands.view import print_view_summary, run_view
-from .tasks.load import list_tasks
-from .trainer.sparse_config import SparseTrainingArguments
-
-PRUNING_OPTIONS = (
-    "target_loss", "max_steps", "batch_size", "node_penalty", "learning_rate", "seed", "num_seeds"
-)  # fmt: skip
-PRUNING_SWITCHES = {
-    "prune_edges": "also drop single weights between the nodes",
-    "token_nodes": "also ask which tokens' embeddings are needed",
+# Commands whose options are the fields of dataclasses, which HfArgumentParser reads.
+BY_FIELDS = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
 
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of everything but `train` and `bridge`, whose options are training arguments."""
-    parser = argparse.ArgumentParser(
-        prog="hf-circuit-sparsity",
-        description="Train weight-sparse transformers and cut circuits out of them.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    quick = commands.add_parser(
-        "quickstart", help="train a small sparse model on Python and cut out a circuit"
-    )
-    defaults = QuickstartSettings()
-    quick.add_argument(
-        "--minutes", type=float, help="of training (default: the 2,500 steps of the README)"
-    )
-    quick.add_argument("--output-dir", default="runs/quickstart", help="(default: %(default)s)")
-    quick.add_argument(
-        "--task", default=defaults.task, choices=list_tasks(), help="(default: %(default)s)"
-    )
-    quick.add_argument("--seed", type=int, default=defaults.seed, help="(default: %(default)s)")
-    quick.add_argument("--corpus", help="folder of Python files (default: the standard library)")
-
-    # Listed for --help only; its arguments go to HfArgumentParser as they are.
-    commands.add_parser("train", help="train a model; see train --help", add_help=False)
-
-    commands.add_parser(
-        "bridge", help="train a sparse twin for a dense model; see bridge --help", add_help=False
-    )
-
-    prune = commands.add_parser("prune", help="cut a task's circuit out of a trained model")
-    prune.add_argument("model", help="folder or Hub id of a model with its tokenizer")
-    prune.add_argument("--task", required=True, choices=list_tasks())
-    prune.add_argument("--output-dir", help="(default: MODEL/circuits/TASK)")
-    prune.add_argument("--corpus", help="folder of Python for the means (the standard library)")
-    for option in fields(PruningConfig):
-        if option.name in PRUNING_OPTIONS:
-            prune.add_argument(
-                f"--{option.name.replace('_', '-')}",
-                type=option.type,
-                default=option.default,
-                help="(default: %(default)s)",
-            )
-
-    for name, text in PRUNING_SWITCHES.items():
-        prune.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
-    prune.add_argument(
-        "--trials",
-        type=int,
-        default=1,
-        help="search so many settings for the smallest circuit; the same command goes on after "
-        "Ctrl-C (default: %(default)s, no search)",
-    )
-    prune.add_argument(
-        "--verify", action="store_true", help="check the circuit beside random ones of its size"
-    )
-
-    view = commands.add_parser("view", help="write the page on which a circuit is looked at")
-    view.add_argument("circuit", help="folder or Hub id of a circuit")
-    view.add_argument("--model", help="folder or Hub id of its model (default: as it says itself)")
-    view.add_argument("--output", help="the page (default: CIRCUIT/index.html)")
-    view.add_argument("--corpus", help="folder of Python for examples (the standard library)")
-
-    evaluate = commands.add_parser("evaluate", help="accuracy and loss of a model on every task")
-    evaluate.add_argument("--model", required=True, help="folder or Hub id, with its tokenizer")
-    evaluate.add_argument(
-        "--task", action="append", choices=list_tasks(), help="may be repeated (default: all)"
-    )
-    evaluate.add_argument("--output", help="JSON file (default: MODEL/task_evaluation.json)")
-    evaluate.add_argument(
-        "--prompts", type=int, default=512, help="per task, an even number (default: %(default)s)"
-    )
-    evaluate.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-
-    publish = commands.add_parser(
-        "publish", help="put a run's model, circuits, tasks and viewer on the Hub"
-    )
-    publish.add_argument("run_dir", help="output folder of quickstart or train")
-    publish.add_argument("--repo", required=True, help="user/name of the model on the Hub")
-    publish.add_argument(
-        "--dry-run", action="store_true", help="list what would go where, and its size"
-    )
-    publish.add_argument("--public", action="store_true", help="(default: private)")
-    publish.add_argument(
-        "--task",
-        action="append",
-        choices=list_tasks(),
-        metavar="TASK",
-        help="to publish as a dataset; may be repeated (default: those of the circuits)",
-    )
-    publish.add_argument("--corpus", help="folder of Python for the viewer's examples")
-
-    return parser
+Circuit = Annotated[str, Argument(help="Folder or Hub id of a circuit.", show_default=False)]
+Corpus = Annotated[
+    str | None, Option(help="Folder of Python files; the standard library if not given.")
+]
+CircuitModel = Annotated[
+    str | None, Option(help="Folder or Hub id of its model; what the circuit says if not given.")
+]
+CircuitFolder = Annotated[str | None, Option(help="The circuit's folder if not given.")]
 
 
-def _quickstart(args: argparse.Namespace) -> None:
-    settings = QuickstartSettings(args.minutes, args.task, args.seed, args.corpus)
-    run_quickstart(args.output_dir, settings)
+@app.command()
+def quickstart(
+    minutes: Annotated[
+        float | None, Option(help="Of training; the 2,500 steps of the README if not given.")
+    ] = None,
+    output_dir: Annotated[str, Option(help="Of model and circuit.")] = "runs/quickstart",
+    task: Annotated[str, Option(help="One of list_tasks().")] = "single_double_quote",
+    seed: Annotated[int, Option(help="Of everything random.")] = 0,
+    corpus: Corpus = None,
+) -> None:
+    """Train a small sparse model on Python and cut out a circuit."""
+    from .commands.quickstart import QuickstartSettings, run_quickstart
+
+    run_quickstart(output_dir, QuickstartSettings(minutes, task, seed, corpus))
 
 
-def _train(argv: list[str]) -> None:
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, SparseTrainingArguments),
-        prog="hf-circuit-sparsity train",
-        description="Train a CircuitGPT. Beside the options of every TrainingArguments:",
-    )
-    print_train_summary(run_train(*parser.parse_args_into_dataclasses(argv)))
+@app.command(**BY_FIELDS)
+def train(context: Context) -> None:
+    """Train a model; see train --help."""
+    from .commands.train import DataArguments, ModelArguments, run_train
+    from .trainer.sparse_config import SparseTrainingArguments
+
+    classes = (ModelArguments, DataArguments, SparseTrainingArguments)
+    run_train(*_parse(context, classes, "Train a CircuitGPT."))
 
 
-def _bridge(argv: list[str]) -> None:
-    parser = HfArgumentParser(
-        (BridgeModelArguments, BridgeTrainingArguments),
-        prog="hf-circuit-sparsity bridge",
-        description="Train a sparse twin for a dense model. Beside the options of `train`:",
-    )
-    print_bridge_summary(run_bridge(*parser.parse_args_into_dataclasses(argv)))
+@app.command(**BY_FIELDS)
+def bridge(context: Context) -> None:
+    """Train a sparse model beside a dense one, joined by bridges; see bridge --help."""
+    from .bridge.bridge_config import BridgeTrainingArguments
+    from .commands.bridge import BridgeModelArguments, run_bridge
+
+    classes = (BridgeModelArguments, BridgeTrainingArguments)
+    run_bridge(*_parse(context, classes, "Train a sparse model beside a dense one."))
 
 
-def _prune(args: argparse.Namespace) -> None:
-    names = (*PRUNING_OPTIONS, *PRUNING_SWITCHES)
-    config = PruningConfig(**{name: getattr(args, name) for name in names})
-    circuit = run_prune(
-        args.model, args.task, args.output_dir, config, args.corpus, args.trials, args.verify
-    )
-    folder = args.output_dir or Path(args.model) / "circuits" / args.task
-    print_prune_summary(circuit, Path(folder))
+@app.command(**BY_FIELDS)
+def prune(context: Context) -> None:
+    """Cut a task's circuit out of a trained model; see prune --help."""
+    from .circuits.pruning.config import PruningConfig
+    from .commands.prune import PruneArguments, run_prune
+
+    run_prune(*_parse(context, (PruneArguments, PruningConfig), "Cut out the circuit of a task."))
 
 
-def _view(args: argparse.Namespace) -> None:
-    print_view_summary(run_view(args.circuit, args.model, args.output, args.corpus))
+@app.command()
+def verify(
+    circuit: Circuit,
+    model: CircuitModel = None,
+    output_dir: CircuitFolder = None,
+    corpus: Corpus = None,
+    stability_seeds: Annotated[int, Option(help="Circuits to find from other seeds.")] = 2,
+) -> None:
+    """Check a circuit beside random ones of its size."""
+    from .commands.verify import run_verify
+
+    run_verify(circuit, model, output_dir, corpus, stability_seeds)
 
 
-def _evaluate(args: argparse.Namespace) -> None:
-    run_evaluate(args.model, args.task, args.output, prompts=args.prompts, seed=args.seed)
+@app.command()
+def view(
+    circuit: Circuit,
+    model: CircuitModel = None,
+    output_dir: CircuitFolder = None,
+    corpus: Corpus = None,
+) -> None:
+    """Write the page on which a circuit is looked at."""
+    from .commands.view import run_view
+
+    run_view(circuit, model, output_dir, corpus)
 
 
-def _publish(args: argparse.Namespace) -> None:
-    run_publish(
-        args.run_dir,
-        args.repo,
-        dry_run=args.dry_run,
-        public=args.public,
-        tasks=args.task,
-        corpus=args.corpus,
-    )
+@app.command()
+def evaluate(
+    model: Annotated[str, Option(help="Folder or Hub id, with its tokenizer.")],
+    task: Annotated[list[str] | None, Option(help="May be repeated; all if not given.")] = None,
+    output_dir: Annotated[str | None, Option(help="The model's folder if not given.")] = None,
+    prompts: Annotated[int, Option(help="Per task, an even number.")] = 512,
+    seed: Annotated[int, Option(help="Of the prompts.")] = 0,
+) -> None:
+    """Accuracy and loss of a model on every task."""
+    from .commands.evaluate import run_evaluate
+
+    run_evaluate(model, task or None, output_dir, prompts=prompts, seed=seed)
+
+
+@app.command()
+def publish(
+    run_dir: Annotated[str, Argument(help="Output folder of quickstart or train.")],
+    repo: Annotated[str, Option(help="user/name of the model on the Hub.")],
+    dry_run: Annotated[bool, Option("--dry-run", help="List what would go where.")] = False,
+    public: Annotated[bool, Option("--public", help="New repositories are private else.")] = False,
+    task: Annotated[
+        list[str] | None,
+        Option(help="To publish as a dataset, may be repeated; the circuits' if not given."),
+    ] = None,
+    corpus: Corpus = None,
+) -> None:
+    """Put a run's model, circuits, tasks and viewer on the Hub."""
+    from .commands.publish import run_publish
+
+    run_publish(run_dir, repo, dry_run=dry_run, public=public, tasks=task or None, corpus=corpus)
+
+
+def _parse(context: Context, classes: tuple[type, ...], description: str) -> tuple[Any, ...]:
+    """One object of each dataclass, from options named after their fields."""
+    from transformers import HfArgumentParser
+
+    program = f"hf-circuit-sparsity {context.info_name}"
+    parser = HfArgumentParser(classes, prog=program, description=description)
+    described = {name: text for cls in classes for name, text in field_docs(cls).items()}
+    for action in parser._actions:
+        if action.const is not False:  # not of --no-cleanup, which --cleanup stands beside
+            action.help = action.help or described.get(action.dest)
+    return parser.parse_args_into_dataclasses(context.args)
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The string below each field of a dataclass, as argparse takes help."""
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    return {
+        field.target.id: " ".join(below.value.value.split()).replace("%", "%%")
+        for field, below in pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] == ["train"]:
-            _train(argv[1:])
-        elif argv[:1] == ["bridge"]:
-            _bridge(argv[1:])
-        else:
-            args = build_parser().parse_args(argv)
-            run = {
-                "quickstart": _quickstart,
-                "prune": _prune,
-                "view": _view,
-                "evaluate": _evaluate,
-                "publish": _publish,
-            }
-            run[args.command](args)
+        app(argv, prog_name="hf-circuit-sparsity")
+    except SystemExit as end:
+        return int(end.code or 0)
     except Interrupted as interruption:
-        say(f"\n{str(interruption).capitalize()}; the checkpoint is saved.")
-        command = " ".join(["hf-circuit-sparsity", *argv])
-        if argv[0] in ("train", "bridge") and "--resume_from_checkpoint" not in argv:
-            command += " --resume_from_checkpoint last"
-        say(f"To go on: {command}")
-        return 130
-    except KeyboardInterrupt:
-        if argv[:1] == ["view"]:
-            say("\nStopped, and nothing was written. The same command begins anew.")
-            return 130
-        say("\nStopped. Finished steps are kept; the same command goes on after them.")
+        say(f"\nStopped, {interruption}.")
+        if interruption.checkpoint:
+            say(f"To go on: {_resuming(argv)}")
         return 130
     except (ValueError, OSError) as error:
         print(f"hf-circuit-sparsity: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _resuming(argv: list[str]) -> str:
+    """The command that goes on after a checkpoint of this one."""
+    command = " ".join(["hf-circuit-sparsity", *argv])
+    given = any(a.replace("_", "-").startswith("--resume-from-checkpoint") for a in argv)
+    if argv[0] in ("train", "bridge") and not given:
+        command += " --resume-from-checkpoint last"
+    return command
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ KNOWN_ARROWS: set[tuple[str, str]] = {
     ("circuits/circuit_file.py", "hub/errors.py"),
     ("circuits/circuit_push.py", "hub/errors.py"),
     ("circuits/hub.py", "hub/errors.py"),
-    ("commands/prune.py", "hub/errors.py"),
+    ("commands/loading.py", "hub/errors.py"),
     ("commands/publication.py", "hub/errors.py"),
     ("commands/publish.py", "hub/errors.py"),
     ("commands/publish.py", "hub/repository.py"),

@@ -29,9 +29,10 @@ from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import find_circuit
 from hf_circuit_sparsity.commands.console import say
-from hf_circuit_sparsity.commands.train import fit, prepare_data, spread_sample
+from hf_circuit_sparsity.commands.training import fit, prepare_data
 from hf_circuit_sparsity.tasks.binary_task import BinaryTask
 from hf_circuit_sparsity.tasks.corpus import build_corpus
+from hf_circuit_sparsity.tasks.packing import spread_sample
 from hf_circuit_sparsity.trainer.sparse_config import SparseTrainingArguments
 from hf_circuit_sparsity.trainer.sparse_trainer import SparseTrainer
 

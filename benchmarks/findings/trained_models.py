@@ -24,7 +24,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_circuit_sparsity.commands.console import quiet_libraries, say
-from hf_circuit_sparsity.commands.train import prepare_data, train_model
+from hf_circuit_sparsity.commands.training import prepare_data, train_model
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.tasks.corpus import build_corpus

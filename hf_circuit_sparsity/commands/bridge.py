@@ -12,11 +12,12 @@ from ..bridge.bridge_trainer import BridgeTrainer
 from ..bridge.checkpoint import load_dense
 from ..bridge.initialization import ridge_bridges_
 from ..bridge.modeling_bridge import BridgedCausalLM, default_sparse_config
+from ..files import write_json
 from ..tasks.corpus import build_corpus
-from ..tasks.packing import pack_dataset
+from ..tasks.packing import pack_dataset, spread_sample
 from .console import columns, quiet_libraries, say, table
-from .prune import load_model
-from .train import checkpoint_to_resume, fit, spread_sample, write_json
+from .loading import load_model
+from .training import checkpoint_to_resume, fit
 
 SUMMARY_NAME = "bridge_summary.json"
 RIDGE_BLOCKS = 512  # of text, that the regression is fitted on
@@ -85,7 +86,7 @@ def run_bridge(model_arguments: BridgeModelArguments, args: BridgeTrainingArgume
         raise ValueError(
             f"block_size={block_size} was passed, but the two models read at most {longest} tokens."
         )
-    blocks = {name: pack_dataset(split, tokenizer, block_size) for name, split in corpus.items()}
+    blocks = pack_dataset(corpus, tokenizer, block_size)
     if model_arguments.ridge_start and resume is None:
         sample = spread_sample(blocks["train"], RIDGE_BLOCKS)
         ridge_bridges_(bridged, torch.tensor(sample["input_ids"][:]))
@@ -117,6 +118,7 @@ def run_bridge(model_arguments: BridgeModelArguments, args: BridgeTrainingArgume
         **{name.removeprefix("eval_"): v for name, v in metrics.items() if name != "epoch"},
     }
     write_json(folder / SUMMARY_NAME, done)
+    _print_summary(done)
     return done
 
 
@@ -168,8 +170,7 @@ def location_table(figures: dict[str, float]) -> str:
     return columns(header, rows)
 
 
-def print_bridge_summary(done: dict[str, Any]) -> None:
-    """What `hf-circuit-sparsity bridge` prints at its end."""
+def _print_summary(done: dict[str, Any]) -> None:
     say("\n" + location_table(done))
     rows = [
         ("sparse twin", f"{done['lm']:.3f} nats per token on validation text"),
@@ -180,4 +181,5 @@ def print_bridge_summary(done: dict[str, Any]) -> None:
     ]
     say("\n" + table(rows))
     say("\nNMSE is the share of variance missed; KL is of the hybrid run, in nats per token.")
-    say(f"Next: hf-circuit-sparsity prune {done['bridge']}/sparse --task single_double_quote")
+    model = f"{done['bridge']}/sparse"
+    say(f"Next: hf-circuit-sparsity prune --model {model} --task single_double_quote")

@@ -5,10 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..circuits.task_scores import TaskScore, evaluate_tasks
+from ..files import write_json
 from ..modeling.fingerprint import model_fingerprint
+from ..tasks.load import check_task_names
 from .console import columns, quiet_libraries, say
-from .prune import load_model
-from .train import write_json
+from .loading import load_model
 
 FILE_NAME = "task_evaluation.json"
 LEARNED_LOSS = 0.15  # the loss that a circuit is asked to reach
@@ -17,7 +18,7 @@ LEARNED_LOSS = 0.15  # the loss that a circuit is asked to reach
 def run_evaluate(
     model: str,
     tasks: Sequence[str] | None = None,
-    output: str | None = None,
+    output_dir: str | None = None,
     *,
     prompts: int = 512,
     seed: int = 0,
@@ -27,33 +28,29 @@ def run_evaluate(
     Args:
         model: folder or Hub id of a CircuitGPT with its tokenizer.
         tasks: all if not given.
-        output: JSON file; `task_evaluation.json` beside the model if not given and the model is a
-            folder.
+        output_dir: of `task_evaluation.json`; if not given the model's folder. Nothing is written
+            for a model from the Hub.
         prompts: held-out prompts per task, and training prompts for the calibration.
         seed: of the prompts.
 
     Raises:
-        ValueError: no such model or task, or `output` is a folder.
+        ValueError, OSError: no such model or task, or prompts that `load_task` refuses.
     """
     quiet_libraries()
-    if output is not None and Path(output).is_dir():
-        raise ValueError(f"{output} is a folder; pass the path of a JSON file to write.")
+    check_task_names(tasks or ())
     loaded, tokenizer = load_model(model)
     scores = evaluate_tasks(loaded, tokenizer, tasks, n_train=prompts, n_test=prompts, seed=seed)
     say(scores_table(scores))
-    if output is None and Path(model).is_dir():
-        output = str(Path(model) / FILE_NAME)
-    if output is not None:
-        path = Path(output)
-        path.parent.mkdir(parents=True, exist_ok=True)
+    folder = output_dir or (model if Path(model).is_dir() else None)
+    if folder is not None:
         content = {
             "model": model,
             "model_fingerprint": model_fingerprint(loaded),
             "seed": seed,
             "tasks": [asdict(score) for score in scores],
         }
-        write_json(path, content)
-        say(f"\nWritten to {path}")
+        write_json(Path(folder) / FILE_NAME, content)
+        say(f"\nWritten to {Path(folder) / FILE_NAME}")
     return scores
 
 

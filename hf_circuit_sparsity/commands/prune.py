@@ -1,108 +1,71 @@
 """`hf-circuit-sparsity prune`: cut a task's circuit out of a trained model."""
 
-from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from ..circuits.circuit import Circuit
-from ..circuits.circuit_file import is_hub_id
-from ..circuits.evaluation.verification import verify_circuit
 from ..circuits.pruning.config import PruningConfig
 from ..circuits.pruning.find import find_circuit
 from ..circuits.pruning.tune import search_circuit
 from ..circuits.viewer.plot import plot_circuit
-from ..hub.errors import HubAccessError, hub_errors
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
-from ..tasks.binary_task import BinaryTask
-from ..tasks.corpus import build_corpus
-from ..tasks.load import load_task
-from ..tasks.packing import pack_dataset
+from ..tasks.load import check_task_names, load_task
 from .console import quiet_libraries, say, table
+from .loading import load_model, reference_blocks
 
 
-def run_prune(
-    model: str,
-    task: str,
-    output_dir: str | None,
-    config: PruningConfig,
-    corpus: str | None = None,
-    trials: int = 1,
-    verify: bool = False,
-) -> Circuit:
-    """Find, save and draw the circuit of a task in a saved model.
+@dataclass
+class PruneArguments:
+    """What is pruned, and where the circuit goes."""
 
-    Args:
-        model: folder or Hub id of a CircuitGPT with its tokenizer.
-        task: one of `list_tasks()`.
-        output_dir: where the circuit goes; `<model>/circuits/<task>` if not given.
-        config: how to look for it.
-        corpus: folder of Python over which nodes' means are taken; the standard library if not
-            given.
-        trials: settings of mask learning to try; above 1 they are searched, with the state of the
-            search in `<output_dir>/search`.
-        verify: also run the checks of `verify_circuit`, print and store them.
-    """
-    quiet_libraries()
-    loaded, tokenizer = load_model(model)
-    reference = None
-    if corpus is not None:
-        reference = pack_dataset(build_corpus(corpus)["train"], tokenizer, loaded.config.block_size)
-    folder = Path(output_dir) if output_dir else Path(model) / "circuits" / task
-    circuit = prune_model(loaded, tokenizer, task, folder, config, reference, trials)
-    if verify:
-        task_loaded = _load_task(task, loaded, tokenizer, config)
-        verification = verify_circuit(circuit, loaded, task_loaded, reference=reference)
-        circuit.save_pretrained(folder)
-        say(verification.table())
-    return circuit
-
-
-def _load_task(
-    name: str,
-    model: CircuitGPTForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PruningConfig,
-) -> BinaryTask:
-    return load_task(
-        name, tokenizer, seed=config.seed, max_length=model.config.max_position_embeddings
+    model: str = field(metadata={"help": "Folder or Hub id of a model with its tokenizer."})
+    task: str = field(metadata={"help": "One of `list_tasks()`."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Of the circuit; MODEL/circuits/TASK if not given."}
+    )
+    corpus: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of Python files over which nodes' means are taken; the standard "
+            "library if not given."
+        },
+    )
+    trials: int = field(
+        default=1,
+        metadata={
+            "help": "Settings of mask learning to try for the smallest circuit; the same command "
+            "goes on after Ctrl-C. 1 is no search."
+        },
     )
 
 
-def load_model(model: str) -> tuple[CircuitGPTForCausalLM, PreTrainedTokenizerBase]:
-    """A saved model and its tokenizer.
+def run_prune(arguments: PruneArguments, config: PruningConfig) -> Circuit:
+    """Find, save and draw the circuit of a task in a saved model.
+
+    With more than one trial the state of the search is in `<output_dir>/search`.
 
     Raises:
-        ValueError: it is damaged, or no folder with both.
-        HubAccessError: (an `OSError`) it is not on the Hub, or cannot be had from there.
+        TaskNotLearnedError: (a `ValueError`) the model does not reach the target loss.
+        ValueError, OSError: no such model or task, or a bad corpus.
     """
-    try:
-        with hub_errors(model) if is_hub_id(model) else nullcontext():
-            loaded = CircuitGPTForCausalLM.from_pretrained(model).eval()
-            return loaded, _tokenizer_beside(model)
-    except HubAccessError:
-        raise
-    except SafetensorError as error:
-        raise ValueError(
-            f"The weights in {model} are damaged ({error}); copy or download them again."
-        ) from error
-    except OSError as error:
-        raise ValueError(
-            f"{model!r} is neither a folder with a model and its tokenizer nor the name of a "
-            "repository with both; check its name."
-        ) from error
-
-
-def _tokenizer_beside(model: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except ValueError as error:
-        raise ValueError(
-            f"{model!r} holds a model, but no tokenizer beside it that could be read; save the "
-            "tokenizer there too."
-        ) from error
+    quiet_libraries()
+    check_task_names([arguments.task])
+    model, tokenizer = load_model(arguments.model)
+    reference = reference_blocks(arguments.corpus, model, tokenizer)
+    default = Path(arguments.model) / "circuits" / arguments.task
+    folder = Path(arguments.output_dir or default)
+    circuit = prune_model(
+        model, tokenizer, arguments.task, folder, config, reference, arguments.trials
+    )
+    rows = [*circuit_rows(circuit), ("files", folder), ("picture", folder / "circuit.png")]
+    say("\n" + table(rows))
+    say("\nLosses are on held-out prompts, in nats; guessing is 0.693.")
+    say(f"Next: hf-circuit-sparsity verify {folder}")
+    say(f"      hf-circuit-sparsity view {folder}")
+    return circuit
 
 
 def prune_model(
@@ -111,19 +74,15 @@ def prune_model(
     task_name: str,
     folder: Path,
     config: PruningConfig,
-    reference: Any = None,
+    reference: Dataset | None = None,
     trials: int = 1,
 ) -> Circuit:
     """Find the circuit of a task, then write it and its picture into `folder`."""
-    task = _load_task(task_name, model, tokenizer, config)
+    longest = model.config.max_position_embeddings
+    task = load_task(task_name, tokenizer, seed=config.seed, max_length=longest)
     if trials > 1:
         circuit = search_circuit(
-            model,
-            task,
-            config,
-            trials=trials,
-            folder=folder / "search",
-            reference=reference,
+            model, task, config, trials=trials, folder=folder / "search", reference=reference
         )
     else:
         circuit = find_circuit(model, task, config, reference=reference)
@@ -150,19 +109,3 @@ def circuit_rows(circuit: Circuit) -> list[tuple[str, str]]:
         ("loss, circuit alone", f"{m['circuit_loss']:.3f}, accuracy {m['circuit_accuracy']:.1%}"),
         ("loss, circuit removed", f"{m['ablated_loss']:.3f}, accuracy {m['ablated_accuracy']:.1%}"),
     ]
-
-
-def print_prune_summary(circuit: Circuit, folder: Path) -> None:
-    """What `hf-circuit-sparsity prune` prints at its end."""
-    say(
-        "\n"
-        + table(
-            [
-                *circuit_rows(circuit),
-                ("files", str(folder)),
-                ("picture", str(folder / "circuit.png")),
-            ]
-        )
-    )
-    say("\nLosses are on held-out prompts, in nats; guessing is 0.693.")
-    say(f"Next: hf-circuit-sparsity view {folder}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, SpaceCard, SpaceCardData
+from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
 from ..circuits.circuit import Circuit
@@ -22,9 +23,9 @@ from ..hub_cards.task_dataset_card import task_dataset_card
 from ..modeling.fingerprint import model_fingerprint
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..tasks.load import build_task_datasets, list_tasks
-from .circuits_page import circuits_page
 from .evaluate import FILE_NAME as SCORES_NAME
-from .prune import load_model
+from .loading import load_model
+from .training import SUMMARY_NAME
 
 # As long as a commit hash: a dry run counts the bytes before there is a commit.
 UNKNOWN_COMMIT = "0" * 40
@@ -115,7 +116,7 @@ def read_run(run_dir: str) -> Run:
         if name in circuits:  # a second one for the task goes by where it lies
             name = "-".join(path.parent.relative_to(folder).parts)
         circuits[name] = circuit
-    summary = _json_of(place / "training_summary.json")
+    summary = _json_of(place / SUMMARY_NAME)
     asked = _json_of(place / SCORES_NAME)
     scores = []
     if asked.get("model_fingerprint") == model_fingerprint(model):
@@ -219,7 +220,7 @@ def _lay_out_viewer(
             config=REPORT,
         )
     if len(pages) > 1:
-        page = circuits_page(f"Circuits of {names.model}", circuits, pages)
+        page = _INDEX.render(title=f"Circuits of {names.model}", circuits=circuits, pages=pages)
         (folder / "index.html").write_text(page, encoding="utf-8")
     data = SpaceCardData(
         title=names.viewer.split("/")[1],
@@ -234,3 +235,43 @@ def _lay_out_viewer(
     )
     text = f"# Circuits of {names.model}\n\nWhat each does, on a page that needs no server.\n"
     SpaceCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+
+
+# The page that leads to the pages of several circuits.
+_INDEX = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+{% macro number(value, form) -%}
+<td>{{ "–" if value is none or value is undefined else form.format(value) }}</td>
+{%- endmacro %}
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+:root { color-scheme: light dark; }
+body { margin: 0 auto; max-width: 56rem; padding: 2rem 1.5rem;
+       font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+table { border-collapse: collapse; width: 100%; }
+th, td { padding: .5rem .75rem; text-align: right; border-bottom: 1px solid #8884; }
+th:first-child, td:first-child { text-align: left; }
+p { opacity: .75; }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+<table>
+<tr><th>circuit</th><th>nodes</th><th>edges</th>
+<th>whole model</th><th>circuit alone</th><th>model without</th></tr>
+{% for name, circuit in circuits.items() %}
+<tr><td><a href="{{ pages[name] | urlencode }}">{{ name }}</a></td><td>{{ circuit | length }}</td>
+{{ number(circuit.metrics.edges, "{:,.0f}") }}
+{{ number(circuit.metrics.model_loss, "{:.3f}") }}
+{{ number(circuit.metrics.circuit_loss, "{:.3f}") }}
+{{ number(circuit.metrics.ablated_loss, "{:.3f}") }}</tr>
+{% endfor %}
+</table>
+<p>The last three columns are task losses in nats; guessing is 0.693.</p>
+</body>
+</html>
+""")

@@ -13,9 +13,9 @@ from huggingface_hub import HfApi
 
 from ..hub.errors import hub_errors
 from ..hub.repository import check_hub_id, web_address
-from ..tasks.corpus import build_corpus
-from ..tasks.packing import pack_dataset
+from ..tasks.load import check_task_names
 from .console import columns, quiet_libraries, say
+from .loading import reference_blocks
 from .publication import UNKNOWN_COMMIT, Names, Part, parts_of, read_run
 
 
@@ -48,12 +48,9 @@ def run_publish(
     """
     quiet_libraries()
     check_hub_id(repo)
+    check_task_names(tasks or ())
     run, names = read_run(run_dir), Names(repo)
-    reference = None
-    if corpus is not None:
-        reference = pack_dataset(
-            build_corpus(corpus)["train"], run.tokenizer, run.model.config.block_size
-        )
+    reference = reference_blocks(corpus, run.model, run.tokenizer)
     parts = parts_of(run, names, tasks=tasks, reference=reference)
     with tempfile.TemporaryDirectory(prefix="publish-") as staging:
         if dry_run:

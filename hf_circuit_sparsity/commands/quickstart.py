@@ -14,16 +14,17 @@ from ..circuits.circuit import Circuit
 from ..circuits.pruning.config import PruningConfig
 from ..circuits.pruning.find import TaskNotLearnedError
 from ..circuits.task_loss import all_pair_logits, binary_accuracy
+from ..files import write_json
 from ..modeling.configuration_circuitgpt import CircuitGPTConfig
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..optim.param_groups import sparse_param_groups
 from ..optim.topk_adamw import TopKAdamW
 from ..tasks.corpus import build_corpus
-from ..tasks.load import load_task
+from ..tasks.load import check_task_names, load_task
 from ..trainer.sparse_config import SparseTrainingArguments
 from .console import quiet_libraries, say, table
 from .prune import circuit_rows, prune_model
-from .train import prepare_data, train_model, training_rows, write_json
+from .training import SUMMARY_NAME, prepare_data, train_model, training_rows
 
 D_MODEL = 128
 N_LAYER = 2
@@ -43,15 +44,20 @@ SETTINGS_NAME = "quickstart.json"
 
 @dataclass(frozen=True)
 class QuickstartSettings:
-    """What a quickstart folder was started with; a resumed run must ask for the same."""
+    """What a quickstart folder was started with; a resumed run must ask for the same.
+
+    Attributes:
+        minutes: of training, turned into steps by timing a few; None for the 2,500 steps that the
+            README's numbers are from.
+        task: one of `list_tasks()`.
+        seed: of tasks, model, training and pruning.
+        corpus: folder of Python files; the standard library if None.
+    """
 
     minutes: float | None = None
-    """Minutes of training, turned into steps by timing a few; None for the 2,500 steps that the
-    README's numbers are from."""
     task: str = "single_double_quote"
     seed: int = 0
     corpus: str | None = None
-    """Folder of Python files; the standard library if None."""
 
 
 def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, Any]:
@@ -61,7 +67,7 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
 
     Args:
         output_dir: gets `model/`, `circuit/` and the checkpoints of the training.
-        settings: see there.
+        settings: what to train and to cut out.
 
     Returns:
         The numbers of the summary.
@@ -75,6 +81,7 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
         raise ValueError(f"minutes={settings.minutes:g} was passed, but it must be above 0.")
     started = time.perf_counter()
     folder = Path(output_dir)
+    check_task_names([settings.task])
     stored = _stored_settings(folder, settings)
 
     say("1/4  Reading Python and learning its tokens")
@@ -92,9 +99,9 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
         vocab_size=len(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
     )
-    if (model_folder / "training_summary.json").is_file():
+    if (model_folder / SUMMARY_NAME).is_file():
         say("2/4  Training: done before")
-        trained = json.loads((model_folder / "training_summary.json").read_text())
+        trained = json.loads((model_folder / SUMMARY_NAME).read_text())
     else:
         seconds = _seconds_per_step(config, blocks["train"])
         steps = stored.get("steps") or STEPS
@@ -234,5 +241,5 @@ def _print_summary(
     say("Next:")
     say(f"  look at {folder / 'circuit' / 'circuit.png'}")
     say(f"  hf-circuit-sparsity view {folder / 'circuit'}")
-    say(f"  hf-circuit-sparsity prune {folder / 'model'} --task while_return_true")
-    say("  hf-circuit-sparsity train --output_dir runs/wider --d_model 256 --n_layer 4")
+    say(f"  hf-circuit-sparsity prune --model {folder / 'model'} --task while_return_true")
+    say("  hf-circuit-sparsity train --output-dir runs/wider --d-model 256 --n-layer 4")

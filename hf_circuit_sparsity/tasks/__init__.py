@@ -4,7 +4,7 @@ from .adversarial import load_adversarial_tasks
 from .binary_task import BinaryTask, TaskNotExpressibleError, TaskTooLongError
 from .corpus import build_corpus
 from .load import build_task_datasets, list_tasks, load_task
-from .packing import pack_dataset
+from .packing import pack_dataset, spread_sample
 from .tokenizer import decode_bytes, encode_bytes, tokenizer_from_openai, train_tokenizer
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "load_adversarial_tasks",
     "load_task",
     "pack_dataset",
+    "spread_sample",
     "tokenizer_from_openai",
     "train_tokenizer",
 ]

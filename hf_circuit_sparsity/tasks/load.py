@@ -3,7 +3,7 @@
 import difflib
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from datasets import DatasetDict
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +21,16 @@ from .definitions.base import DEFINITIONS, Split, TaskDefinition
 def list_tasks() -> list[str]:
     """The names that `load_task` knows, in alphabetical order."""
     return sorted(DEFINITIONS)
+
+
+def check_task_names(names: Iterable[str]) -> None:
+    """Raise a `ValueError` unless all are names of built-in tasks."""
+    for name in names:
+        if name not in DEFINITIONS:
+            close = difflib.get_close_matches(name, DEFINITIONS, n=1)
+            one_of = ", ".join(list_tasks())
+            hint = f"did you mean {close[0]!r}?" if close else f"choose from {one_of}."
+            raise ValueError(f"There is no task {name!r}; {hint}")
 
 
 def load_task(
@@ -55,10 +65,7 @@ def load_task(
         TaskNotExpressibleError: (a `ValueError`) The two answers are not different single tokens
             under this tokenizer.
     """
-    if name not in DEFINITIONS:
-        close = difflib.get_close_matches(name, DEFINITIONS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(list_tasks())}."
-        raise ValueError(f"There is no task {name!r}; {hint}")
+    check_task_names([name])
     for argument, rows in (("n_train", n_train), ("n_test", n_test)):
         if rows < 2 or rows % 2:
             raise ValueError(

@@ -1,21 +1,25 @@
-"""Start a model's bigram table at what counting gives, so that training need not find it."""
+"""Start a model's bigram table at counted bigrams, so that training need not learn them."""
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
 
 @torch.no_grad()
-def initialize_bigram_table_(model: nn.Module, blocks: Tensor, smoothing: float = 300.0) -> None:
+def initialize_bigram_table_(
+    model: nn.Module, blocks: Dataset | Tensor, smoothing: float = 300.0
+) -> None:
     """Set a CircuitGPT's bigram table to the logarithm of smoothed bigram counts, in place.
 
-    With the rest of the model silent its loss is then that of the counts, from the first step on;
-    left at zero, the table takes thousands of steps to learn the same.
+    Where the rest of the model adds nothing, its loss is that of the counts from the first step on.
+    A table that starts at zero takes thousands of steps to learn the same.
 
     Args:
-        model: with a ``bigram_table``, ``(V, V)``, learnable or not; what it holds is replaced.
-        blocks: training tokens, ``(n, context)``, integers below V.
-        smoothing: pseudo-counts added to each token's successors, spread as the single tokens are.
+        model: with a `bigram_table` of shape `(V, V)`, learnable or not; its values are replaced.
+        blocks: training tokens, integers below V: a tensor of shape `(n, context)`, or a dataset
+            with such a column `input_ids`.
+        smoothing: pseudo-counts added to each token's successors, distributed as single tokens.
 
     Raises:
         ValueError: the model has no bigram table, or a token is not in its vocabulary.
@@ -27,6 +31,8 @@ def initialize_bigram_table_(model: nn.Module, blocks: Tensor, smoothing: float 
             "enable_bigram_table=True, or train without this start."
         )
     vocabulary = len(table)
+    if isinstance(blocks, Dataset):
+        blocks = blocks.with_format("numpy")["input_ids"][:]
     tokens = np.asarray(blocks)
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
         raise ValueError(

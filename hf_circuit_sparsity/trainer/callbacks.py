@@ -1,23 +1,41 @@
-"""Callbacks for any ``transformers.Trainer``."""
+"""What is watched during a training: Ctrl-C, the progress, the nonzeros."""
 
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import numpy as np
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from ..modeling.sparse_layers import SparseWeight
+
+# Number of set bits of every byte.
+_BITS_SET = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)
 
 
 class InterruptCallback(TrainerCallback):
-    """Makes Ctrl-C stop the training after the current step, with a checkpoint to resume from.
+    """Makes Ctrl-C stop any `Trainer` after the current step, with a checkpoint to resume from.
 
-    The first Ctrl-C asks for that; a second one raises ``KeyboardInterrupt`` at once. While
-    training runs in the main thread the callback handles SIGINT; it hands it back at the end. If
-    training ends by an exception it cannot know: call :meth:`restore` then.
+    A second Ctrl-C raises `KeyboardInterrupt` at once. The callback handles SIGINT while training
+    runs in the main thread, and hands it back at the end. It does not learn of a training that ends
+    by an exception: call `restore` then.
 
     Attributes:
-        interrupted: whether Ctrl-C was pressed during the last training.
+        interrupted (`bool`): whether Ctrl-C was pressed during the last training.
     """
 
     def __init__(self) -> None:
@@ -60,7 +78,7 @@ class InterruptCallback(TrainerCallback):
         self.restore()
 
     def restore(self) -> None:
-        """Hand SIGINT back to whoever had it before the training. Does no harm twice."""
+        """Hand SIGINT back to whoever had it before the training. Idempotent."""
         if self._installed:
             # None stands for a handler not set from Python, which Python cannot set again.
             previous = signal.SIG_DFL if self._previous is None else self._previous
@@ -82,3 +100,133 @@ class InterruptCallback(TrainerCallback):
             file=sys.stderr,
             flush=True,
         )
+
+
+class ProgressTableCallback(TrainerCallback):
+    """A progress bar, and a line about loss and density every time the `Trainer` logs.
+
+    Args:
+        tokens_per_step: of an optimizer step, for the speed.
+        measure: called at every log; the cells it returns, by column, are added to the line.
+    """
+
+    def __init__(
+        self, tokens_per_step: int, measure: Callable[[], dict[str, str]] | None = None
+    ) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.measure = measure
+        self._bar: tqdm | None = None
+        self._last_log = (0, 0.0)
+        self._has_header = False
+
+    @classmethod
+    def replace_in(cls, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Put a table made with these arguments in the place of the trainer's own display."""
+        for other in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(other)
+        trainer.add_callback(cls(*args, **kwargs))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stderr,
+            # Where the output is a file, a bar that redraws itself is a line a second.
+            mininterval=0.5 if sys.stderr.isatty() else 60,
+        )
+        self._last_log = (state.global_step, time.perf_counter())
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        step, then = self._last_log
+        seconds = max(time.perf_counter() - then, 1e-9)
+        cells = {
+            "step": f"{state.global_step}/{state.max_steps}",
+            "loss": f"{float(logs['loss']):.3f}",
+            "density": f"{logs.get('nonzero_fraction', 1.0):.4f}",
+            "nonzeros": f"{int(logs.get('nonzeros', 0)):,}",
+            "churn": f"{logs.get('mask_churn', 0.0):.3f}",
+            "tokens/s": f"{(state.global_step - step) * self.tokens_per_step / seconds:,.0f}",
+        }
+        if self.measure is not None:
+            cells |= self.measure()
+        if not self._has_header:
+            self._bar.write("  ".join(f"{name:>10}" for name in cells))
+            self._has_header = True
+        self._bar.write("  ".join(f"{value:>10}" for value in cells.values()))
+        self._last_log = (state.global_step, time.perf_counter())
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._bar.close()
+
+
+class SparsityMonitor:
+    """Counts the nonzeros of parameters, and how many were zero at the last count.
+
+    Works with any parameters, whatever optimizer trains them. Between counts it holds one bit per
+    entry in main memory; of a layer that holds only its nonzeros, eight bytes per nonzero.
+
+    Args:
+        parameters: the tensors to watch, or layers that hold only their nonzeros.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor | SparseWeight]) -> None:
+        self.parameters = list(parameters)
+        self._masks = [_mask(p) for p in self.parameters]
+
+    def measure(self) -> dict[str, float]:
+        """Count the nonzeros now and compare them with the last count, or with the first state.
+
+        Returns:
+            `nonzeros`: number of entries that are not zero. `nonzero_fraction`: their share of all,
+            in [0, 1]. `mask_churn`: the share of them that were zero at the last count, in [0, 1].
+        """
+        nonzeros = grown = total = 0
+        for i, parameter in enumerate(self.parameters):
+            mask, before = _mask(parameter), self._masks[i]
+            if isinstance(parameter, SparseWeight):
+                nonzeros += len(mask)
+                grown += len(mask) - len(np.intersect1d(mask, before, assume_unique=True))
+                total += parameter.shape[0] * parameter.shape[1]
+            else:
+                nonzeros += _count(mask)
+                grown += _count(mask & ~before)
+                total += parameter.numel()
+            self._masks[i] = mask
+        return {
+            "nonzeros": nonzeros,
+            "nonzero_fraction": nonzeros / max(1, total),
+            "mask_churn": grown / max(1, nonzeros),
+        }
+
+
+def _mask(parameter: Tensor | SparseWeight) -> np.ndarray:
+    """One bit per entry, packed; of a layer that holds nonzeros, their flat positions."""
+    if isinstance(parameter, SparseWeight):
+        flat = parameter.csr.positions
+        return flat[parameter.values.detach() != 0].cpu().numpy()
+    return np.packbits((parameter.detach() != 0).cpu().numpy())
+
+
+def _count(mask: np.ndarray) -> int:
+    return int(_BITS_SET[mask].sum(dtype=np.int64))

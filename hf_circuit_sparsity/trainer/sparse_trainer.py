@@ -26,8 +26,8 @@ from ..optim.rcd.partial_gradients import PartialGradients
 from ..optim.sparse_compute import MAX_DENSITY, on_nonzeros
 from ..optim.sparse_init import sparsify_initialization_
 from ..optim.topk_adamw import TopKAdamW
+from .callbacks import SparsityMonitor
 from .sparse_config import SparseTrainingArguments
-from .sparsity_monitor import SparsityMonitor
 
 logger = logging.getLogger(__name__)
 

@@ -38,16 +38,16 @@ def dense(corpus, tmp_path_factory):
 
 def bridge(dense, corpus, output, *more):
     return main([
-        "bridge", "--dense_model", str(dense), "--output_dir", str(output), "--corpus",
-        str(corpus), "--block_size", "64", "--per_device_train_batch_size", "4",
-        "--per_device_eval_batch_size", "8", "--report_to", "none", "--target_density", "0.2",
-        "--use_cpu", "--logging_steps", "5", "--max_steps", "10", *more,
+        "bridge", "--dense-model", str(dense), "--output-dir", str(output), "--corpus",
+        str(corpus), "--block-size", "64", "--per-device-train-batch-size", "4",
+        "--per-device-eval-batch-size", "8", "--report-to", "none", "--target-density", "0.2",
+        "--use-cpu", "--logging-steps", "5", "--max-steps", "10", *more,
     ])  # fmt: skip
 
 
 def test_bridge_writes_a_bridge_and_its_twin(dense, corpus, tmp_path, capsys):
     folder = tmp_path / "bridge"
-    assert bridge(dense, corpus, folder, "--d_model", "32", "--ridge_start", "True") == 0
+    assert bridge(dense, corpus, folder, "--d-model", "32", "--ridge-start", "True") == 0
     printed = capsys.readouterr().out
     for expected in ("to dense", "layer 0 attention", "KL dense→sparse", "Next:", str(folder)):
         assert expected in printed
@@ -73,12 +73,12 @@ def test_models_that_do_not_fit_are_refused(dense, corpus, tmp_path, capsys):
         assert not out.exists()
         return error
 
-    assert "'nowhere' was not found" in refusal("--dense_model", "nowhere")
-    assert "block_size=65" in refusal("--block_size", "65")
+    assert "'nowhere' was not found" in refusal("--dense-model", "nowhere")
+    assert "block_size=65" in refusal("--block-size", "65")
     sparse = tmp_path / "sparse"
     tokenizer = train_tokenizer(build_corpus(corpus)["train"], vocab_size=390)
     model = CircuitGPTForCausalLM(CircuitGPTConfig(n_layer=1, d_model=16, vocab_size=390))
     model.save_pretrained(sparse)
     tokenizer.save_pretrained(sparse)
-    assert "different tokenizers" in refusal("--sparse_model", str(sparse))
-    assert "There is no checkpoint" in refusal("--resume_from_checkpoint", "last")
+    assert "different tokenizers" in refusal("--sparse-model", str(sparse))
+    assert "There is no checkpoint" in refusal("--resume-from-checkpoint", "last")

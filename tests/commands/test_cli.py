@@ -5,25 +5,25 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import pytest
 import torch
 
-from hf_circuit_sparsity import Circuit, CircuitGPTForCausalLM
+from hf_circuit_sparsity import Circuit, CircuitGPTForCausalLM, PruningConfig
 from hf_circuit_sparsity.cli import main
 from hf_circuit_sparsity.commands import quickstart
-from hf_circuit_sparsity.commands.train import ModelArguments
 
-TINY = ["--d_model", "32", "--n_layer", "1", "--d_mlp", "32", "--block_size", "128"]
+TINY = ["--d-model", "32", "--n-layer", "1", "--d-mlp", "32", "--block-size", "128"]
 TRAINING = [
-    "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "8",
-    "--report_to", "none", "--target_density", "0.2", "--use_cpu", "--logging_steps", "5",
+    "--per-device-train-batch-size", "4", "--per-device-eval-batch-size", "8",
+    "--report-to", "none", "--target-density", "0.2", "--use-cpu", "--logging-steps", "5",
 ]  # fmt: skip
 
 
 def train(corpus, output, *more):
     return main([
-        "train", "--output_dir", str(output), "--corpus", str(corpus), "--vocab_size", "400",
+        "train", "--output-dir", str(output), "--corpus", str(corpus), "--vocab-size", "400",
         *TINY, *TRAINING, *more,
     ])  # fmt: skip
 
@@ -44,8 +44,16 @@ def test_train_writes_a_model_that_loads(corpus, tmp_path, capsys):
 
 def test_prune_says_when_the_task_is_not_learned(corpus, tmp_path, capsys):
     folder = tmp_path / "run"
-    assert train(corpus, folder, "--max_steps", "2") == 0
-    prune = ["prune", str(folder), "--task", "single_double_quote", "--corpus", str(corpus)]
+    assert train(corpus, folder, "--max-steps", "2") == 0
+    prune = [
+        "prune",
+        "--model",
+        str(folder),
+        "--task",
+        "single_double_quote",
+        "--corpus",
+        str(corpus),
+    ]
     assert main(prune) == 2
     assert "no circuit of it can reach target_loss=0.15" in capsys.readouterr().err
 
@@ -67,8 +75,6 @@ def tiny_quickstart(monkeypatch):
 
 
 def quick_pruning(seed, target_loss=0.9):
-    from hf_circuit_sparsity import PruningConfig
-
     # 30 steps do not teach a task; a circuit of guessing is a circuit all the same.
     return PruningConfig(
         seed=seed, target_loss=target_loss, selection_margin=1.0, max_steps=10, batch_size=8,
@@ -119,23 +125,22 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
         (["quickstart", "--minutes", "0"], "minutes=0"),
         (["quickstart", "--corpus", "nowhere"], "nowhere"),
         (["quickstart", "--task", "no_task"], "no_task"),
-        (["prune", "nowhere", "--task", "single_double_quote"], "'nowhere' is neither a folder"),
+        (
+            ["prune", "--model", "nowhere", "--task", "single_double_quote"],
+            "'nowhere' is neither a folder",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, message, tmp_path, capsys):
     output = tmp_path / "out"
-    try:
-        status = main([*arguments, "--output-dir", str(output)])
-    except SystemExit as stop:  # argparse's own refusals
-        status = stop.code
-    assert status == 2
+    assert main([*arguments, "--output-dir", str(output)]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not output.exists() or not any(output.iterdir())
 
 
 def test_train_refuses_a_bad_density(corpus, tmp_path, capsys):
-    assert train(corpus, tmp_path / "run", "--target_density", "1.5", "--max_steps", "1") == 2
+    assert train(corpus, tmp_path / "run", "--target-density", "1.5", "--max-steps", "1") == 2
     assert "target_density=1.5" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -147,9 +152,9 @@ def weights_of(folder):
 def test_ctrl_c_leaves_a_run_that_resumes_bit_for_bit(corpus, tmp_path):
     def command(folder, *more):
         return [
-            sys.executable, "-m", "hf_circuit_sparsity.cli", "train", "--output_dir", str(folder),
-            "--corpus", str(corpus), "--vocab_size", "400", "--max_steps", "250",
-            "--save_strategy", "no", *TINY, *TRAINING, *more,
+            sys.executable, "-m", "hf_circuit_sparsity.cli", "train", "--output-dir", str(folder),
+            "--corpus", str(corpus), "--vocab-size", "400", "--max-steps", "250",
+            "--save-strategy", "no", *TINY, *TRAINING, *more,
         ]  # fmt: skip
 
     whole = tmp_path / "whole"
@@ -167,21 +172,30 @@ def test_ctrl_c_leaves_a_run_that_resumes_bit_for_bit(corpus, tmp_path):
     running.send_signal(signal.SIGINT)
     rest, _ = running.communicate(timeout=120)
     assert running.returncode == 130, seen + rest
-    assert "--resume_from_checkpoint last" in rest
+    assert "--resume-from-checkpoint last" in rest
     assert not (cut / "model.safetensors").exists()
 
     resumed = subprocess.run(
-        command(cut, "--resume_from_checkpoint", "last"), capture_output=True, text=True
+        command(cut, "--resume-from-checkpoint", "last"), capture_output=True, text=True
     )
     assert resumed.returncode == 0, resumed.stderr
     expected, got = weights_of(whole), weights_of(cut)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
-def test_help_lists_the_commands(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    assert stop.value.code == 0
-    printed = capsys.readouterr().out
-    assert all(command in printed for command in ("quickstart", "train", "prune", "view"))
-    assert ModelArguments().d_model == 256
+def test_help_lists_the_commands_and_imports_nothing_heavy():
+    code = "import sys; from hf_circuit_sparsity.cli import main; main(['--help'])"
+    code += "; print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    for command in ("quickstart", "train", "bridge", "prune", "verify", "view", "publish"):
+        assert f"\n  {command}" in shown
+    assert not {"torch", "transformers", "datasets", "numpy"} & set(shown.split())
+
+
+def test_options_of_prune_are_the_fields_of_its_config(capsys):
+    assert main(["prune", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for field in fields(PruningConfig):
+        assert f"--{field.name.replace('_', '-')} " in shown
+    assert "nats, that the circuit must reach" in " ".join(shown.split())
+    assert main(["prune"]) == 2

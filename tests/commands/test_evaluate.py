@@ -50,13 +50,9 @@ def test_tasks_that_cannot_be_asked_say_why(saved):
         (["--model", "nowhere"], "'nowhere' is neither a folder"),
         (["--model", "nowhere", "--task", "no_task"], "no_task"),
         (["--model", "{saved}", "--prompts", "7"], "n_train is 7"),
-        (["--model", "{saved}", "--output", "{saved}"], "is a folder"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, message, saved, capsys):
-    try:
-        status = main(["evaluate", *(a.format(saved=saved) for a in arguments)])
-    except SystemExit as stop:  # argparse's own refusals
-        status = stop.code
+    assert main(["evaluate", *(a.format(saved=saved) for a in arguments)]) == 2
     error = capsys.readouterr().err
-    assert status == 2 and message in error and "Traceback" not in error
+    assert message in error and "Traceback" not in error

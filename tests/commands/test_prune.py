@@ -1,4 +1,4 @@
-"""`hf-circuit-sparsity prune`: its search, its switches, its checks."""
+"""`hf-circuit-sparsity prune`, its search and its switches, and `verify`."""
 
 import json
 
@@ -13,8 +13,8 @@ GUESSING += ["--batch-size", "2", "--num-seeds", "2"]
 def test_search_with_every_switch_and_again(saved, corpus, tmp_path, capsys):
     output = tmp_path / "circuit"
     arguments = [
-        "prune", str(saved), *GUESSING, "--trials", "2", "--prune-edges", "--token-nodes",
-        "--output-dir", str(output), "--corpus", str(corpus),
+        "prune", "--model", str(saved), *GUESSING, "--trials", "2", "--prune-edges",
+        "--token-nodes", "--output-dir", str(output), "--corpus", str(corpus),
     ]  # fmt: skip
     assert main(arguments) == 0
     printed = capsys.readouterr().out
@@ -33,9 +33,9 @@ def test_search_with_every_switch_and_again(saved, corpus, tmp_path, capsys):
 
 def test_verify_refuses_what_the_model_has_not_learned(saved, corpus, tmp_path, capsys):
     output = tmp_path / "circuit"
-    arguments = ["prune", str(saved), *GUESSING, "--corpus", str(corpus), "--verify"]
-    assert main([*arguments, "--output-dir", str(output)]) == 2
+    reading = ["--model", str(saved), "--corpus", str(corpus)]
+    assert main(["prune", *GUESSING, *reading, "--output-dir", str(output)]) == 0
+    assert main(["verify", str(output), *reading]) == 2
     error = capsys.readouterr().err
     assert "nothing to verify" in error or "no circuit of it can be checked" in error
-    # The circuit itself was found, and is there.
     assert json.loads((output / "circuit.json").read_text())["verification"] == {}

@@ -68,9 +68,8 @@ def test_the_page_is_written_beside_the_circuit(run, capsys):
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(run, arguments, message, tmp_path, capsys):
-    page = tmp_path / "page.html"
     filled = [argument.format(run=run) for argument in arguments]
-    assert main(["view", *filled, "--output", str(page)]) == 2
+    assert main(["view", *filled, "--output-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
-    assert not page.exists()
+    assert not list(tmp_path.iterdir())

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_circuit_sparsity.trainer.sparsity_monitor import SparsityMonitor
+from hf_circuit_sparsity.trainer.callbacks import SparsityMonitor
 
 
 def test_counts_and_churn():

@@ -1,0 +1,174 @@
+"""What `train`, `quickstart` and `bridge` share: data, a training run, its summary."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..files import write_json
+from ..modeling.configuration_circuitgpt import CircuitGPTConfig
+from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from ..tasks.packing import pack_dataset, spread_sample
+from ..tasks.tokenizer import train_tokenizer
+from ..trainer.bigram_init import initialize_bigram_table_
+from ..trainer.callbacks import InterruptCallback, ProgressTableCallback
+from ..trainer.sparse_config import SparseTrainingArguments
+from ..trainer.sparse_trainer import SparseTrainer
+from ..trainer.training_curves import plot_training_curves
+from .console import Interrupted, say
+
+SUMMARY_NAME = "training_summary.json"
+
+
+def checkpoint_to_resume(args: SparseTrainingArguments) -> str | None:
+    """The folder that `--resume-from-checkpoint` means; "last" is the last of the run."""
+    resume = args.resume_from_checkpoint
+    if resume in ("last", "true", "True", True):
+        output = Path(args.output_dir)
+        resume = get_last_checkpoint(args.output_dir) if output.is_dir() else None
+        if resume is None:
+            raise ValueError(f"There is no checkpoint in {output}; start without resuming.")
+    return resume
+
+
+def prepare_data(
+    corpus: DatasetDict, block_size: int, tokenizer: str | None = None, vocab_size: int = 2048
+) -> tuple[PreTrainedTokenizerBase, DatasetDict]:
+    """The tokenizer, trained on the corpus unless one is named, and the corpus in blocks."""
+    if tokenizer is None:
+        fast = train_tokenizer(corpus["train"], vocab_size=vocab_size)
+    else:
+        fast = AutoTokenizer.from_pretrained(tokenizer)
+    blocks = pack_dataset(corpus, fast, block_size)
+    tokens = sum(len(split) for split in blocks.values()) * block_size
+    files = sum(len(split) for split in corpus.values())
+    say(f"  {files:,} files, {tokens:,} tokens of {len(fast):,} kinds")
+    return fast, blocks
+
+
+def train_model(
+    config: CircuitGPTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: DatasetDict,
+    args: SparseTrainingArguments,
+    *,
+    resume_from_checkpoint: str | None = None,
+    measure: Callable[[CircuitGPTForCausalLM], dict[str, str]] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    start_at_bigrams: bool = False,
+) -> dict[str, Any]:
+    """Train one model from scratch or from a checkpoint, evaluate it and save it.
+
+    Args:
+        config: of the model.
+        tokenizer: saved beside the model.
+        blocks: packed text, with the splits `train` and `validation`.
+        args: of the training; everything is written into its `output_dir`.
+        resume_from_checkpoint: folder of a checkpoint.
+        measure: called with the model at every log; returns cells for the progress table.
+        callbacks: more callbacks for the `Trainer`.
+        start_at_bigrams: whether the bigram table starts at the counts of the training blocks.
+
+    Returns:
+        The numbers of `training_summary.json`.
+
+    Raises:
+        Interrupted: after Ctrl-C.
+    """
+    model = CircuitGPTForCausalLM(config)
+    if start_at_bigrams and resume_from_checkpoint is None:
+        initialize_bigram_table_(model, blocks["train"])
+    trainer = SparseTrainer(
+        model=model,
+        args=args,
+        train_dataset=blocks["train"],
+        eval_dataset=spread_sample(blocks["validation"], 512),
+        processing_class=tokenizer,
+    )
+    tokens_per_step, seconds = fit(
+        trainer,
+        config.block_size,
+        resume_from_checkpoint,
+        None if measure is None else lambda: measure(model),
+        callbacks,
+    )
+    steps = trainer.state.global_step
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    folder = Path(args.output_dir)
+    # Pictures are an extra, and a short run may have logged nothing to draw.
+    with suppress(ImportError, ValueError):
+        plot_training_curves(folder, folder / "training.png")
+    last = next((log for log in reversed(trainer.state.log_history) if "nonzeros" in log), {})
+    done = {
+        "parameters": model.num_parameters(),
+        "loss": metrics["eval_loss"],
+        "perplexity": metrics["eval_perplexity"],
+        "density": last.get("nonzero_fraction", 1.0),
+        "nonzeros": last.get("nonzeros", model.num_parameters()),
+        "steps": steps,
+        "tokens": steps * tokens_per_step,
+        "train_seconds": seconds,
+        "model": str(args.output_dir),
+    }
+    write_json(folder / SUMMARY_NAME, done)
+    return done
+
+
+def fit(
+    trainer: SparseTrainer,
+    block_size: int,
+    resume_from_checkpoint: str | None = None,
+    measure: Callable[[], dict[str, str]] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> tuple[int, float]:
+    """Train with a progress table; on Ctrl-C stop after the step and save a checkpoint.
+
+    Args:
+        trainer: of any model that reads tokens.
+        block_size: tokens of a row.
+        resume_from_checkpoint: folder of a checkpoint.
+        measure: called at every log; returns cells for the progress table.
+        callbacks: more callbacks for the `Trainer`.
+
+    Returns:
+        Tokens per optimizer step, and the seconds the training took.
+
+    Raises:
+        Interrupted: after Ctrl-C.
+    """
+    args = trainer.args
+    tokens_per_step = (
+        args.train_batch_size * args.gradient_accumulation_steps * args.world_size * block_size
+    )
+    ProgressTableCallback.replace_in(trainer, tokens_per_step, measure)
+    interrupt = InterruptCallback()
+    for callback in (*callbacks, interrupt):
+        trainer.add_callback(callback)
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    finally:
+        interrupt.restore()
+    if interrupt.interrupted:
+        step = trainer.state.global_step
+        raise Interrupted(f"at step {step}; the checkpoint is saved", checkpoint=True)
+    return tokens_per_step, time.perf_counter() - started
+
+
+def training_rows(done: dict[str, Any]) -> list[tuple[str, str]]:
+    """The summary table's rows about training."""
+    return [
+        ("validation loss", f"{done['loss']:.3f} nats per token"),
+        ("perplexity", f"{done['perplexity']:.2f}"),
+        ("density", f"{done['density']:.4f} of the sparse weights"),
+        ("nonzeros", f"{done['nonzeros']:,} of {done['parameters']:,} parameters"),
+        ("tokens seen", f"{done['tokens']:,} in {done['steps']:,} steps"),
+        ("tokens/s", f"{done['tokens'] / done['train_seconds']:,.0f}"),
+    ]

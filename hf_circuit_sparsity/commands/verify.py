@@ -1,0 +1,54 @@
+"""`hf-circuit-sparsity verify`: check a circuit beside random ones of its size."""
+
+from pathlib import Path
+
+from ..circuits.circuit import Circuit
+from ..circuits.evaluation.checks import Verification
+from ..circuits.evaluation.verification import verify_circuit
+from ..tasks.load import load_task
+from .console import quiet_libraries, say
+from .loading import load_model, model_of, reference_blocks
+
+
+def run_verify(
+    name: str,
+    model: str | None = None,
+    output_dir: str | None = None,
+    corpus: str | None = None,
+    stability_seeds: int = 2,
+) -> Verification:
+    """Check a saved circuit of a built-in task, print the checks and keep them with it.
+
+    Args:
+        name: folder or Hub id of the circuit.
+        model: folder or Hub id of the model it was cut out of, with its tokenizer; what the circuit
+            says itself if not given.
+        output_dir: where the circuit is saved with its checks; if not given its own folder. Those
+            of a circuit from the Hub are then only printed.
+        corpus: folder of Python files over which the means of circuits from other seeds are taken;
+            the standard library if not given.
+        stability_seeds: circuits to find from other seeds.
+
+    Raises:
+        TaskNotLearnedError: (a `ValueError`) the model does not solve the task.
+        ValueError, OSError: no such circuit or model, or a circuit of another one.
+    """
+    quiet_libraries()
+    circuit = Circuit.from_pretrained(name)
+    loaded, tokenizer = load_model(model or model_of(circuit, Path(name)))
+    circuit.check_model(loaded)  # before the corpus is read
+    longest = loaded.config.max_position_embeddings
+    seed = circuit.config.get("seed", 0)
+    task = load_task(circuit.task, tokenizer, seed=seed, max_length=longest)
+    verification = verify_circuit(
+        circuit,
+        loaded,
+        task,
+        stability_seeds=stability_seeds,
+        reference=reference_blocks(corpus, loaded, tokenizer),
+    )
+    say(verification.table())
+    if output_dir or Path(name).is_dir():
+        circuit.save_pretrained(output_dir or name)
+        say(f"\nKept in {Path(output_dir or name) / 'circuit.json'}")
+    return verification
