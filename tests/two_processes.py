@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[1]
 
 
 def launch(script: str, folder: Path, *arguments: str) -> list[Any]:
