@@ -9,20 +9,19 @@ from transformers import AutoModelForCausalLM
 
 from hf_circuit_sparsity.bridge.losses import mean_kl, normalized_mse
 from hf_circuit_sparsity.bridge.modeling_bridge import BridgedCausalLM, default_sparse_config
-from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from tests.decoders.dense_models import DENSE, circuitgpt, gpt2, llama
 
 IDS = torch.arange(24).reshape(2, 12) % 60
 
 
-def twin(**fields):
+def sparse_model(**fields):
     return circuitgpt(d_model=16, d_mlp=24, **fields)
 
 
 def bridged_pair(make=gpt2, **fields) -> BridgedCausalLM:
-    """A dense model, a twin of another width and random bridges."""
+    """A dense model, a sparse one of another width and random bridges."""
     torch.manual_seed(2)
-    bridged = BridgedCausalLM.from_models(make(), twin(), **fields)
+    bridged = BridgedCausalLM.from_models(make(), sparse_model(), **fields)
     with torch.no_grad():
         for parameter in bridged.bridges.parameters():
             parameter.normal_()
@@ -32,6 +31,19 @@ def bridged_pair(make=gpt2, **fields) -> BridgedCausalLM:
     return bridged.eval()
 
 
+def run_streams(bridged, ids=IDS):
+    """Both streams at every location, and what runs on from them: `logits(stream, location)`."""
+    both = []
+    for stream in (bridged.dense_stream, bridged.sparse_stream):
+        x, context = stream.embed(ids, None)
+
+        def go_on(x, location, stream=stream, context=context):
+            return stream.logits(stream.run(x, context, location)[-1], context)
+
+        both += [stream.run(x, context), go_on]
+    return both
+
+
 every_dense = pytest.mark.parametrize("make", DENSE.values(), ids=DENSE)
 
 
@@ -39,43 +51,30 @@ every_dense = pytest.mark.parametrize("make", DENSE.values(), ids=DENSE)
 @every_dense
 def test_hybrid_runs_are_made_of_the_two_models(make):
     bridged = bridged_pair(make)
-    dense, sparse = bridged.dense_stream, bridged.sparse_stream
-    x, dense_context = dense.embed(IDS, None)
-    dense_run = dense.run(x, dense_context)
-    y, sparse_context = sparse.embed(IDS, None)
-    sparse_run = sparse.run(y, sparse_context)
+    dense_run, dense_logits, sparse_run, sparse_logits = run_streams(bridged)
     for location in range(5):
         encoded = bridged.encode(dense_run[location], location)
         assert encoded.shape == (2, 12, 16)
         assert ((encoded != 0).sum(-1) == 4).all()  # a quarter of the sparse channels
-        expected = sparse.logits(sparse.run(encoded, sparse_context, location)[-1], sparse_context)
+        expected = sparse_logits(encoded, location)
         assert torch.equal(bridged.hybrid(IDS, enter=location), expected)
         decoded = bridged.decode(sparse_run[location], location)
         assert decoded.shape == dense_run[location].shape
-        expected = dense.logits(dense.run(decoded, dense_context, location)[-1], dense_context)
-        assert torch.equal(bridged.hybrid(IDS, leave=location), expected)
-    there = sparse.run(bridged.encode(dense_run[1], 1), sparse_context, 1, 4)[-1]
-    back = dense.run(bridged.decode(there, 4), dense_context, 4)[-1]
-    assert torch.equal(bridged.hybrid(IDS, 1, 4), dense.logits(back, dense_context))
-
-
-def square_bridges(bridged: BridgedCausalLM) -> BridgedCausalLM:
-    """Make every bridge exact: a random matrix one way, its inverse the other."""
-    with torch.no_grad():
-        for bridge in bridged.bridges:
-            bridge.encoder.weight.copy_(torch.linalg.qr(bridge.encoder.weight).Q)
-            bridge.decoder.weight.copy_(bridge.encoder.weight.T)
-            bridge.decoder.bias.copy_(-bridge.encoder.bias @ bridge.encoder.weight)
-    return bridged
+        assert torch.equal(bridged.hybrid(IDS, leave=location), dense_logits(decoded, location))
+    _, context = bridged.sparse_stream.embed(IDS, None)
+    x = bridged.sparse_stream.run(bridged.encode(dense_run[1], 1), context, 1, 4)[-1]
+    assert torch.equal(bridged.hybrid(IDS, 1, 4), dense_logits(bridged.decode(x, 4), 4))
 
 
 @torch.no_grad()
-def test_leaving_where_one_entered_through_exact_bridges_changes_nothing():
+def test_leaving_at_the_entry_through_exact_bridges_changes_nothing():
     torch.manual_seed(2)
     dense = circuitgpt()
     bridged = BridgedCausalLM.from_models(dense, circuitgpt(), encoder_afrac=None)
-    square_bridges(bridged)
-    for location in range(5):
+    for location, bridge in enumerate(bridged.bridges):
+        bridge.encoder.weight.copy_(torch.linalg.qr(bridge.encoder.weight).Q)
+        bridge.decoder.weight.copy_(bridge.encoder.weight.T)
+        bridge.decoder.bias.copy_(-bridge.encoder.bias @ bridge.encoder.weight)
         logits = bridged.hybrid(IDS, location, location)
         torch.testing.assert_close(logits, dense(IDS).logits, rtol=1e-4, atol=1e-4)
 
@@ -106,7 +105,7 @@ def test_the_output_is_what_it_says(make):
 
 
 @torch.no_grad()
-def test_units_are_only_another_way_to_write_the_same_maps():
+def test_standardization_is_another_way_to_write_the_same_maps():
     bridged = bridged_pair(encoder_afrac=None)
     bridge = bridged.bridges[1]
     x, y = torch.randn(5, 24), torch.randn(5, 16)
@@ -148,7 +147,7 @@ def test_padding_counts_in_no_term():
     torch.testing.assert_close(kept, (p.exp() * (p - q)).sum(-1).mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_only_twin_and_bridges_are_trained():
+def test_only_the_sparse_model_and_the_bridges_are_trained():
     bridged = bridged_pair().train()
     assert not bridged.dense.training and bridged.sparse.training
     bridged(IDS, labels=IDS, enter_at=[1], leave_at=[1]).loss.backward()
@@ -162,9 +161,7 @@ def test_only_twin_and_bridges_are_trained():
 @pytest.mark.parametrize("location", range(5))
 def test_steering_adds_the_decoded_difference(make, location):
     bridged = bridged_pair(make)
-    stream = bridged.dense_stream
-    x, context = stream.embed(IDS, None)
-    run = stream.run(x, context)
+    run, go_on, *_ = run_streams(bridged)
     whole = bridged.dense(IDS).logits
     # Plainly: move the channel in the sparse stream, decode before and after, add the difference.
     encoded = bridged.encode(run[location], location)
@@ -172,9 +169,7 @@ def test_steering_adds_the_decoded_difference(make, location):
         moved = encoded.clone()
         moved[..., 5] = 2.5 if mode == "set" else moved[..., 5] + 2.5
         difference = bridged.decode(moved, location) - bridged.decode(encoded, location)
-        expected = stream.logits(
-            stream.run(run[location] + difference, context, location)[-1], context
-        )
+        expected = go_on(run[location] + difference, location)
         with bridged.steer(location, 5, 2.5, mode=mode) as inside:
             assert inside is bridged
             torch.testing.assert_close(bridged.dense(IDS).logits, expected, rtol=1e-4, atol=1e-4)
@@ -184,7 +179,7 @@ def test_steering_adds_the_decoded_difference(make, location):
     last[:, -1] -= bridged.decode(encoded, location)[:, -1]
     with bridged.steer(location, 5, 2.5, positions=-1):
         logits = bridged.dense(IDS).logits
-    expected = stream.logits(stream.run(last, context, location)[-1], context)
+    expected = go_on(last, location)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[:, :-1], whole[:, :-1])
 
@@ -208,9 +203,8 @@ def test_sites_are_steered_where_they_meet_the_stream():
     # A neuron writes to many channels at once.
     write = bridged.sparse.transformer.h[1].mlp.c_proj.weight[:, 7]
     decoded = bridged.decode(write, 4) - bridged.decode(0 * write, 4)
-    stream = bridged.dense_stream
-    x, context = stream.embed(IDS, None)
-    expected = stream.logits(stream.run(x, context)[-1] + 1.5 * decoded, context)
+    run, go_on, *_ = run_streams(bridged)
+    expected = go_on(run[-1] + 1.5 * decoded, 4)
     torch.testing.assert_close(logits("h.1.mlp.post_act", 7, 1.5), expected)
 
 
@@ -246,53 +240,45 @@ def test_hooks_are_gone_after_an_error_within():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda b: b.encode(torch.zeros(1, 1, 24), 5), "There is no location 5: .* 2 layers has 0"),
-        (lambda b: b.hybrid(IDS, enter=-1), "There is no location -1"),
-        (lambda b: b.hybrid(IDS), "never switch"),
-        (lambda b: b.hybrid(IDS, 3, 2), "leave=2 is before enter=3"),
-        (lambda b: b(IDS, enter_at=[7]), "There is no location 7"),
-        (lambda b: b.steer(9, 0, 1.0).__enter__(), "There is no location 9"),
-        (lambda b: b.steer(1, 16, 1.0).__enter__(), "no channel 16 at location 1.* 0 to 15"),
-        (lambda b: b.steer("h.0.mlp.act_in", -1, 1.0).__enter__(), "no channel -1"),
-        (lambda b: b.steer("h.7.mlp.act_in", 0, 1.0).__enter__(), "no site 'h.7.mlp.act_in'"),
-        (lambda b: b.steer("h.0.attn.q", 0, 1.0).__enter__(), "where attention looks"),
-        (lambda b: b.steer(1, 0, 1.0, mode="mul").__enter__(), "mode='mul' is not known"),
-        (lambda b: b.steer("h.0.mlp.post_act", 0, 1.0, mode="set").__enter__(), 'use mode="add"'),
+        (lambda b: b.encode(torch.zeros(1, 1, 24), 5), "location 5"),
+        (lambda b: b.hybrid(IDS, enter=-1), "location -1"),
+        (lambda b: b.hybrid(IDS), "enter and leave"),
+        (lambda b: b.hybrid(IDS, 3, 2), "leave=2"),
+        (lambda b: b(IDS, enter_at=[7]), "location 7"),
+        (lambda b: b.steer(9, 0, 1.0).__enter__(), "location 9"),
+        (lambda b: b.steer(1, 16, 1.0).__enter__(), "channel 16 at location 1"),
+        (lambda b: b.steer("h.0.mlp.act_in", -1, 1.0).__enter__(), "channel -1"),
+        (lambda b: b.steer("h.7.mlp.act_in", 0, 1.0).__enter__(), "h.7.mlp.act_in"),
+        (lambda b: b.steer("h.0.attn.q", 0, 1.0).__enter__(), "h.0.attn.q"),
+        (lambda b: b.steer(1, 0, 1.0, mode="mul").__enter__(), "mode='mul'"),
+        (lambda b: b.steer("h.0.mlp.post_act", 0, 1.0, mode="set").__enter__(), "mode="),
+        (lambda b: b.from_models(gpt2(), sparse_model(n_layer=3)), "n_layer=2"),
+        (lambda b: b.from_models(gpt2(), sparse_model(vocab_size=60)), "vocabulary"),
+        (lambda b: b.from_models(gpt2(), sparse_model(), encoder_afrac=0.01), "encoder_afrac=0.01"),
+        (lambda b: b.from_models(gpt2(), sparse_model(), encoder_afrac=2), "encoder_afrac=2"),
     ],
 )
-def test_what_does_not_exist_is_refused(call, message):
-    bridged = bridged_pair()
+def test_what_does_not_exist_or_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
-        call(bridged)
-
-
-def test_pairs_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"has 2 layers and the sparse one 3.*n_layer=2"):
-        BridgedCausalLM.from_models(gpt2(), twin(n_layer=3))
-    with pytest.raises(ValueError, match="vocabulary of 64 tokens and the sparse one of 60"):
-        BridgedCausalLM.from_models(gpt2(), twin(vocab_size=60))
-    with pytest.raises(ValueError, match=r"encoder_afrac=0\.01 keeps none of the 16 channels"):
-        BridgedCausalLM.from_models(gpt2(), twin(), encoder_afrac=0.01)
-    with pytest.raises(ValueError, match=r"encoder_afrac=2 .* \(0, 1\]"):
-        BridgedCausalLM.from_models(gpt2(), twin(), encoder_afrac=2)
-    with pytest.raises(OSError, match=r"'nowhere/at/all' was not found .*; pass where it is"):
-        BridgedCausalLM.from_models("nowhere/at/all")
+        call(bridged_pair())
 
 
 def test_the_default_sparse_config_fits():
     config = default_sparse_config(gpt2(n_embd=32))
-    assert isinstance(config, CircuitGPTConfig)
     assert (config.n_layer, config.d_model, config.vocab_size, config.block_size) == (2, 32, 64, 32)
+
+
+def save_pair(folder):
+    """A dense model and a bridge saved in `folder`; their folders, and the bridge."""
+    gpt2().save_pretrained(folder / "dense")
+    bridged = BridgedCausalLM.from_models(str(folder / "dense"), sparse_model()).eval()
+    bridged.save_pretrained(folder / "bridge")
+    return folder / "dense", folder / "bridge", bridged
 
 
 @pytest.fixture
 def saved(tmp_path):
-    """A dense model's folder, a bridge's folder, and the bridge."""
-    dense = gpt2()
-    dense.save_pretrained(tmp_path / "dense")
-    bridged = BridgedCausalLM.from_models(str(tmp_path / "dense"), twin())
-    bridged.save_pretrained(tmp_path / "bridge")
-    return tmp_path / "dense", tmp_path / "bridge", bridged.eval()
+    return save_pair(tmp_path)
 
 
 def hybrids(bridged):
@@ -319,8 +305,8 @@ def test_what_is_saved_comes_back_without_the_dense_weights(saved):
             assert torch.equal(one, other)
 
 
-def test_a_twin_with_tied_embeddings_comes_back(tmp_path):
-    bridged = BridgedCausalLM.from_models(llama(), twin(tied_unembed=True)).eval()
+def test_tied_embeddings_come_back(tmp_path):
+    bridged = BridgedCausalLM.from_models(llama(), sparse_model(tied_unembed=True)).eval()
     bridged.save_pretrained(tmp_path)
     again = BridgedCausalLM.from_pretrained(tmp_path, dense=bridged.dense)
     assert again.sparse.lm_head.weight is again.sparse.transformer.wte.weight
@@ -344,14 +330,16 @@ def test_another_base_model_is_refused(saved, tmp_path):
     other = gpt2()
     with torch.no_grad():
         other.transformer.wte.weight[0, 0] += 1
-    with pytest.raises(ValueError, match=r"trained for the gpt2 model \w+ \(.*dense\) of width 24"):
+    with pytest.raises(ValueError, match=r"gpt2 model \w+ \(.*dense\)"):
         BridgedCausalLM.from_pretrained(folder, dense=other)
     BridgedCausalLM.from_pretrained(folder, dense=other, check_base_model=False)
-    with pytest.raises(ValueError, match="but the dense model passed is llama of width 24"):
+    with pytest.raises(ValueError, match="llama"):
         BridgedCausalLM.from_pretrained(folder, dense=llama())
     dense.rename(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="pass where it is, or the model itself, as dense="):
+    with pytest.raises(OSError, match="dense="):
         BridgedCausalLM.from_pretrained(folder)
+    with pytest.raises(OSError, match="'nowhere/at/all'"):
+        BridgedCausalLM.from_models("nowhere/at/all")
 
 
 def test_damaged_folders_are_refused(saved, tmp_path):
@@ -363,7 +351,7 @@ def test_damaged_folders_are_refused(saved, tmp_path):
     narrow = BridgedCausalLM.from_models(bridged.dense, circuitgpt(d_model=8, d_mlp=24))
     narrow.save_pretrained(tmp_path / "narrow")
     (tmp_path / "narrow" / "adapter_model.safetensors").write_bytes(weights)
-    with pytest.raises(ValueError, match="does not hold the bridge its config describes"):
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors"):
         BridgedCausalLM.from_pretrained(tmp_path / "narrow", dense=bridged.dense)
     with pytest.raises(ValueError, match="'gpt2' model, expected"):
         BridgedCausalLM.from_pretrained(dense, config=bridged.dense.config)
