@@ -143,7 +143,15 @@ def dataset():
 
 @pytest.fixture
 def make_trainer(tmp_path, dataset):
-    def make(model, callbacks=None, name="run", model_init=None, **arguments):
+    def make(
+        model,
+        callbacks=None,
+        name="run",
+        model_init=None,
+        trainer_class=SparseTrainer,
+        arguments_class=SparseTrainingArguments,
+        **arguments,
+    ):
         settings = {
             "output_dir": str(tmp_path / name),
             "max_steps": 12,
@@ -158,9 +166,9 @@ def make_trainer(tmp_path, dataset):
             "disable_tqdm": True,
             "seed": 3,
         }
-        return SparseTrainer(
+        return trainer_class(
             model,
-            SparseTrainingArguments(**{**settings, **arguments}),
+            arguments_class(**{**settings, **arguments}),
             train_dataset=dataset,
             eval_dataset=dataset.select(range(16)),
             callbacks=callbacks,

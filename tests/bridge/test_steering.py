@@ -19,7 +19,7 @@ from tests.circuits.planted import NO, PLANTED_NODES, YES, on_off_task, planted_
 
 @pytest.fixture
 def bridged() -> BridgedCausalLM:
-    """The planted model is dense model and twin at once, and every bridge is the identity."""
+    """The planted model is dense and sparse model at once; every bridge is the identity."""
     bridged = BridgedCausalLM.from_models(planted_model(), planted_model(), encoder_afrac=None)
     with torch.no_grad():
         for bridge in bridged.bridges:
@@ -30,16 +30,15 @@ def bridged() -> BridgedCausalLM:
 
 
 def test_candidates_are_the_channels_that_carry_the_answer(bridged):
-    best = steering_candidates(bridged, on_off_task(), YES)[0]
+    with torch.no_grad():
+        best = steering_candidates(bridged, on_off_task(), YES)[0]
     assert (best.location, best.channel) in {(1, 3), (2, 3), (3, 3), (4, 4)}
     assert best.effect > 0
 
 
 def test_a_circuit_limits_the_candidates(bridged):
-    twin = bridged.sparse
-    circuit = Circuit(
-        PLANTED_NODES, mean_activations(twin, reference_ids()), "on_off", model_fingerprint(twin)
-    )
+    means = mean_activations(bridged.sparse, reference_ids())
+    circuit = Circuit(PLANTED_NODES, means, "on_off", model_fingerprint(bridged.sparse))
     found = steering_candidates(bridged, on_off_task(), YES, circuit=circuit)
     places = {(candidate.location, candidate.channel) for candidate in found}
     assert places == {(0, 0), (1, 3), (3, 3), (4, 4)}
@@ -95,12 +94,6 @@ def test_tokens_that_begin_with_the_answer_count_as_it(bridged):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_candidates_are_found_without_gradients_too(bridged):
-    with torch.no_grad():
-        found = steering_candidates(bridged, on_off_task(), YES)
-    assert found == steering_candidates(bridged, on_off_task(), YES)
-
-
 def test_an_answer_the_task_does_not_have_is_refused(bridged):
-    with pytest.raises(ValueError, match=r"has the answer 9; its answers are the tokens \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"answer 9;.*\[1, 2\]"):
         answer_rows(on_off_task(), "test", 9, 4)

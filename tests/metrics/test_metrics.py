@@ -55,11 +55,11 @@ def test_a_guess_costs_ln_2_and_a_tie_is_wrong(metrics):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"predictions": [[1.0]], "references": [0]}, r"shape \(1, 1\)"),
-        ({"predictions": [[1.0, 2.0, 3.0]], "references": [0]}, "pass counterfactual_references"),
+        ({"predictions": [[1.0]], "references": [0]}, "predictions"),
+        ({"predictions": [[1.0, 2.0, 3.0]], "references": [0]}, "counterfactual_references"),
         ({"predictions": [[1.0, 2.0]], "references": [2]}, "references names column 2"),
         ({"predictions": [[1.0, 2.0]], "references": [-1]}, "references names column -1"),
-        ({"predictions": [[1.0, float("nan")]], "references": [0]}, r"predictions\[0\] is NaN"),
+        ({"predictions": [[1.0, float("nan")]], "references": [0]}, r"predictions\[0\]"),
     ],
 )
 def test_task_loss_refuses_what_it_cannot_score(metrics, arguments, message):

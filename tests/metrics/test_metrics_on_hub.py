@@ -23,11 +23,11 @@ def test_by_hub_id(hub_server, name, tmp_path):
     push_metric(name, f"ada/{name}", private=False)
     files = HfApi().list_repo_files(f"ada/{name}", repo_type="space")
     assert "README.md" in files and f"{name}.py" in files and "__init__.py" not in files
-    metric = evaluate.load(f"ada/{name}", cache_dir=str(tmp_path))
-    found = metric.compute(**INPUTS[name])
-    assert found == evaluate.load(metric_path(name), cache_dir=str(tmp_path)).compute(
-        **INPUTS[name]
+    from_hub, here = (
+        evaluate.load(source, cache_dir=str(tmp_path))
+        for source in (f"ada/{name}", metric_path(name))
     )
+    assert from_hub.compute(**INPUTS[name]) == here.compute(**INPUTS[name])
 
 
 def test_where_the_package_is_not(hub_server, tmp_path):
