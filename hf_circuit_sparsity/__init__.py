@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from .circuits.task_scores import evaluate_tasks
     from .circuits.viewer.plot import plot_circuit
     from .circuits.viewer.report import write_report
-    from .modeling.configuration_circuitgpt import CircuitGPTConfig
+    from .modeling.configuration_circuitgpt import ArtifactError, CircuitGPTConfig
     from .modeling.modeling_circuitgpt import CircuitGPTForCausalLM, CircuitGPTModel, NodeSite
-    from .modeling.validation import ArtifactError
     from .optim.param_groups import sparse_param_groups
     from .optim.rcd.config import RCDConfig
     from .optim.rcd.optimizer import RCDSparseOptimizer
@@ -47,7 +46,7 @@ __version__ = "0.1.0"
 
 # Where each public name is defined; the imports above say the same to editors and type checkers.
 _MODULES = {
-    "ArtifactError": "modeling.validation",
+    "ArtifactError": "modeling.configuration_circuitgpt",
     "BinaryTask": "tasks.binary_task",
     "BridgeTrainer": "bridge.bridge_trainer",
     "BridgeTrainingArguments": "bridge.bridge_config",

@@ -44,7 +44,6 @@ KNOWN_ARROWS: set[tuple[str, str]] = {
 }
 KNOWN_CIRCLES: set[tuple[str, str]] = {
     ("circuits/circuit.py", "circuits/circuit_push.py"),
-    ("modeling/openai_checkpoint.py", "modeling/modeling_circuitgpt.py"),
 }
 KNOWN_REEXPORTS: set[tuple[str, str]] = set()
 

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..files import replacing
+from ..modeling.configuration_circuitgpt import FLOAT_DTYPES, ArtifactError
 from ..modeling.fingerprint import model_fingerprint
-from ..modeling.validation import FLOAT_DTYPES, ArtifactError, Field, read_tensors, tensor_shapes
+from ..modeling.sparse_checkpoint import read_tensors
+from ..modeling.validation import Field, tensor_shapes
 from .configuration_bridge import BridgeConfig
 
 PEFT_TYPE = "SPARSE_BRIDGE"

@@ -5,8 +5,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from ..modeling.configuration_circuitgpt import MAX_WIDTH, CircuitGPTConfig
-from ..modeling.validation import CheckedConfig, Field
+from ..modeling.configuration_circuitgpt import MAX_WIDTH, CheckedConfig, CircuitGPTConfig
+from ..modeling.validation import Field
 
 
 @strict

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..modeling.configuration_circuitgpt import ArtifactError
 from ..modeling.fingerprint import model_fingerprint
-from ..modeling.validation import ArtifactError
 from .ablation import TOKENS, hooked, mean_ablated, node_sites
 from .circuit_file import (
     JSON_NAME,

@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 
 from ..files import replacing
 from ..hub.errors import HubAccessError, hub_errors
-from ..modeling.validation import ArtifactError, Field, check_vector, read_json, read_tensors
+from ..modeling.configuration_circuitgpt import ArtifactError
+from ..modeling.sparse_checkpoint import read_tensors
+from ..modeling.validation import Field, check_vector, read_json
 
 FORMAT_VERSION = 2
 _READABLE = (1, 2)  # 1 had neither pruned edges, pruned tokens nor a verification

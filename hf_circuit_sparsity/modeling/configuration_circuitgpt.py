@@ -4,13 +4,15 @@ The field names are those of OpenAI's released checkpoints, so that a released c
 config here; `attribute_map` gives them the ecosystem's names as well.
 """
 
-from typing import Any
+import copy
+import os
+from typing import Any, Literal
 
+import torch
+from huggingface_hub.dataclasses import strict, validated_field
 from transformers import PreTrainedConfig
 
-from .validation import CheckedConfig, Field
-
-# Every place where AbsTopK may act, by OpenAI's name for it (METHOD: "activation sparsity").
+# Every place where AbsTopK may act, by OpenAI's name for it (Gao et al. 2025, section 2).
 ACTIVATION_SITES = (
     "attn_in",
     "attn_q",
@@ -30,6 +32,46 @@ MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 24
 
 
+# What weights may be; others cannot be computed with.
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class ArtifactError(ValueError):
+    """A file of an artifact does not hold what it must."""
+
+    def __init__(self, path: str | os.PathLike, problem: str) -> None:
+        self.path = os.fspath(path)
+        super().__init__(f"{self.path}{problem}")
+
+
+class CheckedConfig:
+    """Beside `PreTrainedConfig`: a wrong file is refused by an [`ArtifactError`] that names it."""
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        try:
+            content = super()._dict_from_json_file(json_file)
+            if not isinstance(content.get("model_type", ""), str):
+                raise ValueError("model_type must be a string")
+            cls.from_dict(copy.deepcopy(content))
+        except Exception as error:  # transformers raises all kinds on values it does not expect
+            reason = str(error).removeprefix(f"{cls.__name__}: ")
+            raise ArtifactError(json_file, f": {reason:.500}") from error
+        return content
+
+
+def within(low: float, high: float, default: Any) -> Any:
+    """A field of a strict config: None, or a number (or numbers) from `low` to `high`."""
+
+    def check(value: Any) -> None:
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not low <= number <= high:  # nor NaN
+                raise ValueError(f"expected {low} to {high}, got {number}")
+
+    return validated_field(check, default=default)
+
+
+@strict
 class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
     """Architecture of a [`CircuitGPTForCausalLM`]. The defaults are the paper's largest model.
 
@@ -65,8 +107,9 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
         initializer_range (`float`): standard deviation of the initial weights.
 
     Raises:
-        ValueError: a field of another type or outside its range, or heads that do not divide
-            `d_model`; from a file, an `ArtifactError` that also names the file.
+        StrictDataclassFieldValidationError: a field of another type or outside its range.
+        ValueError: fields that do not fit each other, such as heads that do not divide `d_model`.
+        ArtifactError: any of these, in a file; names the file.
 
     Fields of a released config that are not listed here are kept as attributes.
     """
@@ -83,33 +126,33 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
         "tie_word_embeddings": "tied_unembed",
     }
 
-    n_layer: int = 8
-    n_head: int | None = None
-    d_model: int = 2048
-    d_head: int | None = None
-    d_mlp: int | None = None
-    block_size: int = 256
-    vocab_size: int = 2048
+    n_layer: int = within(1, MAX_LAYERS, default=8)
+    n_head: int | None = within(1, MAX_WIDTH, default=None)
+    d_model: int = within(1, MAX_WIDTH, default=2048)
+    d_head: int | None = within(1, MAX_WIDTH, default=None)
+    d_mlp: int | None = within(1, MAX_WIDTH, default=None)
+    block_size: int = within(1, MAX_WIDTH, default=256)
+    vocab_size: int = within(1, MAX_WIDTH, default=2048)
     rms_norm: bool = True
     bias: bool = True
     ln_bias: bool = True
-    activation_type: str = "gelu"
-    residual_activation_type: str = "identity"
-    afrac: float | None = 0.25
-    afrac_loctypes: str = PAPER_ACTIVATION_SITES
+    activation_type: Literal["gelu", "relu"] = "gelu"
+    residual_activation_type: Literal["identity", "relu"] = "identity"
+    afrac: float | int | None = 0.25
+    afrac_loctypes: str | list[str] | tuple[str, ...] = PAPER_ACTIVATION_SITES
     tied_unembed: bool = False
     sink: bool = True
     enable_bigram_table: bool = True
     learnable_bigram_table: bool = True
-    d_pos_emb: int | None = None
+    d_pos_emb: int | None = within(1, MAX_WIDTH, default=None)
     dropout_cat_pos_emb: bool = False
     sinusoidal_cat_pos_emb: bool = False
-    dropout: float = 0.0
-    initializer_range: float = 0.02
+    dropout: float | int = within(0, 1, default=0.0)
+    initializer_range: float | int = within(0, 1e6, default=0.02)
     use_cache: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
+    bos_token_id: int | None = within(-1, MAX_WIDTH, default=None)
+    eos_token_id: int | list[int] | None = within(-1, MAX_WIDTH, default=None)
+    pad_token_id: int | None = within(-1, MAX_WIDTH, default=None)
 
     def __post_init__(self, **kwargs: Any) -> None:
         if (n_mlp := kwargs.pop("n_mlp", None)) is not None and self.d_mlp is None:
@@ -121,62 +164,24 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
                 setattr(self, name, kwargs.pop(alias))
         if isinstance(self.afrac_loctypes, (list, tuple)):
             self.afrac_loctypes = ",".join(self.afrac_loctypes)
-        self._check_types()
         self._derive_widths()
-        self._validate()
+        self._check_sites()
         super().__post_init__(**kwargs)
-
-    def _check_types(self) -> None:
-        def field(name: str) -> Field:
-            return Field(getattr(self, name), type(self).__name__, name)
-
-        field("n_layer").integer(1, MAX_LAYERS)
-        for name in ("d_model", "block_size", "vocab_size"):
-            field(name).integer(1, MAX_WIDTH)
-        for name in ("n_head", "d_head", "d_mlp", "d_pos_emb"):
-            if getattr(self, name) is not None:
-                field(name).integer(1, MAX_WIDTH)
-        for name in (
-            "rms_norm", "bias", "ln_bias", "tied_unembed", "sink", "enable_bigram_table",
-            "learnable_bigram_table", "dropout_cat_pos_emb", "sinusoidal_cat_pos_emb",
-            "use_cache",
-        ):  # fmt: skip
-            field(name).boolean()
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if isinstance(getattr(self, name), list) and name == "eos_token_id":
-                field(name).integers(-1, MAX_WIDTH)
-            elif getattr(self, name) is not None:
-                field(name).integer(-1, MAX_WIDTH)
-        for name in ("afrac_loctypes", "activation_type", "residual_activation_type"):
-            field(name).text()
-        for name in (
-            "dropout",
-            "initializer_range",
-            *(("afrac",) if self.afrac is not None else ()),
-        ):
-            field(name).number()
-        if not 0 <= self.dropout <= 1:
-            field("dropout").fail("from 0 to 1")
-        if self.initializer_range < 0:
-            field("initializer_range").fail("at least 0")
+        if self.dtype not in (None, *FLOAT_DTYPES):
+            raise ValueError(f"dtype={self.dtype} was passed, expected a float of 16 to 64 bits.")
 
     def _derive_widths(self) -> None:
         if self.d_head is None and self.n_head is None:
             self.d_head = 16
-        if self.d_head is None:
-            if self.d_model % self.n_head:
-                raise ValueError(
-                    f"d_model={self.d_model} is not a multiple of n_head={self.n_head}; choose "
-                    "widths that divide, or pass d_head to set the heads' width yourself."
-                )
-            self.d_head = self.d_model // self.n_head
-        if self.n_head is None:
-            if self.d_model % self.d_head:
-                raise ValueError(
-                    f"d_model={self.d_model} is not a multiple of d_head={self.d_head}; choose "
-                    "widths that divide, or pass n_head to set the number of heads yourself."
-                )
-            self.n_head = self.d_model // self.d_head
+        for name, other in (("d_head", "n_head"), ("n_head", "d_head")):
+            if getattr(self, name) is None:
+                divisor = getattr(self, other)
+                if self.d_model % divisor:
+                    raise ValueError(
+                        f"d_model={self.d_model} is not a multiple of {other}={divisor}; choose "
+                        f"widths that divide, or pass {name} as well."
+                    )
+                setattr(self, name, self.d_model // divisor)
         if self.d_mlp is None:
             self.d_mlp = 4 * self.d_model
         if self.n_head * self.d_head > MAX_WIDTH:
@@ -185,16 +190,7 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
                 f"they must be at most {MAX_WIDTH} wide."
             )
 
-    def _validate(self) -> None:
-        if self.activation_type not in ("gelu", "relu"):
-            raise ValueError(
-                f'activation_type={self.activation_type!r} is not known; use "gelu" or "relu".'
-            )
-        if self.residual_activation_type not in ("identity", "relu"):
-            raise ValueError(
-                f"residual_activation_type={self.residual_activation_type!r} is not known; "
-                'use "identity" or "relu".'
-            )
+    def _check_sites(self) -> None:
         unknown = set(self.activation_sites) - set(ACTIVATION_SITES)
         if unknown:
             raise ValueError(

@@ -14,13 +14,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-_BITS = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-}
-
 
 @functools.cache
 def _kernels_room() -> ModuleType | None:
@@ -64,8 +57,7 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
             if torch.is_grad_enabled() and x.requires_grad:
                 return _AbsTopK.apply(x, k, kernels)
             return kernels.abs_topk(x, k, want_mask=False)[0]
-        if x.dtype in _BITS:
-            return torch.where(_topk_mask(x.detach(), k), x, 0)
+        return torch.where(_topk_mask(x.detach(), k), x, 0)
     largest = x.abs().topk(k, dim=-1, sorted=False).indices
     return torch.zeros_like(x).scatter(-1, largest, x.gather(-1, largest))
 
@@ -75,7 +67,8 @@ def _topk_mask(x: Tensor, k: int) -> Tensor:
     # Magnitudes of floats are ordered as the integers of the same bits are, NaN above everything,
     # and numpy selects among integers several times faster than torch.topk among floats.
     width = x.shape[-1]
-    bits = x.reshape(-1, width).contiguous().view(_BITS[x.dtype]).numpy()
+    integer = getattr(torch, f"int{8 * x.element_size()}")
+    bits = x.reshape(-1, width).contiguous().view(integer).numpy()
     bits = bits & np.iinfo(bits.dtype).max
     threshold = np.partition(bits, width - k, axis=-1)[:, width - k, None]
     mask = bits >= threshold

@@ -8,6 +8,7 @@ OpenAI's own logits and activations in the tests.
 Shapes in comments: B batch, T tokens, D `d_model`, H heads, K `d_head`, V vocabulary.
 """
 
+import importlib
 import math
 import os
 from typing import Any
@@ -26,7 +27,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_circuitgpt import CircuitGPTConfig
 from .functional import abs_topk, sdpa_attention_with_sink
-from .sparse_pretrained import SparsePreTrainedModel
+from .sparse_checkpoint import SparsePreTrainedModel
 
 # torch's RMSNorm derives its epsilon from the dtype; OpenAI's models were trained in float32, and
 # the epsilon must not change when their weights are loaded in bfloat16.
@@ -453,15 +454,12 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
             FileNotFoundError, ValueError: a file is missing, unreadable or does not fit the other.
         """
         try:
-            from hf_circuit_sparsity.modeling.openai_checkpoint import read_openai_checkpoint
+            reader = importlib.import_module("hf_circuit_sparsity.modeling.openai_checkpoint")
         except ImportError as error:
             raise ImportError(
                 "from_openai needs the package hf-circuit-sparsity; pip install it."
             ) from error
-        config, state_dict = read_openai_checkpoint(folder, **config_overrides)
-        model = cls(config)
-        model.load_state_dict(state_dict)
-        return model.eval()
+        return reader.load_openai_checkpoint(cls, folder, **config_overrides)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any

@@ -3,13 +3,15 @@
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
-from .configuration_circuitgpt import CircuitGPTConfig
-from .modeling_circuitgpt import CircuitGPTForCausalLM
-from .validation import ArtifactError, read_json
+from .configuration_circuitgpt import ArtifactError
+from .validation import read_json
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 # What OpenAI's code assumes where an old config does not say (its `GPTConfig`). Our own defaults
 # are the paper's model and would give such a checkpoint another architecture.
@@ -29,16 +31,16 @@ OPENAI_DEFAULTS = {
 }
 
 
-def read_openai_checkpoint(
-    folder: str | os.PathLike, **config_overrides: Any
-) -> tuple[CircuitGPTConfig, dict[str, torch.Tensor]]:
-    """Read config and weights, ready for `CircuitGPTForCausalLM(config).load_state_dict`.
+def load_openai_checkpoint(
+    model_class: type[Model], folder: str | os.PathLike, **config_overrides: Any
+) -> Model:
+    """The model in OpenAI's layout; see `CircuitGPTForCausalLM.from_openai`.
 
     Weights are read with `weights_only=True`: nothing in the file is executed.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ArtifactError: (a `ValueError`) a file cannot be read, or the weights do not fit the config.
+        ArtifactError: a file cannot be read, or the weights do not fit the config.
     """
     config_path = Path(folder) / "beeg_config.json"
     weights_path = Path(folder) / "final_model.pt"
@@ -50,10 +52,9 @@ def read_openai_checkpoint(
             )
     fields = read_json(config_path).value
     try:
-        config = CircuitGPTConfig(**{**OPENAI_DEFAULTS, **fields, **config_overrides})
+        config = model_class.config_class(**{**OPENAI_DEFAULTS, **fields, **config_overrides})
     except Exception as error:  # transformers raises all kinds on values it does not expect
-        reason = str(error).removeprefix("CircuitGPTConfig: ")
-        raise ArtifactError(config_path, f": {reason:.500}") from error
+        raise ArtifactError(config_path, f": {error!s:.500}") from error
 
     try:
         weights = torch.load(weights_path, map_location="cpu", weights_only=True)
@@ -62,41 +63,43 @@ def read_openai_checkpoint(
             weights_path,
             " is not a readable PyTorch checkpoint of plain tensors; fetch it again.",
         ) from error
-    return config, _fitted(config, weights, weights_path)
+    with torch.device("meta"):
+        model = model_class(config)
+    _load(model, weights, weights_path)
+    return model.eval()
 
 
-def _fitted(
-    config: CircuitGPTConfig, weights: dict[str, torch.Tensor], path: Path
-) -> dict[str, torch.Tensor]:
-    """The weights by our names, complete and of the right shapes, or a `ValueError`."""
+def _load(model: PreTrainedModel, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Load the weights, if they are complete and of the right shapes."""
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise ArtifactError(
             path, f" holds {type(weights).__name__}, expected a dict of tensors by their names."
         )
     weights = {name.removeprefix("circuit_model."): tensor for name, tensor in weights.items()}
-    with torch.device("meta"):
-        expected = CircuitGPTForCausalLM(config).state_dict()
-    ignored = CircuitGPTForCausalLM._keys_to_ignore_on_load_unexpected
+    expected = model.state_dict()
     for name in set(weights) - set(expected):
+        ignored = model._keys_to_ignore_on_load_unexpected
         if not any(re.search(pattern, name) for pattern in ignored):
             raise ArtifactError(
                 path, f" has {name[:200]!r}, which this config's model does not have."
             )
         del weights[name]
-    weights.setdefault("final_logits_bias", torch.zeros(config.vocab_size))
-    if config.tied_unembed and "lm_head.weight" in weights:
+    weights.setdefault("final_logits_bias", torch.zeros(model.config.vocab_size))
+    if model.config.tied_unembed and "lm_head.weight" in weights:
         weights.setdefault("transformer.wte.weight", weights["lm_head.weight"])
     for name, tensor in expected.items():
         if name not in weights:
             raise ArtifactError(path, f" lacks {name!r}, which this config's model needs.")
-        found = weights[name]
-        if not isinstance(found, torch.Tensor) or not found.is_floating_point():
-            kind = found.dtype if isinstance(found, torch.Tensor) else type(found).__name__
+        weight = weights[name]
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+            kind = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
             raise ArtifactError(path, f" has {name!r} of {kind}, expected a tensor of floats.")
-        if found.shape != tensor.shape:
+        if weight.shape != tensor.shape:
             raise ArtifactError(
                 path,
-                f" has {name!r} of shape {tuple(found.shape)}, but this config needs "
+                f" has {name!r} of shape {tuple(weight.shape)}, but this config needs "
                 f"{tuple(tensor.shape)}.",
             )
-    return weights
+    weights = {name: tensor.float() for name, tensor in weights.items()}
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()

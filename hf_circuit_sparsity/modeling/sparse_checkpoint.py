@@ -1,132 +1,233 @@
-"""Checkpoints that hold only the nonzeros.
+"""Checkpoints that hold only the nonzeros, and the model class that reads and writes them.
 
 A matrix `NAME` with few nonzeros is stored as three tensors: `NAME.values`, in the matrix's dtype,
 row by row; `NAME.columns`, the column of each; and `NAME.row_counts`, how many each row has. The
 integers are of 1, 2 or 4 bytes, whichever the matrix's width allows. Everything else, and a matrix
 that this would not make smaller, is stored as it is. So at 1 nonzero in 1000 an entry costs about
 6 bytes where the dense file spends 4000.
+
+The quantizers of transformers do not carry this layout: `quantization_config` in `config.json`
+chooses one, which the files have never had; a layer's parameters must have their shapes before any
+file is opened; and the hooks that convert weights changed between transformers 5.17 and 5.23.
 """
 
 import os
 import re
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from transformers.utils import cached_file
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
+from .configuration_circuitgpt import FLOAT_DTYPES, ArtifactError
 from .csr import CSR
-from .sparse_layers import SparseWeight, dense_layer, replace_module, sparse_layer
-from .validation import FLOAT_DTYPES, ArtifactError, read_tensors, tensor_shapes
+from .sparse_layers import (
+    MAX_DENSITY,
+    SparseWeight,
+    replace_module,
+    sparse_layer,
+    sparse_layers,
+    to_dense,
+    to_sparse,
+)  # fmt: skip
 
-VALUES, COLUMNS, ROW_COUNTS = ".values", ".columns", ".row_counts"
-PARTS = (VALUES, COLUMNS, ROW_COUNTS)
-# What `cached_file` needs in order to find a file as `from_pretrained` would.
-_HUB_OPTIONS = (
-    "cache_dir",
-    "force_download",
-    "proxies",
-    "token",
-    "revision",
-    "local_files_only",
-    "subfolder",
-)
+PARTS = VALUES, COLUMNS, ROW_COUNTS = ".values", ".columns", ".row_counts"
+_AS_NONZEROS = ContextVar("from_pretrained(sparse=True)", default=False)
 _UNSIGNED = (np.uint8, np.uint16, np.uint32)
 _INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.int64)
+_DAMAGED = "copy or download it again"
+# What safetensors and PyTorch are seen to raise on damaged headers and unknown dtypes.
+TENSOR_ERRORS = (
+    SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError,
+    OverflowError,
+)  # fmt: skip
 
 
-def hub_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the keyword arguments of `from_pretrained` that say where files are."""
-    return {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
+class SparsePreTrainedModel(PreTrainedModel):
+    """Adds `to_sparse` / `to_dense`, and `sparse=True` to saving and loading."""
+
+    _saves_sparse = False  # what `save_pretrained` does if not told
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args: Any,
+        sparse: bool = False,
+        **kwargs: Any,
+    ):
+        """As every `from_pretrained`, from dense and from sparse weights alike.
+
+        A model from the Hub knows in `config._commit_hash` the commit it is of (if its weights are
+        one file), so that what is made of it can name it.
+
+        Args:
+            sparse: return the model as `to_sparse()` leaves it. From sparse weights this never
+                allocates a dense matrix; it then takes no `device_map` over several devices and no
+                quantization.
+
+        Raises:
+            ValueError: a sparse tensor is damaged, or weights do not fit the config.
+        """
+        if sparse and kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                "quantization_config was passed with sparse=True, but nonzeros are not quantized; "
+                "load without one of the two."
+            )
+        asked = _AS_NONZEROS.set(sparse)
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        finally:
+            _AS_NONZEROS.reset(asked)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        nonzeros = model.__dict__.pop("_nonzeros", None)
+        if nonzeros is not None:
+            _replace_layers(model, nonzeros)
+        elif sparse:
+            to_sparse(model)
+        return loaded
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        # Where `from_pretrained` of transformers fills the model, which is on the meta device.
+        load = PreTrainedModel._load_pretrained_model
+        if state_dict is not None or not checkpoint_files or len(checkpoint_files) > 1:
+            return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        (path,) = checkpoint_files
+        commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)  # in the Hub's cache
+        model.config._commit_hash = commit and commit[1]
+        if not path.endswith(".safetensors") or not _holds_nonzeros(path):
+            return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        weights, nonzeros = read_weights(path, model), {}
+        if _AS_NONZEROS.get():
+            if len(set((load_config.device_map or {}).values())) > 1:
+                raise ValueError(
+                    "a device_map over several devices was passed with sparse=True, which places "
+                    "the whole model on one; pass a device, or load without sparse=True."
+                )
+            nonzeros = {n: w for n, w in weights.items() if _runs_sparsely(model, n, w)}
+            model._nonzeros = nonzeros  # `from_pretrained` replaces these layers at its end
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        rest = {n: _dense(w) for n, w in weights.items() if n not in nonzeros and n not in tied}
+        info, offloaded = load(model, rest, None, load_config, expected_keys=list(rest))
+        info.missing_keys -= nonzeros.keys()  # so that they stay on the meta device
+        return info, offloaded
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        *args: Any,
+        sparse: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As every `save_pretrained`.
+
+        Args:
+            sparse: write only the nonzeros (the layout is in `sparse_checkpoint.py`); a matrix that
+                this would not make smaller is written as it is. `from_pretrained` reads both.
+        """
+        if self._saves_sparse if sparse is None else sparse:
+            state_dict = sparse_state_dict(self, state_dict)
+            kwargs["max_shard_size"] = 1 << 62  # what belongs together stays in one file
+        elif state_dict is None and sparse_layers(self):
+            # Tied layers share their nonzeros, but the dense matrices made here are two.
+            tied = self.all_tied_weights_keys or {}
+            state_dict = {n: t for n, t in self.state_dict().items() if tied.get(n) is None}
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *args: Any, sparse: bool = True, **kwargs: Any) -> str:
+        """As every `push_to_hub`, but uploads only the nonzeros unless `sparse=False`."""
+        self._saves_sparse = sparse
+        try:
+            return super().push_to_hub(repo_id, *args, **kwargs)
+        finally:
+            del self._saves_sparse
+
+    def to_sparse(self, threshold: float = MAX_DENSITY) -> "SparsePreTrainedModel":
+        """Run linear layers and embeddings on their nonzeros, in place; returns the model.
+
+        A layer with a larger share of nonzeros than `threshold` stays dense, where that is faster.
+        Names and values in `state_dict()`, node sites and their hooks stay what they are. Train
+        with an optimizer made afterwards: the parameters then are the nonzeros. A model that is
+        not sparse stays as it is, with a warning.
+
+        Raises:
+            ValueError: `threshold` is not a share, or weights are offloaded.
+        """
+        return to_sparse(self, threshold)
+
+    def to_dense(self) -> "SparsePreTrainedModel":
+        """Undo `to_sparse`, in place; returns the model."""
+        return to_dense(self)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any):
+        """As ever; a model that runs on its nonzeros must be made dense before."""
+        if new_num_tokens is not None and sparse_layers(self):
+            raise ValueError(
+                f"resize_token_embeddings({new_num_tokens}) was called on a model that runs on "
+                "its nonzeros; call to_dense() before and to_sparse() after."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
 
-def weights_file(source: str | os.PathLike | None, options: dict[str, Any]) -> str | None:
-    """The safetensors file with the weights at `source` (folder or Hub id), if it is one file.
-
-    Args:
-        options: the keyword arguments of `from_pretrained`.
-    """
-    if source is None or options.get("use_safetensors") is False:
-        return None
-    variant = options.get("variant")
-    return cached_file(
-        source,
-        f"model.{variant}.safetensors" if variant else "model.safetensors",
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **hub_options(options),
-    )
-
-
-def holds_nonzeros(path: str) -> bool:
-    """Whether a safetensors file is in the layout above.
-
-    Raises:
-        ArtifactError: its header is damaged.
-    """
-    return any(name.endswith(PARTS) for name in tensor_shapes(path))
-
-
-def commit_hash(path: str | None) -> str | None:
-    """The commit that a file of the Hub's cache is of; None for any other file."""
-    found = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path or "")
-    return found[1] if found else None
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | CSR]]:
+    """Every weight by its name in `state_dict()`, those of layers that run sparsely as [`CSR`]."""
+    for name, module in model.named_modules():
+        prefix, own = f"{name}." if name else "", {}
+        if not isinstance(module, SparseWeight):
+            module._save_to_state_dict(own, prefix, True)
+        else:
+            own[f"{prefix}weight"] = module.csr
+            if getattr(module, "bias", None) is not None:
+                own[f"{prefix}bias"] = module.bias
+        yield from own.items()
 
 
 @torch.no_grad()
-def encoded_state_dict(
-    model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None
-) -> dict[str, torch.Tensor]:
+def sparse_state_dict(
+    model: nn.Module, state_dict: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The weights in the layout above, on the CPU; layers run sparsely are never made dense.
 
     Args:
         state_dict: what to encode instead of the model's own weights.
     """
-    encoded: dict[str, torch.Tensor] = {}
-    if state_dict is not None:
-        for name, tensor in state_dict.items():
-            encoded.update(_encoded(name, tensor))
-        return encoded
+    encoded: dict[str, Tensor] = {}
     written: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, SparseWeight):
-            if id(module.values) not in written:  # tied layers are written once, as ever
-                written.add(id(module.values))
-                encoded.update(_packed(f"{name}.weight", module.csr))
-            own = {f"{name}.bias": module.bias} if getattr(module, "bias", None) is not None else {}
-        else:
-            own = {}
-            module._save_to_state_dict(own, f"{name}." if name else "", True)
-        for key, tensor in own.items():
-            if id(tensor) not in written:
-                written.add(id(tensor))
-                encoded.update(_encoded(key, tensor.detach()))
+    for name, weight in named_weights(model) if state_dict is None else state_dict.items():
+        identity = id(weight.values if isinstance(weight, CSR) else weight)
+        if identity in written and state_dict is None:
+            continue  # tied layers are written once, as ever
+        written.add(identity)
+        if not isinstance(weight, CSR) and _is_smaller_sparse(weight):
+            weight = CSR.from_dense(weight)
+        if not isinstance(weight, CSR):
+            encoded[name] = weight.detach().cpu().contiguous()
+            continue
+        counts = weight.row_starts.cpu().diff().numpy()
+        columns = weight.columns.cpu().numpy().astype(_smallest_unsigned(weight.shape[1]))
+        largest = int(counts.max(initial=0))
+        encoded[name + VALUES] = weight.values.detach().cpu().contiguous()
+        encoded[name + COLUMNS] = torch.from_numpy(columns)
+        encoded[name + ROW_COUNTS] = torch.from_numpy(
+            counts.astype(_smallest_unsigned(largest + 1))
+        )
     return encoded
 
 
-def _encoded(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    tensor = tensor.detach()
-    if tensor.dim() == 2 and tensor.is_floating_point() and tensor.numel():
-        width = tensor.shape[1]
-        index = _smallest_unsigned(width).itemsize
-        size = int(torch.count_nonzero(tensor)) * (tensor.element_size() + index)
-        if size + len(tensor) * index < tensor.numel() * tensor.element_size():
-            return _packed(name, CSR.from_dense(tensor))
-    return {name: tensor.cpu().contiguous()}
-
-
-def _packed(name: str, csr: CSR) -> dict[str, torch.Tensor]:
-    counts, width = csr.row_starts.cpu().diff().numpy(), csr.shape[1]
-    largest = int(counts.max(initial=0))
-    return {
-        name + VALUES: csr.values.detach().cpu().contiguous(),
-        name + COLUMNS: torch.from_numpy(
-            csr.columns.cpu().numpy().astype(_smallest_unsigned(width))
-        ),
-        name + ROW_COUNTS: torch.from_numpy(counts.astype(_smallest_unsigned(largest + 1))),
-    }
+def _is_smaller_sparse(tensor: Tensor) -> bool:
+    if tensor.dim() != 2 or not tensor.is_floating_point() or not tensor.numel():
+        return False
+    index = _smallest_unsigned(tensor.shape[1]).itemsize
+    size = int(torch.count_nonzero(tensor)) * (tensor.element_size() + index)
+    return size + len(tensor) * index < tensor.numel() * tensor.element_size()
 
 
 def _smallest_unsigned(count: int) -> np.dtype:
@@ -134,24 +235,78 @@ def _smallest_unsigned(count: int) -> np.dtype:
     return next(np.dtype(t) for t in _UNSIGNED if count <= np.iinfo(t).max + 1)
 
 
-def unpack(path: str, name: str, parts: dict[str, torch.Tensor], shape: tuple[int, ...]) -> CSR:
-    """A stored matrix.
+@torch.no_grad()
+def load_nonzeros(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """Load what `save_pretrained(folder, sparse=True)` wrote, in place, while a model is trained.
 
-    Args:
-        path, name: of the file and of the matrix, for the error.
-        parts: its three tensors by their endings.
-        shape: rows and width that the model expects.
+    Parameters stay the objects they are; no matrix is made dense that was not stored dense.
 
     Raises:
-        ArtifactError: a part is missing, of another dtype, or of another length than the others
-            say, or columns are out of range, out of order or repeated.
+        ArtifactError: the file is missing or damaged, or does not fit the model.
     """
+    weights = read_weights(os.path.join(folder, SAFE_WEIGHTS_NAME), model)
+    for name, target in named_weights(model):
+        weight = weights[name]
+        if isinstance(target, CSR):
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            layer.assign(weight if isinstance(weight, CSR) else CSR.from_dense(weight))
+        else:
+            target.copy_(_dense(weight))
+
+
+def read_weights(path: str, model: nn.Module) -> dict[str, Tensor | CSR]:
+    """Every weight of `model` out of a sparse file, tied ones under each of their names.
+
+    A body without its head is read from the file of the whole.
+
+    Raises:
+        ArtifactError: a tensor is damaged, lacking, surplus, or of another dtype or shape than the
+            model's.
+    """
+    expected = {name: tuple(weight.shape) for name, weight in named_weights(model)}
+    stored: dict[str, Any] = {}
+    for name, tensor in read_tensors(path).items():
+        owner, _, ending = name.rpartition(".")
+        if f".{ending}" in PARTS:
+            parts = stored.setdefault(owner, {})
+            if not isinstance(parts, dict):
+                raise ArtifactError(path, f" has {owner[:200]!r} both whole and by its nonzeros.")
+            parts[f".{ending}"] = tensor
+        elif stored.setdefault(name, tensor) is not tensor:
+            raise ArtifactError(path, f" has {name[:200]!r} both whole and by its nonzeros.")
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    is_body = not any(name.startswith(prefix) for name in expected)
+    if is_body and any(name.startswith(prefix) for name in stored):
+        stored = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
+    weights: dict[str, Tensor | CSR] = {}
+    for name, tensor in stored.items():
+        if name not in expected:
+            raise ArtifactError(
+                path, f" has {name[:200]!r}, which this config's model does not have."
+            )
+        if isinstance(tensor, dict):
+            weights[name] = _unpacked(path, name, tensor, expected[name])
+            continue
+        if tuple(tensor.shape) != expected[name] or tensor.dtype not in FLOAT_DTYPES:
+            raise ArtifactError(
+                path,
+                f" has {name!r} of shape {tuple(tensor.shape)} and {tensor.dtype}, but this config "
+                f"needs {expected[name]} and floats.",
+            )
+        weights[name] = tensor
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if target in expected and source in weights:
+            weights.setdefault(target, weights[source])
+    for name in expected.keys() - weights.keys():
+        raise ArtifactError(path, f" lacks {name!r}, which this config's model needs.")
+    return weights
+
+
+def _unpacked(path: str, name: str, parts: dict[str, Tensor], shape: tuple[int, ...]) -> CSR:
+    """A stored matrix, from its three tensors by their endings."""
 
     def refusal(what: str) -> ArtifactError:
-        return ArtifactError(
-            path,
-            f": the sparse tensor {name!r} {what}; the file is damaged, fetch or save it again.",
-        )
+        return ArtifactError(path, f": the sparse tensor {name!r} {what}; {_DAMAGED}.")
 
     if len(shape) != 2:
         raise refusal(f"is stored by its nonzeros, but the model needs the shape {shape}")
@@ -161,9 +316,11 @@ def unpack(path: str, name: str, parts: dict[str, torch.Tensor], shape: tuple[in
         if part is None:
             raise refusal(f"lacks {name}{ending}")
         if part.dim() != 1 or part.dtype not in (FLOAT_DTYPES if ending == VALUES else _INTEGERS):
-            kind = f"{str(part.dtype).removeprefix('torch.')} of shape {tuple(part.shape)}"
-            wanted = "floats" if ending == VALUES else "integers"
-            raise refusal(f"{name}{ending} is {kind}, expected {wanted}, flat")
+            kind = "floats" if ending == VALUES else "integers"
+            raise refusal(
+                f"has {name}{ending} of {part.dtype} and shape {tuple(part.shape)}, expected "
+                f"{kind}, flat"
+            )
     values = parts[VALUES]
     counts = parts[ROW_COUNTS].numpy().astype(np.int64)
     columns = parts[COLUMNS].numpy().astype(np.int64)
@@ -189,106 +346,52 @@ def unpack(path: str, name: str, parts: dict[str, torch.Tensor], shape: tuple[in
     return CSR(row_starts, torch.from_numpy(columns.astype(np.int32)), values, width)
 
 
-def fill_from_sparse_file(
-    model: nn.Module, path: str, dtype: torch.dtype | None, max_density: float
-) -> nn.Module:
-    """Give a model built on the meta device its weights, never making a sparse layer dense.
+def _runs_sparsely(model: nn.Module, name: str, weight: Tensor | CSR) -> bool:
+    """Whether the weight is of a layer that is faster on its nonzeros."""
+    if not isinstance(weight, CSR) or len(weight) > MAX_DENSITY * weight.shape[0] * weight.shape[1]:
+        return False
+    return type(model.get_submodule(name.rpartition(".")[0])) in (nn.Linear, nn.Embedding)
 
-    Linear layers and embeddings stored by their nonzeros are replaced by layers that run on them,
-    unless they have a larger share of nonzeros than `max_density`.
 
-    Args:
-        dtype: what floats are converted to; None leaves them as stored.
+def _replace_layers(model: PreTrainedModel, nonzeros: dict[str, CSR]) -> None:
+    """Put layers that run on `nonzeros` in the place of those on the meta device."""
+    device = next(p.device for p in model.parameters() if p.device.type != "meta")
+    shared: dict[int, CSR] = {}  # tied weights are one object in `nonzeros`
+    for name, csr in nonzeros.items():
+        owner = name.rpartition(".")[0]
+        module = model.get_submodule(owner)
+        if id(csr) not in shared:
+            values = csr.values.to(module.weight.dtype)
+            values = nn.Parameter(values, requires_grad=module.weight.requires_grad)
+            shared[id(csr)] = csr.with_values(values)
+        replace_module(model, owner, sparse_layer(module, shared[id(csr)]).to(device))
+
+
+def _dense(weight: Tensor | CSR) -> Tensor:
+    return weight.to_dense() if isinstance(weight, CSR) else weight
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU.
 
     Raises:
-        ArtifactError: a tensor is damaged, lacking, surplus, or of another dtype or shape than the
-            model's.
+        ArtifactError: the file is damaged or has a dtype that PyTorch lacks.
     """
-    modules = dict(model.named_modules())
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    prefix = f"{model.base_model_prefix}."
-    # A body without its head is filled from the file of the whole.
-    is_body = not any(name.startswith(prefix) for name in expected)
-    stored = _read(path)
-    if is_body and any(name.startswith(prefix) for name in stored):
-        stored = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    dense: dict[str, torch.Tensor] = {}
-    for name, tensor in stored.items():
-        if name not in expected:
-            raise ArtifactError(
-                path, f" has {name[:200]!r}, which this config's model does not have."
-            )
-        if isinstance(tensor, torch.Tensor):
-            if tuple(tensor.shape) != expected[name]:
-                raise ArtifactError(
-                    path,
-                    f" has {name!r} of shape {tuple(tensor.shape)}, but this config needs "
-                    f"{expected[name]}.",
-                )
-            if tensor.dtype not in FLOAT_DTYPES:
-                kind = str(tensor.dtype).removeprefix("torch.")
-                raise ArtifactError(path, f" has {name!r} of dtype {kind}, expected floats.")
-            dense[name] = tensor.to(dtype)
-            continue
-        shape = expected[name]
-        csr = unpack(path, name, tensor, shape)
-        csr = csr.with_values(nn.Parameter(csr.values.to(dtype)))
-        owner = name.removesuffix(".weight")
-        shared: dict[int, nn.Parameter] = {}  # per stored matrix: later ones may reuse its id
-        for target in (owner, *(t.removesuffix(".weight") for t, s in tied.items() if s == name)):
-            module = modules.get(target)
-            if type(module) not in (nn.Embedding, nn.Linear):
-                dense[name] = csr.to_dense().detach()  # as the bigram table, which is no layer
-                continue
-            layer = sparse_layer(module, csr)
-            layer.values.requires_grad_(module.weight.requires_grad)
-            dense_enough = len(csr) > max_density * shape[0] * shape[1]
-            replace_module(model, target, dense_layer(layer, shared) if dense_enough else layer)
-    _assign(model, dense, set(stored), expected, tied, path)
-    return model
+    name = ""
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                tensors[name] = file.get_tensor(name)
+    except TENSOR_ERRORS as error:
+        where = f" at the tensor {name[:80]!r}" if name else ""
+        raise ArtifactError(path, f" is damaged{where} ({error}); {_DAMAGED}.") from error
+    return tensors
 
 
-def _read(path: str) -> dict[str, torch.Tensor | dict[str, torch.Tensor]]:
-    """All tensors of a file; those of one stored matrix together under its name."""
-    whole: dict[str, torch.Tensor] = {}
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in read_tensors(path).items():
-        owner, _, ending = name.rpartition(".")
-        if f".{ending}" in PARTS:
-            parts.setdefault(owner, {})[f".{ending}"] = tensor
-        else:
-            whole[name] = tensor
-    for name in whole.keys() & parts.keys():
-        raise ArtifactError(path, f" has {name[:200]!r} both whole and by its nonzeros.")
-    return {**whole, **parts}
-
-
-def _assign(
-    model: nn.Module,
-    dense: dict[str, torch.Tensor],
-    stored: set[str],
-    expected: dict[str, tuple[int, ...]],
-    tied: dict[str, str],
-    path: str,
-) -> None:
-    """Put the dense tensors in place of the model's meta tensors."""
-    for target, source in tied.items():
-        if target in expected and target not in stored and source in stored:
-            stored = stored | {target}
-            if source in dense:
-                dense[target] = dense[source]
-    for name in expected:
-        if name not in stored:
-            raise ArtifactError(path, f" lacks {name!r}, which this config's model needs.")
-    placed: dict[int, nn.Parameter] = {}
-    for name, tensor in dense.items():
-        owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if attribute in module._buffers:
-            module._buffers[attribute] = tensor
-            continue
-        old = module._parameters[attribute]
-        if id(tensor) not in placed:
-            placed[id(tensor)] = nn.Parameter(tensor, requires_grad=old.requires_grad)
-        module._parameters[attribute] = placed[id(tensor)]
+def _holds_nonzeros(path: str) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(name.endswith(PARTS) for name in file.keys())  # noqa: SIM118
+    except TENSOR_ERRORS as error:
+        raise ArtifactError(path, f" is damaged ({error}); {_DAMAGED}.") from error

@@ -1,9 +1,9 @@
 """The door for files that others made: every JSON value and tensor is checked before it is used.
 
-Whatever is wrong with a file becomes one [`ArtifactError`] that names the file and the field.
+Whatever is wrong with a file becomes one [`ArtifactError`] that names the file and the field. This
+file does not travel to the Hub: models are read by `sparse_checkpoint.py`.
 """
 
-import copy
 import json
 import os
 import re
@@ -12,20 +12,13 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+
+from .configuration_circuitgpt import ArtifactError
+from .sparse_checkpoint import TENSOR_ERRORS
 
 MAX_JSON_BYTES = 64 << 20
-# What weights may be; others cannot be computed with.
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DAMAGED = "copy or download it again"
-
-
-class ArtifactError(ValueError):
-    """A file of an artifact does not hold what it must."""
-
-    def __init__(self, path: str | os.PathLike, problem: str) -> None:
-        self.path = os.fspath(path)
-        super().__init__(f"{self.path}{problem}")
 
 
 class Field:
@@ -181,29 +174,6 @@ def read_json(path: str | os.PathLike) -> Field:
     return Field(content, path)
 
 
-class CheckedConfig:
-    """Beside `PreTrainedConfig`: a wrong file is refused by an [`ArtifactError`] that names it."""
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        content = cls._decode_special_floats(read_json(json_file).value)
-        field = Field(content, json_file)
-        for name in ("dtype", "torch_dtype"):
-            if content.get(name) is not None:
-                field[name].matching("(torch.)?b?float(16|32|64)", "the name of a float dtype")
-        if field.has("model_type"):
-            field["model_type"].line()
-        if content.get("architectures") is not None:
-            for architecture in field["architectures"].elements():
-                architecture.line()
-        try:
-            cls.from_dict(copy.deepcopy(content))
-        except Exception as error:  # transformers raises all kinds on values it does not expect
-            reason = str(error).removeprefix(f"{cls.__name__}: ")
-            raise ArtifactError(json_file, f": {reason:.500}") from error
-        return content
-
-
 def tensor_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a safetensors file, from its header alone.
 
@@ -213,33 +183,8 @@ def tensor_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except _TENSOR_ERRORS as error:
+    except TENSOR_ERRORS as error:
         raise ArtifactError(path, f" is damaged ({error}); {_DAMAGED}.") from error
-
-
-def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, on the CPU.
-
-    Raises:
-        ArtifactError: the file is damaged or has a dtype that PyTorch lacks.
-    """
-    name = ""
-    tensors = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
-                tensors[name] = file.get_tensor(name)
-    except _TENSOR_ERRORS as error:
-        where = f" at the tensor {name[:80]!r}" if name else ""
-        raise ArtifactError(path, f" is damaged{where} ({error}); {_DAMAGED}.") from error
-    return tensors
-
-
-# What safetensors and PyTorch are seen to raise on damaged headers and unknown dtypes.
-_TENSOR_ERRORS = (
-    SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError,
-    OverflowError,
-)  # fmt: skip
 
 
 def check_vector(path: str | os.PathLike, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -16,9 +16,8 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..hub.errors import hub_errors
 from ..modeling.hub_slot import card_of
-from ..modeling.nonzero_checkpoint import load_nonzeros
+from ..modeling.sparse_checkpoint import SparsePreTrainedModel, load_nonzeros
 from ..modeling.sparse_layers import sparse_layers
-from ..modeling.sparse_pretrained import SparsePreTrainedModel
 from ..optim.param_groups import sparse_param_groups
 from ..optim.rcd.distributed import RCDProcessGroup
 from ..optim.rcd.optimizer import RCDSparseOptimizer

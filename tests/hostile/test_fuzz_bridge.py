@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from hf_circuit_sparsity.bridge.checkpoint import adapter_state_dict
 from hf_circuit_sparsity.bridge.modeling_bridge import BridgedCausalLM
-from hf_circuit_sparsity.modeling.validation import ArtifactError
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import ArtifactError
 from tests.circuits.planted import planted_model
 from tests.hostile.harness import fuzz
 from tests.hub_cards.artifacts import bridge

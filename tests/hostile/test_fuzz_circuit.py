@@ -11,8 +11,8 @@ from huggingface_hub import HfApi
 from hf_circuit_sparsity.circuits.ablation import mean_activations
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.task_loss import Calibration
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import ArtifactError
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
-from hf_circuit_sparsity.modeling.validation import ArtifactError
 from tests.circuits.planted import PLANTED_NODES, planted_model, reference_ids
 from tests.hostile.harness import fuzz
 

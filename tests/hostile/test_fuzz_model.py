@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import ArtifactError, CircuitGPTConfig
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
-from hf_circuit_sparsity.modeling.validation import ArtifactError
 from tests.conftest import random_model, sparsify
 from tests.hostile.harness import fuzz
 

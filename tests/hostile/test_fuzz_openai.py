@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_circuit_sparsity import CircuitGPTForCausalLM, tokenizer_from_openai
-from hf_circuit_sparsity.modeling.validation import ArtifactError
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import ArtifactError
 from tests.conftest import FIXTURES
 from tests.hostile.harness import fuzz
 
