@@ -15,7 +15,7 @@ from .task_loss import Calibration, binary_accuracy, binary_loss
 from .task_scores import TaskScore, evaluate_tasks
 from .viewer.plot import plot_circuit
 from .viewer.report import write_report
-from .viewer.settings import ReportConfig
+from .viewer.report_data import ReportConfig
 
 __all__ = [
     "Calibration",

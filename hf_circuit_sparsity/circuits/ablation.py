@@ -1,6 +1,6 @@
 """Mean ablation: fix nodes of a model at their average (Gao et al. 2025, section 2)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -29,6 +29,21 @@ def hooked_sites(model: nn.Module, hooks: Mapping[str, object]) -> Iterator[None
     sites = {**node_sites(model), TOKENS: model.get_input_embeddings()}
     with hooked([(sites[name], hook) for name, hook in hooks.items()]):
         yield
+
+
+@contextmanager
+def recorded_sites(model: nn.Module, sites: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields a dictionary in which every forward pass leaves what the sites put out."""
+    recorded: dict[str, torch.Tensor] = {}
+
+    def recorder(site: str) -> Callable:
+        def hook(module, args, output):
+            recorded[site] = output
+
+        return hook
+
+    with hooked_sites(model, {site: recorder(site) for site in sites}):
+        yield recorded
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ..circuits.circuit_file import PICTURE_NAME
 from ..circuits.task_scores import TaskScore
 from ..circuits.viewer.plot import plot_circuit
 from ..circuits.viewer.report import write_report
-from ..circuits.viewer.settings import ReportConfig
+from ..circuits.viewer.report_data import ReportConfig
 from ..hub.errors import Kind
 from ..hub_cards.circuit_card import circuit_card
 from ..hub_cards.model_card import model_card

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..circuits.circuit import Circuit
 from ..circuits.viewer.report import write_report
-from ..circuits.viewer.settings import ReportConfig
+from ..circuits.viewer.report_data import ReportConfig
 from .console import quiet_libraries, say, table
 from .loading import load_model, model_of, reference_blocks
 

@@ -181,8 +181,10 @@ class BinaryTask:
     def _padded(self, dataset: Dataset) -> dict[str, torch.Tensor]:
         rows = dataset[:]
         length = max(map(len, rows["input_ids"] + rows["counterfactual_input_ids"]))
-        ids, mask = self._pad_left(rows["input_ids"], length)
-        other_ids, other_mask = self._pad_left(rows["counterfactual_input_ids"], length)
+        ids, mask = pad_left(rows["input_ids"], length, self.pad_token_id)
+        other_ids, other_mask = pad_left(
+            rows["counterfactual_input_ids"], length, self.pad_token_id
+        )
         return {
             "input_ids": ids,
             "attention_mask": mask,
@@ -192,13 +194,24 @@ class BinaryTask:
             "counterfactual_target_ids": torch.tensor(rows["counterfactual_target_id"]),
         }
 
-    def _pad_left(self, prompts: list[list[int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = torch.full((len(prompts), length), self.pad_token_id)
-        mask = torch.zeros(len(prompts), length, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, length - len(prompt) :] = torch.tensor(prompt)
-            mask[row, length - len(prompt) :] = 1
-        return ids, mask
+
+def pad_left(
+    sequences: Sequence[Sequence[int]], length: int | None = None, pad_token_id: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask `(n, length)`, int64, of sequences padded on the left.
+
+    Args:
+        sequences: token ids, of any lengths.
+        length: the longest sequence's if not given.
+        pad_token_id: what stands before the shorter ones.
+    """
+    length = max(map(len, sequences)) if length is None else length
+    ids = torch.full((len(sequences), length), pad_token_id)
+    mask = torch.zeros(len(sequences), length, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        ids[row, length - len(sequence) :] = torch.tensor(sequence)
+        mask[row, length - len(sequence) :] = 1
+    return ids, mask
 
 
 class EncodedExample(NamedTuple):

@@ -26,7 +26,7 @@ from hf_circuit_sparsity import (
     tokenizer_from_openai,
 )
 from hf_circuit_sparsity.circuits.task_scores import TaskScore
-from hf_circuit_sparsity.circuits.viewer.settings import ReportConfig
+from hf_circuit_sparsity.circuits.viewer.report_data import ReportConfig
 from hf_circuit_sparsity.cli import main
 from hf_circuit_sparsity.commands import publication
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint

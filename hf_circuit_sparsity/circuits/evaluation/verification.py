@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ...metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
 from ...tasks.adversarial import load_adversarial_tasks
 from ...tasks.binary_task import BinaryTask
-from ..ablation import hooked_sites, mean_ablated
+from ..ablation import hooked_sites, mean_ablated, recorded_sites
 from ..circuit import Circuit
 from ..pruning.config import PruningConfig
 from ..pruning.find import TaskNotLearnedError, check_prompts_fit, find_circuits, jaccard
@@ -295,8 +295,7 @@ class _Suite:
         turned = []
         for rows in torch.arange(len(own["target_ids"])).split(128):
             here, there = ({k: v[rows] for k, v in part.items()} for part in (own, other))
-            seen: dict[str, torch.Tensor] = {}
-            with hooked_sites(self.model, {s: _recorder(seen, s) for s in circuit.nodes}):
+            with recorded_sites(self.model, circuit.nodes) as seen:
                 pair_logits(self.model, there)
             swap = {s: _swapper(seen[s], ids) for s, ids in circuit.nodes.items()}
             with hooked_sites(self.model, swap):
@@ -326,13 +325,6 @@ def _equally_long(task: BinaryTask, count: int) -> tuple[TaskTensors, TaskTensor
     if not len(rows):
         return None
     return {k: v[rows] for k, v in tensors.items()}, {k: v[other[rows]] for k, v in tensors.items()}
-
-
-def _recorder(seen: dict[str, torch.Tensor], site: str) -> Callable:
-    def hook(module, args, output):
-        seen[site] = output
-
-    return hook
 
 
 def _swapper(seen: torch.Tensor, ids: Sequence[int]) -> Callable:

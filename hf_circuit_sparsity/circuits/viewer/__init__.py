@@ -1,11 +1,6 @@
-"""The page of a circuit: one HTML file that needs no network and no server.
+"""The page of a circuit: one HTML file that needs no network and no server; and its picture.
 
-`gathering.py` collects what it shows (`losses.py`, `activations.py`, `attention.py`,
-`embeddings.py`), `page.py` puts that and the files in `assets/` and `vendor/` into one document,
-and `report.py` writes it.
+`report_data.py` collects what the page shows (`measurements.py`, `activations.py`), and `report.py`
+puts that and the files in `assets/` and `vendor/` into one document. `layout.py` says what stands
+where in the graph, `plot.py` draws it for print.
 """
-
-from .report import write_report
-from .settings import ReportConfig
-
-__all__ = ["ReportConfig", "write_report"]

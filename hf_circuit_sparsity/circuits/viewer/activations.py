@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..ablation import hooked_sites
+from ...tasks.binary_task import pad_left
+from ..ablation import recorded_sites
+from ..task_loss import trimmed
 
 BINS = 32
 BEFORE, AFTER = 24, 8
@@ -46,40 +48,23 @@ def record_activations(
         wrap: put around the batches, e.g. a progress bar.
     """
     device = next(model.parameters()).device
-    lengths = [len(sequence) for sequence in sequences]
-    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    values = {site: torch.zeros(starts[-1], len(ids)) for site, ids in nodes.items()}
-    rows: list[int] = []
+    ids, mask = pad_left(sequences)
+    lengths = mask.sum(1)
+    seen = {site: torch.zeros(*ids.shape, len(indices)) for site, indices in nodes.items()}
     # Sequences of like length together: little is computed for padding.
-    order = sorted(range(len(sequences)), key=lengths.__getitem__)
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-    def keeper(site: str) -> Callable:
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            kept = output[..., list(nodes[site])].float().cpu()
-            for row, sequence in enumerate(rows):
-                length = lengths[sequence]
-                start = starts[sequence]
-                values[site][start : start + length] = kept[row, kept.shape[1] - length :]
-
-        return hook
-
+    batches = lengths.argsort(stable=True).split(batch_size)
     # Entered after `within`, so that the hooks see what it left of the activations.
-    with within(), hooked_sites(model, {site: keeper(site) for site in nodes}):
-        for batch in wrap(batches):
-            rows[:] = batch
-            longest = max(lengths[i] for i in batch)
-            ids = torch.zeros(len(batch), longest, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(batch):
-                ids[row, longest - lengths[i] :] = torch.tensor(sequences[i])
-                mask[row, longest - lengths[i] :] = 1
-            model(
-                ids.to(device),
-                attention_mask=None if mask.all() else mask.to(device),
-                use_cache=False,
-                logits_to_keep=1,
-            )
+    with within(), recorded_sites(model, nodes) as recorded:
+        for rows in wrap(batches):
+            batch = trimmed({"input_ids": ids[rows], "attention_mask": mask[rows]})
+            ids_here, mask_here = (part.to(device) for part in batch.values())
+            mask_here = None if mask_here.all() else mask_here
+            model(ids_here, attention_mask=mask_here, use_cache=False, logits_to_keep=1)
+            for site, indices in nodes.items():
+                values_here = recorded[site][..., list(indices)].float().cpu()
+                seen[site][rows, -values_here.shape[1] :] = values_here
+    values = {site: activations[mask.bool()] for site, activations in seen.items()}
+    starts = [0, *lengths.cumsum(0).tolist()]
     return Activations(list(sequences), values, starts)
 
 

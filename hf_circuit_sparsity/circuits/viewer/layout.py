@@ -4,30 +4,27 @@ Computation runs from left to right: tokens, then every site of the model that h
 circuit, then the answers. Queries, keys and values of a layer share a column, head by head.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
 from ..ablation import node_sites
-from ..edges import embedding_edges, unembedding_edges
-
-if TYPE_CHECKING:
-    from ..circuit import Circuit
+from ..circuit import Circuit
+from ..edges import Edge, embedding_edges, unembedding_edges
 
 Key = tuple[str, int]
 """A node's site, or `token` / `answer`, and its index there, or the token's id."""
 
-SITE_WORDS = {
-    "attn.act_in": "reads",
-    "attn.q": "query",
-    "attn.k": "key",
-    "attn.v": "value",
-    "attn.resid_delta": "writes",
-    "mlp.act_in": "reads",
-    "mlp.post_act": "neurons",
-    "mlp.resid_delta": "writes",
+ROLES = {
+    "act_in": "reads",
+    "q": "qkv",
+    "k": "qkv",
+    "v": "qkv",
+    "post_act": "neurons",
+    "resid_delta": "writes",
 }
+"""Last part of a site's name → the role of its column; the graph's ends are tokens and answers."""
 MAX_TOKENS = 14
 HEAD_GAP = 0.9
 """Rows left free between two heads of a column."""
@@ -71,24 +68,32 @@ class LayeredGraph(NamedTuple):
     links: list[GraphLink]
     rows: dict[Key, float]
     """Vertical place of every node in rows, upwards, 0 in the middle of the column."""
+    cut_edges: int
+    """Weights between the nodes that were pruned, and so are not among the links."""
 
 
-def layered_graph(circuit: "Circuit", model: nn.Module) -> LayeredGraph:
+def layered_graph(circuit: Circuit, model: nn.Module) -> LayeredGraph:
     """Lay `circuit` out with the edges that `model`'s weights give it.
 
     Raises:
         ValueError: the circuit was made for another model.
     """
-    links = _links(circuit, model)
-    columns, nodes = _columns(circuit, model)
-    links = [link for link in links if link.source in nodes and link.target in nodes]
-    linked = {end for link in links for end in (link.source, link.target)}
+    circuit.check_model(model)
+    edges, cut = circuit.split_edges(model)
+    embedded = embedding_edges(model, circuit.nodes, deciding_tokens(circuit))
+    unembedded = unembedding_edges(model, circuit.nodes, answer_tokens(circuit))
+    strengths: dict[int, float] = {}
+    for token, _, weight in embedded:
+        strengths[token] = max(strengths.get(token, 0.0), abs(weight))
     # A token that nothing in the circuit reads says nothing.
-    nodes = {key: n for key, n in nodes.items() if key[0] != "token" or key in linked}
-    return LayeredGraph(columns, nodes, links, _rows(nodes, links))
+    tokens = sorted(strengths, key=strengths.__getitem__, reverse=True)[:MAX_TOKENS]
+    columns, nodes = _columns(circuit, model, tokens)
+    links = _links(circuit, list(node_sites(model)), edges, embedded, unembedded)
+    links = [link for link in links if link.source in nodes and link.target in nodes]
+    return LayeredGraph(columns, nodes, links, _rows(nodes, links), len(cut))
 
 
-def deciding_tokens(circuit: "Circuit") -> list[int]:
+def deciding_tokens(circuit: Circuit) -> list[int]:
     """Tokens in which the example and its counterfactual differ; all tokens if none do.
 
     Where tokens were pruned, only those that are kept.
@@ -99,55 +104,54 @@ def deciding_tokens(circuit: "Circuit") -> list[int]:
     return sorted(deciding if circuit.tokens is None else deciding & set(circuit.tokens))
 
 
-def answer_tokens(circuit: "Circuit") -> list[int]:
+def answer_tokens(circuit: Circuit) -> list[int]:
     """The example's right answer and its counterfactual's, as far as the circuit names them."""
     names = ("target_id", "counterfactual_target_id")
     return [circuit.example[name] for name in names if name in circuit.example]
 
 
-def _columns(circuit: "Circuit", model: nn.Module) -> tuple[list[Column], dict[Key, GraphNode]]:
-    sites = list(node_sites(model))  # in the order of computation
-    columns = [Column("", "", "tokens that decide")]
-    nodes: dict[Key, GraphNode] = {}
-    strengths: dict[int, float] = {}
-    for token, _, weight in embedding_edges(model, circuit.nodes, deciding_tokens(circuit)):
-        strengths[token] = max(strengths.get(token, 0.0), abs(weight))
-    for token in sorted(strengths, key=strengths.__getitem__, reverse=True)[:MAX_TOKENS]:
-        nodes["token", token] = GraphNode(0, ("token", token), "token", None)
+def _columns(
+    circuit: Circuit, model: nn.Module, tokens: Sequence[int]
+) -> tuple[list[Column], dict[Key, GraphNode]]:
+    columns = [Column("", "", "tokens")]
+    nodes = {("token", token): GraphNode(0, ("token", token), "token", None) for token in tokens}
     head_width = getattr(getattr(model, "config", None), "head_dim", None)
-    for site in sites:
+    for site in node_sites(model):  # in the order of computation
         if site not in circuit.nodes:
             continue
         _, layer, block, kind = site.split(".")
-        in_head = kind in ("q", "k", "v")
-        role = "query · key · value" if in_head else SITE_WORDS[f"{block}.{kind}"]
-        column = Column(layer, block, role)
+        column = Column(layer, block, ROLES[kind])
         if column != columns[-1]:
             columns.append(column)
         for index in circuit.nodes[site]:
-            head = index // head_width if in_head and head_width else None
+            head = index // head_width if column.role == "qkv" and head_width else None
             nodes[site, index] = GraphNode(len(columns) - 1, (site, index), kind, head)
     for token in answer_tokens(circuit):
         nodes["answer", token] = GraphNode(len(columns), ("answer", token), "token", None)
     return [*columns, Column("", "", "answers")], nodes
 
 
-def _links(circuit: "Circuit", model: nn.Module) -> list[GraphLink]:
+def _links(
+    circuit: Circuit,
+    sites: Sequence[str],
+    edges: Iterable[Edge],
+    embedded: Iterable[tuple[int, int, float]],
+    unembedded: Iterable[tuple[int, int, float]],
+) -> list[GraphLink]:
     links = [
         GraphLink((e.source_site, e.source), (e.target_site, e.target), e.weight, "weight")
-        for e in circuit.edges(model)
+        for e in edges
     ]
-    order = {site: place for place, site in enumerate(node_sites(model))}
     readers = [(s, i) for s, ids in circuit.nodes.items() if s.endswith("act_in") for i in ids]
     writers = [(s, i) for s, ids in circuit.nodes.items() if s.endswith("resid_delta") for i in ids]
     for writer in writers:
         for reader in readers:
-            if reader[1] == writer[1] and order.get(reader[0], 0) > order.get(writer[0], 0):
+            if reader[1] == writer[1] and sites.index(reader[0]) > sites.index(writer[0]):
                 links.append(GraphLink(writer, reader, 0.0, "residual"))
-    for token, channel, weight in embedding_edges(model, circuit.nodes, deciding_tokens(circuit)):
+    for token, channel, weight in embedded:
         source = ("token", token)
         links += [GraphLink(source, r, weight, "embed") for r in readers if r[1] == channel]
-    for channel, token, weight in unembedding_edges(model, circuit.nodes, answer_tokens(circuit)):
+    for channel, token, weight in unembedded:
         target = ("answer", token)
         links += [GraphLink(w, target, weight, "embed") for w in writers if w[1] == channel]
     return links
@@ -159,10 +163,9 @@ def _rows(nodes: dict[Key, GraphNode], links: list[GraphLink]) -> dict[Key, floa
     neighbours: dict[Key, list[Key]] = {key: [] for key in nodes}
     for key, node in nodes.items():
         columns.setdefault(node.column, []).append(key)
-    for source, target, *_ in links:
-        if source in nodes and target in nodes:
-            neighbours[source].append(target)
-            neighbours[target].append(source)
+    for link in links:
+        neighbours[link.source].append(link.target)
+        neighbours[link.target].append(link.source)
     rows: dict[Key, float] = {}
 
     def centre(key: Key) -> float:

@@ -3,14 +3,13 @@
 import os
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import nn
 
-from .layout import GraphLink, GraphNode, Key, LayeredGraph, layered_graph
-
-if TYPE_CHECKING:
-    from ..circuit import Circuit
+from ...files import save_figure
+from ..circuit import Circuit
+from .layout import Column, GraphLink, GraphNode, Key, LayeredGraph, layered_graph
 
 PaperColumn = Literal["single", "double"]
 WIDTHS = {"single": 3.25, "double": 6.75}
@@ -34,7 +33,7 @@ MAX_LABELLED_EDGES = 60
 
 
 def plot_circuit(
-    circuit: "Circuit",
+    circuit: Circuit,
     path: str | os.PathLike,
     model: nn.Module,
     tokenizer: Any = None,
@@ -58,26 +57,10 @@ def plot_circuit(
     """
     if column not in WIDTHS:
         raise ValueError(f'column={column!r} was passed, but it must be "single" or "double".')
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Drawing a circuit needs matplotlib; pip install 'hf-circuit-sparsity[viz]'."
-        ) from error
-    path = Path(path)
     graph = layered_graph(circuit, model)
-
-    # Text stays text in an SVG, so that it can be searched and edited; no date, so that the same
-    # circuit is the same file.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "circuit"}):
-        figure = _draw(Figure, circuit, graph, tokenizer, WIDTHS[column])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(temporary, dpi=300, facecolor="white", metadata=metadata)
-    os.replace(temporary, path)
-    return path
+    return save_figure(
+        path, lambda figure: _draw(figure, circuit, graph, tokenizer, WIDTHS[column])
+    )
 
 
 def token_text(tokenizer: Any, token: int, longest: int = 14) -> str:
@@ -89,7 +72,7 @@ def token_text(tokenizer: Any, token: int, longest: int = 14) -> str:
 
 
 def _draw(
-    figure_class: Any, circuit: "Circuit", graph: LayeredGraph, tokenizer: Any, width: float
+    figure_class: Any, circuit: Circuit, graph: LayeredGraph, tokenizer: Any, width: float
 ) -> Any:
     pitch = (width - 0.1) / len(graph.columns)  # inches from one column to the next
     tallest = max([1.0, *(2 * abs(row) + 1 for row in graph.rows.values())])
@@ -129,13 +112,14 @@ def _draw(
     return figure
 
 
-def _heading(column: Any, pitch: float) -> str:
-    parts = [f"layer {column.layer}", column.block, column.role] if column.layer else [column.role]
-    if pitch < 0.5:
-        return " ".join(parts).replace("query · key · value", "qkv")
-    if pitch < 0.9:
-        parts[-1] = parts[-1].replace("query · key · value", "q · k · v")
-    return "\n".join(parts).replace("tokens that", "tokens\nthat")
+def _heading(column: Column, pitch: float) -> str:
+    words = {
+        "tokens": "tokens that decide" if pitch < 0.5 else "tokens\nthat decide",
+        "qkv": "qkv" if pitch < 0.5 else "q · k · v" if pitch < 0.9 else "query · key · value",
+    }
+    role = words.get(column.role, column.role)
+    parts = [f"layer {column.layer}", column.block, role] if column.layer else [role]
+    return (" " if pitch < 0.5 else "\n").join(parts)
 
 
 def _wrapped(text: str, width: float, size: float) -> str:
@@ -242,7 +226,7 @@ def _draw_node(
     )  # fmt: skip
 
 
-def _facts(circuit: "Circuit", graph: LayeredGraph) -> str:
+def _facts(circuit: Circuit, graph: LayeredGraph) -> str:
     edges = sum(link.kind == "weight" for link in graph.links)
     facts = [f"{len(circuit)} nodes", f"{edges} edges"]
     for name, words in (
@@ -255,7 +239,7 @@ def _facts(circuit: "Circuit", graph: LayeredGraph) -> str:
     return f"{circuit.task}: {', '.join(facts)}"
 
 
-def _caption(circuit: "Circuit") -> list[str]:
+def _caption(circuit: Circuit) -> list[str]:
     lines = []
     example = circuit.example
     if all(name in example for name in ("prompt", "target", "counterfactual_target")):

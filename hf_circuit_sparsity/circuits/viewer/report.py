@@ -1,24 +1,32 @@
-"""Checks what a page is asked of, and writes it."""
+"""One self-contained HTML document out of the files in `assets/`, the library and the data.
 
+The data come from a model, its tokenizer and a circuit that others may have made, so nothing of
+them is ever HTML: they are JSON in a block that is not executed, the script inserts them as text,
+and the page's policy runs no script but the two whose hashes it names, and loads nothing.
+"""
+
+import base64
+import hashlib
 import os
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from jinja2 import Environment
 from torch import nn
 
+from ...files import replacing
 from ...tasks.binary_task import BinaryTask
-from ...tasks.load import list_tasks, load_task
+from ..circuit import Circuit
 from ..reference_tokens import ReferenceTokens
-from .gathering import Gathering, shortened
-from .page import render_page
-from .settings import ReportConfig
+from .report_data import ReportConfig, report_data
 
-if TYPE_CHECKING:
-    from ..circuit import Circuit
+SCRIPTS = ("dom", "data", "charts", "graph", "details", "sections", "main")
+"""Parts of the page's script, in their order; each may use what those before it define."""
 
 
 def write_report(
-    circuit: "Circuit",
+    circuit: Circuit,
     path: str | os.PathLike,
     model: nn.Module,
     tokenizer: Any,
@@ -50,56 +58,48 @@ def write_report(
         ValueError: an empty circuit, one of another model, or of a task that is not built in and
             was not passed.
     """
-    path = Path(path)
     data = report_data(
         circuit, model, tokenizer, task=task, reference=reference, config=config, progress=progress
     )
     page = render_page(data)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return Path(path)
 
 
-def report_data(
-    circuit: "Circuit",
-    model: nn.Module,
-    tokenizer: Any,
-    *,
-    task: BinaryTask | None = None,
-    reference: ReferenceTokens = None,
-    config: ReportConfig | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """All that the page of a circuit shows, as plain values for JSON."""
-    config = config or ReportConfig()
-    circuit.check_model(model)
-    if not len(circuit):
-        raise ValueError(
-            f"The circuit for {circuit.task!r} has no nodes, so there is nothing to show; find one "
-            "with find_circuit."
-        )
-    was_training = model.training
-    model.eval()
-    try:
-        if task is None:
-            task = _task_of(circuit, model, tokenizer, config.seed)
-        return Gathering(circuit, model, tokenizer, task, config, progress).run(reference)
-    finally:
-        model.train(was_training)
+def render_page(data: dict[str, Any]) -> str:
+    """The HTML document that shows `data`, as [`report_data`] makes it.
 
-
-def _task_of(circuit: "Circuit", model: nn.Module, tokenizer: Any, seed: int) -> BinaryTask:
-    """The built-in task, with the prompts that the circuit was found and checked with."""
-    if circuit.task not in list_tasks():
-        raise ValueError(
-            f"The circuit is for {shortened(circuit.task, 80)!r}, which is not a built-in task; "
-            "pass the task it was found with as task=."
-        )
-    found_with = circuit.config.get("seed")
-    if type(found_with) is int:
-        seed = found_with
-    return load_task(
-        circuit.task, tokenizer, seed=seed, max_length=model.config.max_position_embeddings
+    Raises:
+        ValueError: a number is not finite.
+    """
+    library = _read("vendor/d3/d3.min.js")
+    parts = "\n".join(_read(f"assets/{name}.js") for name in SCRIPTS)
+    script = f'(() => {{\n"use strict";\n{parts}\n}})();\n'
+    style = _read("assets/style.css")
+    policy = "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src {_hash(library)} {_hash(script)}",
+            f"style-src {_hash(style)}",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
     )
+    environment = Environment(autoescape=True)
+    # Pure ASCII: a damaged tokenizer may give halves of surrogate pairs, which are no UTF-8.
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    page = environment.from_string(_read("assets/page.html")).render(
+        policy=policy, style=style, library=library, script=script, data=data
+    )
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _read(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(content: str) -> str:
+    digest = hashlib.sha256(content.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"

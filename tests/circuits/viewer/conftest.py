@@ -10,8 +10,7 @@ import pytest
 
 from hf_circuit_sparsity.circuits.ablation import mean_activations
 from hf_circuit_sparsity.circuits.circuit import Circuit
-from hf_circuit_sparsity.circuits.viewer.report import report_data
-from hf_circuit_sparsity.circuits.viewer.settings import ReportConfig
+from hf_circuit_sparsity.circuits.viewer.report_data import ReportConfig, report_data
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from tests.circuits.planted import (
     PLANTED_NODES,

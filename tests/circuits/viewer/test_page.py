@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from hf_circuit_sparsity.circuits.viewer.page import render_page
+from hf_circuit_sparsity.circuits.viewer.report import render_page
 
 NEURON = "Neuron 7, layer 1, MLP"
 

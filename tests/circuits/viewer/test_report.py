@@ -15,12 +15,14 @@ from hf_circuit_sparsity.circuits.viewer.activations import (
     histogram,
     record_activations,
 )
-from hf_circuit_sparsity.circuits.viewer.attention import attention_patterns
-from hf_circuit_sparsity.circuits.viewer.embeddings import channel_embeddings
-from hf_circuit_sparsity.circuits.viewer.losses import curve_sizes, node_effects
-from hf_circuit_sparsity.circuits.viewer.page import json_for_html, render_page
-from hf_circuit_sparsity.circuits.viewer.report import report_data, write_report
-from hf_circuit_sparsity.circuits.viewer.settings import ReportConfig
+from hf_circuit_sparsity.circuits.viewer.measurements import (
+    attention_patterns,
+    channel_embeddings,
+    curve_sizes,
+    node_effects,
+)
+from hf_circuit_sparsity.circuits.viewer.report import render_page, write_report
+from hf_circuit_sparsity.circuits.viewer.report_data import ReportConfig, report_data
 from tests.circuits.planted import NO, ON, YES, planted_model, reference_ids
 from tests.circuits.viewer.conftest import SMALL
 from tests.conftest import random_model
@@ -199,14 +201,16 @@ def test_bad_input_is_one_sentence_and_writes_nothing(planted, tmp_path):
     assert not page.exists()
 
 
-def test_json_cannot_leave_its_element():
-    hostile = {"a": "</script><script>alert(1)</script><!-- & \u2028\u2029 \ud800", "b": '"\\'}
-    text = json_for_html(hostile)
-    assert not re.search(r"[<>&\u2028\u2029]", text)
-    assert json.loads(text)["b"] == hostile["b"]
-    assert json.loads(text)["a"].startswith("</script><script>alert(1)")
+def test_data_cannot_leave_its_element():
+    text = "</title></script><script>alert(1)</script><!-- & \u2028\u2029 \ud800 '\"\\ {{ style }}"
+    page = render_page({"task": text})
+    element = re.search(r'id="data">(.*?)</script>', page, flags=re.DOTALL)[1]
+    assert not re.search(r"[<>&'\u2028\u2029]", element)
+    assert json.loads(element) == {"task": text}
+    assert "alert" not in page.replace(element, "").replace("&lt;script&gt;alert", "")
+    page.encode("utf-8")
     with pytest.raises(ValueError, match="JSON"):
-        json_for_html({"a": float("nan")})
+        render_page({"task": "", "a": float("nan")})
 
 
 def test_the_library_comes_with_its_licence():

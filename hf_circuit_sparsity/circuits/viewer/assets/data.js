@@ -25,6 +25,8 @@ const tokenLabel = (id, longest = 10) => clip(visible(tokenText(id)), longest);
 const WORDS = {
   act_in: "channel", q: "query", k: "key", v: "value", post_act: "neuron", resid_delta: "channel",
 };
+const ROLES = { tokens: "tokens that decide", qkv: "query · key · value" };
+const roleName = (column) => ROLES[column.role] ?? column.role;
 const BLOCKS = { attn: "attention", mlp: "MLP" };
 
 function nodeLabel(node) {

@@ -83,7 +83,7 @@ const graph = (() => {
         below.append("rect").attr("class", "band").attr("rx", 10).attr("x", box.x)
           .attr("y", from).attr("width", box.width).attr("height", to - from);
         layer.append("text").attr("class", "band-name").attr("x", box.x + 8).attr("y", from + 16)
-          .text(`${name}: ${data.columns[band.from].role}`);
+          .text(`${name}: ${roleName(data.columns[band.from])}`);
       } else {
         below.append("rect").attr("class", "band").attr("rx", 12).attr("x", from)
           .attr("y", box.y + 2).attr("width", to - from).attr("height", box.height - 4);
@@ -93,8 +93,8 @@ const graph = (() => {
     }
     data.columns.forEach((column, i) => {
       const text = layer.append("text").attr("class", "column-name");
-      const role = column.role === "query · key · value" && along < 140 && !vertical
-        ? "q · k · v" : column.role;
+      const role = column.role === "qkv" && along < 140 && !vertical
+        ? "q · k · v" : roleName(column);
       if (vertical) {
         // The first of a band stands beside its name.
         const first = bands().some((band) => band.from === i);

@@ -1,32 +1,32 @@
-"""Gathers everything a page shows about one circuit, as plain values for JSON."""
+"""Everything a page shows about one circuit, measured and put into plain values for JSON."""
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from ...tasks.binary_task import BinaryTask
+from ...tasks.load import list_tasks, load_task
+from ..circuit import Circuit
 from ..reference_tokens import ReferenceTokens, reference_input_ids
-from .activations import Activations, extreme_examples, histogram, record_activations
-from .attention import attention_patterns
-from .embeddings import channel_embeddings
+from .activations import Activations, Example, extreme_examples, histogram, record_activations
 from .layout import Key, LayeredGraph, layered_graph
-from .losses import (
+from .measurements import (
+    attention_patterns,
     before_and_after,
+    channel_embeddings,
     curve_sizes,
     nested_losses,
     node_effects,
     other_nodes,
     ranked_nodes,
 )
-from .settings import ReportConfig
-
-if TYPE_CHECKING:
-    from ..circuit import Circuit
 
 PATTERN_TOKENS = 48
 """Tokens of a prompt, its last, whose attention is shown."""
@@ -34,7 +34,73 @@ LONGEST_TOKEN = 60
 LONGEST_TEXT = 600
 
 
-def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
+@dataclass(frozen=True)
+class ReportConfig:
+    """Sizes of the samples behind a page, and of what it shows of them."""
+
+    prompts: int = 512
+    """Held-out prompts on which losses, ablation effects and activations are measured; all of a
+    built-in task's, so that the losses are those that `find_circuit` reports."""
+    calibration_prompts: int = 256
+    """Training prompts on which the logits of every smaller or larger circuit are calibrated."""
+    text_tokens: int = 16384
+    """Tokens of pretraining text over which activations are taken."""
+    examples: int = 5
+    """Examples shown at either end of a node's activations."""
+    seed: int = 0
+    """Of the choice of prompts; and of the task, where none is passed and the circuit names no
+    seed of its own."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "calibration_prompts", "text_tokens", "examples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} was passed, but it must be ≥ 1.")
+
+
+def report_data(
+    circuit: Circuit,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    task: BinaryTask | None = None,
+    reference: ReferenceTokens = None,
+    config: ReportConfig | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """All that the page of a circuit shows, as plain values; arguments as of [`write_report`]."""
+    config = config or ReportConfig()
+    circuit.check_model(model)
+    if not len(circuit):
+        raise ValueError(
+            f"The circuit for {circuit.task!r} has no nodes, so there is nothing to show; find one "
+            "with find_circuit."
+        )
+    was_training = model.training
+    model.eval()
+    try:
+        task = task or _task_of(circuit, model, tokenizer, config.seed)
+        return _Report(circuit, model, tokenizer, task, config, progress).data(reference)
+    finally:
+        model.train(was_training)
+
+
+def _task_of(circuit: Circuit, model: nn.Module, tokenizer: Any, seed: int) -> BinaryTask:
+    """The built-in task, with the prompts that the circuit was found and checked with."""
+    if circuit.task not in list_tasks():
+        raise ValueError(
+            f"The circuit is for {_shortened(circuit.task, 80)!r}, which is not a built-in task; "
+            "pass the task it was found with as task=."
+        )
+    stored = circuit.config.get("seed")
+    return load_task(
+        circuit.task,
+        tokenizer,
+        seed=stored if type(stored) is int else seed,
+        max_length=model.config.max_position_embeddings,
+    )
+
+
+def _shortened(text: str, longest: int = LONGEST_TEXT) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
@@ -43,12 +109,12 @@ def _number(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-class Gathering:
-    """One report in the making: its samples, and the tokens it has to name."""
+class _Report:
+    """One report in the making: its samples, and the tokens and sequences it shows."""
 
     def __init__(
         self,
-        circuit: "Circuit",
+        circuit: Circuit,
         model: nn.Module,
         tokenizer: Any,
         task: BinaryTask,
@@ -57,9 +123,12 @@ class Gathering:
     ):
         self.circuit, self.model, self.tokenizer = circuit, model, tokenizer
         self.task, self.config, self.progress = task, config, progress
-        self.token_ids: set[int] = set()
         self.test_rows = self._sample(len(task.test))
         self.test = self._tensors("test", self.test_rows)
+        self.prompt_pair = self._prompt_pair()
+        self.token_ids: set[int] = set()
+        # By distribution: sequences that some example shows → their numbers on the page.
+        self.sequences: dict[str, dict[int, int]] = {"task": {}, "text": {}}
 
     def _sample(self, rows: int) -> list[int]:
         order = list(range(rows))
@@ -74,21 +143,21 @@ class Gathering:
             items, desc=what, disable=not self.progress, leave=False, dynamic_ncols=True
         )
 
-    def run(self, reference: ReferenceTokens) -> dict[str, Any]:
-        runs = before_and_after(self.circuit, self.model, self.test)
+    def data(self, reference: ReferenceTokens) -> dict[str, Any]:
+        circuit, model = self.circuit, self.model
+        runs = before_and_after(circuit, model, self.test)
         for name, run in runs.items():
             if not math.isfinite(run.loss):
                 raise ValueError(
                     f"The task loss of the run {name!r} is {run.loss}, so there is nothing to "
                     "measure; the model's weights or the circuit's means are damaged."
                 )
-        graph = layered_graph(self.circuit, self.model)
+        graph = layered_graph(circuit, model)
         keys = [key for key, node in graph.nodes.items() if node.kind != "token"]
-        effects = node_effects(
-            self.circuit, self.model, self.test, self._bar("ablating nodes")(keys)
-        )
-        order = ranked_nodes(self.circuit, effects)
+        effects = node_effects(circuit, model, self.test, self._bar("ablating nodes")(keys))
+        order = ranked_nodes(circuit, effects)
         activations = self._activations(reference)
+        places = {key: place for place, key in enumerate(graph.nodes)}
         data = {
             **self._facts(graph),
             "losses": {
@@ -97,80 +166,76 @@ class Gathering:
             },
             "columns": [column._asdict() for column in graph.columns],
             "nodes": [self._node(graph, key, effects, order, activations) for key in graph.nodes],
-            "links": self._links(graph),
+            "links": [
+                [places[link.source], places[link.target], _number(link.weight), link.kind]
+                for link in graph.links
+            ],
             "heads": self._heads(graph),
             "curve": self._curve(order, runs["circuit"].loss),
             "channels": self._channels(),
-            "sequences": [[ids for ids in recorded.input_ids] for recorded in activations.values()],
+            "sequences": {
+                name: [activations[name].input_ids[sequence] for sequence in numbers]
+                for name, numbers in self.sequences.items()
+            },
         }
-        self._keep_shown_sequences(data)
         data["tokens"] = {
-            str(token): shortened(self.tokenizer.decode([token]), LONGEST_TOKEN)
+            str(token): _shortened(self.tokenizer.decode([token]), LONGEST_TOKEN)
             for token in sorted(self.token_ids)
         }
         return data
 
     def _facts(self, graph: LayeredGraph) -> dict[str, Any]:
         circuit = self.circuit
+        for side in self.prompt_pair:
+            self.token_ids |= {*side["ids"], side["target"], side["other"]}
         return {
-            "task": shortened(circuit.task),
-            "description": shortened(self.task.description),
-            "model": shortened(circuit.model_name),
-            "fingerprint": shortened(circuit.model_fingerprint),
-            "example": self._example(),
+            "task": _shortened(circuit.task),
+            "description": _shortened(self.task.description),
+            "model": _shortened(circuit.model_name),
+            "fingerprint": _shortened(circuit.model_fingerprint),
+            "example": self.prompt_pair,
             "size": {
                 "nodes": len(circuit),
                 "modelNodes": sum(len(mean) for mean in circuit.means.values()),
                 "edges": sum(link.kind == "weight" for link in graph.links),
-                "cutEdges": len(circuit.split_edges(self.model)[1]),
+                "cutEdges": graph.cut_edges,
                 "layers": self.model.config.n_layer,
                 "width": self.model.config.d_model,
             },
             "samples": {"prompts": len(self.test_rows), "seed": self.config.seed},
             "checks": {
-                shortened(name, 40): {key: _number(value) for key, value in check.items()}
+                _shortened(name, 40): {key: _number(value) for key, value in check.items()}
                 for name, check in circuit.verification.items()
             },
             "ranking": "mask score" if circuit.scores else "ablation effect",
         }
 
     def _prompt_pair(self) -> list[dict[str, Any]]:
-        """The circuit's own example and its counterfactual, or the task's first."""
-        row = {**self.task.test[0], **self._own_example()}
-        sides = []
-        for prefix, other in (("", "counterfactual_"), ("counterfactual_", "")):
-            ids = row["counterfactual_input_ids" if prefix else "input_ids"]
-            sides.append(
-                {
-                    "ids": [int(i) for i in ids],
-                    "target": int(row[f"{prefix}target_id"]),
-                    "other": int(row[f"{other}target_id"]),
-                }
-            )
-        return sides
-
-    def _own_example(self) -> dict[str, Any]:
+        """The circuit's own example and its counterfactual; the task's first if it has none."""
         example = self.circuit.example
-        names = ("token_ids", "counterfactual_token_ids", "target_id", "counterfactual_target_id")
-        if not all(example.get(name) for name in names[:2]) or not set(names) <= set(example):
-            return {}
-        own = {name: example[name] for name in names[2:]}
-        own["input_ids"], own["counterfactual_input_ids"] = (example[n] for n in names[:2])
-        return own
-
-    def _example(self) -> list[dict[str, Any]]:
-        sides = self._prompt_pair()
-        for side in sides:
-            self.token_ids |= {*side["ids"], side["target"], side["other"]}
-        return sides
+        names = {
+            f"{prefix}{name}": f"{prefix}{column}"
+            for prefix in ("", "counterfactual_")
+            for name, column in (("token_ids", "input_ids"), ("target_id", "target_id"))
+        }
+        row = self.task.test[0]
+        if set(names) <= set(example) and all(example[n] for n in names if n.endswith("token_ids")):
+            row = {column: example[name] for name, column in names.items()}
+        return [
+            {
+                "ids": [int(i) for i in row[f"{prefix}input_ids"]],
+                "target": int(row[f"{prefix}target_id"]),
+                "other": int(row[f"{other}target_id"]),
+            }
+            for prefix, other in (("", "counterfactual_"), ("counterfactual_", ""))
+        ]
 
     def _activations(self, reference: ReferenceTokens) -> dict[str, Activations]:
         """On the task with the circuit alone, on pretraining text with the whole model."""
         nodes = self.circuit.nodes
-        rows = self.task.test["input_ids"]
-        prompts = [[int(i) for i in rows[row]] for row in self.test_rows]
+        prompts = [list(ids) for ids in self.task.test[self.test_rows]["input_ids"]]
         text = reference_input_ids(
-            self.model, self.tokenizer, reference, self.config.text_tokens
+            self.model, self.tokenizer, reference, self.config.text_tokens, self.progress
         ).tolist()
         return {
             "task": record_activations(
@@ -189,9 +254,9 @@ class Gathering:
         self,
         graph: LayeredGraph,
         key: Key,
-        effects: dict[Key, float],
+        effects: Mapping[Key, float],
         order: list[Key],
-        activations: dict[str, Activations],
+        activations: Mapping[str, Activations],
     ) -> dict[str, Any]:
         node = graph.nodes[key]
         site, index = key
@@ -214,7 +279,7 @@ class Gathering:
         low = min(column.min().item() for column in columns.values())
         high = max(column.max().item() for column in columns.values())
         mean = self.circuit.means[site][index].item()
-        shown |= {
+        return shown | {
             "effect": _number(effects[key]),
             "rank": order.index(key),
             "mean": _number(mean),
@@ -224,8 +289,8 @@ class Gathering:
             "examples": {
                 name: {
                     end: [
-                        [e.sequence, e.start, e.at, [_number(v) for v in e.values]]
-                        for e in extreme_examples(
+                        self._example(name, recorded, example)
+                        for example in extreme_examples(
                             recorded, site, place, mean, self.config.examples, sign
                         )
                     ]
@@ -234,14 +299,13 @@ class Gathering:
                 for name, recorded in activations.items()
             },
         }
-        return shown
 
-    def _links(self, graph: LayeredGraph) -> list[list[Any]]:
-        places = {key: place for place, key in enumerate(graph.nodes)}
-        return [
-            [places[link.source], places[link.target], _number(link.weight), link.kind]
-            for link in graph.links
-        ]
+    def _example(self, name: str, recorded: Activations, example: Example) -> list[Any]:
+        numbers = self.sequences[name]
+        number = numbers.setdefault(example.sequence, len(numbers))
+        stop = example.start + len(example.values)
+        self.token_ids.update(recorded.input_ids[example.sequence][example.start : stop])
+        return [number, example.start, example.at, [_number(v) for v in example.values]]
 
     def _heads(self, graph: LayeredGraph) -> dict[str, Any]:
         """Patterns of every head with a node in the circuit, on two pairs of prompts."""
@@ -254,9 +318,8 @@ class Gathering:
         )
         if not heads:
             return {"prompts": [], "heads": []}
-        prompts = [side["ids"] for side in self._prompt_pair()]
-        for row in self.test_rows[:2]:
-            prompts.append([int(i) for i in self.task.test[row]["input_ids"]])
+        prompts = [side["ids"] for side in self.prompt_pair]
+        prompts += [list(ids) for ids in self.task.test[self.test_rows[:2]]["input_ids"]]
         prompts = [p for i, p in enumerate(prompts) if p not in prompts[:i]]
         layers = sorted({layer for layer, _ in heads})
         patterns: dict[tuple[int, int], dict[str, list]] = {
@@ -265,18 +328,16 @@ class Gathering:
         for ids in prompts:
             for run, within in (
                 ("circuit", lambda: self.circuit.apply(self.model)),
-                ("model", None),
+                ("model", nullcontext),
             ):
-                arguments = (self.model, ids, layers, *([within] if within else []))
-                found = attention_patterns(*arguments)
+                weights = attention_patterns(self.model, ids, layers, within)
                 for layer, head in heads:
-                    square = found[layer][head][-PATTERN_TOKENS:, -PATTERN_TOKENS:]
+                    square = weights[layer][head][-PATTERN_TOKENS:, -PATTERN_TOKENS:]
                     # Per mille, and only what causality allows.
                     lower = [(1000 * row[: i + 1]).round().int() for i, row in enumerate(square)]
                     patterns[layer, head][run].append(torch.cat(lower).tolist())
         shown = [ids[-PATTERN_TOKENS:] for ids in prompts]
-        for ids in shown:
-            self.token_ids.update(ids)
+        self.token_ids.update(*shown)
         return {
             "prompts": shown,
             "heads": [
@@ -293,8 +354,8 @@ class Gathering:
 
         def losses(nodes: list[Key], at: list[int], what: str) -> list[float]:
             bar = self._bar(what)(at)
-            found = nested_losses(self.circuit, self.model, nodes, bar, train, self.test)
-            return [_number(loss) for loss in found]
+            measured = nested_losses(self.circuit, self.model, nodes, bar, train, self.test)
+            return [_number(loss) for loss in measured]
 
         curve = {
             "sizes": sizes,
@@ -325,21 +386,3 @@ class Gathering:
             if "position" in entry:
                 entry["position"] = [_number(w) for w in entry["position"]]
         return channels
-
-    def _keep_shown_sequences(self, data: dict[str, Any]) -> None:
-        """Only stretches of sequences that some example shows go into the page."""
-        shown: dict[str, dict[int, int]] = {"task": {}, "text": {}}
-        stored: dict[str, list[list[int]]] = {"task": [], "text": []}
-        all_sequences = dict(zip(("task", "text"), data["sequences"], strict=True))
-        for node in data["nodes"]:
-            for name, ends in node.get("examples", {}).items():
-                for examples in ends.values():
-                    for example in examples:
-                        sequence, start, _, values = example
-                        if sequence not in shown[name]:
-                            shown[name][sequence] = len(stored[name])
-                            stored[name].append(all_sequences[name][sequence])
-                        example[0] = shown[name][sequence]
-                        ids = all_sequences[name][sequence][start : start + len(values)]
-                        self.token_ids.update(ids)
-        data["sequences"] = stored

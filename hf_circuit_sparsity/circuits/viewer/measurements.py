@@ -1,0 +1,224 @@
+"""What a page shows of a circuit's parts: their effects, smaller circuits, attention, channels."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ...modeling.modeling_circuitgpt import eager_attention_forward
+from ..ablation import ablation_hook, hooked_sites, mean_ablated, recorded_sites
+from ..circuit import Circuit
+from ..task_loss import TaskTensors, all_pair_logits, binary_accuracy, binary_loss, fit_calibration
+from .layout import Key
+
+TOKENS_SHOWN = 10
+
+
+class LossAndAccuracy(NamedTuple):
+    """Mean cross-entropy on the two candidates in nats, and the share of right answers."""
+
+    loss: float
+    accuracy: float
+
+
+def before_and_after(
+    circuit: Circuit, model: nn.Module, tensors: TaskTensors
+) -> dict[str, LossAndAccuracy]:
+    """Loss of the whole `model`, of the `circuit` alone, and of the model `without` it."""
+    runs = {"model": all_pair_logits(model, tensors)}
+    with circuit.apply(model):
+        runs["circuit"] = all_pair_logits(model, tensors)
+    with circuit.apply(model, inverse=True):
+        runs["without"] = all_pair_logits(model, tensors)
+    return {
+        name: LossAndAccuracy(binary_loss(pairs).item(), binary_accuracy(pairs))
+        for name, pairs in runs.items()
+    }
+
+
+def node_effects(
+    circuit: Circuit, model: nn.Module, tensors: TaskTensors, nodes: Iterable[Key]
+) -> dict[Key, float]:
+    """By how much the circuit's task loss rises, in nats, when a node of it is mean-ablated too.
+
+    Each node is ablated alone, the calibration stays the circuit's.
+
+    Args:
+        nodes: those of the circuit to measure; a progress bar may be wrapped around them.
+    """
+    effects = {}
+    with circuit.apply(model):
+        whole = binary_loss(all_pair_logits(model, tensors)).item()
+        for site, index in nodes:
+            mean = circuit.means[site]
+            keep = torch.arange(len(mean)) != index
+            with hooked_sites(model, {site: ablation_hook(keep, mean)}):
+                effects[site, index] = binary_loss(all_pair_logits(model, tensors)).item() - whole
+    return effects
+
+
+def ranked_nodes(circuit: Circuit, effects: dict[Key, float]) -> list[Key]:
+    """The circuit's nodes, highest mask score first; by ablation effect where none was learned."""
+
+    def worth(node: Key) -> float:
+        site, index = node
+        return circuit.scores[site][index].item() if circuit.scores else effects[node]
+
+    return sorted(effects, key=worth, reverse=True)
+
+
+def other_nodes(circuit: Circuit) -> list[Key]:
+    """The model's nodes outside the circuit, highest mask score first; in order without scores."""
+    masks = circuit.masks()
+    others = [
+        (site, index) for site, mask in masks.items() for index in (~mask).nonzero()[:, 0].tolist()
+    ]
+    if circuit.scores:
+        scores = {site: score.tolist() for site, score in circuit.scores.items()}
+        others.sort(key=lambda node: scores[node[0]][node[1]], reverse=True)
+    return others
+
+
+def curve_sizes(circuit_size: int, model_size: int, inside: int = 25, beyond: int = 8) -> list[int]:
+    """Sizes to measure: evenly up to the circuit's, then in even ratios up to the whole model."""
+    small = torch.linspace(0, circuit_size, min(circuit_size + 1, inside)).round().long().tolist()
+    ratio = (model_size / max(1, circuit_size)) ** (1 / beyond)
+    large = [round(circuit_size * ratio**step) for step in range(1, beyond + 1)]
+    return sorted({*small, *(size for size in large if circuit_size < size <= model_size)})
+
+
+def nested_losses(
+    circuit: Circuit,
+    model: nn.Module,
+    order: Sequence[Key],
+    sizes: Iterable[int],
+    train: TaskTensors,
+    test: TaskTensors,
+) -> list[float]:
+    """Task loss in nats of the first `size` nodes of `order` alone, for every size.
+
+    As in the search for a circuit, every size has a scale and shift of its logits fitted, on
+    `train`; the loss is on `test`. Weights and tokens that the circuit does without are cut up to
+    its own size, and not beyond.
+    """
+    losses = []
+    for size in sizes:
+        masks = {site: torch.zeros_like(mask) for site, mask in circuit.masks().items()}
+        for site, index in order[:size]:
+            masks[site][index] = True
+        within = size <= len(circuit)
+        cuts = circuit.apply(model, calibrated=False) if within else nullcontext()
+        with cuts, mean_ablated(model, masks, circuit.means):
+            fitted = fit_calibration(all_pair_logits(model, train), train)
+            pairs = all_pair_logits(model, test)
+        losses.append(binary_loss(fitted.pairs(pairs, test)).item())
+    return losses
+
+
+@torch.no_grad()
+def attention_patterns(
+    model: nn.Module,
+    token_ids: Sequence[int],
+    layers: Sequence[int],
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> dict[int, torch.Tensor]:
+    """Attention weights of some layers on one sequence.
+
+    They are computed from the recorded queries and keys, so that the model runs with whatever
+    attention kernel it has.
+
+    Args:
+        model: a `CircuitGPTForCausalLM`.
+        token_ids: one sequence.
+        layers: whose.
+        within: made and entered around the run, e.g. to run on a circuit alone.
+
+    Returns:
+        Layer → `(heads, tokens, tokens)`, by query and then key. A row sums to less than 1 where
+        the head has a sink.
+    """
+    sites = [f"h.{layer}.attn.{part}" for layer in layers for part in "qk"]
+    ids = torch.tensor([list(token_ids)], device=next(model.parameters()).device)
+    with within(), recorded_sites(model, sites) as recorded:
+        model(ids, use_cache=False, logits_to_keep=1)
+    length = ids.shape[1]
+    future = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
+    patterns = {}
+    for layer in layers:
+        attn = model.transformer.h[layer].attn
+        query, key = (
+            recorded[f"h.{layer}.attn.{part}"].view(1, length, -1, attn.head_dim).transpose(1, 2)
+            for part in "qk"
+        )
+        mask = torch.zeros(length, length, dtype=query.dtype, device=ids.device)
+        sink = None if attn.attn_imp is None else attn.attn_imp.sink_logit
+        _, weights = eager_attention_forward(
+            attn, query, key, torch.zeros_like(key), mask.masked_fill(future, -torch.inf),
+            attn.scaling, s_aux=sink,
+        )  # fmt: skip
+        patterns[layer] = weights[0].float().cpu()
+    return patterns
+
+
+def channel_embeddings(
+    model: nn.Module, nodes: Mapping[str, Sequence[int]]
+) -> list[dict[str, Any]]:
+    """Embedding, position and unembedding weights of every residual channel of a circuit.
+
+    Args:
+        model: a `CircuitGPTForCausalLM`.
+        nodes: site → indices, of the circuit.
+
+    Returns:
+        One entry per channel: `channel`; `reads` and `writes`, the sites with a node on it; and,
+        each only if not all zero, `embed` and `unembed` (`positive` and `negative`: pairs of a
+        token id and its weight, strongest first; `nonzeros`, of how many tokens) and `position`
+        (a weight per position).
+    """
+    reads: dict[int, list[str]] = {}
+    writes: dict[int, list[str]] = {}
+    for site, ids in nodes.items():
+        for found, ending in ((reads, "act_in"), (writes, "resid_delta")):
+            if site.endswith(ending):
+                for channel in ids:
+                    found.setdefault(channel, []).append(site)
+    embedding = model.get_input_embeddings().weight.detach().float().cpu()
+    unembedding = model.get_output_embeddings().weight.detach().float().cpu()
+    positions = model.transformer.wpe.weight.detach().float().cpu()
+    width = embedding.shape[1]
+    # Where positions are concatenated, the channels after the residual ones are theirs.
+    first_position = 0 if model.config.d_pos_emb is None else width
+    channels = []
+    for channel in sorted({*reads, *writes}):
+        entry: dict[str, Any] = {
+            "channel": channel,
+            "reads": reads.get(channel, []),
+            "writes": writes.get(channel, []),
+        }
+        if channel < width:
+            entry["embed"] = _strongest(embedding[:, channel])
+            entry["unembed"] = _strongest(unembedding[:, channel])
+        if 0 <= channel - first_position < positions.shape[1]:
+            column = positions[:, channel - first_position]
+            entry["position"] = column.tolist() if column.any() else None
+        channels.append({name: value for name, value in entry.items() if value is not None})
+    return channels
+
+
+def _strongest(column: torch.Tensor) -> dict[str, Any] | None:
+    if not column.any():
+        return None
+    order = column.argsort(descending=True, stable=True).tolist()
+
+    def pairs(tokens: list[int], sign: int) -> list[tuple[int, float]]:
+        kept = [(token, column[token].item()) for token in tokens[:TOKENS_SHOWN]]
+        return [(token, weight) for token, weight in kept if sign * weight > 0]
+
+    return {
+        "positive": pairs(order, 1),
+        "negative": pairs(order[::-1], -1),
+        "nonzeros": int((column != 0).sum()),
+        "tokens": len(column),
+    }
