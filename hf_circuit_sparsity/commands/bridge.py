@@ -1,4 +1,4 @@
-"""`hf-circuit-sparsity bridge`: train a sparse twin for a dense model."""
+"""`hf-circuit-sparsity bridge`: train a sparse model beside a dense one."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,10 +41,10 @@ class BridgeModelArguments:
         metadata={"help": "Folder or Hub id of a CircuitGPT to start from; a fresh one if not."},
     )
     d_model: int | None = field(
-        default=None, metadata={"help": "Width of a fresh twin; the dense model's if not given."}
+        default=None, metadata={"help": "Width of a fresh sparse model; the dense one's if not given."}
     )
     afrac: float | None = field(
-        default=0.25, metadata={"help": "Share of activations AbsTopK keeps in a fresh twin."}
+        default=0.25, metadata={"help": "Share of activations AbsTopK keeps in a fresh sparse model."}
     )
     encoder_afrac: float | None = field(
         default=0.25, metadata={"help": "Share of sparse channels an encoder keeps."}
@@ -66,7 +66,7 @@ class BridgeModelArguments:
 
 
 def run_bridge(model_arguments: BridgeModelArguments, args: BridgeTrainingArguments) -> dict:
-    """Train, evaluate and save a bridge into `args.output_dir`, and the twin beside it.
+    """Train, evaluate and save a bridge into `args.output_dir`, and the sparse model beside it.
 
     Returns:
         The numbers of the summary.
@@ -131,7 +131,7 @@ def build_bridge(
         tokenizer = AutoTokenizer.from_pretrained(arguments.dense_model)
     except OSError as error:
         raise OSError(
-            f"{arguments.dense_model} has no tokenizer, which the sparse twin must read with too; "
+            f"{arguments.dense_model} has no tokenizer, which the sparse model needs too; "
             "save it beside the model."
         ) from error
     if arguments.sparse_model is None:
@@ -173,11 +173,11 @@ def location_table(figures: dict[str, float]) -> str:
 def _print_summary(done: dict[str, Any]) -> None:
     say("\n" + location_table(done))
     rows = [
-        ("sparse twin", f"{done['lm']:.3f} nats per token on validation text"),
-        ("KL(dense ‖ twin)", f"{done['kl']:.3f} nats per token"),
+        ("sparse model", f"{done['lm']:.3f} nats per token on validation text"),
+        ("KL(dense ‖ sparse)", f"{done['kl']:.3f} nats per token"),
         ("tokens/s", f"{done['tokens'] / done['train_seconds']:,.0f}"),
         ("bridge", done["bridge"]),
-        ("sparse twin", str(Path(done["bridge"]) / "sparse")),
+        ("sparse model", str(Path(done["bridge"]) / "sparse")),
     ]
     say("\n" + table(rows))
     say("\nNMSE is the share of variance missed; KL is of the hybrid run, in nats per token.")
