@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..decoders.residual_stream import residual_stream
+from ..decoders.residual_stream import ResidualStream, residual_stream
 from ..modeling.configuration_circuitgpt import CircuitGPTConfig
 from ..modeling.fingerprint import model_fingerprint
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
@@ -37,7 +37,6 @@ class BridgedCausalLM(BridgePreTrainedModel):
 
     Attributes:
         dense, sparse: ordinary models.
-        dense_stream, sparse_stream: their residual streams, as [`ResidualStream`].
         bridges: one [`Bridge`] per location.
     """
 
@@ -49,8 +48,6 @@ class BridgedCausalLM(BridgePreTrainedModel):
         check_pair(dense, sparse)
         self.dense = dense.requires_grad_(False).eval()
         self.sparse = CircuitGPTForCausalLM(sparse)
-        self.dense_stream = residual_stream(self.dense)
-        self.sparse_stream = residual_stream(self.sparse)
         k = None if config.encoder_afrac is None else int(config.encoder_afrac * sparse.d_model)
         if k is not None and k < 1:
             raise ValueError(
@@ -116,6 +113,16 @@ class BridgedCausalLM(BridgePreTrainedModel):
         super().train(mode)
         self.dense.eval()
         return self
+
+    @property
+    def dense_stream(self) -> ResidualStream:
+        """The dense model's residual stream."""
+        return residual_stream(self.dense)
+
+    @property
+    def sparse_stream(self) -> ResidualStream:
+        """The sparse model's residual stream."""
+        return residual_stream(self.sparse)
 
     @property
     def n_locations(self) -> int:

@@ -41,10 +41,12 @@ class BridgeModelArguments:
         metadata={"help": "Folder or Hub id of a CircuitGPT to start from; a fresh one if not."},
     )
     d_model: int | None = field(
-        default=None, metadata={"help": "Width of a fresh sparse model; the dense one's if not given."}
+        default=None,
+        metadata={"help": "Width of a fresh sparse model; the dense one's if not given."},
     )
     afrac: float | None = field(
-        default=0.25, metadata={"help": "Share of activations AbsTopK keeps in a fresh sparse model."}
+        default=0.25,
+        metadata={"help": "Share of activations AbsTopK keeps in a fresh sparse model."},
     )
     encoder_afrac: float | None = field(
         default=0.25, metadata={"help": "Share of sparse channels an encoder keeps."}
