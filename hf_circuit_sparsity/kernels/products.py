@@ -33,23 +33,6 @@ class NonzeroList:
     values: np.ndarray
 
 
-@dataclass
-class CompressedRows:
-    """The nonzeros of a matrix row by row (CSR).
-
-    Attributes:
-        row_starts: `(rows + 1,)` int32.
-        columns: `(nonzeros,)` int32.
-        values: `(nonzeros,)` float32.
-        width: columns of the matrix.
-    """
-
-    row_starts: Tensor
-    columns: Tensor
-    values: Tensor
-    width: int
-
-
 class ProductKernels(Library):
     """Kernels of products.c."""
 
@@ -58,7 +41,6 @@ class ProductKernels(Library):
         self._list_nonzeros = declare(library.list_nonzeros, "piiifipppp", ctypes.c_int64)
         self._product = declare(library.product, "pppiipifiippi")
         self._compress = declare(library.compress, "piiiippp", ctypes.c_int64)
-        self._transpose_compressed = declare(library.transpose_compressed, "pppiipppp")
         self._transpose_pattern = declare(library.transpose_pattern, "ppiipppp")
         self._sparse_linear = declare(library.sparse_linear, "pppiippiiippi")
         self._turn_pieces = declare(library.turn_pieces, "piiiiip")
@@ -154,36 +136,6 @@ class ProductKernels(Library):
         )  # fmt: skip
         return starts, turned, order
 
-    def compress(self, weight: Tensor, max_density: float) -> CompressedRows | None:
-        """The nonzeros of a matrix row by row; None if they are more than `max_density`.
-
-        Args:
-            weight: `(rows, width)`.
-        """
-        weight = as_rows(weight)
-        rows, width = weight.shape
-        room = int(max_density * weight.numel())
-        starts = torch.empty(rows + 1, dtype=torch.int32)
-        columns = torch.empty(room + 2 * LANES, dtype=torch.int32)
-        values = torch.empty(room + 2 * LANES)
-        n = self._compress(
-            weight.data_ptr(), weight.stride(0), rows, width, room,
-            starts.data_ptr(), columns.data_ptr(), values.data_ptr(),
-        )  # fmt: skip
-        return None if n < 0 else CompressedRows(starts, columns[:n], values[:n], width)
-
-    def transpose(self, a: CompressedRows) -> CompressedRows:
-        """The nonzeros of the transposed matrix row by row."""
-        rows = len(a.row_starts) - 1
-        starts = torch.empty(a.width + 1, dtype=torch.int32)
-        columns, values = torch.empty_like(a.columns), torch.empty_like(a.values)
-        scratch = torch.empty(a.width, dtype=torch.int32)
-        self._transpose_compressed(
-            a.row_starts.data_ptr(), a.columns.data_ptr(), a.values.data_ptr(), rows, a.width,
-            scratch.data_ptr(), starts.data_ptr(), columns.data_ptr(), values.data_ptr(),
-        )  # fmt: skip
-        return CompressedRows(starts, columns, values, rows)
-
     def sparse_linear(
         self,
         x: Tensor,
@@ -193,7 +145,7 @@ class ProductKernels(Library):
         rows: int,
         bias: Tensor | None,
     ) -> Tensor:
-        """`x @ weight.T + bias` for a weight in compressed rows; see `sparse_matmul`."""
+        """`x @ weight.T + bias` for a weight in compressed rows; see `CSR.linear`."""
         x = as_rows(x)
         tokens, width = x.shape
         out = torch.empty(tokens, rows)

@@ -263,19 +263,4 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-# What optim/ multiplies with until it holds its nonzeros as a CSR.
-def sparse_matmul(x, row_starts, columns, values, rows, bias=None):
-    return CSR(row_starts, columns, values, x.shape[1]).linear(x, bias)
-
-
-def transposed(row_starts, columns, width):
-    csr = CSR(row_starts, columns, None, width)
-    pattern = csr.transposed()
-    return pattern.row_starts, pattern.columns, csr._transposed["order"].long()
-
-
-def sampled_product(row_starts, columns, left, right):
-    return CSR(row_starts, columns, None, right.shape[1]).sampled(left, right)
-
-
 __all__ = ["SparseEmbedding", "SparseLinear", "SparseWeight"]

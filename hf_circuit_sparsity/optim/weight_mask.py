@@ -1,14 +1,18 @@
-"""The graph that the nonzero weights of a model are."""
+"""Which weights of a model are nonzero."""
 
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..files import save_figure
+from ..modeling.csr import CSR
 from ..modeling.sparse_layers import SparseWeight
+from .keep_largest import positions_of
 
 
 class WeightMask(Mapping[str, Tensor]):
@@ -17,34 +21,37 @@ class WeightMask(Mapping[str, Tensor]):
     Only the positions are kept; a mask is built when it is asked for.
 
     Args:
-        indices: name → flat positions of the nonzeros, ascending int64.
-        shapes: name → shape of the parameter.
+        patterns: name → nonzeros of the matrix.
+
+    Attributes:
+        shapes: name → shape of the matrix.
     """
 
-    def __init__(self, indices: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
-        self._indices = indices
-        self.shapes = shapes
+    def __init__(self, patterns: dict[str, CSR]) -> None:
+        self._patterns = patterns
+        self.shapes = {name: torch.Size(csr.shape) for name, csr in patterns.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         mask = torch.zeros(self.shapes[name].numel(), dtype=torch.bool)
-        mask[self._indices[name]] = True
+        mask[self._patterns[name].positions] = True
         return mask.view(self.shapes[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._indices)
+        return iter(self._patterns)
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self._patterns)
 
     def indices(self, name: str) -> Tensor:
-        """Where the nonzeros of a parameter are: `(dimensions, nonzeros)` int64."""
-        return torch.stack(torch.unravel_index(self._indices[name], self.shapes[name]))
+        """Where the nonzeros of a parameter are: `(2, nonzeros)` int64."""
+        pattern = self._patterns[name]
+        return torch.stack([pattern.row_of, pattern.columns.long()])
 
     def nonzeros(self, name: str | None = None) -> int:
         """Number of nonzeros of a parameter, or of all."""
         if name is not None:
-            return len(self._indices[name])
-        return sum(len(index) for index in self._indices.values())
+            return len(self._patterns[name])
+        return sum(len(pattern) for pattern in self._patterns.values())
 
     def density(self, name: str | None = None) -> float:
         """Share of nonzeros in a parameter, or in all, in [0, 1]."""
@@ -64,17 +71,19 @@ class WeightMask(Mapping[str, Tensor]):
         ]
 
     def overlap(self, other: "WeightMask") -> float:
-        """Share of this graph's nonzeros that are nonzero in `other` too, in [0, 1].
+        """Share of these nonzeros that are nonzero in `other` too, in [0, 1].
 
         Raises:
-            ValueError: if the graphs are not of the same architecture.
+            ValueError: if the masks are not of the same architecture.
         """
         if self.shapes != other.shapes:
             raise ValueError(
-                "the other graph has other parameters or shapes: compare graphs of one "
-                "architecture."
+                "other has other parameters or shapes: compare masks of one architecture."
             )
-        common = sum(int(torch.isin(self._indices[n], other._indices[n]).sum()) for n in self)
+        common = sum(
+            int(torch.isin(self._patterns[n].positions, other._patterns[n].positions).sum())
+            for n in self
+        )
         return common / max(1, self.nonzeros())
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
@@ -86,28 +95,25 @@ class WeightMask(Mapping[str, Tensor]):
         Raises:
             ImportError: if matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "Drawing a mask needs matplotlib; pip install 'hf-circuit-sparsity[viz]'."
-            ) from error
+        return save_figure(path, self._figure, dpi=150)
+
+    def _figure(self, figure_class: type) -> Any:
         rows = self.summary()
-        places = range(len(rows))
-        figure = Figure(figsize=(8, 1.2 + 0.24 * len(rows)), layout="constrained")
+        heights = range(len(rows))
+        figure = figure_class(figsize=(8, 1.2 + 0.24 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         # Dots, as a bar has no length on a logarithmic scale. What is empty is drawn at the edge.
         least = min((row["density"] for row in rows if row["density"]), default=1.0) / 3
         shares = [max(row["density"], least) for row in rows]
-        axes.plot(shares, places, "o", color="#2e6da4", markersize=4)
-        axes.hlines(places, least, shares, color="#2e6da4", linewidth=0.8)
+        axes.plot(shares, heights, "o", color="#2e6da4", markersize=4)
+        axes.hlines(heights, least, shares, color="#2e6da4", linewidth=0.8)
         axes.set_xscale("log")
         axes.set_xlim(least, 2.0)
-        axes.set_yticks(places, [row["name"] for row in rows], fontsize=7)
+        axes.set_yticks(heights, [row["name"] for row in rows], fontsize=7)
         axes.invert_yaxis()
-        for share, place, row in zip(shares, places, rows, strict=True):
+        for share, height, row in zip(shares, heights, rows, strict=True):
             axes.annotate(
-                f"{row['nonzeros']:,}", (share, place), (5, 0), textcoords="offset points",
+                f"{row['nonzeros']:,}", (share, height), (5, 0), textcoords="offset points",
                 fontsize=6, va="center",
             )  # fmt: skip
         axes.set_xlabel("share of nonzeros, and their number")
@@ -115,9 +121,7 @@ class WeightMask(Mapping[str, Tensor]):
             f"{self.nonzeros():,} nonzero weights, density {self.density():.4g}", fontsize=9
         )
         axes.spines[["top", "right"]].set_visible(False)
-        path = Path(path)
-        figure.savefig(path, dpi=150)
-        return path
+        return figure
 
     def __str__(self) -> str:
         width = max((len(name) for name in self), default=4)
@@ -135,7 +139,7 @@ class WeightMask(Mapping[str, Tensor]):
 
 @torch.no_grad()
 def extract_mask(model: nn.Module) -> WeightMask:
-    """The nonzero graph of any model: the weights of its linear layers and embeddings.
+    """The nonzeros of any model: the weights of its linear layers and embeddings.
 
     Takes `nn.Linear`, transformers' `Conv1D` and `nn.Embedding` and the layers that run on
     their nonzeros ([`to_sparse`]). Shared weights appear once, under their first name. The
@@ -144,8 +148,7 @@ def extract_mask(model: nn.Module) -> WeightMask:
     Raises:
         ValueError: if the model has no such layer, or its weights are not in memory.
     """
-    indices: dict[str, Tensor] = {}
-    shapes: dict[str, torch.Size] = {}
+    patterns: dict[str, CSR] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D | nn.Embedding | SparseWeight):
@@ -157,17 +160,16 @@ def extract_mask(model: nn.Module) -> WeightMask:
         seen.add(id(held))
         key = f"{name}.weight" if name else "weight"
         if held.device.type == "meta":
-            raise ValueError(f"{key} is not in memory (offloaded): load the model without it.")
-        if sparse:
-            alive = module.values != 0
-            indices[key] = module.csr.positions[alive].cpu()
-            shapes[key] = torch.Size(module.shape)
-        else:
-            indices[key] = held.flatten().nonzero().flatten().cpu()
-            shapes[key] = held.shape
-    if not indices:
+            raise ValueError(
+                f"{key} is offloaded (on the meta device): reload the model without offloading."
+            )
+        positions = positions_of(held.detach().reshape(-1) != 0)
+        positions = module.csr.positions[positions] if sparse else positions
+        shape = module.shape if sparse else held.shape
+        patterns[key] = CSR.from_positions(positions.cpu(), shape)
+    if not patterns:
         raise ValueError(
-            f"{type(model).__name__} has no nn.Linear, Conv1D or nn.Embedding: there is no graph "
+            f"{type(model).__name__} has no nn.Linear, Conv1D or nn.Embedding: there is no mask "
             "to extract."
         )
-    return WeightMask(indices, shapes)
+    return WeightMask(patterns)

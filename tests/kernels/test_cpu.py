@@ -10,7 +10,6 @@ from hf_circuit_sparsity.kernels import threads
 from hf_circuit_sparsity.kernels.cpu import compiled_kernels, load_kernels
 from hf_circuit_sparsity.modeling.csr import CSR
 from hf_circuit_sparsity.modeling.functional import abs_topk_reference
-from hf_circuit_sparsity.modeling.sparse_layers import transposed
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C compiler, or switched off")
 
@@ -99,33 +98,30 @@ def test_too_many_nonzeros_are_not_listed(kernels):
     hidden[[i for i in range(64) if i % 8]] = 1
     assert kernels.list_nonzeros(hidden, 0.4) is None
     assert kernels.list_nonzeros(hidden, 0.4, transpose=True) is None
-    assert kernels.compress(hidden, 0.4) is None
-    assert kernels.compress(torch.ones(3, 50), 0.98) is None
+    assert kernels.nonzeros(hidden, int(0.4 * hidden.numel())) is None
+    assert kernels.nonzeros(torch.ones(3, 50), 147) is None
 
 
 def test_lists_as_many_as_there_is_room_for(kernels):
     for transpose in (False, True):
         assert len(kernels.list_nonzeros(torch.ones(20, 30), 1.0, transpose).values) == 600
-    assert len(kernels.compress(torch.ones(20, 30), 1.0).values) == 600
+    assert len(kernels.nonzeros(torch.ones(20, 30), 600)[2]) == 600
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (18, 40), (70, 33), (4, 500)])
 @pytest.mark.parametrize("density", [0.0, 0.07, 1.0])
 def test_compressed_rows_and_their_transpose(kernels, rows, width, density):
     weight = sparse(rows, width, density)
-    found = kernels.compress(weight, 1.0)
     csr = CSR.from_positions(weight.flatten().nonzero().flatten(), weight.shape)
-    row_starts, columns, values = csr.row_starts, csr.columns, weight[weight != 0]
-    for ours, plain in zip(
-        (found.row_starts, found.columns, found.values), (row_starts, columns, values), strict=True
-    ):
+    nonzeros = (csr.row_starts, csr.columns, weight[weight != 0])
+    for ours, plain in zip(kernels.nonzeros(weight), nonzeros, strict=True):
         assert torch.equal(ours, plain)
-    turned = kernels.transpose(found)
-    starts, columns, order = transposed(row_starts, columns, width)
-    assert torch.equal(turned.row_starts, starts)
-    assert torch.equal(turned.columns, columns)
-    assert torch.equal(turned.values, values[order])
-    assert (len(turned.row_starts) - 1, turned.width) == (width, rows)
+    turned = weight.t().contiguous()
+    expected = CSR.from_positions(turned.flatten().nonzero().flatten(), turned.shape)
+    starts, columns, order = kernels.transpose_pattern(csr.row_starts, csr.columns, width)
+    assert torch.equal(starts, expected.row_starts)
+    assert torch.equal(columns, expected.columns)
+    assert torch.equal(nonzeros[2][order], turned[turned != 0])
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 5, 16, 77])

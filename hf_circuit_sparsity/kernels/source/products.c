@@ -135,27 +135,6 @@ int64_t compress(const float *a, int64_t ld, int64_t rows, int64_t width, int64_
     return n > room ? -1 : n;
 }
 
-/* The compressed rows of the transpose. next: (width,) scratch. */
-void transpose_compressed(const int32_t *starts, const int32_t *columns, const float *values,
-                          int64_t rows, int64_t width, int32_t *next, int32_t *turned_starts,
-                          int32_t *turned_columns, float *turned_values) {
-    memset(next, 0, 4 * width);
-    for (int64_t n = 0; n < starts[rows]; n++) next[columns[n]]++;
-    int32_t total = 0;
-    for (int64_t j = 0; j < width; j++) {
-        const int32_t count = next[j];
-        turned_starts[j] = next[j] = total;
-        total += count;
-    }
-    turned_starts[width] = total;
-    for (int64_t i = 0; i < rows; i++)
-        for (int32_t n = starts[i]; n < starts[i + 1]; n++) {
-            const int32_t at = next[columns[n]]++;
-            turned_columns[at] = (int32_t)i;
-            turned_values[at] = values[n];
-        }
-}
-
 /* The pattern of the transpose, and which entry each of its entries is. next: (width,) scratch. */
 void transpose_pattern(const int32_t *starts, const int32_t *columns, int64_t rows, int64_t width,
                        int32_t *next, int32_t *turned_starts, int32_t *turned_columns,

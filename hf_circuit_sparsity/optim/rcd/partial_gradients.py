@@ -5,7 +5,6 @@
 a sampled product; none needs the rest. `y` and `dX` need the nonzeros of `W` only.
 """
 
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,18 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ...kernels.cpu import compiled_kernels
+from ...kernels.cpu import CpuKernels, compiled_kernels
 from ...modeling.csr import CSR
 from ...modeling.sparse_layers import SparseEmbedding, SparseLinear, SparseWeight
-from ..sparse_compute import MAX_DENSITY, product, weight_gradient
+from ..sparse_compute import MAX_DENSITY, LinearForward, ReplacedForwards, weight_gradient
 from .blocks import Block
 from .optimizer import RCDSparseOptimizer
+from .state import SparseState
 
 # Entries of a dense product held at a time where there is no kernel for a sampled one.
 _PIECE = 1 << 20
 
 
-class PartialGradients:
+class PartialGradients(ReplacedForwards):
     """Lets the layers of a model hand an [`RCDSparseOptimizer`] the gradients it will use.
 
     While attached, `nn.Linear`, transformers' `Conv1D` and `nn.Embedding` layers, and those
@@ -82,16 +82,14 @@ class PartialGradients:
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"threshold={threshold} is outside [0, 1]: pass a share of nonzeros.")
         sparse = {id(p): p for _, p in inner.sparse_parameters()}
-        self.layers: list[nn.Module] = [
-            m for m in model.modules() if _supported(m) and id(_trained(m)) in sparse
-        ]
-        if not self.layers:
+        layers = [m for m in model.modules() if _supported(m) and id(_trained(m)) in sparse]
+        if not layers:
             raise ValueError(
                 f"{type(model).__name__} has no nn.Linear, Conv1D or nn.Embedding whose weight is "
                 "a sparse parameter of the optimizer: build the optimizer from this model's "
                 "parameters, or use it without PartialGradients."
             )
-        covered = {id(_trained(m)) for m in self.layers}
+        covered = {id(_trained(m)) for m in layers}
         names = {id(p): name for name, p in model.named_parameters()}
         bare = [names.get(i, "one of another model") for i, p in sparse.items()
                 if i not in covered and p.ndim > 1]  # fmt: skip
@@ -102,28 +100,15 @@ class PartialGradients:
                 "nn.Linear, Conv1D or nn.Embedding; put them into a group with sparse=False, or "
                 "name them in exclude_parameters to compute their full gradient."
             )
-        inner.train_nonzeros(m for m in self.layers if isinstance(m, SparseWeight))
-        for layer in self.layers:
+        inner.train_nonzeros(m for m in layers if isinstance(m, SparseWeight))
+
+        def forward_of(layer: nn.Module) -> Any:
+            if isinstance(layer, nn.Embedding | SparseEmbedding):
+                return _EmbeddingForward(layer, inner)
             pays = isinstance(layer, SparseWeight) or layer.weight.numel() >= min_entries
-            layer.forward = _Forward(layer, inner, threshold if pays else -1.0)
+            return _PartialForward(layer, inner, threshold if pays else -1.0)
 
-    def close(self) -> None:
-        """Give the layers back their own forward and backward passes. Idempotent."""
-        for layer in self.layers:
-            if isinstance(layer.__dict__.get("forward"), _Forward):
-                del layer.forward
-        self.layers = []
-
-    def __enter__(self) -> "PartialGradients":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+        super().__init__(layers, forward_of)
 
 
 def block_gradient(block: Block, left: Tensor, right: Tensor) -> Tensor:
@@ -192,73 +177,59 @@ def _trained(layer: nn.Module) -> nn.Parameter:
     return layer.values if isinstance(layer, SparseWeight) else layer.weight
 
 
-class _Forward:
-    """Takes the place of a layer's `forward`."""
+class _PartialForward(LinearForward):
+    """The forward pass of a linear layer whose weight's gradient is computed in part."""
 
     def __init__(self, layer: nn.Module, optimizer: RCDSparseOptimizer, threshold: float) -> None:
-        self.layer = layer
+        super().__init__(layer)
         self.optimizer = optimizer
         self.threshold = threshold
+        self.transposed = isinstance(layer, Conv1D)
 
     def __call__(self, x: Tensor) -> Tensor:
-        layer, weight = self.layer, _trained(self.layer)
-        if isinstance(layer, nn.Embedding | SparseEmbedding):
-            return _EmbeddingFunction.apply(x, weight, self)
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        y = _LinearFunction.apply(x.reshape(-1, x.shape[-1]), weight, self)
-        if layer.bias is not None:
-            y += layer.bias.to(y.dtype)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        weight = _trained(self.layer)
+        return self.linear(x, weight, self.layer.bias, self._nonzeros(weight.detach()))
 
-    def product(self, x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
-        """`x @ weight.T`, or `x @ weight` with `transpose`, on the nonzeros if it pays."""
-        pattern = self.optimizer.sparse_state(_trained(self.layer)).pattern
-        whole = not isinstance(self.layer, SparseWeight)
-        if whole and len(pattern) > self.threshold * weight.numel():
-            weight = weight.to(x.dtype)
-            # AbsTopK leaves zeros on one side or the other of every layer.
-            kernels = compiled_kernels(x, weight) if self.threshold >= 0.0 else None
-            return product(x, weight, kernels, transpose=not transpose)
-        values = weight.view(-1)[pattern.positions] if whole else weight
-        matrix = pattern.with_values(values)
-        return matrix.rmatmul(x) if transpose else matrix.linear(x)
+    def _nonzeros(self, weight: Tensor) -> CSR | None:
+        pattern = self._state().pattern
+        if isinstance(self.layer, SparseWeight):
+            return pattern.with_values(weight)
+        if len(pattern) > self.threshold * weight.numel():
+            return None
+        return pattern.with_values(weight.view(-1)[pattern.positions])
+
+    def kernels(self, x: Tensor, weight: Tensor) -> CpuKernels | None:
+        return super().kernels(x, weight) if self.threshold >= 0.0 else None
+
+    def weight_gradient(self, left: Tensor, right: Tensor) -> None:
+        state = self._state()
+        active = gradient_at(state.own_pattern, left, right) if state.move_active else None
+        state.add_gradient(active, block_gradient(state.own_block, left, right))
+
+    def _state(self) -> SparseState:
+        # By the layer's own parameter: what autograd saved is another object under checkpointing.
+        return self.optimizer.sparse_state(_trained(self.layer))
 
 
-class _LinearFunction(torch.autograd.Function):
-    """A linear layer's product, without bias; `x` is `(tokens, in_features)`."""
+class _EmbeddingForward:
+    """The forward pass of a table whose gradient is computed in part."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, use: _Forward) -> Tensor:
-        ctx.use = use
-        ctx.save_for_backward(x, weight)
-        with torch.autocast(x.device.type, enabled=False):
-            return use.product(x, weight, transpose=isinstance(use.layer, Conv1D))
+    def __init__(self, layer: nn.Module, optimizer: RCDSparseOptimizer) -> None:
+        self.layer = layer
+        self.optimizer = optimizer
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        use, grad_x = ctx.use, None
-        stored_transposed = isinstance(use.layer, Conv1D)
-        with torch.autocast(x.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                grad_x = use.product(grad, weight, transpose=not stored_transposed)
-            if ctx.needs_input_grad[1]:
-                # What was saved is another object under gradient checkpointing.
-                state = use.optimizer.sparse_state(_trained(use.layer))
-                left, right = (x, grad) if stored_transposed else (grad, x)
-                active = gradient_at(state.own_pattern, left, right) if state.move_active else None
-                state.add_gradient(active, block_gradient(state.own_block, left, right))
-        return grad_x, None, None
+    def __call__(self, ids: Tensor) -> Tensor:
+        return _EmbeddingFunction.apply(ids, _trained(self.layer), self)
 
 
 class _EmbeddingFunction(torch.autograd.Function):
     """A table's lookup."""
 
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor, use: _Forward) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, use: _EmbeddingForward) -> Tensor:
         ctx.use = use
         ctx.save_for_backward(ids)
         if isinstance(use.layer, SparseEmbedding):
@@ -270,10 +241,11 @@ class _EmbeddingFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         if ctx.needs_input_grad[1]:
             (ids,) = ctx.saved_tensors
-            state = ctx.use.optimizer.sparse_state(_trained(ctx.use.layer))
-            grad = grad.reshape(-1, ctx.use.layer.embedding_dim)
+            layer = ctx.use.layer
+            state = ctx.use.optimizer.sparse_state(_trained(layer))
+            grad = grad.reshape(-1, layer.embedding_dim)
             grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
-            rows = _TokenGradient(ids.flatten(), grad, ctx.use.layer)
+            rows = _TokenGradient(ids.flatten(), grad, layer)
             active = rows.at(state.own_pattern.positions) if state.move_active else None
             state.add_gradient(active, rows.in_block(state.own_block))
         return None, None, None
