@@ -172,7 +172,7 @@ def make_trainer(tmp_path, dataset):
             train_dataset=dataset,
             eval_dataset=dataset.select(range(16)),
             callbacks=callbacks,
-            model_init=model_init,
+            **({} if model_init is None else {"model_init": model_init}),
         )
 
     return make

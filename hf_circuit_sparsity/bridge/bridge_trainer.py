@@ -1,6 +1,7 @@
 """The Hugging Face `Trainer` for a sparse model and its bridges to a dense one."""
 
 import random
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..trainer.sparse_trainer import SparseTrainer
@@ -25,7 +29,7 @@ BY_LOCATION = ("encode_nmse", "decode_nmse", "dense_to_sparse_kl", "sparse_to_de
 class BridgeTrainer(SparseTrainer):
     """Trains a sparse model beside a frozen dense one, and the bridges between the two.
 
-    Takes what [`SparseTrainer`] takes. The sparse model becomes sparse as any model does there
+    The sparse model becomes sparse as any model does there
     (top-k or random coordinate descent); the bridges stay dense unless `sparse_bridges`, and then
     their learning rate has no sharkfin factor.
 
@@ -44,6 +48,8 @@ class BridgeTrainer(SparseTrainer):
     Args:
         model: a [`BridgedCausalLM`].
         args: [`BridgeTrainingArguments`].
+        data_collator, train_dataset, eval_dataset, processing_class: as in `Trainer`.
+        callbacks, optimizers, optimizer_cls_and_kwargs: as in [`SparseTrainer`].
 
     Raises:
         TypeError: `model` or `args` is of another type.
@@ -56,8 +62,13 @@ class BridgeTrainer(SparseTrainer):
         self,
         model: BridgedCausalLM | None = None,
         args: BridgeTrainingArguments | None = None,
-        *trainer_args: Any,
-        **trainer_kwargs: Any,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
     ) -> None:
         args = BridgeTrainingArguments() if args is None else args
         if not isinstance(args, BridgeTrainingArguments):
@@ -72,7 +83,17 @@ class BridgeTrainer(SparseTrainer):
             )
         self._sums: dict[str, torch.Tensor] = {}
         self._batches = 0
-        super().__init__(model, args, *trainer_args, **trainer_kwargs)
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
 
     def sampled_locations(self, step: int) -> dict[str, list[int]]:
         """The locations at which the hybrid runs of a training step switch models."""

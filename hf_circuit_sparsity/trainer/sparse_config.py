@@ -1,4 +1,4 @@
-"""The settings of :class:`SparseTrainer`: what it adds to ``TrainingArguments``, and its recipe."""
+"""The settings of [`SparseTrainer`]."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -17,14 +17,56 @@ SPARSIFIERS: tuple[str, ...] = get_args(Sparsifier)
 
 @dataclass
 class SparseTrainingArguments(TrainingArguments):
-    """Arguments of :class:`SparseTrainer`; everything else is as in ``TrainingArguments``.
+    """Arguments of [`SparseTrainer`]: those of `TrainingArguments`, and what is listed here.
 
     The defaults are the recipe of Gao et al. 2025, section 2, with gradients always normalized, as
-    the reproductions that match the authors' runs do. Values given explicitly win. Works with
-    ``HfArgumentParser``.
+    in the reproductions that match the authors' runs. Works with `HfArgumentParser`.
+
+    > How the weights become sparse
+
+    Args:
+        sparsifier (`str`, defaults to `"topk"`): `"topk"` keeps the largest weights after every
+            AdamW step; `"rcd"` starts sparse and stays so by random coordinate descent; `"none"`
+            trains a dense model by the same recipe, for comparison.
+        target_density (`float`, defaults to 1/64): share of each sparse matrix that is nonzero at
+            the end, in (0, 1].
+        anneal_start (`float`, defaults to 0.01): fraction of the steps after which the density
+            falls from 1. Without effect with `"rcd"`.
+        anneal_end (`float`, defaults to 0.5): fraction of the steps after which the density is at
+            its target.
+        min_nonzeros (`int`, defaults to 4): nonzeros that each neuron or attention channel keeps.
+        rcd_config ([`RCDConfig`], `dict` or JSON): settings of `"rcd"`.
+
+    > Which parameters are sparse
+
+    Args:
+        sparse_embeddings (`bool`, defaults to `True`): embeddings and the unembedding.
+        sparse_biases (`bool`, defaults to `True`): biases of linear layers.
+        exclude_parameters (`list[str]`): shell-style patterns of parameters to keep dense.
+        include_parameters (`list[str]`): shell-style patterns of parameters to make sparse although
+            they belong to no linear layer or embedding.
+
+    > How it is computed
+
+    Args:
+        compute_on_nonzeros (`bool`, defaults to `True`): linear layers multiply only nonzeros once
+            that is faster (CPU, float32). Results are equal to rounding.
+        normalize_gradients (`str`, defaults to `"always"`): bring the root-mean-square of the
+            gradients to 1 before each step: `"always"`, `"clip"` (where it is above 1) or `"off"`.
+        sharkfin (`bool`, defaults to `True`): multiply the learning rate by 1/sqrt(density).
+
+    > Defaults that differ from `TrainingArguments`
+
+    Args:
+        learning_rate (`float`, defaults to 1e-2): peak, before the sharkfin factor.
+        warmup_steps (`float`, defaults to 0.01): below 1 a fraction of the training steps.
+        weight_decay (`float`, defaults to 0.1): of matrices; vectors have none.
+        adam_beta2 (`float`, defaults to 0.95): decay rate of the second moment.
+        adam_epsilon (`float`, defaults to 0.1): large, because gradients have root-mean-square 1.
+        max_grad_norm (`float`, defaults to 0): no clipping, as gradients are normalized.
 
     Raises:
-        ValueError: if a value is unknown or out of range.
+        ValueError: a value is unknown or out of range.
     """
 
     # --- How the weights become sparse ---

@@ -1,8 +1,9 @@
-"""The Hugging Face ``Trainer`` for weight-sparse models."""
+"""The Hugging Face `Trainer` for weight-sparse models."""
 
 import logging
 import math
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
 from ..hub.errors import hub_errors
 from ..modeling.hub_slot import card_of
@@ -32,42 +35,61 @@ logger = logging.getLogger(__name__)
 
 
 class SparseTrainer(Trainer):
-    """``Trainer`` whose optimizer keeps the weights sparse.
+    """`Trainer` whose optimizer keeps the weights sparse.
 
-    See :class:`TopKAdamW` for the recipe, and :class:`RCDSparseOptimizer` for
-    ``sparsifier="rcd"``, with which the model is thinned out before the first step (see
-    :func:`sparsify_initialization_`) and no full gradient of a sparse matrix is computed (see
-    :class:`PartialGradients`). A model of :func:`sparse_from_config`, or one switched by
-    ``to_sparse()``, then trains its nonzeros alone, and checkpoints hold nothing else.
+    Trains any model with `nn.Linear`, `Conv1D` or `nn.Embedding` layers. The optimizer's own step
+    makes the weights sparse, so gradient accumulation, mixed precision, DDP and resuming work as in
+    `Trainer`. A run that is not stopped early ends at the target density.
 
-    Takes what ``Trainer`` takes, with :class:`SparseTrainingArguments` as ``args``, and any model
-    with ``nn.Linear``, ``Conv1D`` or ``nn.Embedding`` layers. The sparsifying is part of the
-    optimizer's own step, so gradient accumulation, mixed precision, several processes (DDP; with
-    "rcd" each computes and ships the gradients of its own coordinates alone) and resuming work as
-    ever. An optimizer given by ``optimizers=`` is used as it is. A run that was
-    not stopped early ends at the target density.
+    [`TopKAdamW`] describes the default recipe, [`RCDSparseOptimizer`] that of `sparsifier="rcd"`.
+    With the latter the model is thinned out before the first step ([`sparsify_initialization_`]),
+    and no full gradient of a sparse matrix is computed ([`PartialGradients`]). With DDP each
+    process computes and sends the gradients of its own coordinates only. A model of
+    [`sparse_from_config`], or one after `to_sparse()`, then trains its nonzeros alone, and
+    checkpoints hold nothing else.
 
-    Beside what ``Trainer`` logs there are ``density`` (as scheduled), ``nonzeros``,
-    ``nonzero_fraction``, ``mask_churn`` (share of the nonzeros that were zero at the last log),
-    ``block_number`` (blocks drawn so far, with "rcd"),
-    ``grad_rms`` (before normalization), ``effective_lr`` (with the sharkfin factor) and, where it
-    is not 0, ``skipped_steps``. Evaluation adds ``eval_perplexity``. A "best" model is only sought
-    once the target density is reached: before, the densest would win.
+    The training logs get:
+
+    - `density`: as scheduled,
+    - `nonzeros`, `nonzero_fraction` and `mask_churn`: see [`SparsityMonitor`],
+    - `grad_rms`: root-mean-square of the gradients before normalization,
+    - `effective_lr`: the learning rate with the sharkfin factor,
+    - `block_number`: blocks drawn so far, with "rcd",
+    - `skipped_steps`, once there are some.
+
+    Evaluation adds `eval_perplexity`. The best model is looked for only at the target density,
+    since the densest would be the best before.
+
+    Args:
+        model: the model to train, if there is no `model_init`.
+        args: its settings; those of the recipe if not given.
+        optimizers: as in `Trainer`; an optimizer given here is used as it is.
+        data_collator, train_dataset, eval_dataset, processing_class, model_init: as in `Trainer`.
+        compute_loss_func, compute_metrics, callbacks, optimizer_cls_and_kwargs: as in `Trainer`.
+        preprocess_logits_for_metrics: as in `Trainer`.
 
     Raises:
-        TypeError: if ``args`` is not a ``SparseTrainingArguments``.
-        ValueError: if the model has nothing to make sparse, or training is sharded (FSDP,
-            DeepSpeed).
+        TypeError: `args` is no [`SparseTrainingArguments`].
+        ValueError: the model has nothing to make sparse, or training is sharded (FSDP, DeepSpeed).
     """
 
     args: SparseTrainingArguments
 
     def __init__(
         self,
-        model: Any = None,
+        model: PreTrainedModel | nn.Module | None = None,
         args: SparseTrainingArguments | None = None,
-        *trainer_args: Any,
-        **trainer_kwargs: Any,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable[..., torch.Tensor] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., torch.Tensor] | None = None,
     ) -> None:
         args = SparseTrainingArguments() if args is None else args
         if not isinstance(args, SparseTrainingArguments):
@@ -83,7 +105,21 @@ class SparseTrainer(Trainer):
         self._monitor: SparsityMonitor | None = None
         self._planned_steps = 0
         self._training: ExitStack | None = None
-        super().__init__(model, args, *trainer_args, **trainer_kwargs)
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 "training is sharded (FSDP or DeepSpeed), but the largest weights of a matrix can "
@@ -96,7 +132,7 @@ class SparseTrainer(Trainer):
             )
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as ``Trainer`` does, computing on the nonzeros once that is faster."""
+        """Train as `Trainer` does, computing on the nonzeros once that is faster."""
         try:
             with ExitStack() as self._training:
                 if self._may_use_nonzeros():
@@ -109,7 +145,7 @@ class SparseTrainer(Trainer):
                 self._partial = None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A new model, which `train` makes if there is a `model_init`; see ``Trainer``."""
+        """A new model, which `train` makes if there is a `model_init`; see `Trainer`."""
         model = super().call_model_init(trial)
         if self._training is not None and self._may_use_nonzeros():
             self._training.enter_context(on_nonzeros(model))
@@ -121,7 +157,7 @@ class SparseTrainer(Trainer):
         return wanted and isinstance(self.model, nn.Module)
 
     def init_hf_repo(self, token: str | None = None, **kwargs: Any) -> None:
-        """Make the repository to push to; see ``Trainer``.
+        """Make the repository to push to; see `Trainer`.
 
         Raises:
             HubAccessError: nobody is signed in, or there is no right to write.
@@ -138,7 +174,7 @@ class SparseTrainer(Trainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the optimizer unless there is one already; see ``Trainer.create_optimizer``."""
+        """Build the optimizer unless there is one already; see `Trainer`."""
         opt_model = self.model if model is None else model
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             build = self._build_rcd if self.args.sparsifier == "rcd" else self._build_optimizer
@@ -158,13 +194,13 @@ class SparseTrainer(Trainer):
                 opt_model,
                 self._built,
                 threshold=MAX_DENSITY if self.args.compute_on_nonzeros else 0.0,
-                # Asked for by name, so that it is meant.
+                # Their full gradients were asked for by name.
                 exclude_parameters=self.args.include_parameters or (),
             )
         return super().create_optimizer(model)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
-        """Build both for ``num_training_steps``; see ``Trainer``."""
+        """Build both for `num_training_steps`; see `Trainer`."""
         self._planned_steps = num_training_steps
         super().create_optimizer_and_scheduler(num_training_steps)
 
@@ -285,7 +321,7 @@ class SparseTrainer(Trainer):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Write ``README.md``; see ``Trainer``. A CircuitGPT's has the numbers of this run."""
+        """Write `README.md`; see `Trainer`. A CircuitGPT's has the numbers of this run."""
         readme = Path(self.args.output_dir) / "README.md"
         there = readme.read_text(encoding="utf-8") if readme.is_file() else None
         if there is not None and "generated_from_trainer" in there:
@@ -333,7 +369,7 @@ class SparseTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As ``Trainer``'s, with ``{prefix}_perplexity`` = exp(loss) added to the metrics."""
+        """As `Trainer`'s, with `{prefix}_perplexity` = exp(loss) added to the metrics."""
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )

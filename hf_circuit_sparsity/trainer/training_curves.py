@@ -1,4 +1,4 @@
-"""Training curves as a picture: the loss, and over it the density that training came down to."""
+"""A picture of a training run: its loss, and above it the density."""
 
 import json
 import os
@@ -7,19 +7,24 @@ from typing import Any, NamedTuple
 
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..files import save_figure
+
 STATE_NAME = "trainer_state.json"
 LOSS, EVALUATION, DENSITY = "#0067a5", "#1b1b1b", "#c65300"
 
 
 class TrainingCurves(NamedTuple):
-    """What a `Trainer` logged, as pairs of a step and a value."""
+    """What a `Trainer` logged, as pairs of a step and a value.
+
+    Attributes:
+        loss: of training, nats per token, mean over the steps since the last log.
+        evaluation: loss on the evaluation set, nats per token.
+        density: share of the sparse weights that are not zero.
+    """
 
     loss: list[tuple[int, float]]
-    """Training loss, nats per token, mean over the steps since the log before."""
     evaluation: list[tuple[int, float]]
-    """Loss on the evaluation set, nats per token."""
     density: list[tuple[int, float]]
-    """Share of the sparse weights that are not zero."""
 
 
 def read_training_curves(run_dir: str | os.PathLike) -> TrainingCurves:
@@ -60,34 +65,19 @@ def read_training_curves(run_dir: str | os.PathLike) -> TrainingCurves:
 def plot_training_curves(
     run_dir: str | os.PathLike, path: str | os.PathLike, width: float = 3.25
 ) -> Path:
-    """Draw a run's loss, with its density over it, into a PNG, SVG or PDF (needs matplotlib).
+    """Draw a run's loss, with its density above it, into a PNG, SVG or PDF (needs matplotlib).
 
     Args:
         run_dir: the run's output folder.
-        path: where to; its ending says the format.
+        path: of the picture; its suffix says the format.
         width: inches; 3.25 fits one column of a two-column page, 6.75 both.
 
     Raises:
         FileNotFoundError, ValueError: as [`read_training_curves`].
+        ImportError: matplotlib is not installed.
     """
     curves = read_training_curves(run_dir)
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Drawing training curves needs matplotlib; pip install 'hf-circuit-sparsity[viz]'."
-        ) from error
-    path = Path(path)
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "curves", "font.size": 7}
-    with matplotlib.rc_context(settings):
-        figure = _draw(Figure, curves, width)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(temporary, dpi=300, facecolor="white", metadata=metadata)
-    os.replace(temporary, path)
-    return path
+    return save_figure(path, lambda figure_class: _draw(figure_class, curves, width), font__size=7)
 
 
 def _draw(figure_class: Any, curves: TrainingCurves, width: float) -> Any:

@@ -1,5 +1,6 @@
 import logging
 import math
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -302,3 +303,7 @@ def test_bad_input_is_refused_before_anything_is_written(make_gpt2, make_trainer
     with pytest.raises(ValueError, match="'typo' in exclude"):
         make_trainer(make_gpt2(), exclude_parameters=["typo"])
     assert not (tmp_path / "run").exists()
+
+
+def test_the_signature_spells_out_what_trainer_takes():
+    assert [*signature(SparseTrainer).parameters] == [*signature(Trainer).parameters]
