@@ -104,5 +104,5 @@ def load_adversarial_tasks(
 
 
 def _is_usable(pair: EncodedPair, max_length: int | None) -> bool:
-    longest = max(len(side.input_ids) for side in pair.sides)
+    longest = max(len(side.input_ids) for side in pair)
     return pair.is_expressible and (max_length is None or longest <= max_length)

@@ -38,11 +38,11 @@ class BinaryTask:
     """A binary next-token task: after `prompt`, `target` is right and `counterfactual_target` not.
 
     Attributes:
-        name: The task's name.
-        description: One or two sentences for cards and reports.
-        train: Rows to find a circuit with.
-        test: Rows to check it with; the built-in tasks share no template and no name with `train`.
-        tokenizer: The one that made the rows.
+        name: the task's name.
+        description: one or two sentences for cards and reports.
+        train: rows to find a circuit with.
+        test: rows to check it with; the built-in tasks share no template and no name with `train`.
+        tokenizer: the one that made the rows.
 
     Both datasets have the columns
 
@@ -78,18 +78,18 @@ class BinaryTask:
         """A task of one's own.
 
         Args:
-            name: Any name.
-            tokenizer: The model's tokenizer.
-            train_pairs: Pairs `((prompt, target), (counterfactual_prompt, counterfactual_target))`,
+            name: any name.
+            tokenizer: the model's tokenizer.
+            train_pairs: pairs `((prompt, target), (counterfactual_prompt, counterfactual_target))`,
                 each used in both directions.
-            test_pairs: The same, for the test split.
-            description: For cards and reports.
-            max_length: The longest prompt allowed, in tokens.
+            test_pairs: the same, for the test split.
+            description: for cards and reports.
+            max_length: the longest prompt allowed, in tokens.
 
         Raises:
-            TaskNotExpressibleError: A target is not exactly one token after its prompt, or the two
+            TaskNotExpressibleError: a target is not exactly one token after its prompt, or the two
                 targets of a pair are the same token.
-            ValueError: No pairs, or an empty prompt.
+            ValueError: no pairs, or an empty prompt.
             TaskTooLongError: (a `ValueError`) A prompt longer than `max_length`.
         """
         splits = []
@@ -99,9 +99,7 @@ class BinaryTask:
                 raise ValueError(f"Task {name!r}: the {split} split has no pairs; pass some.")
             encoded = encode_pairs(tokenizer, pairs)
             for pair in encoded:
-                for side in pair.sides:
-                    _check_single_token(name, tokenizer, side)
-                check_distinct(name, tokenizer, pair)
+                check_expressible(name, tokenizer, pair, single_tokens=True)
             splits.append(encoded)
         return cls.from_encoded(name, description, tokenizer, *splits, max_length=max_length)
 
@@ -123,7 +121,7 @@ class BinaryTask:
         """
         if max_length is not None:
             longest = max(
-                (side for pair in (*train, *test) for side in pair.sides),
+                (side for pair in (*train, *test) for side in pair),
                 key=lambda side: len(side.input_ids),
             )
             if len(longest.input_ids) > max_length:
@@ -151,12 +149,10 @@ class BinaryTask:
     @property
     def equal_length(self) -> bool:
         """Whether every prompt has as many tokens as its counterfactual, in both splits."""
+        columns = ("input_ids", "counterfactual_input_ids")
         return all(
-            len(ids) == len(other)
+            list(map(len, split[columns[0]])) == list(map(len, split[columns[1]]))
             for split in (self.train, self.test)
-            for ids, other in zip(
-                split["input_ids"], split["counterfactual_input_ids"], strict=True
-            )
         )
 
     def tensors(self, split: Split) -> dict[str, torch.Tensor]:
@@ -170,7 +166,7 @@ class BinaryTask:
         - `target_ids`, `counterfactual_target_ids`: [n]
 
         Raises:
-            ValueError: A split other than "train" and "test".
+            ValueError: a split other than "train" and "test".
         """
         if split not in ("train", "test"):
             raise ValueError(f'The split is {split!r}, but must be "train" or "test".')
@@ -181,18 +177,12 @@ class BinaryTask:
     def _padded(self, dataset: Dataset) -> dict[str, torch.Tensor]:
         rows = dataset[:]
         length = max(map(len, rows["input_ids"] + rows["counterfactual_input_ids"]))
-        ids, mask = pad_left(rows["input_ids"], length, self.pad_token_id)
-        other_ids, other_mask = pad_left(
-            rows["counterfactual_input_ids"], length, self.pad_token_id
-        )
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "counterfactual_input_ids": other_ids,
-            "counterfactual_attention_mask": other_mask,
-            "target_ids": torch.tensor(rows["target_id"]),
-            "counterfactual_target_ids": torch.tensor(rows["counterfactual_target_id"]),
-        }
+        tensors = {}
+        for side in ("", "counterfactual_"):
+            ids, mask = pad_left(rows[f"{side}input_ids"], length, self.pad_token_id)
+            tensors |= {f"{side}input_ids": ids, f"{side}attention_mask": mask}
+            tensors[f"{side}target_ids"] = torch.tensor(rows[f"{side}target_id"])
+        return tensors
 
 
 def pad_left(
@@ -234,11 +224,6 @@ class EncodedPair(NamedTuple):
     second: EncodedExample
 
     @property
-    def sides(self) -> tuple[EncodedExample, EncodedExample]:
-        """Both examples."""
-        return self.first, self.second
-
-    @property
     def is_equal_length(self) -> bool:
         """Whether both prompts have the same number of tokens."""
         return len(self.first.input_ids) == len(self.second.input_ids)
@@ -256,12 +241,12 @@ def encode_pairs(
     """Tokenize pairs, without special tokens.
 
     Args:
-        tokenizer: The model's tokenizer.
-        pairs: Any pairs.
-        equal_only: Leave out those whose prompts differ in length, before the rest is tokenized.
+        tokenizer: the model's tokenizer.
+        pairs: any pairs.
+        equal_only: leave out those whose prompts differ in length, before the rest is tokenized.
 
     Raises:
-        ValueError: An empty prompt.
+        ValueError: an empty prompt.
     """
     examples = [example for pair in pairs for example in pair]
     prompts = _tokenize(tokenizer, [example.prompt for example in examples])
@@ -279,9 +264,24 @@ def encode_pairs(
     return [EncodedPair(*sides) for sides in zip(encoded[::2], encoded[1::2], strict=True)]
 
 
-def check_distinct(name: str, tokenizer: PreTrainedTokenizerBase, pair: EncodedPair) -> None:
-    """Raise `TaskNotExpressibleError` where no single token tells the two answers apart."""
-    for side in pair.sides:
+def check_expressible(
+    name: str, tokenizer: PreTrainedTokenizerBase, pair: EncodedPair, single_tokens: bool = False
+) -> None:
+    """Raise `TaskNotExpressibleError` where no single token tells the two answers apart.
+
+    Args:
+        name: the task's name.
+        tokenizer: the one that encoded the pair.
+        pair: any pair.
+        single_tokens: whether each answer must also be no more than one token.
+    """
+    for side in pair:
+        if single_tokens and len(side.continuation_ids) > 1:
+            raise TaskNotExpressibleError(
+                f"Task {name!r}: a candidate must be one token, but after {side.prompt!r} "
+                f"{_spell(tokenizer, side)}; use a candidate that is a single token, such as its "
+                "first, or another tokenizer."
+            )
         if not side.continuation_ids:
             raise TaskNotExpressibleError(
                 f"Task {name!r}: this tokenizer fuses the end of the prompt {side.prompt!r} with "
@@ -294,17 +294,6 @@ def check_distinct(name: str, tokenizer: PreTrainedTokenizerBase, pair: EncodedP
             f"{pair.first.prompt!r}, {_spell(tokenizer, pair.first)}, and "
             f"{_spell(tokenizer, pair.second)}, which begin with the same token; use a tokenizer "
             "with more entries or another task."
-        )
-
-
-def _check_single_token(
-    name: str, tokenizer: PreTrainedTokenizerBase, side: EncodedExample
-) -> None:
-    if len(side.continuation_ids) > 1:
-        raise TaskNotExpressibleError(
-            f"Task {name!r}: a candidate must be one token, but after {side.prompt!r} "
-            f"{_spell(tokenizer, side)}; use a candidate that is a single token, such as its "
-            "first, or another tokenizer."
         )
 
 

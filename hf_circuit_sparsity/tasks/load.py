@@ -12,7 +12,7 @@ from .binary_task import (
     BinaryTask,
     EncodedPair,
     TaskNotExpressibleError,
-    check_distinct,
+    check_expressible,
     encode_pairs,
 )
 from .definitions.base import DEFINITIONS, Split, TaskDefinition
@@ -146,7 +146,7 @@ def _draw(
         expressible = [pair for pair in encoded if pair.is_expressible]
         if batch == 0:
             if not expressible:
-                check_distinct(definition.name, tokenizer, encoded[0])
+                check_expressible(definition.name, tokenizer, encoded[0])
             equal = [pair for pair in expressible if pair.is_equal_length]
             # The batches allowed, above, are enough for a sixteenth of the pairs.
             equal_only = len(equal) >= len(fresh) / 12
