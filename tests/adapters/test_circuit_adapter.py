@@ -7,26 +7,20 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from hf_circuit_sparsity.adapters import CircuitPeftConfig
-from hf_circuit_sparsity.circuits.ablation import mean_activations
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.task_loss import pair_logits
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from tests.circuits.planted import (
     NO,
     PLANTED_EDGES,
-    PLANTED_NODES,
     YES,
     on_off_task,
+    planted_circuit,
     planted_model,
     reference_ids,
 )
 
 IDS = reference_ids()[:4]
-
-
-def planted_circuit(model) -> Circuit:
-    means = mean_activations(model, reference_ids())
-    return Circuit(PLANTED_NODES, means, "on_off", model_fingerprint(model))
 
 
 @pytest.fixture

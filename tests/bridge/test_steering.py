@@ -11,10 +11,14 @@ from hf_circuit_sparsity.bridge.steering import (
     steering_sweep,
     tokens_beginning_alike,
 )
-from hf_circuit_sparsity.circuits.ablation import mean_activations
-from hf_circuit_sparsity.circuits.circuit import Circuit
-from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
-from tests.circuits.planted import NO, PLANTED_NODES, YES, on_off_task, planted_model, reference_ids
+from tests.circuits.planted import (
+    NO,
+    YES,
+    on_off_task,
+    planted_circuit,
+    planted_model,
+    reference_ids,
+)
 
 
 @pytest.fixture
@@ -37,8 +41,7 @@ def test_candidates_are_the_channels_that_carry_the_answer(bridged):
 
 
 def test_a_circuit_limits_the_candidates(bridged):
-    means = mean_activations(bridged.sparse, reference_ids())
-    circuit = Circuit(PLANTED_NODES, means, "on_off", model_fingerprint(bridged.sparse))
+    circuit = planted_circuit(bridged.sparse)
     found = steering_candidates(bridged, on_off_task(), YES, circuit=circuit)
     places = {(candidate.location, candidate.channel) for candidate in found}
     assert places == {(0, 0), (1, 3), (3, 3), (4, 4)}

@@ -1,10 +1,16 @@
 """A model written by hand: known nodes carry the answer, all the rest is noise."""
 
+from functools import cache
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from hf_circuit_sparsity.circuits.ablation import mean_activations
+from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.tasks.binary_task import BinaryTask
 
@@ -60,6 +66,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>")
 
 
+@cache
 def on_off_task(seed: int = 0, answers: tuple[str, str] = ("yes", "no")) -> BinaryTask:
     generator = torch.Generator().manual_seed(seed)
 
@@ -81,3 +88,22 @@ def on_off_task(seed: int = 0, answers: tuple[str, str] = ("yes", "no")) -> Bina
 def reference_ids(seed: int = 0) -> torch.Tensor:
     """Sequences of every kind of word, as the model's pretraining distribution."""
     return torch.randint(1, 16, (64, 12), generator=torch.Generator().manual_seed(seed))
+
+
+def planted_circuit(model: CircuitGPTForCausalLM, **fields: Any) -> Circuit:
+    """The circuit of a planted model, with an example and nothing measured."""
+    row = on_off_task().test[0]
+    names = ("prompt", "target", "counterfactual_target", "target_id", "counterfactual_target_id")
+    example = {
+        **{name: row[name] for name in names},
+        "token_ids": row["input_ids"],
+        "counterfactual_token_ids": row["counterfactual_input_ids"],
+    }
+    given = {
+        "nodes": {site: list(ids) for site, ids in PLANTED_NODES.items()},
+        "means": mean_activations(model, reference_ids()),
+        "task": "on_off",
+        "model_fingerprint": model_fingerprint(model),
+        "example": example,
+    }
+    return Circuit(**{**given, **fields})

@@ -5,7 +5,6 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from hf_circuit_sparsity.circuits.ablation import mean_activations
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.task_loss import (
     Calibration,
@@ -16,8 +15,8 @@ from hf_circuit_sparsity.circuits.task_loss import (
 from hf_circuit_sparsity.circuits.viewer.plot import plot_circuit
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from tests.circuits.planted import (
-    PLANTED_NODES,
     on_off_task,
+    planted_circuit,
     planted_model,
     reference_ids,
     word_tokenizer,
@@ -25,32 +24,14 @@ from tests.circuits.planted import (
 
 
 @pytest.fixture
-def model():
-    return planted_model()
-
-
-@pytest.fixture
 def circuit(model):
-    row = on_off_task().test[0]
-    return Circuit(
-        nodes={site: list(ids) for site, ids in PLANTED_NODES.items()},
-        means=mean_activations(model, reference_ids()),
+    return planted_circuit(
+        model,
         scores={site: torch.randn(n.width) for site, n in model.node_sites().items()},
         calibration=Calibration(1.5, {1: 0.25, 2: -0.25}),
-        task="on_off",
-        model_fingerprint=model_fingerprint(model),
         model_name="me/planted",
         metrics={"circuit_loss": 0.01, "ablated_loss": 0.7, "model_loss": 0.005},
         config={"seed": 0},
-        example={
-            "prompt": row["prompt"],
-            "target": row["target"],
-            "counterfactual_target": row["counterfactual_target"],
-            "token_ids": row["input_ids"],
-            "counterfactual_token_ids": row["counterfactual_input_ids"],
-            "target_id": row["target_id"],
-            "counterfactual_target_id": row["counterfactual_target_id"],
-        },
     )
 
 

@@ -8,25 +8,20 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 
-from hf_circuit_sparsity.circuits.ablation import mean_activations
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.task_loss import Calibration
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import ArtifactError
-from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
-from tests.circuits.planted import PLANTED_NODES, planted_model, reference_ids
+from tests.circuits.planted import planted_circuit, planted_model
 from tests.hostile.harness import fuzz
 
 
 @pytest.fixture
 def artifact(tmp_path):
     model = planted_model()
-    circuit = Circuit(
-        nodes={site: list(ids) for site, ids in PLANTED_NODES.items()},
-        means=mean_activations(model, reference_ids()),
+    circuit = planted_circuit(
+        model,
         scores={site: torch.ones(n.width) for site, n in model.node_sites().items()},
         calibration=Calibration(1.5, {1: 0.25, 2: -0.25}),
-        task="on_off",
-        model_fingerprint=model_fingerprint(model),
         model_name="me/planted",
         metrics={"circuit_loss": 0.01, "ablated_loss": 0.7, "model_loss": 0.005},
         model_revision="0123456789" * 4,

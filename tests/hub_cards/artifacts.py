@@ -1,13 +1,14 @@
 """One small artifact of each kind, to write cards about."""
 
+from dataclasses import replace
+
 import torch
 
 from hf_circuit_sparsity import BridgedCausalLM, Circuit
-from hf_circuit_sparsity.circuits.ablation import mean_activations
 from hf_circuit_sparsity.circuits.evaluation.faithfulness import evaluate_circuit
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
-from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
-from tests.circuits.planted import PLANTED_NODES, on_off_task, planted_model, reference_ids
+from tests.circuits import planted
+from tests.circuits.planted import on_off_task, planted_model
 
 SUMMARY = {
     "parameters": 3000, "loss": 3.25, "perplexity": 25.79, "density": 0.05, "nonzeros": 150,
@@ -23,27 +24,11 @@ BRIDGE_SUMMARY = {
 
 def planted_circuit(model=None, **fields) -> Circuit:
     """The circuit of the planted model, measured on its task."""
-    model, task = model or planted_model(), on_off_task()
-    row = task.test[0]
-    circuit = Circuit(
-        nodes={site: list(ids) for site, ids in PLANTED_NODES.items()},
-        means=mean_activations(model, reference_ids()),
-        task="on_off",
-        model_fingerprint=model_fingerprint(model),
-        model_name="ada/planted",
-        config={"target_loss": 0.15, "seed": 0},
-        example={
-            "prompt": row["prompt"],
-            "target": row["target"],
-            "counterfactual_target": row["counterfactual_target"],
-            "token_ids": row["input_ids"],
-            "target_id": row["target_id"],
-        },
-    )
-    circuit.metrics = evaluate_circuit(circuit, model, task)
-    for name, value in fields.items():
-        setattr(circuit, name, value)
-    return circuit
+    model = model or planted_model()
+    config = {"target_loss": 0.15, "seed": 0}
+    circuit = planted.planted_circuit(model, model_name="ada/planted", config=config)
+    circuit.metrics = evaluate_circuit(circuit, model, on_off_task())
+    return replace(circuit, **fields)
 
 
 def bridge() -> BridgedCausalLM:

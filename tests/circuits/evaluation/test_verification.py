@@ -3,35 +3,22 @@
 import pytest
 import torch
 
-from hf_circuit_sparsity.circuits.ablation import mean_activations
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.evaluation.verification import random_circuit, verify_circuit
 from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError
-from hf_circuit_sparsity.circuits.task_loss import Calibration
-from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from tests.circuits.planted import (
     NO,
     PLANTED_NODES,
     YES,
     on_off_task,
+    planted_circuit,
     planted_model,
-    reference_ids,
 )
 
 
 @pytest.fixture(scope="module")
 def model():
     return planted_model()
-
-
-def planted_circuit(model, nodes=PLANTED_NODES):
-    return Circuit(
-        {site: list(ids) for site, ids in nodes.items()},
-        mean_activations(model, reference_ids()),
-        "on_off",
-        model_fingerprint(model),
-        calibration=Calibration(1.0, {YES: 0.0, NO: 0.0}),
-    )
 
 
 def verify(circuit, model, task=None, **options):
@@ -81,10 +68,10 @@ def test_random_circuits_have_random_tokens_where_the_circuit_names_some(planted
 def test_half_the_mechanism_and_idle_company_are_noticed(model):
     # Without the neurons' part nothing reaches the answer.
     half = {s: ids for s, ids in PLANTED_NODES.items() if s.startswith("h.0")}
-    assert not verify(planted_circuit(model, half), model)["sufficiency"].passed
+    assert not verify(planted_circuit(model, nodes=half), model)["sufficiency"].passed
     # A circuit of everything is sufficient, yet no random circuit of its size is any worse.
     everything = {s: list(range(m.width)) for s, m in model.node_sites().items()}
-    verification = verify(planted_circuit(model, everything), model)
+    verification = verify(planted_circuit(model, nodes=everything), model)
     assert not verification["sufficiency"].passed and not verification["stability"].passed
 
 
@@ -103,7 +90,7 @@ def test_outcome_is_stored_and_shown(planted, tmp_path):
 
 
 def test_bad_input(model):
-    empty = planted_circuit(model, {})
+    empty = planted_circuit(model, nodes={})
     with pytest.raises(ValueError, match="has no nodes, so there is nothing to verify"):
         verify(empty, model)
     unable = planted_model()

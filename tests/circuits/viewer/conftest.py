@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from hf_circuit_sparsity.circuits.ablation import mean_activations
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.viewer.report_data import ReportConfig, report_data
-from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from tests.circuits.planted import (
     PLANTED_NODES,
     on_off_task,
+    planted_circuit,
     planted_model,
     reference_ids,
     word_tokenizer,
@@ -29,29 +28,14 @@ SMALL = ReportConfig(prompts=64, calibration_prompts=64, text_tokens=768, exampl
 @pytest.fixture(scope="session")
 def planted() -> tuple[Any, Any, Any, Circuit]:
     """Model, tokenizer, task and circuit; not to be changed."""
-    model, task = planted_model(), on_off_task()
-    row = task.test[0]
+    model = planted_model()
     # A key beside the planted nodes, so that there is a head with a key and a value.
     nodes = {**PLANTED_NODES, "h.0.attn.k": [4]}
-    circuit = Circuit(
-        nodes=nodes,
-        means=mean_activations(model, reference_ids()),
-        task="on_off",
-        model_fingerprint=model_fingerprint(model),
-        example={
-            "prompt": row["prompt"],
-            "target": row["target"],
-            "counterfactual_target": row["counterfactual_target"],
-            "token_ids": row["input_ids"],
-            "counterfactual_token_ids": row["counterfactual_input_ids"],
-            "target_id": row["target_id"],
-            "counterfactual_target_id": row["counterfactual_target_id"],
-        },
-    )
+    circuit = planted_circuit(model, nodes=nodes)
     scores = {site: 0.0 * mean - 1 for site, mean in circuit.means.items()}
     for place, (site, ids) in enumerate(nodes.items()):
         scores[site][ids] = 1 - 0.1 * place
-    return model, word_tokenizer(), task, dataclasses.replace(circuit, scores=scores)
+    return model, word_tokenizer(), on_off_task(), dataclasses.replace(circuit, scores=scores)
 
 
 @pytest.fixture(scope="session")
