@@ -1,12 +1,22 @@
 """Configuration of a [`BridgedCausalLM`]: its sparse model, and the dense model it belongs to."""
 
+import re
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, validated_field
 from transformers import PreTrainedConfig
 
-from ..modeling.configuration_circuitgpt import MAX_WIDTH, CheckedConfig, CircuitGPTConfig
-from ..modeling.validation import Field
+from ..modeling.configuration_circuitgpt import MAX_WIDTH, CheckedConfig, CircuitGPTConfig, within
+
+
+def _check_line(value: Any) -> None:
+    if isinstance(value, str) and not (value.isprintable() and len(value) <= 4096):
+        raise ValueError("expected one line of printable characters")
+
+
+def _check_fingerprint(value: Any) -> None:
+    if not re.fullmatch("([0-9a-f]{16})?", value):
+        raise ValueError("expected 16 hexadecimal digits")
 
 
 @strict
@@ -25,37 +35,22 @@ class BridgeConfig(CheckedConfig, PreTrainedConfig):
         bridge_bias (`bool`): biases in encoders and decoders.
 
     Raises:
-        StrictDataclassFieldValidationError: a field of another type.
-        ValueError: a field outside its range.
-        ArtifactError: either of these, in a file; names the file.
+        StrictDataclassFieldValidationError: a field of another type or outside its range.
+        ArtifactError: the same in a file; names the file.
     """
 
     model_type = "circuitgpt_bridge"
 
     sparse_config: dict | PreTrainedConfig | None = None
-    base_model_name_or_path: str = ""
-    base_model_revision: str | None = None
-    base_model_fingerprint: str = ""
-    base_model_type: str = ""
-    base_width: int = 0
-    encoder_afrac: float | int | None = 0.25
+    base_model_name_or_path: str = validated_field(_check_line, default="")
+    base_model_revision: str | None = validated_field(_check_line, default=None)
+    base_model_fingerprint: str = validated_field(_check_fingerprint, default="")
+    base_model_type: str = validated_field(_check_line, default="")
+    base_width: int = within(0, MAX_WIDTH, default=0)
+    encoder_afrac: float | int | None = within(0, 1, default=0.25)
     bridge_bias: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        def field(name: str) -> Field:
-            return Field(getattr(self, name), type(self).__name__, name)
-
-        for name in ("base_model_name_or_path", "base_model_type"):
-            field(name).line()
-        if self.base_model_revision is not None:
-            field("base_model_revision").line()
-        field("base_model_fingerprint").matching("([0-9a-f]{16})?", "16 hexadecimal digits")
-        field("base_width").integer(0, MAX_WIDTH)
-        if self.encoder_afrac is not None and not 0 < field("encoder_afrac").number() <= 1:
-            raise ValueError(
-                f"encoder_afrac={self.encoder_afrac} was passed, expected a fraction in (0, 1]; "
-                "use None to keep every channel."
-            )
         if not isinstance(self.sparse_config, CircuitGPTConfig):
             self.sparse_config = CircuitGPTConfig(**(self.sparse_config or {}))
         kwargs.pop("auto_map", None)  # earlier versions saved their code beside a bridge
