@@ -16,11 +16,12 @@ def saved(tmp_path):
     return save_pair(tmp_path)
 
 
-def test_peft_attaches_a_saved_bridge(saved, tmp_path):
+def test_peft_attaches_a_saved_bridge(saved, tmp_path, recwarn):
     dense, folder, bridged = saved
     assert isinstance(PeftConfig.from_pretrained(str(folder)), BridgePeftConfig)
     base = AutoModelForCausalLM.from_pretrained(dense)
     model = PeftModel.from_pretrained(base, str(folder))
+    assert not [w for w in recwarn if "missing adapter keys" in str(w.message)]
     for one, other in zip(hybrids(model.bridged), hybrids(bridged), strict=True):
         assert torch.equal(one, other)
     with torch.no_grad():
