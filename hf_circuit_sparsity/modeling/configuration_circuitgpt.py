@@ -14,17 +14,9 @@ from transformers import PreTrainedConfig
 
 # Every place where AbsTopK may act, by OpenAI's name for it (Gao et al. 2025, section 2).
 ACTIVATION_SITES = (
-    "attn_in",
-    "attn_q",
-    "attn_k",
-    "attn_v",
-    "attn_out",
-    "mlp_in",
-    "mlp_neuron",
-    "mlp_out",
-    "resid_post_attn",
-    "resid_post_mlp",
-)
+    "attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out",
+    "resid_post_attn", "resid_post_mlp",
+)  # fmt: skip
 PAPER_ACTIVATION_SITES = ",".join(ACTIVATION_SITES[:8])
 
 # Far above any such model; what a file claims beyond costs minutes or overflows.
@@ -191,24 +183,21 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
             )
 
     def _check_sites(self) -> None:
-        unknown = set(self.activation_sites) - set(ACTIVATION_SITES)
-        if unknown:
+        if unknown := set(self.activation_sites) - set(ACTIVATION_SITES):
             raise ValueError(
-                f"afrac_loctypes names {', '.join(sorted(unknown))}, but the sites are "
+                f"afrac_loctypes names {', '.join(sorted(unknown))}, expected sites out of "
                 f"{', '.join(ACTIVATION_SITES)}."
             )
-        if self.afrac is not None:
-            if not 0 < self.afrac <= 1:
-                raise ValueError(
-                    f"afrac={self.afrac} was passed, but the kept fraction must be in (0, 1]; "
-                    "use None to keep every activation."
-                )
-            narrow = [s for s in self.activation_sites if int(self.afrac * self.site_width(s)) < 1]
-            if narrow:
-                raise ValueError(
-                    f"afrac={self.afrac} keeps no activation at {', '.join(narrow)}, "
-                    f"{self.site_width(narrow[0])} wide; use a larger afrac or a wider model."
-                )
+        if self.afrac is not None and not 0 < self.afrac <= 1:
+            raise ValueError(
+                f"afrac={self.afrac} was passed, expected a fraction in (0, 1]; use None to keep "
+                "every activation."
+            )
+        if narrow := [site for site in self.activation_sites if self.site_k(site) == 0]:
+            raise ValueError(
+                f"afrac={self.afrac} keeps no activation at {', '.join(narrow)}, "
+                f"{self.site_width(narrow[0])} wide; use a larger afrac or a wider model."
+            )
         if self.sinusoidal_cat_pos_emb and self.d_pos_emb is None:
             raise ValueError(
                 "sinusoidal_cat_pos_emb=True was passed without d_pos_emb; give the width of the "
@@ -238,6 +227,3 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
         if self.afrac is None or site not in self.activation_sites:
             return None
         return int(self.afrac * self.site_width(site))
-
-
-__all__ = ["ACTIVATION_SITES", "CircuitGPTConfig"]

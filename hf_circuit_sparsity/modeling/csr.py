@@ -38,9 +38,7 @@ class CSR:
         self, row_starts: Tensor, columns: Tensor, values: Tensor | None, width: int
     ) -> None:
         self.shape = (len(row_starts) - 1, int(width))
-        self.row_starts = row_starts
-        self.columns = columns
-        self.values = values
+        self.row_starts, self.columns, self.values = row_starts, columns, values
         # The transposed pattern and the order of its values; shared with what `with_values` makes.
         self._transposed: dict[str, CSR | Tensor] = {}
 

@@ -100,14 +100,9 @@ class _AbsTopK(torch.autograd.Function):
 
 
 def sdpa_attention_with_sink(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float,
-    s_aux: Tensor,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
+    dropout: float, s_aux: Tensor,
+) -> Tensor:  # fmt: skip
     """Attention with a sink through torch's fused kernels.
 
     Args:
@@ -127,23 +122,16 @@ def sdpa_attention_with_sink(
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         kernels = compiled_kernels(query, key, value, s_aux)
         if kernels and kernels.can_attend(query, key, value):
-            attended = _AttentionByKernels.apply(query, key, value, s_aux, scaling, kernels)
-        else:
-            attended = _CausalSinkAttention.apply(query, key, value, s_aux, scaling)
-        return attended.transpose(1, 2)
-    return sink_as_key(query, key, value, attention_mask, scaling, dropout, s_aux)
+            out = _AttentionByKernels.apply(query, key, value, s_aux, scaling, kernels)
+            return out.transpose(1, 2)
+    return _sink_as_key(query, key, value, attention_mask, scaling, dropout, s_aux)
 
 
-def sink_as_key(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float,
-    s_aux: Tensor,
-) -> Tensor:
-    """[`sdpa_attention_with_sink`] through `scaled_dot_product_attention`.
+def _sink_as_key(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
+    dropout: float, s_aux: Tensor,
+) -> Tensor:  # fmt: skip
+    """The same through `scaled_dot_product_attention`.
 
     The sink becomes a key in front of the others whose value is zero. One extra channel, 1 in
     every query and `s_aux / scaling` in that key only, makes its score the sink's logit for every
@@ -165,13 +153,7 @@ def sink_as_key(
         seen = attention_mask.dtype == torch.bool  # in a boolean mask 1 is seen, in a float one 0
         attention_mask = F.pad(attention_mask, (1, 0), value=1 if seen else 0)
     attended = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=attention_mask,
-        dropout_p=dropout,
-        is_causal=is_causal,
-        scale=scaling,
+        query, key, value, attention_mask, dropout, is_causal=is_causal, scale=scaling
     )
     return attended[:, :, int(is_causal) :, :width].transpose(1, 2)
 
@@ -192,39 +174,3 @@ class _AttentionByKernels(torch.autograd.Function):
         query, key, value, s_aux, out, log_sum = ctx.saved_tensors
         grads = ctx.kernels.attend_back(query, key, value, s_aux, ctx.scaling, out, log_sum, grad)
         return *grads, None, None
-
-
-class _CausalSinkAttention(torch.autograd.Function):
-    """Causal attention with a sink from torch's CPU kernel, which knows no sink.
-
-    The kernel also gives the log of its softmax denominator, and the sink only enlarges that: the
-    output shrinks by the ratio of the two. The kernel's backward pass works from output and
-    denominator; given the enlarged ones, it is exact for attention with a sink.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query, key, value, s_aux, scaling: float) -> Tensor:
-        causal = query.shape[2] > 1
-        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, scale=scaling
-        )
-        log_sum_with_sink = torch.logaddexp(log_sum, s_aux.to(log_sum.dtype).view(1, -1, 1))
-        out = out * (log_sum - log_sum_with_sink).exp()[..., None].to(out.dtype)
-        ctx.save_for_backward(query, key, value, out, log_sum_with_sink, s_aux)
-        ctx.causal, ctx.scaling = causal, scaling
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, log_sum, s_aux = ctx.saved_tensors
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, out, log_sum, 0.0, ctx.causal, scale=ctx.scaling
-        )
-        grad_sink = None
-        if ctx.needs_input_grad[3]:
-            # Softmax backward at the sink, whose value is zero.
-            through = (grad * out).sum(-1, dtype=log_sum.dtype)
-            weight = (s_aux.to(log_sum.dtype).view(1, -1, 1) - log_sum).exp()
-            grad_sink = -(weight * through).sum((0, 2)).to(s_aux.dtype)
-        return *grads, grad_sink, None

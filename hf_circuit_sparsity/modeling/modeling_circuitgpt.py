@@ -14,7 +14,7 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -42,7 +42,7 @@ class AbsTopK(nn.Module):
         self.width = width
         self.k = k
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return x if self.k is None else abs_topk(x, self.k)
 
     def extra_repr(self) -> str:
@@ -63,16 +63,9 @@ def make_norm(config: CircuitGPTConfig, width: int) -> nn.Module:
 
 
 def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float, dropout: float = 0.0, s_aux: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The readable reference: `(B, H, T, K)` in, `(B, T, H, K)` and the weights out."""
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
@@ -116,12 +109,9 @@ class CircuitGPTAttention(nn.Module):
         self.resid_delta = NodeSite(config.d_model, config.site_k("attn_out"))
 
     def forward(
-        self,
-        x: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        self, x: Tensor, attention_mask: Tensor | None = None, past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         q, k, v = self.c_attn(self.act_in(x)).chunk(3, dim=-1)
         by_head = (*x.shape[:-1], -1, self.head_dim)
         q = self.q(q).view(by_head).transpose(1, 2)  # (B, H, T, K)
@@ -158,7 +148,7 @@ class CircuitGPTMLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.resid_delta = NodeSite(config.d_model, config.site_k("mlp_out"))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         neurons = self.post_act(self.act_fn(self.c_fc(self.act_in(x))))
         return self.resid_delta(self.dropout(self.c_proj(neurons)))
 
@@ -180,24 +170,17 @@ class CircuitGPTBlock(GradientCheckpointingLayer):
         self.resid_post_mlp = AbsTopK(config.d_model, config.site_k("resid_post_mlp"))
 
     def forward(
-        self,
-        x: torch.Tensor,  # (B, T, D)
-        positions: torch.Tensor | None = None,  # (B or 1, T, d_pos_emb) where concatenated
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, x: Tensor, positions: Tensor | None = None, attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """`x` is `(B, T, D)`; positions, where they are concatenated, `(B or 1, T, d_pos_emb)`."""
         x, weights = self.after_attention(x, positions, attention_mask, past_key_values, **kwargs)
         return self.after_mlp(x, positions), weights
 
     def after_attention(
-        self,
-        x: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, x: Tensor, positions: Tensor | None = None, attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The residual stream after the attention, from the one before it; and the weights."""
         read = self.ln_1(x)
         if self.concatenates_positions:
@@ -205,7 +188,7 @@ class CircuitGPTBlock(GradientCheckpointingLayer):
         delta, weights = self.attn(read, attention_mask, past_key_values, **kwargs)
         return self.resid_post_attn(self.residual_act(x + delta)), weights
 
-    def after_mlp(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    def after_mlp(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """The residual stream after the MLP, from the one before it."""
         read = self.ln_2(x)
         if self.concatenates_positions:
@@ -223,7 +206,7 @@ class SinusoidalPositions(nn.Embedding):
         super().__init__(block_size, width)
         self.weight.requires_grad_(False)
 
-    def table(self) -> torch.Tensor:
+    def table(self) -> Tensor:
         length, width = self.weight.shape
         periods = torch.logspace(math.log10(4.0), math.log10(max(4.0, length)), max(1, width // 2))
         angles = torch.arange(length)[:, None] * (2 * math.pi / periods)
@@ -310,11 +293,8 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
         self.wte = value
 
     def position_ids_for(
-        self,
-        x: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-    ) -> torch.Tensor:
+        self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None
+    ) -> Tensor:
         """Positions `(B or 1, T)` of the tokens embedded in `x`; padding does not count."""
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         length = x.shape[1]
@@ -334,12 +314,9 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
         return positions
 
     def embedded(
-        self,
-        x: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        self, x: Tensor, attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None, past_key_values: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """What the first block gets for token embeddings `x` `(B, T, D)`.
 
         Returns:
@@ -356,27 +333,19 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
             positions = self.drop(positions)
         x = self.drop(x)
         mask = create_causal_mask(
-            config=config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+            config=config, inputs_embeds=x, attention_mask=attention_mask,
+            past_key_values=past_key_values, position_ids=position_ids,
+        )  # fmt: skip
         return x, positions, mask
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
+        self, input_ids: torch.LongTensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None, past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
+        output_hidden_states: bool | None = None, output_attentions: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast:  # fmt: skip
         """
         Args:
             input_ids: `(B, T)` token ids; or pass `inputs_embeds`, `(B, T, D)`, instead.
@@ -441,9 +410,7 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_openai(
-        cls, folder: str | os.PathLike, **config_overrides: Any
-    ) -> "CircuitGPTForCausalLM":
+    def from_openai(cls, folder: str | os.PathLike, **config_overrides: Any):
         """Load OpenAI's blob layout: a folder with `beeg_config.json` and `final_model.pt`.
 
         Args:
@@ -453,12 +420,8 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
         Raises:
             FileNotFoundError, ValueError: a file is missing, unreadable or does not fit the other.
         """
-        try:
-            reader = importlib.import_module("hf_circuit_sparsity.modeling.openai_checkpoint")
-        except ImportError as error:
-            raise ImportError(
-                "from_openai needs the package hf-circuit-sparsity; pip install it."
-            ) from error
+        # In the package hf-circuit-sparsity only, not in the code beside a model on the Hub.
+        reader = importlib.import_module("hf_circuit_sparsity.modeling.openai_checkpoint")
         return reader.load_openai_checkpoint(cls, folder, **config_overrides)
 
     def resize_token_embeddings(
@@ -468,7 +431,7 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
         embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         size = embedding.num_embeddings
 
-        def resized(table: torch.Tensor) -> torch.Tensor:
+        def resized(table: Tensor) -> Tensor:
             new = table.new_zeros([size] * table.dim())
             common = (slice(min(size, len(table))),) * table.dim()
             new[common] = table[common]
@@ -481,7 +444,7 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
             self.bigram_table = resized(self.bigram_table)
         return embedding
 
-    def unembed(self, hidden: torch.Tensor, input_ids: torch.LongTensor | None) -> torch.Tensor:
+    def unembed(self, hidden: Tensor, input_ids: torch.LongTensor | None) -> Tensor:
         """Logits `(B, T, V)` from the output of the final norm, `(B, T, D)`, and its tokens."""
         logits = self.lm_head(hidden) + self.final_logits_bias.to(hidden.dtype)
         if self.bigram_table is not None:
@@ -491,17 +454,11 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+        self, input_ids: torch.LongTensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None, past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None, labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, **kwargs: Any,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
         """
         Args:
             labels: `(B, T)` token ids, shifted inside the model, -100 where no loss is wanted.
@@ -518,16 +475,11 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
                 "This model looks its bigram table up by token, so inputs_embeds alone do not "
                 "determine its logits; pass input_ids."
             )
+        of_loss = ("num_items_in_batch", "shift_labels")
         outputs = self.transformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            return_dict=True,
-            **{k: v for k, v in kwargs.items() if k not in ("num_items_in_batch", "shift_labels")},
-        )
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+            return_dict=True, **{k: v for k, v in kwargs.items() if k not in of_loss},
+        )  # fmt: skip
         keep = logits_to_keep
         if isinstance(keep, int):
             keep = slice(-keep, None) if keep else slice(None)
@@ -538,18 +490,6 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
         if labels is not None or kwargs.get("shift_labels") is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-
-__all__ = [
-    "AbsTopK",
-    "CircuitGPTForCausalLM",
-    "CircuitGPTModel",
-    "CircuitGPTPreTrainedModel",
-    "NodeSite",
-]
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states, attentions=outputs.attentions,
+        )  # fmt: skip

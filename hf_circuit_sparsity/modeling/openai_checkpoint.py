@@ -60,8 +60,7 @@ def load_openai_checkpoint(
         weights = torch.load(weights_path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive or pickle ends in any of them
         raise ArtifactError(
-            weights_path,
-            " is not a readable PyTorch checkpoint of plain tensors; fetch it again.",
+            weights_path, " is not a readable PyTorch checkpoint of plain tensors; fetch it again."
         ) from error
     with torch.device("meta"):
         model = model_class(config)

@@ -40,6 +40,7 @@ PARTS = VALUES, COLUMNS, ROW_COUNTS = ".values", ".columns", ".row_counts"
 _AS_NONZEROS = ContextVar("from_pretrained(sparse=True)", default=False)
 _UNSIGNED = (np.uint8, np.uint16, np.uint32)
 _INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.int64)
+_DTYPES = {"floats": FLOAT_DTYPES, "integers": _INTEGERS}
 _DAMAGED = "copy or download it again"
 # What safetensors and PyTorch are seen to raise on damaged headers and unknown dtypes.
 TENSOR_ERRORS = (
@@ -54,13 +55,7 @@ class SparsePreTrainedModel(PreTrainedModel):
     _saves_sparse = False  # what `save_pretrained` does if not told
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
-        *args: Any,
-        sparse: bool = False,
-        **kwargs: Any,
-    ):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, sparse: bool = False, **kwargs):
         """As every `from_pretrained`, from dense and from sparse weights alike.
 
         A model from the Hub knows in `config._commit_hash` the commit it is of (if its weights are
@@ -76,8 +71,7 @@ class SparsePreTrainedModel(PreTrainedModel):
         """
         if sparse and kwargs.get("quantization_config") is not None:
             raise ValueError(
-                "quantization_config was passed with sparse=True, but nonzeros are not quantized; "
-                "load without one of the two."
+                "quantization_config and sparse=True were passed; load without one of the two."
             )
         asked = _AS_NONZEROS.set(sparse)
         try:
@@ -96,9 +90,7 @@ class SparsePreTrainedModel(PreTrainedModel):
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         # Where `from_pretrained` of transformers fills the model, which is on the meta device.
         load = PreTrainedModel._load_pretrained_model
-        if state_dict is not None or not checkpoint_files or len(checkpoint_files) > 1:
-            return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-        (path,) = checkpoint_files
+        path = "" if state_dict is not None or not checkpoint_files else checkpoint_files[0]
         commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)  # in the Hub's cache
         model.config._commit_hash = commit and commit[1]
         if not path.endswith(".safetensors") or not _holds_nonzeros(path):
@@ -106,10 +98,7 @@ class SparsePreTrainedModel(PreTrainedModel):
         weights, nonzeros = read_weights(path, model), {}
         if _AS_NONZEROS.get():
             if len(set((load_config.device_map or {}).values())) > 1:
-                raise ValueError(
-                    "a device_map over several devices was passed with sparse=True, which places "
-                    "the whole model on one; pass a device, or load without sparse=True."
-                )
+                raise ValueError("sparse=True was passed with a device_map over several devices.")
             nonzeros = {n: w for n, w in weights.items() if _runs_sparsely(model, n, w)}
             model._nonzeros = nonzeros  # `from_pretrained` replaces these layers at its end
         tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -119,14 +108,10 @@ class SparsePreTrainedModel(PreTrainedModel):
         return info, offloaded
 
     def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        *args: Any,
-        sparse: bool | None = None,
+        self, save_directory: str | os.PathLike, is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None, *args: Any, sparse: bool | None = None,
         **kwargs: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """As every `save_pretrained`.
 
         Args:
@@ -153,13 +138,7 @@ class SparsePreTrainedModel(PreTrainedModel):
     def to_sparse(self, threshold: float = MAX_DENSITY) -> "SparsePreTrainedModel":
         """Run linear layers and embeddings on their nonzeros, in place; returns the model.
 
-        A layer with a larger share of nonzeros than `threshold` stays dense, where that is faster.
-        Names and values in `state_dict()`, node sites and their hooks stay what they are. Train
-        with an optimizer made afterwards: the parameters then are the nonzeros. A model that is
-        not sparse stays as it is, with a warning.
-
-        Raises:
-            ValueError: `threshold` is not a share, or weights are offloaded.
+        See [`sparse_layers.to_sparse`]. Train with an optimizer made afterwards.
         """
         return to_sparse(self, threshold)
 
@@ -170,10 +149,7 @@ class SparsePreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any):
         """As ever; a model that runs on its nonzeros must be made dense before."""
         if new_num_tokens is not None and sparse_layers(self):
-            raise ValueError(
-                f"resize_token_embeddings({new_num_tokens}) was called on a model that runs on "
-                "its nonzeros; call to_dense() before and to_sparse() after."
-            )
+            raise ValueError("resize_token_embeddings needs a dense model; call to_dense() before.")
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
 
@@ -216,9 +192,8 @@ def sparse_state_dict(
         largest = int(counts.max(initial=0))
         encoded[name + VALUES] = weight.values.detach().cpu().contiguous()
         encoded[name + COLUMNS] = torch.from_numpy(columns)
-        encoded[name + ROW_COUNTS] = torch.from_numpy(
-            counts.astype(_smallest_unsigned(largest + 1))
-        )
+        counts = counts.astype(_smallest_unsigned(largest + 1))
+        encoded[name + ROW_COUNTS] = torch.from_numpy(counts)
     return encoded
 
 
@@ -264,16 +239,17 @@ def read_weights(path: str, model: nn.Module) -> dict[str, Tensor | CSR]:
             model's.
     """
     expected = {name: tuple(weight.shape) for name, weight in named_weights(model)}
-    stored: dict[str, Any] = {}
+    whole: dict[str, Any] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in read_tensors(path).items():
         owner, _, ending = name.rpartition(".")
         if f".{ending}" in PARTS:
-            parts = stored.setdefault(owner, {})
-            if not isinstance(parts, dict):
-                raise ArtifactError(path, f" has {owner[:200]!r} both whole and by its nonzeros.")
-            parts[f".{ending}"] = tensor
-        elif stored.setdefault(name, tensor) is not tensor:
-            raise ArtifactError(path, f" has {name[:200]!r} both whole and by its nonzeros.")
+            parts.setdefault(owner, {})[f".{ending}"] = tensor
+        else:
+            whole[name] = tensor
+    for name in whole.keys() & parts.keys():
+        raise ArtifactError(path, f" has {name[:200]!r} both whole and by its nonzeros.")
+    stored = {**whole, **parts}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     is_body = not any(name.startswith(prefix) for name in expected)
     if is_body and any(name.startswith(prefix) for name in stored):
@@ -281,18 +257,14 @@ def read_weights(path: str, model: nn.Module) -> dict[str, Tensor | CSR]:
     weights: dict[str, Tensor | CSR] = {}
     for name, tensor in stored.items():
         if name not in expected:
-            raise ArtifactError(
-                path, f" has {name[:200]!r}, which this config's model does not have."
-            )
+            raise ArtifactError(path, f" has {name[:200]!r}, which this config's model has not.")
         if isinstance(tensor, dict):
             weights[name] = _unpacked(path, name, tensor, expected[name])
             continue
         if tuple(tensor.shape) != expected[name] or tensor.dtype not in FLOAT_DTYPES:
-            raise ArtifactError(
-                path,
-                f" has {name!r} of shape {tuple(tensor.shape)} and {tensor.dtype}, but this config "
-                f"needs {expected[name]} and floats.",
-            )
+            kind = f"shape {tuple(tensor.shape)} and {tensor.dtype}"
+            needed = f"this config needs {expected[name]} and floats"
+            raise ArtifactError(path, f" has {name!r} of {kind}, but {needed}.")
         weights[name] = tensor
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if target in expected and source in weights:
@@ -305,42 +277,30 @@ def read_weights(path: str, model: nn.Module) -> dict[str, Tensor | CSR]:
 def _unpacked(path: str, name: str, parts: dict[str, Tensor], shape: tuple[int, ...]) -> CSR:
     """A stored matrix, from its three tensors by their endings."""
 
-    def refusal(what: str) -> ArtifactError:
-        return ArtifactError(path, f": the sparse tensor {name!r} {what}; {_DAMAGED}.")
+    def check(holds: Any, otherwise: str) -> None:
+        if not holds:
+            raise ArtifactError(path, f": the sparse tensor {name!r} {otherwise}; {_DAMAGED}.")
 
-    if len(shape) != 2:
-        raise refusal(f"is stored by its nonzeros, but the model needs the shape {shape}")
+    check(len(shape) == 2, f"is stored by its nonzeros, but the model needs the shape {shape}")
     rows, width = shape
     for ending in PARTS:
-        part = parts.get(ending)
-        if part is None:
-            raise refusal(f"lacks {name}{ending}")
-        if part.dim() != 1 or part.dtype not in (FLOAT_DTYPES if ending == VALUES else _INTEGERS):
-            kind = "floats" if ending == VALUES else "integers"
-            raise refusal(
-                f"has {name}{ending} of {part.dtype} and shape {tuple(part.shape)}, expected "
-                f"{kind}, flat"
-            )
+        part, kind = parts.get(ending), "floats" if ending == VALUES else "integers"
+        check(part is not None, f"lacks {name}{ending}")
+        fits = part.dim() == 1 and part.dtype in _DTYPES[kind]
+        check(fits, f"has {ending} of {part.dtype} {tuple(part.shape)}, expected flat {kind}")
     values = parts[VALUES]
     counts = parts[ROW_COUNTS].numpy().astype(np.int64)
     columns = parts[COLUMNS].numpy().astype(np.int64)
-    if counts.size != rows:
-        raise refusal(f"counts {counts.size} rows, the model has {rows}")
-    if counts.min(initial=0) < 0 or not counts.sum() == columns.size == len(values):
-        raise refusal(
-            f"counts {counts.sum()} nonzeros but lists {columns.size} columns and "
-            f"{len(values)} values"
-        )
-    if columns.size and not (columns.min() >= 0 and columns.max() < width):
-        wrong = columns[(columns < 0) | (columns >= width)][0]
-        raise refusal(f"lists column {wrong}, the matrix has {width}")
+    check(counts.size == rows, f"has {ROW_COUNTS} of {counts.size} rows, the model has {rows}")
+    sizes = f"{counts.sum()} {ROW_COUNTS}, {columns.size} {COLUMNS}, {len(values)} {VALUES}"
+    fits = counts.min(initial=0) >= 0 and counts.sum() == columns.size == len(values)
+    check(fits, f"has {sizes}, expected as many of each")
+    outside = columns[(columns < 0) | (columns >= width)]
+    check(not outside.size, f"has {COLUMNS} {outside[:3]}, the matrix has {width}")
     # One number per entry that must grow throughout: it repeats or falls where columns do.
     flat = np.repeat(np.arange(rows), counts) * width + columns
-    steps = np.diff(flat)
-    if steps.size and steps.min() <= 0:
-        row = int(flat[1 + int(steps.argmin())] // width)
-        what = "twice the same column" if steps.min() == 0 else "columns out of order"
-        raise refusal(f"lists {what} in row {row}")
+    wrong = flat[1:][np.diff(flat) <= 0] // width
+    check(not wrong.size, f"has {COLUMNS} twice or out of order in rows {wrong[:3]}")
     row_starts = torch.zeros(rows + 1, dtype=torch.int32)
     row_starts[1:] = torch.from_numpy(counts.cumsum())
     return CSR(row_starts, torch.from_numpy(columns.astype(np.int32)), values, width)
@@ -377,15 +337,13 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
         ArtifactError: the file is damaged or has a dtype that PyTorch lacks.
     """
-    name = ""
-    tensors = {}
+    tensors, name = {}, "its header"
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (it is no dict)
                 tensors[name] = file.get_tensor(name)
     except TENSOR_ERRORS as error:
-        where = f" at the tensor {name[:80]!r}" if name else ""
-        raise ArtifactError(path, f" is damaged{where} ({error}); {_DAMAGED}.") from error
+        raise ArtifactError(path, f" is damaged at {name[:80]!r} ({error}); {_DAMAGED}.") from error
     return tensors
 
 

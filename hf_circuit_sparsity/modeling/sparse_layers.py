@@ -8,7 +8,7 @@ the dense matrix, computed when asked for, and `state_dict()` has its name and v
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from .csr import CSR
@@ -64,43 +64,33 @@ class SparseWeight(nn.Module):
         self.values.data, self.values.grad = csr.values.detach().to(self.values), None
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Tensor:
         """The dense matrix, `(rows, width)`, computed anew; its gradient reaches the nonzeros."""
         return self.csr.to_dense()
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
-        bias = getattr(self, "bias", None)
-        if bias is not None:
-            destination[f"{prefix}bias"] = bias if keep_vars else bias.detach()
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        for name in ("weight", "bias"):
+            tensor = getattr(self, name, None)
+            if tensor is not None:
+                destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
+    @torch.no_grad()
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
     ) -> None:
-        name, bias = f"{prefix}weight", getattr(self, "bias", None)
-        if name not in state_dict:
-            missing_keys.append(name)
-        elif tuple(state_dict[name].shape) != self.shape:
-            error_msgs.append(
-                f"{name} has shape {tuple(state_dict[name].shape)}, expected {self.shape}."
-            )
-        else:
-            self.assign(CSR.from_dense(state_dict[name].detach().to(self.values)))
-        if bias is not None:
-            if f"{prefix}bias" in state_dict:
-                with torch.no_grad():
-                    bias.copy_(state_dict[f"{prefix}bias"])
+        for name in ("weight", "bias"):
+            if name == "bias" and getattr(self, name, None) is None:
+                continue
+            tensor = state_dict.get(prefix + name)
+            shape = self.shape if name == "weight" else tuple(self.bias.shape)
+            if tensor is None:
+                missing_keys.append(prefix + name)
+            elif tuple(tensor.shape) != shape:
+                errors.append(f"{prefix}{name} has shape {tuple(tensor.shape)}, expected {shape}.")
+            elif name == "bias":
+                self.bias.copy_(tensor)
             else:
-                missing_keys.append(f"{prefix}bias")
+                self.assign(CSR.from_dense(tensor.detach().to(self.values)))
 
     def extra_repr(self) -> str:
         rows, width = self.shape
@@ -115,7 +105,7 @@ class SparseLinear(SparseWeight):
         self.out_features, self.in_features = self.shape
         self.register_parameter("bias", bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
         y = _LinearFunction.apply(flat, self.values, self.bias, self.csr)
         return y.view(*x.shape[:-1], self.out_features)
@@ -125,16 +115,14 @@ class _LinearFunction(torch.autograd.Function):
     """`x @ weight.T + bias`, whose gradients also cost only what the nonzeros cost."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, csr: CSR
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, csr: CSR) -> Tensor:
         ctx.csr = csr
         ctx.save_for_backward(x, values)
         return csr.linear(x, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values = ctx.saved_tensors
         grad = grad.contiguous()
         grad_x = grad_values = grad_bias = None
@@ -154,7 +142,7 @@ class SparseEmbedding(SparseWeight):
         super().__init__(csr)
         self.num_embeddings, self.embedding_dim = self.shape
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)
         starts = self.row_starts[flat].long()
         counts = self.row_starts[flat + 1].long() - starts
@@ -172,7 +160,7 @@ def to_sparse(model: Model, threshold: float = MAX_DENSITY) -> Model:
 
     Node sites, their hooks and the names and values in `state_dict()` stay what they are. Forward
     hooks on a replaced layer itself are lost, and an optimizer made before holds the old
-    parameters. A model of which no layer is sparse enough is left as it is, with a warning.
+    parameters. A model of which no layer is sparse enough stays as it is, with a warning.
 
     Args:
         threshold: layers with a larger share of nonzeros stay dense, 0 to 1.
@@ -181,23 +169,20 @@ def to_sparse(model: Model, threshold: float = MAX_DENSITY) -> Model:
         ValueError: the threshold is out of range, or weights are not in memory (offloaded).
     """
     if not 0 <= threshold <= 1:
-        raise ValueError(
-            f"threshold={threshold} was passed, but it is a share of nonzeros; pass 0 to 1."
-        )
-    candidates = [
-        (name, module)
+        raise ValueError(f"threshold={threshold} was passed, expected a share from 0 to 1.")
+    candidates = {
+        name: module
         for name, module in model.named_modules()
         if type(module) in (nn.Linear, nn.Embedding)
-    ]
-    for name, module in candidates:
+    }
+    for name, module in candidates.items():
         if module.weight.device.type == "meta":
             raise ValueError(
-                f"{name}.weight is not in memory (offloaded); load the model without offloading "
-                "to run it on its nonzeros."
+                f"{name}.weight is not in memory (offloaded); load the model without offloading."
             )
     shared: dict[int, CSR] = {}  # tied layers, such as embedding and unembedding, stay tied
     densest = 1.0
-    for name, module in candidates:
+    for name, module in candidates.items():
         weight = module.weight
         density = float(torch.count_nonzero(weight)) / max(1, weight.numel())
         densest = min(densest, density)
@@ -210,11 +195,8 @@ def to_sparse(model: Model, threshold: float = MAX_DENSITY) -> Model:
         replace_module(model, name, sparse_layer(module, shared[id(weight)]))
     if candidates and not shared:
         logger.warning(
-            "%s is not sparse: its sparsest layer has %.1f %% nonzeros, more than the %.1f %% up "
-            "to which running on the nonzeros pays. It stays dense.",
-            type(model).__name__,
-            100 * densest,
-            100 * threshold,
+            f"{type(model).__name__} is not sparse: its sparsest layer has {densest:.1%} nonzeros, "
+            f"more than the {threshold:.1%} up to which running on them pays. It stays dense."
         )
     return model
 
@@ -242,18 +224,16 @@ def sparse_layer(module: nn.Linear | nn.Embedding, csr: CSR) -> SparseWeight:
 def dense_layer(layer: SparseWeight, shared: dict[int, nn.Parameter]) -> nn.Module:
     """The dense layer with the weight of `layer`; `shared` keeps tied layers tied."""
     rows, width = layer.shape
-    weight = shared.get(id(layer.values))
-    if weight is None:
-        trainable = layer.values.requires_grad
-        weight = nn.Parameter(layer.weight.detach(), requires_grad=trainable)
-        shared[id(layer.values)] = weight
+    values = layer.values
+    if id(values) not in shared:
+        shared[id(values)] = nn.Parameter(layer.weight.detach(), values.requires_grad)
     with torch.device("meta"):  # nothing is allocated for weights that are replaced
         if isinstance(layer, SparseEmbedding):
             dense = nn.Embedding(rows, width)
         else:
             dense = nn.Linear(width, rows, bias=False)
             dense.bias = layer.bias
-    dense.weight = weight
+    dense.weight = shared[id(values)]
     return dense.train(layer.training)
 
 
@@ -261,6 +241,3 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` at the dotted `name` within `model`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-__all__ = ["SparseEmbedding", "SparseLinear", "SparseWeight"]

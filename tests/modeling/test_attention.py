@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_circuit_sparsity.modeling.functional import sdpa_attention_with_sink, sink_as_key
+from hf_circuit_sparsity.modeling.functional import _sink_as_key, sdpa_attention_with_sink
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import eager_attention_forward
 
 
@@ -15,7 +15,7 @@ def reference(query, key, value, scaling, s_aux):
     return eager_attention_forward(nn.Module(), query, key, value, mask, scaling, s_aux=s_aux)[0]
 
 
-@pytest.mark.parametrize("attend", [sdpa_attention_with_sink, sink_as_key])
+@pytest.mark.parametrize("attend", [_sink_as_key, sdpa_attention_with_sink])
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 1), (1, 9), (70, 70)])
 def test_equals_the_reference_forward_and_backward(attend, queries, keys):
     generator = torch.Generator().manual_seed(0)

@@ -197,6 +197,10 @@ def test_loads_by_remote_code_where_the_package_is_not_installed(tiny_model, tmp
     if sparse:
         sparsify(tiny_model)
     tiny_model.save_pretrained(folder, sparse=sparse)
+    # Few enough to be read before somebody trusts them.
+    texts = [path.read_text() for path in folder.glob("*.py")]
+    assert len(texts) <= 6
+    assert sum(bool(line.strip()) for text in texts for line in text.splitlines()) <= 1500
     torch.save(IDS, tmp_path / "ids.pt")
     script = tmp_path / "load.py"
     script.write_text(WITHOUT_PACKAGE)

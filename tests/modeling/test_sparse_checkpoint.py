@@ -225,16 +225,16 @@ def _floats(tensors):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_columns(_swap), "columns out of order in row"),
-        (_columns(_repeat), "twice the same column in row"),
-        (_columns(_out_of_range), "lists column 32, the matrix has 32"),
-        (_shorten(".columns"), "nonzeros but lists"),
-        (_shorten(".values"), "nonzeros but lists"),
-        (_shorten(".row_counts"), "counts 63 rows, the model has 64"),
-        (_one_more_row, "counts 65 rows"),
-        (_count_moved, "nonzeros but lists"),
-        (_signed, "nonzeros but lists"),
-        (_floats, "columns of torch.float32 .* expected integers"),
+        (_columns(_swap), "columns"),
+        (_columns(_repeat), "columns"),
+        (_columns(_out_of_range), "columns"),
+        (_shorten(".columns"), "columns"),
+        (_shorten(".values"), "values"),
+        (_shorten(".row_counts"), "row_counts"),
+        (_one_more_row, "row_counts"),
+        (_count_moved, "row_counts"),
+        (_signed, "row_counts"),
+        (_floats, "columns"),
         (_drop(".values"), "lacks .*values"),
         (_drop(".columns"), "lacks .*columns"),
         (_drop(".row_counts"), "lacks .*row_counts"),
@@ -254,9 +254,12 @@ def test_damage_is_refused_by_the_tensors_name(saved, damage, message, sparse):
 def test_weights_that_do_not_fit_the_config_are_refused(saved, sparse):
     tensors = load_file(saved / "model.safetensors")
     for edit, message in [
-        (lambda t: t.pop("transformer.ln_f.weight"), "lacks 'transformer.ln_f.weight'"),
-        (lambda t: t.update(odd=torch.zeros(2)), "'odd', which this config's model does not have"),
-        (lambda t: t.update({"transformer.ln_f.weight": torch.zeros(2)}), r"of shape \(2,\)"),
+        (lambda t: t.pop("transformer.ln_f.weight"), "transformer.ln_f.weight"),
+        (lambda t: t.update(odd=torch.zeros(2)), "'odd'"),
+        (
+            lambda t: t.update({"transformer.ln_f.weight": torch.zeros(2)}),
+            "transformer.ln_f.weight",
+        ),
     ]:
         edited = dict(tensors)
         edit(edited)
