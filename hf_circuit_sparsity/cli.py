@@ -192,8 +192,14 @@ def main(argv: list[str] | None = None) -> int:
         if interruption.checkpoint:
             say(f"To go on: {_resuming(argv)}")
         return 130
-    except (ValueError, OSError) as error:
-        print(f"hf-circuit-sparsity: {error}", file=sys.stderr)
+    except Exception as error:
+        from .commands.hub_advice import hub_advice
+
+        advice = hub_advice(error)
+        if advice is None and not isinstance(error, (ValueError, OSError)):
+            raise
+        message = f"{str(error).strip().splitlines()[0]} {advice}" if advice else str(error)
+        print(f"hf-circuit-sparsity: {message}", file=sys.stderr)
         return 2
     return 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim import Optimizer
@@ -17,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..trainer.sparse_trainer import SparseTrainer
 from .bridge_config import BRIDGE_PARAMETERS, BridgeTrainingArguments
+from .card import bridge_card
 from .checkpoint import WEIGHTS_NAME, load_adapter_weights
 from .initialization import standardize_bridges_
 from .losses import LOSS_TERMS, BridgeOutput
@@ -193,6 +195,13 @@ class BridgeTrainer(SparseTrainer):
             perplexity = torch.tensor(means["lm"], dtype=torch.float64).exp().item()
             output.metrics[f"{metric_key_prefix}_perplexity"] = perplexity
         return output
+
+    def _card(self, **fields: Any) -> ModelCard:
+        summary = {}
+        for log in self.state.log_history:  # the last one counts
+            evaluated = {n: v for n, v in log.items() if n.startswith("eval_")}
+            summary |= {name.removeprefix("eval_"): value for name, value in evaluated.items()}
+        return bridge_card(self._bridged(), summary=summary, mark=True, **fields)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

@@ -1,13 +1,16 @@
 """A circuit: which nodes of a model carry a behaviour, and how to run the model on them alone."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import nn
 
 from ..modeling.configuration_circuitgpt import ArtifactError
@@ -15,6 +18,7 @@ from ..modeling.fingerprint import model_fingerprint
 from .ablation import TOKENS, hooked, mean_ablated, node_sites
 from .circuit_file import (
     JSON_NAME,
+    PICTURE_NAME,
     download_circuit,
     is_hub_id,
     model_source,
@@ -22,14 +26,14 @@ from .circuit_file import (
     read_circuit,
     write_circuit,
 )
-from .circuit_push import CircuitPushMixin
 from .edge_ablation import edge_hooks, edge_name
 from .edges import Edge, circuit_edges
+from .push import model_on_hub, upload_circuit
 from .task_loss import Calibration
 
 
 @dataclass
-class Circuit(CircuitPushMixin):
+class Circuit:
     """Nodes of one model that carry one behaviour.
 
     Attributes:
@@ -200,6 +204,19 @@ class Circuit(CircuitPushMixin):
                 if handle is not None:
                     handle.remove()
 
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `circuit.json`: plain values, without the tensors."""
+        fields = {name: getattr(self, name) for name in _STORED}
+        shift = {str(token): value for token, value in self.calibration.shift.items()}
+        fields["calibration"] = {"scale": self.calibration.scale, "shift": shift}
+        if self.kept_edges is not None:
+            fields["kept_edges"] = [list(edge) for edge in self.kept_edges]
+        fields["edge_offsets"] = {
+            site: {str(index): value for index, value in at.items()}
+            for site, at in self.edge_offsets.items()
+        }
+        return fields
+
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `circuit.json` and `circuit.safetensors` into a folder, each moved into place.
 
@@ -209,18 +226,70 @@ class Circuit(CircuitPushMixin):
         """
         tensors = {f"means.{site}": mean.contiguous() for site, mean in self.means.items()}
         tensors |= {f"scores.{site}": s.contiguous() for site, s in self.scores.items()}
-        shift = {str(token): value for token, value in self.calibration.shift.items()}
         if self.token_mean is not None:
             tensors["token.mean"] = self.token_mean.contiguous()
-        fields = {name: getattr(self, name) for name in _STORED}
-        fields["calibration"] = {"scale": self.calibration.scale, "shift": shift}
-        if self.kept_edges is not None:
-            fields["kept_edges"] = [list(edge) for edge in self.kept_edges]
-        fields["edge_offsets"] = {
-            site: {str(index): value for index, value in at.items()}
-            for site, at in self.edge_offsets.items()
-        }
-        write_circuit(save_directory, fields, tensors)
+        write_circuit(save_directory, self.to_dict(), tensors)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        subfolder: str = "",
+        base_model: str | None = None,
+        base_model_revision: str | None = None,
+        picture: str | os.PathLike | None = None,
+        private: bool = True,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Upload the circuit to the Hub, into a repository that is made if it is not there.
+
+        Args:
+            repo_id: `user/name`.
+            subfolder: folder in the repository; with it, one repository holds several circuits.
+            base_model: Hub id of the model it was cut out of. Not needed if the model was loaded
+                from the Hub before the circuit was found.
+            base_model_revision: branch, tag or commit hash of that model; the commit hash is
+                recorded. Default: the commit it was loaded at, else the newest.
+            picture: PNG of the circuit, as [`plot_circuit`] draws it; uploaded beside it.
+            private: whether a new repository is private.
+            revision: branch to write to.
+            token: access token; the saved one if not given.
+            commit_message: of the one commit made.
+            create_pr: open a pull request with the commit instead of writing to the branch.
+
+        Raises:
+            HfHubHTTPError: (an `OSError`) nobody is signed in, there is no right to write, or the
+                base model is not there.
+            ValueError: another task's circuit lies there, or there is no such picture.
+        """
+        if picture is not None and not Path(picture).is_file():
+            raise ValueError(
+                f"picture={os.fspath(picture)!r} was passed, but there is no such file."
+            )
+        if {"..", "/"} & set(PurePosixPath(subfolder).parts):
+            raise ValueError(
+                f"subfolder={subfolder!r} was passed, but it must be a folder in the repository."
+            )
+        name, commit = model_on_hub(self.to_dict(), base_model, base_model_revision, token)
+        circuit = replace(self, model_name=name, model_revision=commit)
+        with tempfile.TemporaryDirectory() as folder:
+            circuit.save_pretrained(folder)
+            if picture is not None:
+                shutil.copyfile(picture, Path(folder) / PICTURE_NAME)
+            return upload_circuit(
+                Path(folder),
+                circuit.to_dict(),
+                repo_id,
+                subfolder=subfolder,
+                private=private,
+                revision=revision,
+                token=token,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
 
     @classmethod
     def from_pretrained(
@@ -244,9 +313,9 @@ class Circuit(CircuitPushMixin):
             local_files_only: take from the cache what is there and ask nobody.
 
         Raises:
-            FileNotFoundError: one of its two files is missing.
-            HubAccessError: (an `OSError`) the repository, the revision or the circuit is not there,
-                or the Hub is not reached.
+            FileNotFoundError: one of its two files is missing; names the folders that hold a
+                circuit, if it is a repository.
+            HfHubHTTPError: (an `OSError`) the repository or the revision is not there.
             ArtifactError: (a `ValueError`) a file is damaged or does not hold a circuit; names the
                 file and the field.
         """

@@ -15,7 +15,6 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from ..files import replacing
-from ..hub.errors import HubAccessError, hub_errors
 from ..modeling.configuration_circuitgpt import ArtifactError
 from ..modeling.sparse_checkpoint import read_tensors
 from ..modeling.validation import Field, check_vector, read_json
@@ -227,19 +226,19 @@ def download_circuit(
     """A folder of the cache with the two files of a circuit, both of the same commit.
 
     Raises:
-        HubAccessError: the repository, the revision or the circuit in it is missing.
+        FileNotFoundError: the repository holds no circuit there.
+        HfHubHTTPError: (an `OSError`) the repository or the revision is missing.
     """
     where: dict[str, Any] = {"subfolder": subfolder or None, "token": token}
     where |= {"cache_dir": cache_dir, "local_files_only": local_files_only}
-    with hub_errors(repo_id, revision=revision, token=token):
-        try:
-            path = Path(hf_hub_download(repo_id, JSON_NAME, revision=revision, **where))
-            commit = path.parents[len(PurePosixPath(subfolder).parts)].name
-            hf_hub_download(repo_id, TENSORS_NAME, revision=commit, **where)
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError as error:
-            raise HubAccessError(_no_circuit(repo_id, subfolder, revision, token)) from error
+    try:
+        path = Path(hf_hub_download(repo_id, JSON_NAME, revision=revision, **where))
+        commit = path.parents[len(PurePosixPath(subfolder).parts)].name
+        hf_hub_download(repo_id, TENSORS_NAME, revision=commit, **where)
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(_no_circuit(repo_id, subfolder, revision, token)) from error
     return path.parent
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo
 
-from ..hub.errors import hub_errors
 from .circuit import Circuit
 from .circuit_file import circuit_folders
 
@@ -48,17 +47,16 @@ def list_circuits(
         token: access token; the saved one if not given, none if False.
 
     Raises:
-        HubAccessError: (an `OSError`) the repository is missing or cannot be read.
+        HfHubHTTPError: (an `OSError`) the repository is missing or cannot be read.
     """
     api = HfApi(token=token)
-    with hub_errors(repo_id, revision=revision, token=token):
-        info = api.model_info(repo_id, revision=revision)
-        found = _circuits_in(info)
-        # The Hub makes such a tag of every card that names a base model.
-        tags = [f"base_model:{repo_id}", TAG]
-        for other in api.list_models(filter=tags, full=True):
-            if other.id != repo_id:
-                found += _circuits_in(other)
+    info = api.model_info(repo_id, revision=revision)
+    found = _circuits_in(info)
+    # The Hub makes such a tag of every card that names a base model.
+    tags = [f"base_model:{repo_id}", TAG]
+    for other in api.list_models(filter=tags, full=True):
+        if other.id != repo_id:
+            found += _circuits_in(other)
     return found
 
 

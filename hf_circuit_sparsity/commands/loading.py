@@ -1,6 +1,5 @@
 """What commands read: a saved model with its tokenizer, and text for it."""
 
-from contextlib import nullcontext
 from pathlib import Path
 
 from datasets import Dataset
@@ -8,8 +7,6 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..circuits.circuit import Circuit
-from ..circuits.circuit_file import is_hub_id
-from ..hub.errors import HubAccessError, hub_errors
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..tasks.corpus import build_corpus
 from ..tasks.packing import pack_dataset
@@ -19,15 +16,11 @@ def load_model(model: str) -> tuple[CircuitGPTForCausalLM, PreTrainedTokenizerBa
     """A saved model and its tokenizer.
 
     Raises:
-        ValueError: it is damaged, or no folder with both.
-        HubAccessError: (an `OSError`) it is not on the Hub, or cannot be downloaded.
+        ValueError: it is damaged, or neither a folder nor a repository with both.
     """
     try:
-        with hub_errors(model) if is_hub_id(model) else nullcontext():
-            loaded = CircuitGPTForCausalLM.from_pretrained(model).eval()
-            return loaded, _tokenizer_beside(model)
-    except HubAccessError:
-        raise
+        loaded = CircuitGPTForCausalLM.from_pretrained(model).eval()
+        return loaded, _tokenizer_beside(model)
     except SafetensorError as error:
         raise ValueError(
             f"The weights in {model} are damaged ({error}); copy or download them again."

@@ -2,27 +2,26 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import DatasetCard, DatasetCardData, SpaceCard, SpaceCardData
 from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
+from ..circuits.card import circuit_card
 from ..circuits.circuit import Circuit
 from ..circuits.circuit_file import PICTURE_NAME
 from ..circuits.task_scores import TaskScore
 from ..circuits.viewer.plot import plot_circuit
 from ..circuits.viewer.report import write_report
 from ..circuits.viewer.report_data import ReportConfig
-from ..hub.errors import Kind
-from ..hub_cards.circuit_card import circuit_card
-from ..hub_cards.model_card import model_card
-from ..hub_cards.task_dataset_card import task_dataset_card
 from ..modeling.fingerprint import model_fingerprint
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from ..tasks.card import task_dataset_card
 from ..tasks.load import build_task_datasets, list_tasks
+from ..trainer.model_card import model_card
 from .evaluate import FILE_NAME as SCORES_NAME
 from .loading import load_model
 from .training import SUMMARY_NAME
@@ -84,7 +83,7 @@ class Part:
     """
 
     what: str
-    kind: Kind
+    kind: Literal["model", "dataset", "space"]
     repo_id: str
     lay_out: Callable[[Path, str], None]
 
@@ -147,8 +146,8 @@ def parts_of(run: Run, names: Names, *, tasks: Sequence[str] | None, reference: 
             run.model,
             repo_id=names.model,
             summary=run.summary,
-            task_scores=run.scores,
-            circuits={f"{names.circuits}/{name}": c for name, c in run.circuits.items()},
+            task_scores=list(map(asdict, run.scores)),
+            circuits={f"{names.circuits}/{n}": c.to_dict() for n, c in run.circuits.items()},
             datasets=datasets,
         )
         card.save(folder / "README.md")
@@ -159,7 +158,12 @@ def parts_of(run: Run, names: Names, *, tasks: Sequence[str] | None, reference: 
             named[name] = _of_model(circuit, names.model, commit)
             named[name].save_pretrained(folder / name)
             plot_circuit(named[name], folder / name / PICTURE_NAME, run.model, run.tokenizer)
-        card = circuit_card(named, repo_id=names.circuits, datasets=datasets)
+        card = circuit_card(
+            {name: circuit.to_dict() for name, circuit in named.items()},
+            repo_id=names.circuits,
+            pictures=named,
+            datasets=datasets,
+        )
         card.save(folder / "README.md")
 
     def task_files(folder: Path, commit: str) -> None:

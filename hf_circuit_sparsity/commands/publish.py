@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
 
-from ..hub.errors import hub_errors
-from ..hub.repository import check_hub_id, web_address
 from ..tasks.load import check_task_names
 from .console import columns, quiet_libraries, say
 from .loading import reference_blocks
@@ -43,11 +42,13 @@ def run_publish(
 
     Raises:
         ValueError: no such run, a bad name, or a circuit of another model.
-        HubAccessError: (an `OSError`) nobody is signed in, no right to write, or the Hub is not
-            reached; what was sent before is there, and the same call goes on.
+        HfHubHTTPError: (an `OSError`) nobody is signed in, or there is no right to write; what was
+            sent before is on the Hub, and the same call goes on.
     """
     quiet_libraries()
-    check_hub_id(repo)
+    validate_repo_id(repo)
+    if "/" not in repo:
+        raise ValueError(f"repo is {repo!r}, but a repository is named like user/name.")
     check_task_names(tasks or ())
     run, names = read_run(run_dir), Names(repo)
     reference = reference_blocks(corpus, run.model, run.tokenizer)
@@ -88,47 +89,44 @@ def _upload(parts: Sequence[Part], staging: Path, public: bool) -> dict[str, str
     addresses, commit = {}, UNKNOWN_COMMIT
     for number, part in enumerate(parts, 1):
         say(f"{number}/{len(parts) + 1}  {part.what} → {part.kind} {part.repo_id}")
-        with hub_errors(part.repo_id, part.kind, writing=True):
-            api.create_repo(
-                part.repo_id,
-                repo_type=part.kind,
-                private=not public,
-                space_sdk="static" if part.kind == "space" else None,
-                exist_ok=True,
-            )
-            info = api.repo_info(part.repo_id, repo_type=part.kind)
-            if info.private == public:
-                say(f"     was there before, and stays {'private' if info.private else 'public'}")
+        address = api.create_repo(
+            part.repo_id,
+            repo_type=part.kind,
+            private=not public,
+            space_sdk="static" if part.kind == "space" else None,
+            exist_ok=True,
+        )
+        info = api.repo_info(part.repo_id, repo_type=part.kind)
+        if info.private == public:
+            say(f"     was there before, and stays {'private' if info.private else 'public'}")
         folder = _laid_out(part, staging, commit)
         size = sum(bytes_ for _, bytes_ in files_of(folder))
-        with hub_errors(part.repo_id, part.kind, writing=True):
-            done = api.upload_folder(
-                repo_id=part.repo_id,
-                repo_type=part.kind,
-                folder_path=folder,
-                commit_message=f"Publish the {part.what}",
-            )
+        done = api.upload_folder(
+            repo_id=part.repo_id,
+            repo_type=part.kind,
+            folder_path=folder,
+            commit_message=f"Publish the {part.what}",
+        )
         same = done.oid == info.sha
         say(f"     {size:,} bytes" + (", all there already" if same else ""))
         if part.what == "model":
             commit = done.oid
-        addresses[part.what] = web_address(api.endpoint, part.repo_id, part.kind)
+        addresses[part.what] = str(address)
     return addresses
 
 
 def _collect(parts: Sequence[Part], names: Names, public: bool) -> str:
     say(f"{len(parts) + 1}/{len(parts) + 1}  collection {names.title}")
     api = HfApi()
-    with hub_errors(names.model, writing=True):
-        collection = api.create_collection(
-            names.title,
-            namespace=names.model.split("/")[0],
-            description=f"The weight-sparse model {names.model} and its circuits"[:150],
-            private=not public,
-            exists_ok=True,
-        )
-        for part in parts:
-            api.add_collection_item(collection.slug, part.repo_id, part.kind, exists_ok=True)
+    collection = api.create_collection(
+        names.title,
+        namespace=names.model.split("/")[0],
+        description=f"The weight-sparse model {names.model} and its circuits"[:150],
+        private=not public,
+        exists_ok=True,
+    )
+    for part in parts:
+        api.add_collection_item(collection.slug, part.repo_id, part.kind, exists_ok=True)
     return collection.url
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import ModelCard
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,8 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
-from ..hub.errors import hub_errors
-from ..modeling.hub_slot import card_of
+from ..hub_cards.card import MARK
 from ..modeling.sparse_checkpoint import SparsePreTrainedModel, load_nonzeros
 from ..modeling.sparse_layers import sparse_layers
 from ..optim.param_groups import sparse_param_groups
@@ -29,6 +29,7 @@ from ..optim.sparse_compute import MAX_DENSITY, on_nonzeros
 from ..optim.sparse_init import sparsify_initialization_
 from ..optim.topk_adamw import TopKAdamW
 from .callbacks import SparsityMonitor
+from .model_card import model_card
 from .sparse_config import SparseTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -155,16 +156,6 @@ class SparseTrainer(Trainer):
         # Partial gradients bring their own way of doing so.
         wanted = self.args.compute_on_nonzeros and self.args.sparsifier != "rcd"
         return wanted and isinstance(self.model, nn.Module)
-
-    def init_hf_repo(self, token: str | None = None, **kwargs: Any) -> None:
-        """Make the repository to push to; see `Trainer`.
-
-        Raises:
-            HubAccessError: nobody is signed in, or there is no right to write.
-        """
-        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        with hub_errors(name, token=token or self.args.hub_token, writing=True):
-            super().init_hf_repo(token=token, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer copies what it knows of a checkpoint to where it pushes from; the model's code,
@@ -323,28 +314,34 @@ class SparseTrainer(Trainer):
     ) -> None:
         """Write `README.md`; see `Trainer`. A CircuitGPT's has the numbers of this run."""
         readme = Path(self.args.output_dir) / "README.md"
-        there = readme.read_text(encoding="utf-8") if readme.is_file() else None
-        if there is not None and "generated_from_trainer" in there:
-            there = None
+        existing = readme.read_text(encoding="utf-8") if readme.is_file() else MARK
+        if MARK not in existing and "generated_from_trainer" not in existing:
+            return  # a person's own
         fields = {"license": license} if license else {}
-        card = card_of(
-            "model",
-            self.accelerator.unwrap_model(self.model),
-            self.hub_model_id or model_name or Path(self.args.output_dir).name,
-            existing=there,
-            summary=self._numbers_of_the_run(),
+        card = self._card(
+            repo_id=self.hub_model_id or model_name or Path(self.args.output_dir).name,
             base_model=finetuned_from,
-            tokenizer=self.processing_class is not None,
             tags=[tags] if isinstance(tags, str) else tags or [],
             **fields,
         )
         if card is None:
-            if there is None:
-                names = (language, license, tags, model_name, finetuned_from)
-                super().create_model_card(*names, *args, **kwargs)
+            names = (language, license, tags, model_name, finetuned_from)
+            super().create_model_card(*names, *args, **kwargs)
         elif self.is_world_process_zero():
-            readme.parent.mkdir(parents=True, exist_ok=True)
-            readme.write_text(card, encoding="utf-8")
+            card.save(readme)
+
+    def _card(self, **fields: Any) -> ModelCard | None:
+        """The card of the model, or None for that of transformers."""
+        model = self.accelerator.unwrap_model(self.model)
+        if getattr(model.config, "model_type", None) != "circuitgpt":
+            return None
+        return model_card(
+            model,
+            summary=self._numbers_of_the_run(),
+            tokenizer=self.processing_class is not None,
+            mark=True,
+            **fields,
+        )
 
     def _numbers_of_the_run(self) -> dict[str, float]:
         """What has been measured so far, by the names that cards use."""

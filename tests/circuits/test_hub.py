@@ -10,10 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from hf_circuit_sparsity import Circuit, CircuitGPTForCausalLM, list_circuits, plot_circuit
 from hf_circuit_sparsity.circuits.circuit_file import model_source
-from hf_circuit_sparsity.hub.errors import HubAccessError
+from hf_circuit_sparsity.commands.hub_advice import hub_advice
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from tests.circuits.planted import PLANTED_NODES, planted_model, word_tokenizer
 
@@ -81,7 +90,7 @@ def test_several_circuits_in_one_repository(api, model):
     assert [(c.repo_id, c.subfolder) for c in found] == [(CIRCUITS, "off_on"), (CIRCUITS, "on_off")]
     assert {c.load().task for c in found} == {"on_off", "off_on"}
     assert Circuit.from_pretrained(CIRCUITS, subfolder="off_on").task == "off_on"
-    with pytest.raises(HubAccessError, match="at its root; pass subfolder= one of 'off_on', 'on_o"):
+    with pytest.raises(FileNotFoundError, match="subfolder= one of 'off_on', 'on_off'"):
         Circuit.from_pretrained(CIRCUITS)
     with pytest.raises(ValueError, match=r"holds the circuit for 'on_off'.*pass subfolder='third'"):
         circuit_of(model, "third").push_to_hub(CIRCUITS, subfolder="on_off")
@@ -122,55 +131,50 @@ def test_paths_of_this_machine_stay_here(api, tmp_path):
     assert (back.model_name, back.model_revision) == (MODEL, api.model_info(MODEL).sha)
 
 
-def test_what_stands_in_the_way_of_loading(api, hub_server, model, monkeypatch):
-    circuit_of(model).push_to_hub(CIRCUITS, private=True)
+def test_what_stands_in_the_way_of_loading(api, hub_server, model):
+    circuit_of(model).push_to_hub(CIRCUITS)
     api.create_repo("ada/data", repo_type="dataset")
     bob = hub_server.add_user("bob")
-
-    def sentence(name, **options):
-        with pytest.raises(HubAccessError) as caught:
+    for error, name, options in (
+        (RepositoryNotFoundError, "ada/nothing", {}),
+        (RepositoryNotFoundError, CIRCUITS, {"token": False}),  # private as pushed
+        (RepositoryNotFoundError, CIRCUITS, {"token": bob}),
+        (RepositoryNotFoundError, "ada/data", {}),
+        (RevisionNotFoundError, CIRCUITS, {"revision": "v9"}),
+        (HfHubHTTPError, CIRCUITS, {"token": "hf_stale"}),
+        (FileNotFoundError, MODEL, {}),
+        (FileNotFoundError, "no-such-folder", {}),
+    ):
+        with pytest.raises(error):
             Circuit.from_pretrained(name, **options)
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
-
-    assert "no model repository 'ada/nothing' that 'ada' may read" in sentence("ada/nothing")
-    public = sentence("ada/nothing", token=False)
-    assert "no public model repository 'ada/nothing', nor a folder of that name;" in public
-    assert "if it is private sign in" in sentence(CIRCUITS, token=False)
-    assert "that 'bob' may read" in sentence(CIRCUITS, token=bob)
-    assert "'ada/data' is a dataset repository, but a model" in sentence("ada/data")
-    assert f"{MODEL!r} holds no circuit" in sentence(MODEL)
-    assert "has no revision 'v9'; pass one of its branches or tags (main)" in sentence(
-        CIRCUITS, revision="v9"
-    )
     api.update_repo_settings(CIRCUITS, private=False, gated="manual")
-    assert "granted by its owner only; ask for it at http" in sentence(CIRCUITS, token=bob)
-    assert "then sign in with" in sentence(CIRCUITS, token=False)
-    assert "does not know the access token" in sentence(CIRCUITS, token="hf_stale")
-    with pytest.raises(FileNotFoundError, match="no-such-folder"):
-        Circuit.from_pretrained("no-such-folder")
+    with pytest.raises(GatedRepoError):
+        Circuit.from_pretrained(CIRCUITS, token=bob)
 
 
-def test_what_stands_in_the_way_of_writing(api, hub_server, model, monkeypatch):
+def test_what_stands_in_the_way_of_writing(api, hub_server, model):
     circuit = circuit_of(model)
-    bob = hub_server.add_user("bob")
     reader = hub_server.add_user("ada", role="read")
     api.create_repo(CIRCUITS)
-
-    def sentence(name, token):
-        with pytest.raises(HubAccessError) as caught:
-            circuit.push_to_hub(name, token=token)
-        return str(caught.value)
-
-    assert "'bob' has no right to write to 'ada/switch-circuits'" in sentence(CIRCUITS, bob)
-    assert "token of 'ada' only reads" in sentence(CIRCUITS, reader)
-    assert "Nobody is signed in" in sentence(CIRCUITS, False)
-    assert "a repository is named like user/name" in sentence("a/b/c", None)
-    with pytest.raises(ValueError, match=r"subfolder='../up' was passed, but it must be"):
-        circuit.push_to_hub(CIRCUITS, subfolder="../up")
+    for error, name, options in (
+        (HfHubHTTPError, CIRCUITS, {"token": hub_server.add_user("bob")}),
+        (HfHubHTTPError, CIRCUITS, {"token": reader}),
+        (OSError, CIRCUITS, {"token": False}),
+        (HFValidationError, "a/b/c", {}),
+        (ValueError, CIRCUITS, {"subfolder": "../up"}),
+        (ValueError, CIRCUITS, {"picture": "no-such.png"}),
+        (RepositoryNotFoundError, CIRCUITS, {"base_model": "ada/none"}),
+    ):
+        with pytest.raises(error):
+            circuit.push_to_hub(name, **options)
     assert api.list_repo_files(CIRCUITS) == [".gitattributes"]
-    with pytest.raises(HubAccessError, match="no model repository 'ada/none'"):
-        circuit.push_to_hub(CIRCUITS, base_model="ada/none")
+
+
+def test_a_pull_request_leaves_the_branch_as_it_is(api, model):
+    before = api.create_repo(CIRCUITS) and api.model_info(CIRCUITS).sha
+    proposed = circuit_of(model).push_to_hub(CIRCUITS, create_pr=True)
+    assert api.model_info(CIRCUITS).sha == before
+    assert Circuit.from_pretrained(CIRCUITS, revision=proposed.pr_revision).task == "on_off"
 
 
 def in_another_process(code: str, **environment: str) -> str:
@@ -204,14 +208,14 @@ def test_offline_the_cache_serves_and_else_says_so(api, hub_server, model):
             try:
                 call()
             except OSError as error:
-                print(error)
+                print(type(error).__name__)
         """,
         HF_HUB_OFFLINE="1",
     )
-    first, *sentences = printed.splitlines()
-    assert first == "6 6"
-    assert len(sentences) == 3 and all("HF_HUB_OFFLINE is set" in line for line in sentences)
-    assert "'ada/switch-circuits' at revision 'v2' is not in the cache" in sentences[0]
+    assert printed.splitlines() == [
+        "6 6", LocalEntryNotFoundError.__name__, LocalEntryNotFoundError.__name__,
+        OfflineModeIsEnabled.__name__,
+    ]  # fmt: skip
     assert not hub_server.log
 
 
@@ -220,5 +224,6 @@ def test_a_hub_that_does_not_answer(hub_server):
         raise ConnectionAbortedError
 
     hub_server.before = hang_up
-    with pytest.raises(HubAccessError, match=f"The Hub at {hub_server.url} could not be reached;"):
+    with pytest.raises(Exception) as caught:
         list_circuits(MODEL)
+    assert "connection" in hub_advice(caught.value)

@@ -119,17 +119,9 @@ def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
         like = {"F32": ("I32", "U32"), "U8": ("I8", "BOOL")}
         entry["dtype"] = rng.choice(like.get(entry["dtype"], DTYPES))
     elif kind == 2:
-        shapes = [
-            [],
-            [0],
-            [1, *entry["shape"]],
-            entry["shape"][::-1],
-            [2**40],
-            [2**62, 4],
-            [-1],
-            "x",
-        ]
-        entry["shape"] = rng.choice(shapes)
+        shape = entry["shape"]
+        lies = ([], [0], [1, *shape], shape[::-1], [2**40], [2**62, 4], [-1], "x")
+        entry["shape"] = rng.choice(lies)
     elif kind == 3:
         size = entry["data_offsets"][1] - entry["data_offsets"][0]
         total = len(body)
@@ -148,27 +140,19 @@ def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
         body = bytearray(body)
         if end - start >= 4:
             at = start + 4 * rng.randrange((end - start) // 4)
-            body[at : at + 4] = struct.pack(
-                "<f", rng.choice((float("nan"), float("inf"), -1.0, 1e30, 0.0))
-            )
+            value = rng.choice((float("nan"), float("inf"), -1.0, 1e30, 0.0))
+            body[at : at + 4] = struct.pack("<f", value)
         body = bytes(body)
     elif kind == 8:
         header["__metadata__"] = rng.choice(({}, None, {"format": "tf"}, {"format": 1}, [], "pt"))
     else:
-        header["surplus.weight"] = rng.choice(
-            (
-                {"dtype": "F32", "shape": [0], "data_offsets": [len(body), len(body)]},
-                {"dtype": "F32", "shape": [2**60], "data_offsets": [0, len(body)]},
-                {},
-                None,
-            )
-        )
+        end = len(body)
+        empty = {"dtype": "F32", "shape": [0], "data_offsets": [end, end]}
+        huge = {"dtype": "F32", "shape": [2**60], "data_offsets": [0, end]}
+        header["surplus.weight"] = rng.choice((empty, huge, {}, None))
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + body
-
-
-Mutation = Callable[[bytes, random.Random], bytes]
 
 
 def mutate_lines(data: bytes, rng: random.Random) -> bytes:
@@ -192,7 +176,7 @@ def mutate_lines(data: bytes, rng: random.Random) -> bytes:
     return b"\n".join(lines)
 
 
-MUTATIONS: dict[str, Mutation] = {
+MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     ".json": mutate_json,
     ".safetensors": mutate_safetensors,
     ".bpe": mutate_lines,
@@ -200,9 +184,8 @@ MUTATIONS: dict[str, Mutation] = {
 }
 
 
-def mutated_file(folder: Path, names: list[str], seed: int) -> tuple[str, bytes]:
-    """One of the artifact's files and its damaged content; the same for the same seed."""
+def mutated_file(path: Path, seed: int) -> bytes:
+    """The damaged content of a file; the same for the same seed."""
     rng = random.Random(seed)
-    name = rng.choice(names)
-    data = (folder / name).read_bytes()
-    return name, MUTATIONS[Path(name).suffix](data, rng)
+    rng.choice([path.name])  # as when one of several files was chosen: keeps the seeds' damages
+    return MUTATIONS[path.suffix](path.read_bytes(), rng)

@@ -1,7 +1,6 @@
 """Damaged circuits: each is refused by the file's and the field's name, or read as it says."""
 
 import json
-import struct
 
 import numpy as np
 import pytest
@@ -12,11 +11,12 @@ from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.task_loss import Calibration
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import ArtifactError
 from tests.circuits.planted import planted_circuit, planted_model
-from tests.hostile.harness import fuzz
+from tests.hostile.harness import fuzz, plain_json, plain_tensors
 
 
 @pytest.fixture
 def artifact(tmp_path):
+    """A circuit that has every field."""
     model = planted_model()
     circuit = planted_circuit(
         model,
@@ -45,22 +45,8 @@ def artifact(tmp_path):
     return tmp_path / "circuit"
 
 
-def plain_tensors(path):
-    """A safetensors file of float32 vectors, read with nothing but struct and NumPy."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        assert entry["dtype"] == "F32"
-        start, end = entry["data_offsets"]
-        tensors[name] = np.frombuffer(body[start:end], "<f4").reshape(entry["shape"])
-    return tensors
-
-
 def check(circuit, folder):
-    content = json.loads((folder / "circuit.json").read_text(encoding="utf-8"))
+    content = plain_json(folder / "circuit.json")
     for name in ("task", "model_name", "model_fingerprint", "metrics", "config", "example"):
         assert getattr(circuit, name) == content[name], name
     assert circuit.nodes == {s: sorted(ids) for s, ids in content["nodes"].items() if ids}
@@ -86,11 +72,8 @@ def check(circuit, folder):
 
 @pytest.mark.parametrize("file", ["circuit.json", "circuit.safetensors"])
 def test_fuzz(artifact, tmp_path, file):
-    (tmp_path / "work").mkdir()
-    outcome = fuzz(
-        artifact, [file], Circuit.from_pretrained, check, ArtifactError, tmp_path / "work",
-        mutations=300,
-    )  # fmt: skip
+    load = Circuit.from_pretrained
+    outcome = fuzz(artifact, file, load, check, tmp_path / "work", mutations=300)
     assert outcome["refused"] > 200 and outcome["loaded"] > 5, outcome
 
 

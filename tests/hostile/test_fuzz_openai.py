@@ -10,7 +10,7 @@ import torch
 from hf_circuit_sparsity import CircuitGPTForCausalLM, tokenizer_from_openai
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import ArtifactError
 from tests.conftest import FIXTURES
-from tests.hostile.harness import fuzz
+from tests.hostile.harness import fuzz, plain_json
 
 
 def check_model(model, folder):
@@ -20,7 +20,7 @@ def check_model(model, folder):
         name = name.removeprefix("circuit_model.")
         if name in loaded:
             torch.testing.assert_close(loaded[name], tensor.float(), rtol=0, atol=0, equal_nan=True)
-    fields = json.loads((folder / "beeg_config.json").read_text(encoding="utf-8"))
+    fields = plain_json(folder / "beeg_config.json")
     for name in ("n_layer", "d_model", "vocab_size", "block_size"):
         assert name not in fields or getattr(model.config, name) == fields[name]
     model(torch.arange(4)[None] % model.config.vocab_size)
@@ -28,10 +28,8 @@ def check_model(model, folder):
 
 @pytest.mark.parametrize("file", ["beeg_config.json", "final_model.pt"])
 def test_fuzz_checkpoint(tmp_path, file):
-    outcome = fuzz(
-        FIXTURES / "reference" / "paper", [file], CircuitGPTForCausalLM.from_openai, check_model,
-        ArtifactError, tmp_path, mutations=110,
-    )  # fmt: skip
+    folder, load = FIXTURES / "reference" / "paper", CircuitGPTForCausalLM.from_openai
+    outcome = fuzz(folder, file, load, check_model, tmp_path / "work")
     assert outcome["refused"] > 50 and outcome["loaded"] > 5, outcome
 
 
@@ -60,7 +58,7 @@ def test_nothing_in_a_pickle_is_executed(tmp_path, as_archive):
 
 
 def check_tokenizer(tokenizer, folder):
-    vocab = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    vocab = plain_json(folder / "encoder.json")
     assert tokenizer.get_vocab() == vocab
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")
@@ -71,6 +69,7 @@ def check_tokenizer(tokenizer, folder):
 @pytest.mark.parametrize("file", ["encoder.json", "vocab.bpe"])
 def test_fuzz_tokenizer(tmp_path, file):
     outcome = fuzz(
-        FIXTURES / "tokenizer", [file], tokenizer_from_openai, check_tokenizer, ValueError, tmp_path
-    )
+        FIXTURES / "tokenizer", file, tokenizer_from_openai, check_tokenizer, tmp_path / "work",
+        refusal=ValueError, mutations=200,
+    )  # fmt: skip
     assert outcome["refused"] > 50, outcome

@@ -1,6 +1,7 @@
 """Cards: what is on them, that the Hub takes them, and that names in them stay text."""
 
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 
 import pytest
@@ -8,12 +9,12 @@ from datasets import DatasetDict
 from huggingface_hub import DatasetCard, metadata_load
 from markdown_it import MarkdownIt
 
+from hf_circuit_sparsity.bridge.card import bridge_card
+from hf_circuit_sparsity.circuits.card import circuit_card
 from hf_circuit_sparsity.circuits.task_scores import TaskScore
-from hf_circuit_sparsity.hub_cards.bridge_card import bridge_card
-from hf_circuit_sparsity.hub_cards.circuit_card import circuit_card
 from hf_circuit_sparsity.hub_cards.markdown import NOT_MEASURED, block, python, text, visible
-from hf_circuit_sparsity.hub_cards.model_card import model_card
-from hf_circuit_sparsity.hub_cards.task_dataset_card import task_dataset_card
+from hf_circuit_sparsity.tasks.card import task_dataset_card
+from hf_circuit_sparsity.trainer.model_card import model_card
 from tests.circuits.planted import on_off_task, planted_model
 from tests.hub_cards.artifacts import BRIDGE_SUMMARY, SUMMARY, bridge, planted_circuit
 
@@ -39,19 +40,24 @@ def every_card(name="ada/thing", label=None):
         "task": label, "model_name": label, "config": {label: label},
         "example": {"prompt": label, "target": label, "counterfactual_target": label},
     }  # fmt: skip
-    circuit = planted_circuit(**named)
+    circuit = planted_circuit(**named).to_dict()
     model, word = planted_model(), label or "on_off"
     pair = bridge()
     if label is not None:
-        pair.config.base_model_type = pair.config.base_model_fingerprint = label
+        vars(pair.config).update(base_model_type=label, base_model_fingerprint=label)
     scores = [TaskScore(word, 0.9, 0.2, 0.1, 120), TaskScore(word, problem=f"why {word}")]
+    scores = list(map(asdict, scores))
     return {
         "model": model_card(
             model, repo_id=name, summary=SUMMARY, task_scores=scores, circuits={word: circuit},
             corpus=word, datasets=["ada/tasks"], picture="circuit.png",
         ),
-        "circuit": circuit_card(circuit, repo_id=name, base_model="ada/planted"),
-        "circuits": circuit_card({"a": circuit, word: circuit}, repo_id=name),
+        "circuit": circuit_card(
+            {"": circuit}, repo_id=name, base_model="ada/planted", pictures=[""], others=[word]
+        ),
+        "circuits": circuit_card(
+            {"a": circuit, word: circuit}, repo_id=name, pictures=["a", word]
+        ),
         "tasks": task_dataset_card(
             {word: task_splits()["on_off"]}, repo_id=name, tokenizer=word, seed=0
         ),
@@ -108,7 +114,7 @@ def test_what_was_not_measured_is_not_claimed():
     bare = planted_circuit(metrics={}, verification={}, config={})
     cards = [
         model_card(planted_model(), repo_id="ada/thing"),
-        circuit_card(bare, repo_id="ada/thing", pictures=False),
+        circuit_card({"": bare.to_dict()}, repo_id="ada/thing"),
         bridge_card(bridge(), repo_id="ada/thing"),
     ]
     for card in cards:
@@ -126,7 +132,7 @@ def test_a_verification_is_shown():
                         "passed": 1.0},
         "transfer": {"value": 0.2, "control": 0.9, "at_least": 1.0, "passed": 1.0},
     }  # fmt: skip
-    card = circuit_card(planted_circuit(verification=stored), repo_id="ada/c")
+    card = circuit_card({"": planted_circuit(verification=stored).to_dict()}, repo_id="ada/c")
     assert "| <code>sufficiency</code> | 0.100 | 0.800 | ≤ 0.15 | pass |" in card.text
     assert "| <code>transfer</code> | 0.200 | 0.900 | – | – |" in card.text
 

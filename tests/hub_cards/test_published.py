@@ -14,10 +14,10 @@ from hf_circuit_sparsity import (
     SparseTrainingArguments,
     plot_circuit,
 )
-from hf_circuit_sparsity.hub_cards.bridge_card import bridge_card
-from hf_circuit_sparsity.hub_cards.circuit_card import circuit_card
-from hf_circuit_sparsity.hub_cards.model_card import model_card
-from hf_circuit_sparsity.hub_cards.task_dataset_card import task_dataset_card
+from hf_circuit_sparsity.bridge.card import bridge_card
+from hf_circuit_sparsity.circuits.card import circuit_card
+from hf_circuit_sparsity.tasks.card import task_dataset_card
+from hf_circuit_sparsity.trainer.model_card import model_card
 from tests.circuits.planted import planted_model, word_tokenizer
 from tests.hub_cards.artifacts import bridge, planted_circuit
 from tests.hub_cards.test_cards import task_splits
@@ -60,7 +60,9 @@ def test_circuit_example(on_hub, capsys):
     out = run(ModelCard.load("ada/c"), capsys)
     assert "on_off" in out and "h.0.attn.v" in out and "Edge(" in out and "indices" in out
     # Two in one repository: the example loads one by its folder.
-    card = circuit_card({"deep/one": circuit, "two": circuit}, repo_id="ada/several")
+    card = circuit_card(
+        {"deep/one": circuit.to_dict(), "two": circuit.to_dict()}, repo_id="ada/several"
+    )
     circuit.push_to_hub("ada/several", subfolder="deep/one")
     assert "on_off" in run(card, capsys)
 
@@ -106,15 +108,17 @@ def test_pushing_a_model_tags_its_card(api):
     assert "# My own" in ModelCard.load("ada/planted").text
 
 
-def test_pushing_circuits_keeps_one_card_of_all(on_hub, tmp_path):
+def test_a_pushed_circuits_card_names_the_others(on_hub, tmp_path):
     model = CircuitGPTForCausalLM.from_pretrained("ada/planted")
     picture = plot_circuit(planted_circuit(model), tmp_path / "c.png", model)
     planted_circuit(model).push_to_hub("ada/c", subfolder="one", picture=picture)
     planted_circuit(model, task="other").push_to_hub("ada/c", subfolder="two")
     card = ModelCard.load("ada/c")
     assert card.data.base_model == "ada/planted" and "circuit" in card.data.tags
-    assert "<code>other</code>" in card.text and "<code>on\\_off</code>" in card.text
-    assert "](one/circuit.png)" in card.text and "two/circuit.png" not in card.text
+    assert "<code>other</code>" in card.text and "`subfolder`: <code>one</code>." in card.text
+    assert "circuit.png" not in card.text
+    planted_circuit(model).push_to_hub("ada/c", subfolder="one", picture=picture)
+    assert "](one/circuit.png)" in ModelCard.load("ada/c").text
     # In the model's own repository the model's card stays.
     before = ModelCard.load("ada/planted").content
     planted_circuit(model).push_to_hub("ada/planted", subfolder="circuits/on_off")

@@ -244,13 +244,6 @@ def paths_info(hub: Hub, request: Request, kind: str, repo_id: str, revision: st
     return [entry(commit, path) for path in paths if path in known]
 
 
-@route("GET", f"{API}/refs")
-def refs(hub: Hub, request: Request, kind: str, repo_id: str) -> Any:
-    repository = hub.repository(kind, repo_id, request.token)
-    names = [{"name": n, "ref": n, "targetCommit": oid} for n, oid in repository.refs.items()]
-    return {"branches": names, "tags": [], "converts": []}
-
-
 @route("GET", f"{API}/commits/{REVISION}")
 def commits(hub: Hub, request: Request, kind: str, repo_id: str, revision: str) -> Any:
     repository = hub.repository(kind, repo_id, request.token)

@@ -8,8 +8,8 @@ import evaluate
 import pytest
 from huggingface_hub import HfApi
 
-from hf_circuit_sparsity.hub_cards.metric_space import push_metric
 from hf_circuit_sparsity.metrics import METRICS, metric_path
+from hf_circuit_sparsity.metrics.space import push_metric
 
 INPUTS = {
     "task_loss": {"predictions": [[2.0, 0.0], [0.5, 1.5]], "references": [0, 1]},
@@ -20,7 +20,7 @@ INPUTS = {
 
 @pytest.mark.parametrize("name", METRICS)
 def test_by_hub_id(hub_server, name, tmp_path):
-    push_metric(name, f"ada/{name}", private=False)
+    push_metric(name, f"ada/{name}")
     files = HfApi().list_repo_files(f"ada/{name}", repo_type="space")
     assert "README.md" in files and f"{name}.py" in files and "__init__.py" not in files
     from_hub, here = (
@@ -31,7 +31,7 @@ def test_by_hub_id(hub_server, name, tmp_path):
 
 
 def test_where_the_package_is_not(hub_server, tmp_path):
-    push_metric("task_loss", "ada/task_loss", private=False)
+    push_metric("task_loss", "ada/task_loss")
     script = f"""
 import evaluate, sys
 print(evaluate.load("ada/task_loss").compute(**{INPUTS["task_loss"]!r}))

@@ -4,15 +4,14 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
 
-from ..hub.errors import hub_errors
-from ..metrics import metric_path
+from . import metric_path
 
 
 def push_metric(
     name: str,
     repo_id: str,
     *,
-    private: bool | None = None,
+    private: bool = True,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> CommitInfo:
@@ -27,7 +26,7 @@ def push_metric(
 
     Raises:
         ValueError: there is no such metric, or the repository has another name.
-        HubAccessError: (an `OSError`) nobody is signed in, or there is no right to write.
+        HfHubHTTPError: (an `OSError`) nobody is signed in, or there is no right to write.
     """
     folder = Path(metric_path(name))
     if repo_id.rsplit("/", 1)[-1] != name:
@@ -36,16 +35,15 @@ def push_metric(
             f"same name; call it {repo_id.rsplit('/', 1)[0]}/{name}."
         )
     api = HfApi(token=token)
-    with hub_errors(repo_id, revision=revision, token=token, writing=True):
-        repo_id = api.create_repo(
-            repo_id, repo_type="space", space_sdk="static", private=private, exist_ok=True
-        ).repo_id
-        return api.upload_folder(
-            repo_id=repo_id,
-            repo_type="space",
-            folder_path=folder,
-            allow_patterns=["*.py", "README.md"],
-            ignore_patterns=["__init__.py", "__pycache__/*"],
-            commit_message=f"Upload the metric {name}",
-            revision=revision,
-        )
+    repo_id = api.create_repo(
+        repo_id, repo_type="space", space_sdk="static", private=private, exist_ok=True
+    ).repo_id
+    return api.upload_folder(
+        repo_id=repo_id,
+        repo_type="space",
+        folder_path=folder,
+        allow_patterns=["*.py", "README.md"],
+        ignore_patterns=["__init__.py", "__pycache__/*"],
+        commit_message=f"Upload the metric {name}",
+        revision=revision,
+    )
