@@ -1,8 +1,10 @@
 """What `import hf_circuit_sparsity` offers, what it imports, and what it registers."""
 
 import ast
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,23 @@ def test_types_are_registered_whatever_is_imported_first(library, order):
     imports, *rest = library.strip().split("\n")
     rest = "\n".join(rest)
     run(f"{ours}{imports}\n{rest}" if order == "first" else f"{imports}\n{ours}{rest}")
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_its_data_and_its_licences(tmp_path):
+    root = Path(hf_circuit_sparsity.__file__).parents[1]
+    source = tmp_path / "source"
+    shutil.copytree(root / "hf_circuit_sparsity", source / "hf_circuit_sparsity")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "tests", "benchmarks"):
+        copy = shutil.copytree if (root / name).is_dir() else shutil.copy
+        copy(root / name, source / name)
+    wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*wheel, "-w", tmp_path, source], check=True, capture_output=True)
+    (path,) = tmp_path.glob("*.whl")
+    files = zipfile.ZipFile(path).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in files} == {"hf_circuit_sparsity"}
+    # Whatever lies in the package beside its modules is data that it needs.
+    for data in (root / "hf_circuit_sparsity").rglob("*"):
+        if data.is_file() and data.suffix != ".pyc":
+            assert data.relative_to(root).as_posix() in files
+    assert sum(name.endswith("/LICENSE") for name in files if "dist-info" in name) == 2

@@ -20,7 +20,7 @@ from .loading import load_model
 from .training import checkpoint_to_resume, fit
 
 SUMMARY_NAME = "bridge_summary.json"
-RIDGE_BLOCKS = 512  # of text, that the regression is fitted on
+RIDGE_BLOCKS = 512  # blocks of text on which the regression is fitted
 # Column of the progress lines → name in the log.
 SHOWN_TERMS = {
     "lm": "lm",
@@ -33,7 +33,7 @@ SHOWN_TERMS = {
 
 @dataclass
 class BridgeModelArguments:
-    """Which models are bridged, and how."""
+    """The two models, and how the bridges between them start."""
 
     dense_model: str = field(metadata={"help": "Folder or Hub id of the dense model."})
     sparse_model: str | None = field(
@@ -71,11 +71,11 @@ def run_bridge(model_arguments: BridgeModelArguments, args: BridgeTrainingArgume
     """Train, evaluate and save a bridge into `args.output_dir`, and the sparse model beside it.
 
     Returns:
-        The numbers of the summary.
+        The numbers of `bridge_summary.json`.
 
     Raises:
         Interrupted: after Ctrl-C, with a checkpoint to resume from in `args.output_dir`.
-        ValueError, OSError: models that are not there or do not fit, or a bad corpus.
+        ValueError, OSError: models that do not exist or do not fit, or a bad corpus.
     """
     quiet_libraries()
     corpus = build_corpus(model_arguments.corpus)

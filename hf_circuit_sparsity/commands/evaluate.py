@@ -1,4 +1,4 @@
-"""`hf-circuit-sparsity evaluate`: which tasks has a model learned?"""
+"""`hf-circuit-sparsity evaluate`: accuracy and loss of a model on the tasks."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from .console import columns, quiet_libraries, say
 from .loading import load_model
 
 FILE_NAME = "task_evaluation.json"
-LEARNED_LOSS = 0.15  # the loss that a circuit is asked to reach
+LEARNED_LOSS = 0.15  # the default target of PruningConfig
 
 
 def run_evaluate(
@@ -30,7 +30,7 @@ def run_evaluate(
         tasks: all if not given.
         output_dir: of `task_evaluation.json`; if not given the model's folder. Nothing is written
             for a model from the Hub.
-        prompts: held-out prompts per task, and training prompts for the calibration.
+        prompts: held-out prompts per task, and as many training prompts for the calibration.
         seed: of the prompts.
 
     Raises:
@@ -55,7 +55,7 @@ def run_evaluate(
 
 
 def scores_table(scores: Sequence[TaskScore]) -> str:
-    """The tasks that could be asked, best first, and below them those that could not."""
+    """A table of the tasks, best first, and below it the tasks that could not be asked."""
     asked = sorted((s for s in scores if not s.problem), key=lambda s: s.calibrated_loss)
     parts = []
     if asked:

@@ -2,11 +2,13 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -19,6 +21,7 @@ from ..modeling.configuration_circuitgpt import CircuitGPTConfig
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..optim.param_groups import sparse_param_groups
 from ..optim.topk_adamw import TopKAdamW
+from ..tasks.binary_task import BinaryTask
 from ..tasks.corpus import build_corpus
 from ..tasks.load import check_task_names, load_task
 from ..trainer.sparse_config import SparseTrainingArguments
@@ -32,12 +35,11 @@ BLOCK_SIZE = 128
 BATCH_SIZE = 16
 DENSITY = 0.05
 STEPS = 2500
-# Begun at the bigram counts: with 1e-2 the same run ends at a validation loss of 3.73 instead of
-# 3.68, and with a circuit of 30 nodes instead of 21 (one run each). A bigram table of zeros takes
-# 2e-2 to get as far, and of two such runs one did not learn the quotes well enough for the first
-# target.
+# From bigram counts. At 1e-2 the validation loss is 3.73 instead of 3.68, and the circuit has 30
+# nodes instead of 21 (one run each). From a bigram table of zeros it takes 2e-2 to get as far, and
+# one of two such runs did not learn the quotes well enough for the first target.
 LEARNING_RATE = 4e-3
-# Losses, in nats, to which the circuit is cut down; the paper's first.
+# Target losses of the circuit, in nats, tried in this order; the first is the paper's.
 TARGETS = (0.15, 0.3, 0.5)
 SETTINGS_NAME = "quickstart.json"
 
@@ -63,14 +65,14 @@ class QuickstartSettings:
 def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, Any]:
     """Train a small sparse model on Python and cut one circuit out of it.
 
-    The same call on the same folder goes on where it was stopped.
+    The same call on the same folder continues a run that was stopped.
 
     Args:
-        output_dir: gets `model/`, `circuit/` and the checkpoints of the training.
+        output_dir: of `model/` with the checkpoints, `circuit/` and `summary.json`.
         settings: what to train and to cut out.
 
     Returns:
-        The numbers of the summary.
+        The numbers of `summary.json`.
 
     Raises:
         ValueError: the folder holds a quickstart with other settings, or a bad corpus or task.
@@ -145,11 +147,11 @@ def _prune(
     model_folder: Path,
     settings: QuickstartSettings,
     folder: Path,
-    reference: Any,
+    reference: Dataset,
 ) -> Circuit:
-    """The circuit at the first target loss that the model itself reaches.
+    """Find the circuit at the first target loss that the model itself reaches.
 
-    Another seed, library or number of minutes may give a model that does not reach the paper's.
+    With another seed, library or number of minutes the model may not reach the paper's target.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     for target in TARGETS[:-1]:
@@ -163,7 +165,7 @@ def _prune(
 
 
 def _stored_settings(folder: Path, settings: QuickstartSettings) -> dict[str, Any]:
-    """What the folder was started with, if it was; refuses to mix two runs."""
+    """The settings that the folder was started with, or none; refuses to mix two runs."""
     path = folder / SETTINGS_NAME
     if not path.is_file():
         if folder.is_dir() and any(folder.iterdir()):
@@ -181,19 +183,19 @@ def _stored_settings(folder: Path, settings: QuickstartSettings) -> dict[str, An
     return stored
 
 
-def _seconds_per_step(config: CircuitGPTConfig, train: Any, timed: int = 12) -> float:
-    """How long a training step takes here, by timing some on a model that is thrown away."""
+def _seconds_per_step(config: CircuitGPTConfig, train: Dataset, timed: int = 12) -> float:
+    """Median seconds of a training step on this machine, timed on a throwaway model."""
     model = CircuitGPTForCausalLM(config)
     optimizer = TopKAdamW(sparse_param_groups(model), target_density=DENSITY, total_steps=10**6)
     batches = torch.tensor(train[: BATCH_SIZE * timed]["input_ids"]).split(BATCH_SIZE)
     times = []
     for batch in batches:
-        began = time.perf_counter()
+        started = time.perf_counter()
         optimizer.zero_grad()
         model(batch, labels=batch, use_cache=False).loss.backward()
         optimizer.step()
-        times.append(time.perf_counter() - began)
-    return sorted(times)[len(times) // 2]  # the first ones are slow
+        times.append(time.perf_counter() - started)
+    return sorted(times)[len(times) // 2]  # a median, since the first steps are slow
 
 
 def _training_arguments(folder: Path, steps: int, seed: int) -> SparseTrainingArguments:
@@ -212,8 +214,8 @@ def _training_arguments(folder: Path, steps: int, seed: int) -> SparseTrainingAr
     )
 
 
-def _task_accuracy(task: Any):
-    """A measurement for the progress lines: how much of the task the model has learned."""
+def _task_accuracy(task: BinaryTask) -> Callable[[CircuitGPTForCausalLM], dict[str, str]]:
+    """A function that measures the model's accuracy on the task for the progress table."""
     tensors = {k: v[:128] for k, v in task.tensors("train").items()}
 
     def measure(model: CircuitGPTForCausalLM) -> dict[str, str]:

@@ -26,7 +26,7 @@ SUMMARY_NAME = "training_summary.json"
 
 
 def checkpoint_to_resume(args: SparseTrainingArguments) -> str | None:
-    """The folder that `--resume-from-checkpoint` means; "last" is the last of the run."""
+    """The folder that `--resume-from-checkpoint` means; "last" is the newest in `output_dir`."""
     resume = args.resume_from_checkpoint
     if resume in ("last", "true", "True", True):
         output = Path(args.output_dir)
@@ -39,7 +39,7 @@ def checkpoint_to_resume(args: SparseTrainingArguments) -> str | None:
 def prepare_data(
     corpus: DatasetDict, block_size: int, tokenizer: str | None = None, vocab_size: int = 2048
 ) -> tuple[PreTrainedTokenizerBase, DatasetDict]:
-    """The tokenizer, trained on the corpus unless one is named, and the corpus in blocks."""
+    """Load a tokenizer, or train one on the corpus, and pack the corpus into blocks."""
     if tokenizer is None:
         fast = train_tokenizer(corpus["train"], vocab_size=vocab_size)
     else:

@@ -43,7 +43,7 @@ def initialize_bigram_table_(
 
 
 def _log_probabilities(tokens: np.ndarray, vocabulary: int, smoothing: float) -> np.ndarray:
-    """`(V, V)`: of the next token given one, each row shifted to mean 0 as logits may be."""
+    """`(V, V)`: of the next token given one; rows have mean 0, as softmax ignores a shift."""
     pairs = tokens[:, :-1].astype(np.int64) * vocabulary + tokens[:, 1:]
     counts = np.bincount(pairs.ravel(), minlength=vocabulary**2).reshape(vocabulary, vocabulary)
     single = np.bincount(tokens.ravel(), minlength=vocabulary) + 1.0
