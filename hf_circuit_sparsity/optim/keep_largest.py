@@ -1,8 +1,23 @@
 """Which of some listed values are the largest, with a minimum for each row: exact, and fast."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
+
+# The bits of a non-negative float, read as an integer, sort like the float.
+INTEGER_VIEW: dict[torch.dtype, torch.dtype] = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+
+
+def infinity_bits(dtype: torch.dtype) -> int:
+    """The bit pattern of +infinity as an integer; what is not a finite number is at or above it."""
+    return int(torch.tensor(math.inf, dtype=dtype).view(INTEGER_VIEW[dtype]))
 
 
 def positions_of(mask: Tensor) -> Tensor:
@@ -16,9 +31,7 @@ def positions_of(mask: Tensor) -> Tensor:
 def keep_largest(
     values: Tensor, k: int, rows: Tensor | None = None, min_nonzeros: int = 0
 ) -> Tensor:
-    """Which of the listed values are among the `k` largest magnitudes; [`project_topk_`].
-
-    [`keep_largest_reference`] says what that is, by sorting.
+    """Which of the listed values are among the `k` largest magnitudes; see [`project_topk_`].
 
     Args:
         values: `(n,)`; equal magnitudes are kept first come, first served.
@@ -31,91 +44,107 @@ def keep_largest(
     """
     if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
         return keep_largest_reference(values, k, rows, min_nonzeros)
-    magnitude = values.abs().numpy()
-    kept = _largest(magnitude, k)
-    if min_nonzeros and rows is not None:
-        _pay_short_rows(magnitude, kept, rows, min_nonzeros)
-    return torch.from_numpy(kept)
+    rows_of = rows.numpy() if min_nonzeros and rows is not None else None
+    return torch.from_numpy(largest_mask(values.abs().numpy(), k, rows_of, min_nonzeros))
 
 
 def keep_largest_reference(
     values: Tensor, k: int, rows: Tensor | None = None, min_nonzeros: int = 0
 ) -> Tensor:
-    """[`keep_largest`], written plainly; also what runs on other devices."""
+    """[`keep_largest`], by sorting; also what runs on other devices."""
     magnitude = values.abs()
     safe = torch.zeros_like(values, dtype=torch.bool)
-    if min_nonzeros and rows is not None:
-        safe = (_rank_within_row(rows, values) < min_nonzeros) & (values != 0)
+    if min_nonzeros and rows is not None and len(values):
+        # The rank of every magnitude within its row, 0 for the largest.
+        order = magnitude.sort(descending=True, stable=True).indices
+        order = order[rows[order].sort(stable=True).indices]
+        counts = torch.bincount(rows)
+        first = (counts.cumsum(0) - counts)[rows[order]]
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order), device=order.device) - first
+        safe = (rank < min_nonzeros) & (values != 0)
     order = torch.where(safe, torch.inf, magnitude).sort(descending=True, stable=True).indices
-    kept = safe.clone()
-    kept[order[: max(0, k)]] = True
-    return kept & (values != 0)
+    keep = safe.clone()
+    keep[order[: max(0, k)]] = True
+    return keep & (values != 0)
 
 
-def _largest(magnitude: np.ndarray, k: int) -> np.ndarray:
-    """Mask of the `k` largest, the first of equals, without zeros."""
+def largest_mask(
+    magnitude: np.ndarray,
+    k: int,
+    rows: np.ndarray | None = None,
+    min_nonzeros: int = 0,
+    held: np.ndarray | int = 0,
+) -> np.ndarray:
+    """[`keep_largest`] for magnitudes in numpy, or for their bit patterns.
+
+    Args:
+        rows: None for no row minimum.
+        held: values that each row keeps already and that are not listed, `(number of rows,)`.
+    """
     n = magnitude.size
     if k >= n:
         return magnitude > 0
-    if k <= 0:
-        return np.zeros(n, bool)
-    threshold = np.partition(magnitude, n - k)[n - k]
-    kept = magnitude >= threshold if threshold > 0 else magnitude > 0
-    surplus = np.count_nonzero(kept) - k
-    if surplus > 0:  # of those that equal the threshold the last ones are too many
-        kept[np.flatnonzero(magnitude == threshold)[-surplus:]] = False
-    return kept
+    keep = np.zeros(n, bool)
+    if k > 0:
+        threshold = np.partition(magnitude, n - k)[n - k]
+        keep = magnitude >= threshold if threshold > 0 else magnitude > 0
+        surplus = np.count_nonzero(keep) - k
+        if surplus > 0:  # of those that equal the threshold the last ones are too many
+            keep[np.flatnonzero(magnitude == threshold)[-surplus:]] = False
+    if min_nonzeros and rows is not None:
+        _enforce_minimum(magnitude, keep, rows, min_nonzeros, held)
+    return keep
 
 
-def _pay_short_rows(
-    magnitude: np.ndarray, kept: np.ndarray, rows: Tensor, min_nonzeros: int
+def _enforce_minimum(
+    magnitude: np.ndarray,
+    keep: np.ndarray,
+    rows: np.ndarray,
+    min_nonzeros: int,
+    held: np.ndarray | int,
 ) -> None:
-    """Give rows that come out short their own largest, at the cost of the smallest of the others.
+    """Enforce the row minimum, in place.
 
-    The smallest are taken where their row can spare them, so nothing but these and the rows that
-    are short has to be sorted.
+    Each row below it gets its own largest entries, and the smallest entries that other rows can
+    spare are evicted. Nothing but these two kinds has to be sorted.
     """
-    out = np.flatnonzero(~kept & (magnitude > 0))
-    if not out.size:
+    n_rows = len(held) if isinstance(held, np.ndarray) else int(rows.max()) + 1
+    counts = np.bincount(rows[keep], minlength=n_rows) + held
+    short = counts < min_nonzeros
+    if not short.any():
         return
-    row_of = rows.numpy()
-    counts = np.bincount(row_of[kept], minlength=int(row_of.max()) + 1)
-    out = out[counts[row_of[out]] < min_nonzeros]
-    if not out.size:
+    dropped = np.flatnonzero(short[rows] & ~keep & (magnitude > 0))
+    if not dropped.size:
         return
-    owed = out[_place_in_row(row_of[out], -magnitude[out]) + counts[row_of[out]] < min_nonzeros]
-    inside = np.flatnonzero(kept)
-    sizes = magnitude[inside]
-    look = 4 * owed.size + 64
+    row = rows[dropped]
+    added = dropped[_rank_in_row(row, -magnitude[dropped]) + counts[row] < min_nonzeros]
+    kept = np.flatnonzero(keep)
+    sizes = magnitude[kept]
+    look = 4 * added.size + 64
     while True:
-        limit = np.partition(sizes, look)[look] if look < inside.size else np.inf
-        small = inside[sizes <= limit][::-1]  # the last of equals go first
-        row = row_of[small]
-        spared = small[counts[row] - 1 - _place_in_row(row, magnitude[small]) >= min_nonzeros]
-        if spared.size >= owed.size or look >= inside.size:
+        limit = np.partition(sizes, look)[look] if look < kept.size else sizes.max(initial=0)
+        small = kept[sizes <= limit][::-1]  # the last of equals go first
+        row = rows[small]
+        evicted = small[counts[row] - 1 - _rank_in_row(row, magnitude[small]) >= min_nonzeros]
+        if evicted.size >= added.size or look >= kept.size:
             break
         look *= 4
-    spared = spared[np.argsort(magnitude[spared], kind="stable")]
-    kept[owed] = True
-    kept[spared[: owed.size]] = False
+    evicted = evicted[np.argsort(magnitude[evicted], kind="stable")]
+    keep[added] = True
+    keep[evicted[: added.size]] = False
 
 
-def _place_in_row(rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+def _rank_in_row(rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """0 for the smallest key of each row, 1 for the next, and so on; equals in their order."""
-    order = np.lexsort((keys, rows))
+    order = np.argsort(keys, kind="stable")
     sorted_rows = rows[order]
-    first = np.searchsorted(sorted_rows, sorted_rows)
-    place = np.empty(rows.size, np.int64)
-    place[order] = np.arange(rows.size) - first
-    return place
-
-
-def _rank_within_row(rows: Tensor, values: Tensor) -> Tensor:
-    """0 for the largest magnitude of each row, 1 for the next, and so on."""
-    order = values.abs().sort(descending=True, stable=True).indices
-    order = order[rows[order].sort(stable=True).indices]
-    counts = torch.bincount(rows)
-    first = (counts.cumsum(0) - counts)[rows[order]]
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - first
+    if rows.max(initial=0) < 1 << 16:  # which numpy sorts in a fraction of the time
+        sorted_rows = sorted_rows.astype(np.uint16)
+    by_row = np.argsort(sorted_rows, kind="stable")
+    order, sorted_rows = order[by_row], rows[order[by_row]]
+    first = np.flatnonzero(np.diff(sorted_rows, prepend=-1))
+    lengths = np.diff(np.append(first, rows.size))
+    rank = np.empty(rows.size, np.int64)
+    rank[order] = np.arange(rows.size) - np.repeat(first, lengths)
     return rank

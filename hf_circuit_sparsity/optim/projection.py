@@ -1,6 +1,6 @@
 """Exact magnitude projection: keep the largest entries of a matrix and zero the others, in place.
 
-The definition is [`project_topk_reference_`], a dozen lines that sort. Training calls
+The definition is [`project_topk_reference_`], which sorts. Training calls
 [`project_topk_`], which gives the same result entry for entry without sorting the matrix: in
 `projection_cpu.py` on the CPU, by bisection elsewhere.
 """
@@ -8,7 +8,8 @@ The definition is [`project_topk_reference_`], a dozen lines that sort. Training
 import torch
 from torch import Tensor
 
-from .projection_cpu import INTEGER_VIEW, infinity_bits, project_cpu_
+from .keep_largest import INTEGER_VIEW, infinity_bits, keep_largest_reference
+from .projection_cpu import project_cpu_
 
 
 def nonzero_budget(numel: int, density: float) -> int:
@@ -58,20 +59,14 @@ def project_topk_reference_(
         magnitude = weight.abs()
         if not magnitude.isfinite().all():
             raise ValueError(_not_finite(weight.shape))
-        keep = torch.zeros_like(magnitude, dtype=torch.bool)
+        rows = None
         if min_nonzeros:
-            rows, keep_rows = magnitude.movedim(row_dim, 0), keep.movedim(row_dim, 0)
-            for row, keep_row in zip(rows, keep_rows, strict=True):
-                order = row.flatten().sort(descending=True, stable=True).indices
-                own = torch.zeros(row.numel(), dtype=torch.bool, device=row.device)
-                own[order[:min_nonzeros]] = True
-                keep_row.copy_(own.view(row.shape) & (row > 0))
-        rest = magnitude.masked_fill(keep, -1.0).flatten()
-        order = rest.sort(descending=True, stable=True).indices
-        budget = max(0, k - int(keep.sum()))
-        chosen = torch.zeros_like(rest, dtype=torch.bool)
-        chosen[order[:budget]] = True
-        weight.masked_fill_(~(keep | chosen.view(weight.shape)), 0.0)
+            shape = [1] * weight.ndim
+            shape[row_dim] = -1
+            numbers = torch.arange(weight.shape[row_dim], device=weight.device).view(shape)
+            rows = numbers.expand(weight.shape).flatten()
+        keep = keep_largest_reference(magnitude.flatten(), k, rows, min_nonzeros)
+        weight.masked_fill_(~keep.view(weight.shape), 0.0)
 
 
 def project_bisection_(matrix: Tensor, k: int, min_nonzeros: int, row_dim: int) -> None:

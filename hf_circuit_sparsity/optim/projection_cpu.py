@@ -1,11 +1,11 @@
 """The CPU path of the magnitude projection: find the threshold without sorting the matrix.
 
-A small sample brackets the threshold between two magnitudes `low` and `high`; one pass in
-cache-sized pieces counts what lies above `high` and lists what lies between; the exact threshold
-and its ties are then settled on that short list. If the sample misled (it can, for a matrix with
-structure), the bracket is widened until the list is the whole matrix: the result is exact always,
-only the speed depends on luck. The row minimum costs only as much as there are rows that fall
-short of it: these are looked at one by one, and give back as many entries as they add.
+A small sample brackets the threshold between two magnitudes `low` and `high`. One pass in
+cache-sized pieces counts what lies above `high` and lists what lies between; which of these are
+kept is settled on that short list by [`keep_largest`]. If the sample misled (it can, for a matrix
+with structure), the bracket is widened until the list is the whole matrix: the result is exact
+always, only the speed depends on luck. Rows with too few entries on the list to reach their minimum
+are scanned completely, and their largest join the list.
 
 Everything works on the bit patterns: those of non-negative floats, read as integers, sort like the
 floats, for every float type alike, and NaN and infinity sort above all numbers.
@@ -21,13 +21,7 @@ from torch import Tensor
 
 from ..kernels.cpu import CpuKernels, compiled_kernels
 from ..kernels.threads import map_pieces
-
-INTEGER_VIEW: dict[torch.dtype, torch.dtype] = {
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
+from .keep_largest import INTEGER_VIEW, infinity_bits, largest_mask
 
 # Entries per piece of a pass: 1 MB of float32, which stays in the second-level cache.
 _PIECE = 1 << 18
@@ -38,17 +32,10 @@ _SAMPLE_LIMIT = 1 << 16
 _SMALL = 1 << 12
 # A bracket reaches this many standard deviations of the sampled rank to either side.
 _DEVIATIONS = 4.0
-# A list for the row minimum holds so many times the minimum per row on average, and rows with more
-# entries on it than the second number are not settled by it (the grid would grow too wide).
+# A list for the row minimum holds so many times the minimum per row on average.
 _LISTED_FOR_MINIMUM = 2
-_LISTED_PER_ROW = 128
 # Below this share of kept entries it is cheaper to list them all than to rewrite the matrix.
 _LISTED_SHARE = 1 / 16
-
-
-def infinity_bits(dtype: torch.dtype) -> int:
-    """The bit pattern of +infinity as an integer; what is not a finite number is at or above it."""
-    return int(torch.tensor(math.inf, dtype=dtype).view(INTEGER_VIEW[dtype]))
 
 
 @dataclass
@@ -85,16 +72,6 @@ class _Scan:
     magnitude: np.ndarray  # their bit patterns
 
 
-@dataclass
-class _Plan:
-    """Which entries survive: those at or above `threshold`, minus `drop`, plus `restore`."""
-
-    threshold: int
-    drop: np.ndarray
-    restore: np.ndarray
-    keep: np.ndarray | None  # all survivors, where the list is complete
-
-
 def project_cpu_(weight: Tensor, k: int, min_nonzeros: int, row_dim: int) -> None:
     """Project a contiguous 2-D CPU tensor in place; see `project_topk_` for the definition."""
     bits = weight.view(-1).view(INTEGER_VIEW[weight.dtype]).numpy()
@@ -105,10 +82,8 @@ def project_cpu_(weight: Tensor, k: int, min_nonzeros: int, row_dim: int) -> Non
         scan = _scan(matrix, *_bracket(matrix, sample, k, reach))
         if scan.above + scan.index.size <= k and scan.low == 1:
             return  # no more than k nonzeros: all of them stay
-        plan = _plan(matrix, scan, k)
-        if plan is not None:
-            break
-    _write(weight.view(-1), matrix, plan)
+        if _settle(weight.view(-1), matrix, scan, k):
+            return
 
 
 def _sample(matrix: _Matrix) -> np.ndarray | None:
@@ -211,73 +186,47 @@ def _scan(matrix: _Matrix, low: int, high: int) -> _Scan:
     )
 
 
-def _plan(matrix: _Matrix, scan: _Scan, k: int) -> _Plan | None:
-    """Settle threshold, ties and row minimum; None if the scanned list is too short for that."""
-    wanted = k - scan.above
-    if not 0 <= wanted <= scan.index.size:
-        return None
-    threshold, taken = scan.high, np.zeros(scan.index.size, bool)
-    if wanted:
-        cut = scan.magnitude.size - wanted
-        threshold = int(np.partition(scan.magnitude, cut)[cut])
-        taken = scan.magnitude > threshold
-        ties = np.flatnonzero(scan.magnitude == threshold)
-        taken[ties[: wanted - np.count_nonzero(taken)]] = True
-    complete = scan.high == matrix.top
-    restore = np.empty(0, np.int64)
-    if matrix.min_nonzeros:
-        row = matrix.row_of(scan.index)
-        held = scan.row_above + np.bincount(row[taken], minlength=matrix.n_rows)
-        lacking = held < matrix.min_nonzeros
-        if lacking.any():
-            restore = _top_of_lacking(matrix, scan, row, lacking, complete)
-            surplus = restore.size - int(held[lacking].sum())
-            removed = _smallest_spare(matrix, scan, row, taken, held, surplus, complete)
-            if removed is None:
-                return None
-            taken[removed] = False
-    drop = scan.index[~taken & (scan.magnitude >= threshold)]
-    # An entry that is both taken and restored is listed twice, which does no harm.
-    keep = np.concatenate([scan.index[taken], restore]) if complete else None
-    return _Plan(threshold, drop, restore, keep)
+def _settle(flat: Tensor, matrix: _Matrix, scan: _Scan, k: int) -> bool:
+    """Zero what is not kept, in place; False, and nothing done, if the list is too short for that.
 
-
-def _rank_in_row(row: np.ndarray) -> np.ndarray:
-    """For each entry, how many earlier entries are of the same row."""
-    order = np.argsort(row, kind="stable")
-    sorted_row = row[order]
-    first = np.flatnonzero(np.diff(sorted_row, prepend=-1))
-    lengths = np.diff(np.append(first, row.size))
-    rank = np.empty(row.size, np.int64)
-    rank[order] = np.arange(row.size) - np.repeat(first, lengths)
-    return rank
-
-
-def _top_of_lacking(
-    matrix: _Matrix, scan: _Scan, row: np.ndarray, lacking: np.ndarray, complete: bool
-) -> np.ndarray:
-    """Flat indices of the `min_nonzeros` largest nonzeros of each row that is `lacking`.
-
-    Of most rows they are on the list, where it is complete; the others are looked through.
+    Args:
+        flat: the matrix, `(numel,)`.
     """
-    if not complete:
-        return _top_of_rows(matrix, np.flatnonzero(lacking))
-    counts = np.bincount(row, minlength=matrix.n_rows)
-    on_list = lacking & (counts >= matrix.min_nonzeros) & (counts <= _LISTED_PER_ROW)
-    found = [_top_of_rows(matrix, np.flatnonzero(lacking & ~on_list))]
-    place = np.flatnonzero(on_list[row])
-    if matrix.row_dim == 1:
-        place = place[np.argsort(row[place], kind="stable")]
-    counts = counts[on_list]
-    if counts.size:
-        starts, each = np.cumsum(counts) - counts, np.arange(counts.size)
-        grid = np.zeros((counts.size, counts.max()), scan.magnitude.dtype)
-        grid[np.arange(grid.shape[1]) < counts[:, None]] = scan.magnitude[place]
-        for _ in range(matrix.min_nonzeros):
-            best = grid.argmax(axis=1)
-            found.append(scan.index[place[starts + best]])
-            grid[each, best] = 0
-    return np.concatenate(found)
+    k -= scan.above
+    if not 0 <= k <= scan.index.size:
+        return False
+    index, magnitude, rows, listed = scan.index, scan.magnitude, None, scan.index.size
+    if matrix.min_nonzeros and scan.row_above.min() < matrix.min_nonzeros:
+        rows = matrix.row_of(index)
+        counts = scan.row_above + np.bincount(rows, minlength=matrix.n_rows)
+        short = _top_of_rows(matrix, np.flatnonzero(counts < matrix.min_nonzeros))
+        short = short[matrix.magnitude(short) < scan.low]  # the others are listed, or above
+        if short.size:
+            index = np.concatenate([index, short])
+            magnitude = np.concatenate([magnitude, matrix.magnitude(short)])
+            rows = np.concatenate([rows, matrix.row_of(short)])
+    keep = largest_mask(magnitude, k, rows, matrix.min_nonzeros, scan.row_above)
+    bits, complete = matrix.bits, scan.high == matrix.top
+    if complete:
+        kept = index[keep]
+        values = bits[kept]
+        flat.zero_()
+        bits[kept] = values
+        return True
+    if np.count_nonzero(keep) > k:
+        return False  # entries above the list may have to go
+    restore = index[listed:]  # all of them: their rows have no others
+    values = bits[restore]
+    keep = keep[:listed]
+    threshold = int(scan.magnitude[keep].min(initial=scan.high))
+    dropped = scan.index[~keep & (scan.magnitude >= threshold)]
+    if matrix.kernels is not None:
+        matrix.kernels.zero_below(flat, threshold)
+    else:
+        _zero_below(flat, threshold)
+    bits[dropped] = 0
+    bits[restore] = values
+    return True
 
 
 def _top_of_rows(matrix: _Matrix, rows: np.ndarray) -> np.ndarray:
@@ -300,62 +249,6 @@ def _top_of_rows(matrix: _Matrix, rows: np.ndarray) -> np.ndarray:
             i, j = part[some], best[some]
             found.append(i * matrix.width + j if matrix.row_dim == 0 else j * matrix.width + i)
     return np.concatenate(found)
-
-
-def _smallest_spare(
-    matrix: _Matrix,
-    scan: _Scan,
-    row: np.ndarray,
-    taken: np.ndarray,
-    held: np.ndarray,
-    surplus: int,
-    complete: bool,
-) -> np.ndarray | None:
-    """Positions on the list of the `surplus` smallest taken entries that their row can spare.
-
-    A row can spare what it holds beyond its minimum. If all rows together cannot spare so many (the
-    minima alone exceed the budget), everything that can be spared is returned. None if entries
-    beyond the list would have to be considered.
-    """
-    spare = np.maximum(held - matrix.min_nonzeros, 0)
-    surplus = min(surplus, int(spare.sum()))
-    candidates = np.flatnonzero(taken)
-    magnitude = scan.magnitude[candidates]
-    looked_at = 2 * surplus + 64
-    while True:
-        if looked_at < candidates.size:
-            edge = np.partition(magnitude, looked_at)[looked_at]
-            near = candidates[magnitude <= edge]
-        else:
-            near = candidates
-        # Of equal magnitudes the highest index goes first, as the lowest wins in the projection.
-        near = near[::-1]
-        by_size = near[np.argsort(scan.magnitude[near], kind="stable")]
-        can_go = _rank_in_row(row[by_size]) < spare[row[by_size]]
-        goes = by_size[can_go][:surplus]
-        if goes.size == surplus:
-            return goes
-        if near.size == candidates.size:
-            assert not complete, "a complete list holds every spare entry"
-            return None
-        looked_at *= 4
-
-
-def _write(flat: Tensor, matrix: _Matrix, plan: _Plan) -> None:
-    """Carry out the plan on a 1-D tensor, the same memory as the matrix."""
-    bits = matrix.bits
-    if plan.keep is not None:
-        values = bits[plan.keep]
-        flat.zero_()
-        bits[plan.keep] = values
-        return
-    values = bits[plan.restore]
-    if matrix.kernels is not None:
-        matrix.kernels.zero_below(flat, plan.threshold)
-    else:
-        _zero_below(flat, plan.threshold)
-    bits[plan.drop] = 0
-    bits[plan.restore] = values
 
 
 def _zero_below(flat: Tensor, threshold: int) -> None:

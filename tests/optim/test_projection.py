@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hf_circuit_sparsity.optim import projection_cpu
+from hf_circuit_sparsity.optim.keep_largest import infinity_bits
 from hf_circuit_sparsity.optim.projection import (
     nonzero_budget,
     project_bisection_,
@@ -111,7 +112,7 @@ def test_a_sample_that_misleads_costs_time_not_exactness(small_pieces, hidden, m
     g = torch.Generator().manual_seed(2)
     w = torch.rand(90, 70, generator=g) + 1.0
     bits = w.view(-1).view(torch.int32).numpy()
-    matrix = projection_cpu._Matrix(bits, 70, 0, 0, projection_cpu.infinity_bits(w.dtype), None)
+    matrix = projection_cpu._Matrix(bits, 70, 0, 0, infinity_bits(w.dtype), None)
     seen = projection_cpu._sample(matrix)
     stride = next(s for s in range(2, 999) if np.array_equal(bits[::s] & 0x7FFFFFFF, seen))
     reaches, bracket = [], projection_cpu._bracket
