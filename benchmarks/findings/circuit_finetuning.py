@@ -18,7 +18,7 @@ from hf_circuit_sparsity.adapters import CircuitPeftConfig
 from hf_circuit_sparsity.bridge.losses import mean_kl
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
-from hf_circuit_sparsity.circuits.task_loss import (
+from hf_circuit_sparsity.circuits.task_scores import (
     all_pair_logits,
     binary_loss,
     pair_logits,

@@ -14,14 +14,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hf_circuit_sparsity.circuits.ablation import ReferenceMeans, reference_means
+from hf_circuit_sparsity.circuits.ablation import (
+    ReferenceMeans,
+    reference_input_ids,
+    reference_means,
+)
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import (
     TaskNotLearnedError,
     find_circuits,
 )
-from hf_circuit_sparsity.circuits.reference_tokens import reference_input_ids
 from hf_circuit_sparsity.circuits.task_scores import evaluate_tasks
 from hf_circuit_sparsity.commands.console import say
 from hf_circuit_sparsity.files import replacing

@@ -13,7 +13,7 @@ import torch
 from hf_circuit_sparsity.circuits.ablation import mean_ablated
 from hf_circuit_sparsity.circuits.pruning.find import find_circuits
 from hf_circuit_sparsity.circuits.pruning.masks import learn_masks
-from hf_circuit_sparsity.circuits.task_loss import all_pair_logits, binary_loss, fit_calibration
+from hf_circuit_sparsity.circuits.task_scores import all_pair_logits, binary_loss, fit_calibration
 
 from ..experiment import Experiment, machine, stored, table
 from .findings import SEARCHES, loaded, main, task_for

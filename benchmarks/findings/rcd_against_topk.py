@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_circuit_sparsity.circuits.edges import site_linears
 from hf_circuit_sparsity.circuits.pruning.find import mean_jaccard
-from hf_circuit_sparsity.circuits.task_loss import all_pair_logits, binary_loss, fit_calibration
+from hf_circuit_sparsity.circuits.task_scores import all_pair_logits, binary_loss, fit_calibration
 
 from ..experiment import Experiment, mean, stored, table
 from .findings import (

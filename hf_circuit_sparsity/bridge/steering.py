@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from ..circuits.circuit import Circuit
-from ..circuits.task_loss import TaskTensors, trimmed
+from ..circuits.task_scores import TaskTensors, trimmed
 from ..decoders.residual_stream import position_ids
 from ..files import save_figure
 from ..tasks.binary_task import BinaryTask

@@ -11,8 +11,7 @@ from .hub import CircuitOnHub, list_circuits
 from .pruning.config import PruningConfig
 from .pruning.find import TaskNotLearnedError, find_circuit, find_circuits
 from .pruning.tune import search_circuit
-from .task_loss import Calibration, binary_accuracy, binary_loss
-from .task_scores import TaskScore, evaluate_tasks
+from .task_scores import Calibration, TaskScore, binary_accuracy, binary_loss, evaluate_tasks
 from .viewer.plot import plot_circuit
 from .viewer.report import write_report
 from .viewer.report_data import ReportConfig

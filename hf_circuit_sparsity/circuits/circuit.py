@@ -26,10 +26,9 @@ from .circuit_file import (
     read_circuit,
     write_circuit,
 )
-from .edge_ablation import edge_hooks, edge_name
-from .edges import Edge, circuit_edges
+from .edges import Edge, circuit_edges, edge_hooks, edge_name
 from .push import model_on_hub, upload_circuit
-from .task_loss import Calibration
+from .task_scores import Calibration
 
 
 @dataclass

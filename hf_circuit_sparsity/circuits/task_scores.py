@@ -1,14 +1,171 @@
-"""Accuracy and loss of the full model on each binary task; a task that cannot be asked says why."""
+"""Loss and accuracy of a model on binary tasks, and the calibration of its logits.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A task asks for one of two tokens at the last position of a left-padded prompt. What is measured is
+the pair of their logits, `(n, 2)`: the right token's first, the other's second.
+"""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..metrics.task_loss.pair_loss import task_accuracy
 from ..tasks.binary_task import TaskNotExpressibleError, TaskTooLongError
 from ..tasks.load import list_tasks, load_task
-from .task_loss import binary_accuracy, binary_loss, model_scores
+
+TaskTensors = Mapping[str, torch.Tensor]
+
+
+def candidates(tensors: TaskTensors) -> torch.Tensor:
+    """Token ids `(n, 2)` of the right and of the wrong answer."""
+    return torch.stack([tensors["target_ids"], tensors["counterfactual_target_ids"]], dim=1)
+
+
+def pair_logits(model: nn.Module, tensors: TaskTensors) -> torch.Tensor:
+    """Logits `(n, 2)` of the two candidates after each prompt, in one forward pass.
+
+    Args:
+        model: a causal language model.
+        tensors: those of [`next_token_logits`]; `target_ids` and `counterfactual_target_ids`
+            `(n,)`.
+    """
+    logits = next_token_logits(model, tensors)
+    return logits.gather(1, candidates(tensors).to(logits.device))
+
+
+def next_token_logits(model: nn.Module, tensors: TaskTensors) -> torch.Tensor:
+    """Logits `(n, vocabulary)`, float32, after each prompt, in one forward pass.
+
+    Args:
+        model: a causal language model.
+        tensors: `input_ids` and `attention_mask` `(n, length)`, left-padded.
+    """
+    device = next(model.parameters()).device
+    output = model(
+        input_ids=tensors["input_ids"].to(device),
+        attention_mask=tensors["attention_mask"].to(device),
+        use_cache=False,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1].float()
+
+
+def trimmed(tensors: TaskTensors) -> dict[str, torch.Tensor]:
+    """Without the columns that are padding in every row of left-padded prompts."""
+    first = int(tensors["attention_mask"].any(0).int().argmax())
+    return {k: v[:, first:] if v.dim() == 2 else v for k, v in tensors.items()}
+
+
+@torch.no_grad()
+def all_pair_logits(model: nn.Module, tensors: TaskTensors, batch_size: int = 128) -> torch.Tensor:
+    """As [`pair_logits`], in batches and without gradients, on the CPU."""
+    # Prompts of like length together: nothing is computed for padding.
+    order = tensors["attention_mask"].sum(1).argsort(stable=True)
+    pairs = torch.empty(len(order), 2)
+    for rows in order.split(batch_size):
+        pairs[rows] = pair_logits(model, trimmed({k: v[rows] for k, v in tensors.items()})).cpu()
+    return pairs
+
+
+def binary_loss(pairs: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy on the two candidates: mean over rows of -log p(right), in nats.
+
+    What is optimised; `task_loss` of the metric of that name is the same number for reports.
+    """
+    return F.softplus(pairs[:, 1] - pairs[:, 0]).mean()
+
+
+def binary_accuracy(pairs: torch.Tensor) -> float:
+    """Share of rows in which the right candidate has the larger logit."""
+    return task_accuracy(pairs.numpy(force=True))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scale of all logits and shift of single tokens' logits (Gao et al. 2025, appendix A.5).
+
+    Attributes:
+        scale: multiplies every logit.
+        shift: token id → what is added to its logit afterwards.
+    """
+
+    scale: float = 1.0
+    shift: dict[int, float] = field(default_factory=dict)
+
+    def pairs(self, pairs: torch.Tensor, tensors: TaskTensors) -> torch.Tensor:
+        """Calibrate the candidates' logits `(n, 2)`."""
+        shifts = torch.zeros_like(pairs)
+        tokens = candidates(tensors)
+        for token, value in self.shift.items():
+            shifts[tokens == token] = value
+        return self.scale * pairs + shifts
+
+    def logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Calibrate whole logits `(..., vocabulary)`."""
+        logits = self.scale * logits
+        for token, value in self.shift.items():
+            logits[..., token] += value
+        return logits
+
+
+def fit_calibration(pairs: torch.Tensor, tensors: TaskTensors, steps: int = 16) -> Calibration:
+    """Fit scale and shift to the task's cross-entropy by L-BFGS.
+
+    The shift is fitted only for tasks with one pair of candidates throughout; with many, it would
+    learn the answers by heart.
+
+    Args:
+        pairs: `(n, 2)` from [`all_pair_logits`].
+        tensors: the same rows' token ids.
+        steps: L-BFGS steps (16 in the paper).
+    """
+    tokens = candidates(tensors)
+    distinct = tokens.unique().tolist()
+    sign = torch.zeros(len(pairs))
+    if len(distinct) == 2:
+        sign = torch.where(tokens[:, 0] == distinct[0], 1.0, -1.0)
+    difference = pairs[:, 0] - pairs[:, 1]
+    parameters = torch.tensor([1.0, 0.0], requires_grad=True)  # scale, shift of the difference
+    optimizer = torch.optim.LBFGS([parameters], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        calibrated = parameters[0] * difference + parameters[1] * sign
+        # The small pull to 1 and 0 keeps a perfectly separated task from an infinite scale.
+        loss = F.softplus(-calibrated).mean() + 1e-4 * (
+            (parameters[0] - 1) ** 2 + parameters[1] ** 2
+        )
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    scale, shift = parameters.detach().tolist()
+    if len(distinct) == 2:
+        return Calibration(scale, {distinct[0]: shift / 2, distinct[1]: -shift / 2})
+    return Calibration(scale)
+
+
+class ModelScores(NamedTuple):
+    """What a whole model answers on a task, measured once and compared with many circuits."""
+
+    train: torch.Tensor
+    """Logits `(n, 2)` of the two candidates on the training prompts."""
+    test: torch.Tensor
+    """The same on the held-out prompts."""
+    calibration: Calibration
+    """Fitted on the training prompts."""
+
+
+def model_scores(model: nn.Module, train: TaskTensors, test: TaskTensors) -> ModelScores:
+    """Measure a model in eval mode on both splits of a task."""
+    pairs = all_pair_logits(model, train)
+    return ModelScores(pairs, all_pair_logits(model, test), fit_calibration(pairs, train))
 
 
 @dataclass(frozen=True)

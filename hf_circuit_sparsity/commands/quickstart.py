@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..circuits.circuit import Circuit
 from ..circuits.pruning.config import PruningConfig
 from ..circuits.pruning.find import TaskNotLearnedError
-from ..circuits.task_loss import all_pair_logits, binary_accuracy
+from ..circuits.task_scores import all_pair_logits, binary_accuracy
 from ..files import write_json
 from ..modeling.configuration_circuitgpt import CircuitGPTConfig
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM

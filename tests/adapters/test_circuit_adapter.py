@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from hf_circuit_sparsity.adapters import CircuitPeftConfig
 from hf_circuit_sparsity.circuits.circuit import Circuit
-from hf_circuit_sparsity.circuits.task_loss import pair_logits
+from hf_circuit_sparsity.circuits.task_scores import pair_logits
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from tests.circuits.planted import (
     NO,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_circuit_sparsity.circuits.circuit import Circuit
-from hf_circuit_sparsity.circuits.task_loss import (
+from hf_circuit_sparsity.circuits.task_scores import (
     Calibration,
     all_pair_logits,
     binary_loss,

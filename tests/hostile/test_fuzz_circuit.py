@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import HfApi
 
 from hf_circuit_sparsity.circuits.circuit import Circuit
-from hf_circuit_sparsity.circuits.task_loss import Calibration
+from hf_circuit_sparsity.circuits.task_scores import Calibration
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import ArtifactError
 from tests.circuits.planted import planted_circuit, planted_model
 from tests.hostile.harness import fuzz, plain_json, plain_tensors

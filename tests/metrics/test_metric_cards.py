@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import metadata_load
 from transformers import Trainer, TrainingArguments
 
-from hf_circuit_sparsity.circuits.task_loss import all_pair_logits, binary_loss
+from hf_circuit_sparsity.circuits.task_scores import all_pair_logits, binary_loss
 from hf_circuit_sparsity.metrics import METRICS, metric_path
 from tests.circuits.planted import on_off_task, planted_model, word_tokenizer
 

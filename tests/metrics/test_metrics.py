@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_circuit_sparsity.circuits.task_loss import binary_accuracy, binary_loss
+from hf_circuit_sparsity.circuits.task_scores import binary_accuracy, binary_loss
 from hf_circuit_sparsity.metrics import METRICS, metric_path
 from hf_circuit_sparsity.metrics.task_loss.pair_loss import task_loss
 

@@ -8,7 +8,7 @@ from ...metrics.task_loss.pair_loss import task_accuracy, task_loss
 from ...tasks.binary_task import BinaryTask
 from ..circuit import Circuit
 from ..edges import embedding_edges, site_weights
-from ..task_loss import ModelScores, all_pair_logits, model_scores
+from ..task_scores import ModelScores, all_pair_logits, model_scores
 
 
 def evaluate_circuit(

@@ -16,12 +16,11 @@ from tqdm.auto import tqdm
 from ...metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
 from ...tasks.adversarial import load_adversarial_tasks
 from ...tasks.binary_task import BinaryTask
-from ..ablation import hooked_sites, mean_ablated, recorded_sites
+from ..ablation import ReferenceTokens, hooked_sites, mean_ablated, recorded_sites
 from ..circuit import Circuit
 from ..pruning.config import PruningConfig
 from ..pruning.find import TaskNotLearnedError, check_prompts_fit, find_circuits, jaccard
-from ..reference_tokens import ReferenceTokens
-from ..task_loss import (
+from ..task_scores import (
     Calibration,
     TaskTensors,
     all_pair_logits,
@@ -29,6 +28,7 @@ from ..task_loss import (
     binary_loss,
     fit_calibration,
     model_scores,
+    next_token_logits,
     pair_logits,
 )
 from .checks import Check, Verification
@@ -118,8 +118,8 @@ def verify_circuit(
     checks = []
     for name, value in measured[0].items():
         control = sum(m[name] for m in measured[1:]) / max(1, random_circuits)
-        threshold, at_least, meaning = _meaning(name, target, suite)
-        checks.append(Check(name, value, control, threshold, at_least, meaning))
+        accuracy = suite.adversarial_accuracy.get(name.partition(": ")[2], 0.0)
+        checks.append(Check(name, value, control, *_meaning(name, target, accuracy)))
     verification = Verification(tuple(checks))
     circuit.verification = verification.numbers()
     return verification
@@ -163,28 +163,27 @@ def _other_seeds(
     return find_circuits(model, task, config, reference=reference, progress=progress)
 
 
-def _meaning(name: str, target: float, suite: "_Suite") -> tuple[float | None, bool, str]:
-    """Threshold, direction and meaning of a check."""
-    kind, _, detail = name.partition(": ")
-    where = detail.replace("_", " ")
-    model = suite.adversarial_accuracy.get(detail, 0.0)
-    about = {
+def _meaning(name: str, target: float, accuracy: float) -> tuple[float | None, bool, str]:
+    """Threshold, direction and meaning of a check.
+
+    Args:
+        name: of the check, as `kind: detail`.
+        target: loss that the circuit was found for.
+        accuracy: the whole model's, where the check is about adversarial prompts.
+    """
+    kind, _, where = name.replace("_", " ").partition(": ")
+    return {
         "sufficiency": (target, False, "loss of the circuit alone, nats"),
         "necessity": (0.5, True, "share of the model's skill that goes with the circuit"),
         "completeness": (0.2, False, "loss of circuit and model without random parts, difference"),
-        "interchange": (
-            0.75,
-            True,
-            "answers that turn when only its nodes are from the other prompt",
-        ),
+        "interchange": (0.75, True, "answers that flip when only its nodes see the other prompt"),
         "transfer": (0.9, True, "skill on unseen templates, as a share of the model's"),
         "pair KL": (target, False, "model's answer against the circuit's, of the two candidates"),
         "vocabulary KL": (None, False, "model's next token against the circuit's"),
         "stability": (0.5, True, "nodes shared with circuits of other seeds (Jaccard)"),
         "adversarial": (0.75, True, f"agreement with the model where {where}"),
-        "accuracy": (None, True, f"right where {where}; the model: {model:.3f}"),
-    }
-    return about[kind]
+        "accuracy": (None, True, f"right where {where}; the model: {accuracy:.3f}"),
+    }[kind]
 
 
 class _Suite:
@@ -339,18 +338,9 @@ def _next_token(
     model: nn.Module, tensors: TaskTensors, calibration: Calibration | None = None
 ) -> torch.Tensor:
     """Logits `(n, vocabulary)` after each prompt."""
-    device = next(model.parameters()).device
     parts = []
-    for ids, mask in zip(
-        tensors["input_ids"].split(128), tensors["attention_mask"].split(128), strict=True
-    ):
-        output = model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            use_cache=False,
-            logits_to_keep=1,
-        )
-        logits = output.logits[:, -1].float().cpu()
+    for rows in torch.arange(len(tensors["input_ids"])).split(128):
+        logits = next_token_logits(model, {k: v[rows] for k, v in tensors.items()}).cpu()
         parts.append(logits if calibration is None else calibration.logits(logits))
     return torch.cat(parts)
 

@@ -17,14 +17,12 @@ from torch import nn
 
 from ...modeling.fingerprint import model_fingerprint
 from ...tasks.binary_task import BinaryTask
-from ..ablation import TOKENS, ReferenceMeans, node_sites
+from ..ablation import TOKENS, ReferenceMeans, ReferenceTokens, means_over, node_sites
 from ..circuit import Circuit
 from ..circuit_file import model_source
-from ..edge_ablation import cut_offsets, edge_name
-from ..edges import circuit_edges
+from ..edges import circuit_edges, cut_offsets, edge_name
 from ..evaluation.faithfulness import evaluate_circuit
-from ..reference_tokens import ReferenceTokens, means_over
-from ..task_loss import TaskTensors, binary_loss, fit_calibration, model_scores
+from ..task_scores import TaskTensors, binary_loss, fit_calibration, model_scores
 from .config import PruningConfig
 from .masks import Masks, learn_masks
 from .shrink import Selector, bisect, drop_edges, drop_unconnected, drop_unneeded

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..ablation import TOKENS, hooked_sites
-from ..task_loss import TaskTensors, candidates, pair_logits, trimmed
+from ..task_scores import TaskTensors, candidates, pair_logits, trimmed
 from .config import PruningConfig
 
 Masks = dict[str, torch.Tensor]

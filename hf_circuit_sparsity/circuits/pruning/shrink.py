@@ -8,9 +8,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..ablation import TOKENS, ReferenceMeans, hooked, hooked_sites, mean_ablated
-from ..edge_ablation import EdgeName, cut_offsets, edge_hooks, edge_name
-from ..edges import Edge, circuit_edges, site_weights
-from ..task_loss import (
+from ..edges import Edge, EdgeName, circuit_edges, cut_offsets, edge_hooks, edge_name, site_weights
+from ..task_scores import (
     Calibration,
     TaskTensors,
     all_pair_logits,

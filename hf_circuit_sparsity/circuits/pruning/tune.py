@@ -15,11 +15,11 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...files import replacing
 from ...modeling.fingerprint import model_fingerprint
 from ...tasks.binary_task import BinaryTask
-from ..ablation import node_sites
+from ..ablation import ReferenceTokens, means_over, node_sites
 from ..circuit import Circuit
-from ..reference_tokens import ReferenceTokens, means_over
 from .config import PruningConfig
 from .find import circuit_size, find_circuits, smallest
 
@@ -136,10 +136,8 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
                     "asked for; pass the same, choose another folder, or delete this one."
                 )
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{SETTINGS_NAME}.tmp"
-    temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def _optuna() -> Any:

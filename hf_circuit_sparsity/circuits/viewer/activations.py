@@ -9,7 +9,7 @@ from torch import nn
 
 from ...tasks.binary_task import pad_left
 from ..ablation import recorded_sites
-from ..task_loss import trimmed
+from ..task_scores import trimmed
 
 BINS = 32
 BEFORE, AFTER = 24, 8

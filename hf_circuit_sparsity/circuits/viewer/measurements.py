@@ -10,7 +10,13 @@ from torch import nn
 from ...modeling.modeling_circuitgpt import eager_attention_forward
 from ..ablation import ablation_hook, hooked_sites, mean_ablated, recorded_sites
 from ..circuit import Circuit
-from ..task_loss import TaskTensors, all_pair_logits, binary_accuracy, binary_loss, fit_calibration
+from ..task_scores import (
+    TaskTensors,
+    all_pair_logits,
+    binary_accuracy,
+    binary_loss,
+    fit_calibration,
+)
 from .layout import Key
 
 TOKENS_SHOWN = 10

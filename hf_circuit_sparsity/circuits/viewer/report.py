@@ -17,8 +17,8 @@ from torch import nn
 
 from ...files import replacing
 from ...tasks.binary_task import BinaryTask
+from ..ablation import ReferenceTokens
 from ..circuit import Circuit
-from ..reference_tokens import ReferenceTokens
 from .report_data import ReportConfig, report_data
 
 SCRIPTS = ("dom", "data", "charts", "graph", "details", "sections", "main")

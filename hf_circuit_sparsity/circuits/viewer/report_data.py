@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from ...tasks.binary_task import BinaryTask
 from ...tasks.load import list_tasks, load_task
+from ..ablation import ReferenceTokens, reference_input_ids
 from ..circuit import Circuit
-from ..reference_tokens import ReferenceTokens, reference_input_ids
 from .activations import Activations, Example, extreme_examples, histogram, record_activations
 from .layout import Key, LayeredGraph, layered_graph
 from .measurements import (

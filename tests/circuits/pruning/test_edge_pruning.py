@@ -7,8 +7,7 @@ import torch
 
 from hf_circuit_sparsity.circuits.ablation import hooked, mean_ablated, reference_means
 from hf_circuit_sparsity.circuits.circuit import Circuit
-from hf_circuit_sparsity.circuits.edge_ablation import cut_offsets, edge_hooks, edge_name
-from hf_circuit_sparsity.circuits.edges import circuit_edges
+from hf_circuit_sparsity.circuits.edges import circuit_edges, cut_offsets, edge_hooks, edge_name
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import find_circuit
 from hf_circuit_sparsity.circuits.pruning.shrink import Selector, drop_edges

@@ -9,7 +9,7 @@ import torch
 
 from hf_circuit_sparsity.circuits.ablation import hooked_sites, mean_ablated, node_sites
 from hf_circuit_sparsity.circuits.circuit import Circuit
-from hf_circuit_sparsity.circuits.task_loss import all_pair_logits, binary_loss
+from hf_circuit_sparsity.circuits.task_scores import all_pair_logits, binary_loss
 from hf_circuit_sparsity.circuits.viewer.activations import (
     extreme_examples,
     histogram,
