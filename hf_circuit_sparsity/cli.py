@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
         advice = hub_advice(error)
         if advice is None and not isinstance(error, (ValueError, OSError)):
             raise
-        message = f"{str(error).strip().splitlines()[0]} {advice}" if advice else str(error)
+        message = "\n".join(filter(None, (str(error).strip(), advice)))
         print(f"hf-circuit-sparsity: {message}", file=sys.stderr)
         return 2
     return 0

@@ -1,4 +1,4 @@
-"""The card of a bridge between a dense model and its sparse twin."""
+"""The card of a bridge between a dense model and its sparse model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,9 +12,9 @@ from .modeling_bridge import BridgedCausalLM
 
 # Name in the summary, what it is, unit.
 _TERMS = (
-    ("lm", "the twin's loss", "nats per token"),
-    ("kl", "KL(dense ‖ twin)", "nats per token"),
-    ("nmse", "normalised error of the bridges", "share of variance missed, both ways added"),
+    ("lm", "the sparse model's loss", "nats per token"),
+    ("kl", "KL(dense ‖ sparse)", "nats per token"),
+    ("nmse", "normalized error of the bridges", "share of variance missed, both ways added"),
     ("dense_to_sparse", "KL of runs from dense to sparse", "nats per token"),
     ("sparse_to_dense", "KL of runs from sparse to dense", "nats per token"),
 )
@@ -51,7 +51,7 @@ def bridge_card(
     data = model_metadata(
         repo_id,
         results,
-        tags=["bridge", "sparse-twin", *tags],
+        tags=["bridge", "weight-sparse", *tags],
         datasets=datasets,
         license=license,
         base_model=base_model,
@@ -66,7 +66,7 @@ def bridge_card(
         mark=mark,
         base_model=base_model,
         config=config,
-        twin=bridged.sparse.config,
+        sparse=bridged.sparse.config,
         n_locations=len(locations),
         locations=locations if measured else [],
         summary=summary,

@@ -107,7 +107,7 @@ def test_model_index_has_the_numbers_that_were_measured(cards):
     circuit = planted_circuit()
     alone = ("on_off", "task_loss", "Task loss of the circuit alone (nats)")
     assert found[alone] == numbers(cards["circuit"])[alone] == circuit.metrics["circuit_loss"]
-    assert numbers(cards["bridge"])[None, "kl", "KL(dense ‖ twin)"] == 0.25
+    assert numbers(cards["bridge"])[None, "kl", "KL(dense ‖ sparse)"] == 0.25
 
 
 def test_what_was_not_measured_is_not_claimed():
