@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .optim.rcd.partial_gradients import PartialGradients
     from .optim.sparse_init import sparse_from_config, sparsify_initialization_
     from .optim.topk_adamw import TopKAdamW
-    from .optim.weight_mask import extract_mask
+    from .optim.weight_mask import WeightMask, extract_mask
     from .tasks.binary_task import BinaryTask, TaskNotExpressibleError, TaskTooLongError
     from .tasks.corpus import build_corpus
     from .tasks.load import build_task_datasets, list_tasks, load_task
@@ -66,6 +66,7 @@ _MODULES = {
     "TaskNotLearnedError": "circuits.pruning.find",
     "TaskTooLongError": "tasks.binary_task",
     "TopKAdamW": "optim.topk_adamw",
+    "WeightMask": "optim.weight_mask",
     "build_corpus": "tasks.corpus",
     "build_task_datasets": "tasks.load",
     "evaluate_circuit": "circuits.evaluation.faithfulness",

@@ -1,4 +1,4 @@
-"""What of a run is published, laid out as it will be on the Hub: a folder per repository."""
+"""The repositories that a run is published to, laid out as folders of files."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ REPORT = ReportConfig()
 
 @dataclass(frozen=True)
 class Names:
-    """Hub ids of all that one run becomes."""
+    """Hub ids of the repositories and of the collection."""
 
     model: str
 
@@ -59,12 +59,14 @@ class Names:
 
 @dataclass(frozen=True)
 class Run:
-    """A folder of `quickstart` or `train`, read.
+    """What an output folder of `quickstart` or `train` holds.
 
     Attributes:
+        model: the trained model.
+        tokenizer: the model's.
         circuits: name → circuit; the name is its folder on the Hub.
         summary: the numbers of its training; empty if unknown.
-        scores: what `evaluate` found out about this very model; empty if it was not asked.
+        scores: what `evaluate` measured on this very model; empty if it was not run.
     """
 
     model: CircuitGPTForCausalLM
@@ -76,10 +78,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Part:
-    """A repository to be: what it holds, its kind and name, and how to lay out its files.
+    """One repository to publish.
 
     Attributes:
-        lay_out: writes the files into a folder; takes that and the commit hash of the model.
+        what: a word for its content.
+        kind: of repository.
+        repo_id: its Hub id.
+        lay_out: writes its files into a folder; takes the folder and the commit hash of the model.
     """
 
     what: str
@@ -89,19 +94,20 @@ class Part:
 
 
 def read_run(run_dir: str) -> Run:
-    """The model, its tokenizer and the circuits below a folder.
+    """Read the model, its tokenizer and the circuits below a folder.
 
     Raises:
         ValueError: there is no model, or a circuit is damaged or of another model.
     """
     folder = Path(run_dir)
-    place = next((p for p in (folder / "model", folder) if (p / "config.json").is_file()), None)
-    if place is None:
+    candidates = (folder / "model", folder)
+    saved = next((path for path in candidates if (path / "config.json").is_file()), None)
+    if saved is None:
         raise ValueError(
             f"{folder} holds no model (no config.json in it or in its folder model/); pass the "
             "output folder of quickstart or train."
         )
-    model, tokenizer = load_model(str(place))
+    model, tokenizer = load_model(str(saved))
     circuits: dict[str, Circuit] = {}
     for path in sorted(folder.rglob("circuit.json")):
         if any(part.startswith((".", "checkpoint-")) for part in path.relative_to(folder).parts):
@@ -112,14 +118,14 @@ def read_run(run_dir: str) -> Run:
         except ValueError as error:
             raise ValueError(f"{path.parent}: {error}") from error
         name = circuit.task
-        if name in circuits:  # a second one for the task goes by where it lies
+        if name in circuits:  # a second one of the task is named after its folder
             name = "-".join(path.parent.relative_to(folder).parts)
         circuits[name] = circuit
-    summary = _json_of(place / SUMMARY_NAME)
-    asked = _json_of(place / SCORES_NAME)
+    summary = _json_of(saved / SUMMARY_NAME)
+    evaluation = _json_of(saved / SCORES_NAME)
     scores = []
-    if asked.get("model_fingerprint") == model_fingerprint(model):
-        scores = [TaskScore(**score) for score in asked["tasks"]]
+    if evaluation.get("model_fingerprint") == model_fingerprint(model):
+        scores = [TaskScore(**score) for score in evaluation["tasks"]]
     return Run(model, tokenizer, circuits, summary, scores)
 
 
@@ -191,7 +197,7 @@ def _of_model(circuit: Circuit, name: str, commit: str) -> Circuit:
 def _lay_out_tasks(
     folder: Path, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], names: Names
 ) -> None:
-    """As `DatasetDict.push_to_hub` lays out one configuration per task."""
+    """Write one configuration per task, as `DatasetDict.push_to_hub` does."""
     built = build_task_datasets(tokenizer, tasks, **ROWS)
     configs = []
     for name, splits in built.items():
@@ -200,9 +206,9 @@ def _lay_out_tasks(
             rows.to_parquet(folder / name / f"{split}-00000-of-00001.parquet")
         files = [{"split": split, "path": f"{name}/{split}-*"} for split in splits]
         configs.append({"config_name": name, "data_files": files})
-    there = DatasetCard(f"---\n{DatasetCardData(configs=configs).to_yaml()}\n---\n")
+    configured = DatasetCard(f"---\n{DatasetCardData(configs=configs).to_yaml()}\n---\n")
     card = task_dataset_card(
-        built, repo_id=names.tasks, tokenizer=names.model, seed=0, existing=there
+        built, repo_id=names.tasks, tokenizer=names.model, seed=0, existing=configured
     )
     card.save(folder / "README.md")
 
@@ -210,7 +216,7 @@ def _lay_out_tasks(
 def _lay_out_viewer(
     folder: Path, run: Run, names: Names, circuits: Mapping[str, Circuit], reference: Any
 ) -> None:
-    """A static Space: a page per circuit, and one that leads to them if they are several."""
+    """Write a static Space: a page per circuit, and an index if there are several."""
     pages = {name: f"{name}.html" for name in circuits}
     if len(pages) == 1:
         pages = dict.fromkeys(pages, "index.html")
@@ -241,7 +247,7 @@ def _lay_out_viewer(
     SpaceCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
 
 
-# The page that leads to the pages of several circuits.
+# The index of several circuits' pages.
 _INDEX = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
 {% macro number(value, form) -%}
 <td>{{ "–" if value is none or value is undefined else form.format(value) }}</td>

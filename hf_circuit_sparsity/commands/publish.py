@@ -1,8 +1,7 @@
 """`hf-circuit-sparsity publish`: a run becomes a model, circuits, tasks, a viewer and a collection.
 
-What is on the Hub already is not sent again, so the same command goes on where it was stopped: the
-Hub's client asks for each file whether its content is known there. For that, what is laid out is
-the same every time.
+The Hub's client does not send what is on the Hub already, and the files are the same every time. So
+the same command goes on where it was stopped.
 """
 
 import tempfile
@@ -31,14 +30,14 @@ def run_publish(
 
     Args:
         run_dir: output folder of `quickstart` or `train`.
-        repo: `user/name` of the model; what belongs to it gets names that begin so.
-        dry_run: list what would go where, and its size; nobody is asked for anything.
+        repo: `user/name` of the model; the other names begin with it.
+        dry_run: list what would go where, and its size, without any request to the Hub.
         public: whether new repositories are public.
         tasks: to publish as datasets; those of the circuits if not given.
         corpus: folder of Python for the viewer's examples; the standard library if not given.
 
     Returns:
-        Web address of each part by what it is, and of the collection; of none in a dry run.
+        Web address of each part and of the collection, by what it is; empty in a dry run.
 
     Raises:
         ValueError: no such run, a bad name, or a circuit of another model.
