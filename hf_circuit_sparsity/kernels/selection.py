@@ -34,14 +34,10 @@ class SelectionKernels(Library):
         def work(rows: range) -> None:
             start, n = rows.start, len(rows)
             self._abs_topk(
-                flat.data_ptr() + 4 * start * flat.stride(0),
-                flat.stride(0),
-                n,
-                width,
-                k,
+                flat.data_ptr() + 4 * start * flat.stride(0), flat.stride(0), n, width, k,
                 out.data_ptr() + 4 * start * width,
                 None if mask is None else mask.data_ptr() + start * width,
-            )
+            )  # fmt: skip
 
         in_pieces(work, len(flat), max(1, PIECE // width))
         return out, mask
@@ -53,12 +49,8 @@ class SelectionKernels(Library):
 
         def work(piece: range) -> None:
             start = piece.start
-            self._masked(
-                x.data_ptr() + 4 * start,
-                mask.data_ptr() + start,
-                len(piece),
-                out.data_ptr() + 4 * start,
-            )
+            x_at, out_at = x.data_ptr() + 4 * start, out.data_ptr() + 4 * start
+            self._masked(x_at, mask.data_ptr() + start, len(piece), out_at)
 
         in_pieces(work, x.numel(), PIECE)
         return out

@@ -124,6 +124,12 @@ def sdpa_attention_with_sink(
         if kernels and kernels.can_attend(query, key, value):
             out = _AttentionByKernels.apply(query, key, value, s_aux, scaling, kernels)
             return out.transpose(1, 2)
+    if query.shape[2] == 1 and attention_mask is None and not dropout:
+        # As when text is generated: keys and values need not be copied.
+        sink = s_aux.to(query.dtype).view(1, -1, 1, 1).expand(len(query), -1, 1, 1)
+        scores = torch.cat([query @ key.transpose(-1, -2) * scaling, sink], dim=-1)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+        return (weights[..., :-1] @ value).transpose(1, 2)
     return _sink_as_key(query, key, value, attention_mask, scaling, dropout, s_aux)
 
 

@@ -108,22 +108,6 @@ def test_lists_as_many_as_there_is_room_for(kernels):
     assert len(kernels.nonzeros(torch.ones(20, 30), 600)[2]) == 600
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (18, 40), (70, 33), (4, 500)])
-@pytest.mark.parametrize("density", [0.0, 0.07, 1.0])
-def test_compressed_rows_and_their_transpose(kernels, rows, width, density):
-    weight = sparse(rows, width, density)
-    csr = CSR.from_positions(weight.flatten().nonzero().flatten(), weight.shape)
-    nonzeros = (csr.row_starts, csr.columns, weight[weight != 0])
-    for ours, plain in zip(kernels.nonzeros(weight), nonzeros, strict=True):
-        assert torch.equal(ours, plain)
-    turned = weight.t().contiguous()
-    expected = CSR.from_positions(turned.flatten().nonzero().flatten(), turned.shape)
-    starts, columns, order = kernels.transpose_pattern(csr.row_starts, csr.columns, width)
-    assert torch.equal(starts, expected.row_starts)
-    assert torch.equal(columns, expected.columns)
-    assert torch.equal(nonzeros[2][order], turned[turned != 0])
-
-
 @pytest.mark.parametrize("tokens", [0, 1, 3, 5, 16, 77])
 @pytest.mark.parametrize(("rows", "width"), [(18, 40), (70, 33)])
 @pytest.mark.parametrize("with_bias", [True, False])

@@ -122,41 +122,6 @@ def test_a_trained_checkpoint_saves_sparse_after_saving_dense(tiny_model, tmp_pa
         assert torch.equal(logits_of(again), logits_of(tiny_model))
 
 
-def test_push_to_hub_uploads_the_nonzeros(tiny_model, tmp_path, monkeypatch):
-    written = {}
-
-    def keep(folder, *args, **kwargs):
-        written.update(load_file(f"{folder}/model.safetensors"))
-
-    import transformers.utils.hub as hub
-
-    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *a, **k: _Card())
-    monkeypatch.setattr(CircuitGPTForCausalLM, "_upload_modified_files", staticmethod(keep))
-    for name in ("hf_api", "create_repo"):
-        if hasattr(hub, name):
-            monkeypatch.setattr(hub, name, lambda *a, **k: _Api())
-    sparsify(tiny_model)
-    tiny_model.push_to_hub("someone/model")
-    assert "lm_head.weight.columns" in written
-    written.clear()
-    tiny_model.push_to_hub("someone/model", sparse=False)
-    assert set(written) == set(tiny_model.state_dict())
-    tiny_model.save_pretrained(tmp_path)  # pushing leaves the default of saving alone
-    assert set(load_file(tmp_path / "model.safetensors")) == set(tiny_model.state_dict())
-
-
-class _Card:
-    def save(self, path):
-        pass
-
-
-class _Api:
-    repo_id = "someone/model"
-
-    def create_repo(self, *args, **kwargs):
-        return self
-
-
 NAME = "transformer.h.1.mlp.c_fc.weight"
 
 
