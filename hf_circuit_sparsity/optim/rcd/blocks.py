@@ -56,15 +56,15 @@ class Block:
         starts = torch.arange(rows, device=self.ids.device) * width
         return (starts[:, None] + self.ids).flatten()
 
-    def index_at(self, place: Tensor) -> Tensor:
-        """Flat positions of the coordinates at some places of the block; see [`index`]."""
+    def index_at(self, at: Tensor) -> Tensor:
+        """Flat positions of the coordinates at some positions within the block; see [`index`]."""
         if self.dim is None:
-            return self.ids[place]
+            return self.ids[at]
         if self.dim == 0:
             width = self.shape[1]
-            return self.ids[place // width] * width + place % width
+            return self.ids[at // width] * width + at % width
         count = len(self.ids)
-        return (place // count) * self.shape[1] + self.ids[place % count]
+        return (at // count) * self.shape[1] + self.ids[at % count]
 
     def take_rows(self, chosen: Tensor, row_dim: int) -> Tensor:
         """Whether each coordinate of the block lies in a chosen row, flat.
@@ -92,15 +92,15 @@ class Block:
             index: flat positions in the matrix, `(n,)` int64.
 
         Returns:
-            `inside`, `(n,)` bool, and the place within the block of those that are inside.
+            `inside`, `(n,)` bool, and the position within the block of those that are inside.
         """
         width = self.shape[1]
         if self.dim is None:
             if not len(self.ids):
                 return torch.zeros_like(index, dtype=torch.bool), index[:0]
-            place = torch.searchsorted(self.ids, index).clamp_(max=len(self.ids) - 1)
-            inside = self.ids[place] == index
-            return inside, place[inside]
+            at = torch.searchsorted(self.ids, index).clamp_(max=len(self.ids) - 1)
+            inside = self.ids[at] == index
+            return inside, at[inside]
         number = torch.full((self.shape[self.dim],), -1, device=index.device)
         number[self.ids] = torch.arange(len(self.ids), device=index.device)
         row, column = index // width, index % width
@@ -123,7 +123,7 @@ def draw_block(
     selection: Selection,
     number: int,
     generator: torch.Generator,
-    live: Tensor,
+    active: Tensor,
     values: Tensor,
     power: float = 1.0,
     floor: float = 0.1,
@@ -143,19 +143,19 @@ def draw_block(
         fraction: share of the matrix, in [0, 1]; 0 for an empty block.
         number: how many blocks have been drawn before; places the cyclic ones.
         generator: on the CPU.
-        live, values: flat positions, ascending, and values of the nonzeros.
+        active, values: flat positions, ascending, and values of the nonzeros.
     """
     size = shape[0] * shape[1] if dim is None else shape[dim]
     count = block_size(size, fraction)
     if count == 0:
-        return Block(shape, dim, live.new_empty(0))
+        return Block(shape, dim, active.new_empty(0))
     if selection == "cyclic":
         ids = (number * count + torch.arange(count)) % size
-    elif selection == "magnitude" and len(live):
-        ids = _by_magnitude(shape, dim, size, count, generator, live, values, power, floor)
+    elif selection == "magnitude" and len(active):
+        ids = _by_magnitude(shape, dim, size, count, generator, active, values, power, floor)
     else:
         ids = _uniform(size, count, generator)
-    return Block(shape, dim, ids.sort().values.to(live.device))
+    return Block(shape, dim, ids.sort().values.to(active.device))
 
 
 def _uniform(size: int, count: int, generator: torch.Generator) -> Tensor:
@@ -175,7 +175,7 @@ def _by_magnitude(
     size: int,
     count: int,
     generator: torch.Generator,
-    live: Tensor,
+    active: Tensor,
     values: Tensor,
     power: float,
     floor: float,
@@ -184,9 +184,9 @@ def _by_magnitude(
     total = float(weight.sum())
     if total == 0.0 or not math.isfinite(total):
         return _uniform(size, count, generator)
-    live = live.cpu()
+    active = active.cpu()
     if dim is not None or (count * 4 > size and size <= _MULTINOMIAL_LIMIT):
-        owner = live if dim is None else live // shape[1] if dim == 0 else live % shape[1]
+        owner = active if dim is None else active // shape[1] if dim == 0 else active % shape[1]
         score = torch.zeros(size, dtype=torch.float64).index_add_(0, owner, weight)
         probability = (1.0 - floor) * score / total + floor / size
         return torch.multinomial(probability, count, generator=generator)
@@ -200,7 +200,7 @@ def _by_magnitude(
         drawn = [torch.randint(size, (evenly,), generator=generator)]
         if n > evenly:
             dice = torch.rand(n - evenly, generator=generator, dtype=torch.float64)
-            place = torch.searchsorted(cumulative, dice * cumulative[-1])
-            drawn.append(live[place.clamp_(max=len(live) - 1)])
+            at = torch.searchsorted(cumulative, dice * cumulative[-1])
+            drawn.append(active[at.clamp_(max=len(active) - 1)])
         found = torch.cat([found, *drawn]).unique()
     return found
