@@ -43,11 +43,12 @@ def run_side(side: str, width: int, layers: int, steps: int) -> dict[str, float]
             model(batch, labels=batch, use_cache=False).loss.backward()
             held = [p.grad for p in model.parameters() if p.grad is not None]
             if isinstance(optimizer, RCDSparseOptimizer):
-                held += [g for pair in optimizer._partial.values() for g in pair if g is not None]
+                states = [optimizer.sparse_state(p) for _, p in optimizer.sparse_parameters()]
+                held += [g for s in states for g in s.gradient or () if g is not None]
             gradients = max(gradients, _bytes(held))
             optimizer.step()
             optimizer.zero_grad()
-    state = [x for own in optimizer.state.values() for x in own.values()]
+    state = [x for own in optimizer.state_dict()["state"].values() for x in own.values()]
     return {
         "weights": _bytes([*model.parameters(), *model.buffers()]),
         "state": _bytes(x for x in state if isinstance(x, torch.Tensor)),

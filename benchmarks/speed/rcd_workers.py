@@ -17,7 +17,7 @@ from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
 from hf_circuit_sparsity.optim.sparse_init import sparse_from_config
 
 from ..experiment import Experiment, machine, table
-from ..findings.rcd_race import Run, Training, tokens
+from ..findings.rcd_race import Run, Training, spread, tokens
 
 RANKS = 2
 STALENESS = (0, 1, 2, 4, 8)
@@ -94,8 +94,8 @@ def bytes_per_step(width: int, layers: int, steps: int) -> str:
 
 def staleness(folder: Path, steps: int) -> str:
     """The loss after so many steps with gradients used some steps late."""
-    data = {name: torch.from_numpy(x) for name, x in tokens(folder, 512, 64).items()}
-    held_out = data["validation"][:: max(1, len(data["validation"]) // 128)][:128]
+    data = tokens(folder, 512, 64)
+    held_out = spread(data["validation"], 128)
     config, rows, first = _config(96, 2, 512), [], None
     for late in STALENESS:
         settings = {"selection": "gradient", "block_fraction": 1 / 4, "staleness": late}

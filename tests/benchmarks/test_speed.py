@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.experiment import Experiment, stored, table
 from benchmarks.speed import __main__ as speed
-from benchmarks.speed import timing, training_step, width
+from benchmarks.speed import rcd_memory, timing, training_step, width
 from benchmarks.speed.plain import plainly, project_plain_, random_sparse_model
 from benchmarks.speed.timing import Timing, interleaved, ratio
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
@@ -77,6 +77,14 @@ def test_the_report_holds_every_section_and_the_picture(tmp_path, monkeypatch):
     text = (tmp_path / "speed.md").read_text(encoding="utf-8")
     assert text.index("## One") < text.index("| 1/1000 |") < text.index("## Two")
     assert "![Time against width](speed.png)" in text and (tmp_path / "speed.png").is_file()
+
+
+def test_training_on_nonzeros_holds_less():
+    held = {side: rcd_memory.run_side(side, 32, 1, 2) for side in rcd_memory.SIDES}
+    dense, whole, nonzeros = held.values()
+    assert nonzeros["weights"] < whole["weights"] == dense["weights"]
+    for kind in ("state", "gradients"):
+        assert 0 < nonzeros[kind] <= whole[kind] < dense[kind]
 
 
 def _one_width(d_model, *_):
