@@ -15,13 +15,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = "hf_circuit_sparsity"
 
-# Imports that break a rule today, as (file that imports, file that is imported). These lists only
-# shrink: a pair that no longer breaks its rule must be deleted here.
-KNOWN_ROOMS: set[str] = set()
-KNOWN_ARROWS: set[tuple[str, str]] = set()
-KNOWN_CIRCLES: set[tuple[str, str]] = set()
-KNOWN_REEXPORTS: set[tuple[str, str]] = set()
-
 
 @cache
 def modules() -> dict[str, Path]:
@@ -52,7 +45,7 @@ def imported_modules(name: str) -> Iterator[str]:
 
 
 def short(name: str) -> str:
-    """The file of a module, as the lists above write it."""
+    """The file of a module, relative to the package."""
     return modules()[name].relative_to(ROOT / PACKAGE).as_posix()
 
 
@@ -85,7 +78,7 @@ def allowed_arrows() -> dict[str, set[str]]:
 
 def test_every_room_is_in_the_table() -> None:
     rooms = {room(short(name)) for name in modules()}
-    assert rooms == set(allowed_arrows()) | KNOWN_ROOMS
+    assert rooms == set(allowed_arrows())
 
 
 def test_imports_follow_the_table() -> None:
@@ -95,15 +88,14 @@ def test_imports_follow_the_table() -> None:
         for file, target in imports()
         if room(file) != room(target) and room(target) not in allowed.get(room(file), set())
     }
-    assert wrong == KNOWN_ARROWS
+    assert wrong == set()
 
 
 def test_files_import_each_other_in_no_circle() -> None:
-    assert tied(imports() - KNOWN_CIRCLES) == set()
-    assert tied(imports()) >= KNOWN_CIRCLES
+    assert tied(imports()) == set()
 
 
-def tied(arrows: frozenset[tuple[str, str]] | set[tuple[str, str]]) -> set[tuple[str, str]]:
+def tied(arrows: frozenset[tuple[str, str]]) -> set[tuple[str, str]]:
     """Those of `arrows` that are part of a circle."""
     graph: dict[str, set[str]] = {}
     for file, target in arrows:
@@ -128,7 +120,7 @@ def tied(arrows: frozenset[tuple[str, str]] | set[tuple[str, str]]) -> set[tuple
 
 def test_names_are_imported_from_the_module_that_defines_them() -> None:
     wrong = {(file, target) for file, target in imports() if only_reexports(target)}
-    assert wrong == KNOWN_REEXPORTS
+    assert wrong == set()
 
 
 def only_reexports(file: str) -> bool:
