@@ -201,7 +201,7 @@ class BridgeTrainer(SparseTrainer):
         for log in self.state.log_history:  # the last one counts
             evaluated = {n: v for n, v in log.items() if n.startswith("eval_")}
             summary |= {name.removeprefix("eval_"): value for name, value in evaluated.items()}
-        return bridge_card(self._bridged(), summary=summary, mark=True, **fields)
+        return bridge_card(self._bridged, summary=summary, mark=True, **fields)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from transformers import TrainerCallback
 
 from hf_circuit_sparsity.bridge.bridge_config import BridgeTrainingArguments
@@ -73,6 +74,10 @@ def test_every_term_falls_and_the_dense_model_stays(
         assert last[f"eval_{term}"] < first[f"eval_{term}"], term
     for name, p in bridged.dense.named_parameters():
         assert torch.equal(p, before[name]) and p.grad is None, name
+    trainer.create_model_card()
+    data = metadata_load(Path(trainer.args.output_dir) / "README.md")
+    numbers = {m["type"]: m["value"] for m in data["model-index"][0]["results"][0]["metrics"]}
+    assert "bridge" in data["tags"] and numbers["kl"] == last["eval_kl"]
 
 
 def test_logs_give_every_term_and_the_loss_is_their_weighted_sum(make_bridged, make_bridge_trainer):
