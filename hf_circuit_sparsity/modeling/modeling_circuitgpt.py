@@ -221,6 +221,7 @@ class CircuitGPTPreTrainedModel(SparsePreTrainedModel):
     _no_split_modules = ["CircuitGPTBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+    _supports_flex_attn = False  # that of transformers refuses sinks (s_aux) on the CPU
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     # Older releases lack the first; the others are causal or pruning masks stored as buffers.
