@@ -49,5 +49,5 @@ def test_as_printed_it_finds_its_circuit(example):
     print(metrics)
     # The margins to the target are wide: another seed or library must not break the example.
     assert metrics["calibrated_model_loss"] < 0.15
-    assert metrics["circuit_loss"] < 0.3 and metrics["circuit_accuracy"] > 0.9
+    assert metrics["circuit_loss"] < 0.3 and metrics["circuit_accuracy"] > 0.85
     assert metrics["nodes"] < 60
