@@ -194,33 +194,19 @@ def mean_activations(
     return reference_means(model, input_ids, batch_size).nodes
 
 
-def ablation_hook(keep: torch.Tensor, mean: torch.Tensor) -> Callable:
+def ablation_hook(keep: torch.Tensor, mean: torch.Tensor, tokens: bool = False) -> Callable:
     """A forward hook that lets the kept nodes through and fixes the others at their mean.
 
     Args:
-        keep: bool `(width,)`.
+        keep: bool `(width,)`, or `(vocab_size,)` for tokens.
         mean: `(width,)`.
+        tokens: the hook is for the token embedding.
     """
 
     def hook(module, args, output):
-        return torch.where(
-            keep.to(output.device), output, mean.to(device=output.device, dtype=output.dtype)
-        )
-
-    return hook
-
-
-def token_ablation_hook(keep: torch.Tensor, mean: torch.Tensor) -> Callable:
-    """A forward hook on the token embedding that replaces the tokens not kept by the mean.
-
-    Args:
-        keep: bool `(vocab_size,)`.
-        mean: `(d_model,)`.
-    """
-
-    def hook(module, args, output):
-        kept = keep.to(output.device)[args[0]].unsqueeze(-1)
-        return torch.where(kept, output, mean.to(device=output.device, dtype=output.dtype))
+        mask = keep.to(output.device)
+        mask = mask[args[0]].unsqueeze(-1) if tokens else mask
+        return torch.where(mask, output, mean.to(output))
 
     return hook
 
@@ -238,8 +224,7 @@ def mean_ablated(
         means: site → `(width,)`, and `TOKENS` → `(d_model,)`, from [`reference_means`].
     """
     hooks = {
-        name: (token_ablation_hook if name == TOKENS else ablation_hook)(mask, means[name])
-        for name, mask in keep.items()
+        name: ablation_hook(mask, means[name], tokens=name == TOKENS) for name, mask in keep.items()
     }
     with hooked_sites(model, hooks):
         yield

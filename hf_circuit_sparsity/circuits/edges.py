@@ -143,39 +143,35 @@ def edge_hooks(
     """
     hooks = []
     for linear, source_site, targets in site_linears(model):
-        start = {site: rows.start for site, rows in targets}
-        here = [e for e in cut if e.source_site == source_site and e.target_site in start]
-        added = [
-            (start[site] + index, value)
-            for site in start
+        first = {site: rows.start for site, rows in targets}
+        edges = [e for e in cut if e.source_site == source_site and e.target_site in first]
+        added = {
+            first[site] + index: value
+            for site in first
             for index, value in offsets.get(site, {}).items()
-        ]
-        if not here and not added:
+        }
+        if not edges and not added:
             continue
-        written = sorted({start[e.target_site] + e.target for e in here} | {r for r, _ in added})
-        read = sorted({e.source for e in here})
-        place = {row: i for i, row in enumerate(written)}
+        rows = [first[e.target_site] + e.target for e in edges] + list(added)
+        written, row_of = torch.tensor(rows).unique(return_inverse=True)
+        columns = torch.tensor([e.source for e in edges], dtype=torch.long)
+        read, column_of = columns.unique(return_inverse=True)
         weights = torch.zeros(len(written), len(read))
-        for e in here:
-            weights[place[start[e.target_site] + e.target], read.index(e.source)] = e.weight
+        weights[row_of[: len(edges)], column_of] = torch.tensor([e.weight for e in edges])
         constant = torch.zeros(len(written))
-        for row, value in added:
-            constant[place[row]] += value
-        hooks.append(
-            (linear, _without(torch.tensor(written), torch.tensor(read), weights, constant))
-        )
+        constant[row_of[len(edges) :]] = torch.tensor(list(added.values()))
+        hooks.append((linear, _without(written, read, weights, constant)))
     return hooks
 
 
 def _without(
     written: torch.Tensor, read: torch.Tensor, weights: torch.Tensor, constant: torch.Tensor
 ) -> Callable:
+    """A hook that adds `constant - weights @ input[read]` to the outputs `written`."""
+
     def hook(module, args, output):
-        change = constant.to(output)
-        if len(read):
-            seen = args[0][..., read.to(output.device)]
-            change = change - seen @ weights.T.to(output)
-        change = change.expand(*output.shape[:-1], len(written))
+        inputs = args[0][..., read.to(output.device)]
+        change = constant.to(output) - inputs @ weights.T.to(output)
         return output.index_add(-1, written.to(output.device), change)
 
     return hook

@@ -73,11 +73,11 @@ def all_pair_logits(model: nn.Module, tensors: TaskTensors, batch_size: int = 12
 
 
 def binary_loss(pairs: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy on the two candidates: mean over rows of -log p(right), in nats.
+    """Cross-entropy on the two candidates `(..., n, 2)`: mean over n of -log p(right), in nats.
 
     What is optimised; `task_loss` of the metric of that name is the same number for reports.
     """
-    return F.softplus(pairs[:, 1] - pairs[:, 0]).mean()
+    return F.softplus(pairs[..., 1] - pairs[..., 0]).mean(-1)
 
 
 def binary_accuracy(pairs: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..ablation import TOKENS, hooked_sites
-from ..task_scores import TaskTensors, candidates, pair_logits, trimmed
+from ..task_scores import TaskTensors, binary_loss, candidates, pair_logits, trimmed
 from .config import PruningConfig
 
 Masks = dict[str, torch.Tensor]
@@ -31,6 +31,29 @@ class Gate(torch.autograd.Function):
         (tau,) = ctx.saved_tensors
         s = torch.sigmoid(tau / ctx.temperature)
         return grad * s * (1 - s) / ctx.temperature, None
+
+
+def gate_hook(site: str, gates: Mapping[str, torch.Tensor], mean: torch.Tensor) -> Callable:
+    """A forward hook that makes of each node `mean + gate * (output - mean)`.
+
+    Args:
+        site: a node site, or `TOKENS`.
+        gates: site → `(seeds, width)`, `TOKENS` → `(seeds, vocab_size)`, read at every forward
+            pass. The rows of a batch are those of the first seed, then as many of the second, …
+        mean: `(width,)` of the site.
+    """
+
+    def hook(module, args, output):
+        gate, center = gates[site].to(output), mean.to(output)
+        by_seed = output.unflatten(0, (len(gate), -1))  # (seeds, rows, tokens, width)
+        if site == TOKENS:
+            ids = args[0].unflatten(0, (len(gate), -1))
+            gate = torch.stack([g[i] for g, i in zip(gate, ids, strict=True)]).unsqueeze(-1)
+        else:
+            gate = gate[:, None, None, :]
+        return (center + gate * (by_seed - center)).flatten(0, 1)
+
+    return hook
 
 
 def learn_masks(
@@ -107,26 +130,13 @@ def _learn_together(
         optimizer, lambda step: 1 - step / max(1, config.max_steps)
     )
     gates: Masks = {}
-
-    def gate_hook(site: str) -> Callable:
-        def hook(module, args, output):
-            gate, mean = gates[site].to(output.dtype), means[site].to(output)
-            by_seed = output.unflatten(0, (len(seeds), -1))  # (seeds, rows, tokens, width)
-            if site == TOKENS:
-                ids = args[0].unflatten(0, (len(seeds), -1))
-                gate = torch.stack([g[i] for g, i in zip(gate, ids, strict=True)]).unsqueeze(-1)
-            else:
-                gate = gate[:, None, None, :]
-            return (mean + gate * (by_seed - mean)).flatten(0, 1)
-
-        return hook
-
+    hooks = {site: gate_hook(site, gates, means[site]) for site in taus}
     weights_need_grad = [p for p in model.parameters() if p.requires_grad]
     n = len(train["target_ids"])
     try:
         for p in weights_need_grad:
             p.requires_grad_(False)
-        with hooked_sites(model, {site: gate_hook(site) for site in taus}):
+        with hooked_sites(model, hooks):
             for _ in range(config.max_steps):
                 rows = torch.cat(
                     [torch.randint(n, (2 * config.batch_size,), generator=g) for g in generators]
@@ -136,7 +146,7 @@ def _learn_together(
                     gates[site] = Gate.apply(tau, config.temperature)
                 pairs = pair_logits(model, batch).unflatten(0, (len(seeds), -1))
                 # A sum over seeds: no seed's gradient depends on how many others there are.
-                losses = torch.nn.functional.softplus(pairs[..., 1] - pairs[..., 0]).mean(1)
+                losses = binary_loss(pairs)
                 open_nodes = sum(gate.sum(1) for gate in gates.values())
                 optimizer.zero_grad()
                 (losses + config.node_penalty * open_nodes).sum().backward()

@@ -19,7 +19,7 @@ from ..task_scores import (
     trimmed,
 )
 from .config import PruningConfig
-from .masks import Masks
+from .masks import Masks, gate_hook
 
 # What looks this many times worse than the target on a few prompts is not tried on all of them.
 _HOPELESS = 2.0
@@ -79,22 +79,14 @@ class Selector:
         rows = self._few if self._few is not None else self._all
         calibration = self.loss(keep, few=True)[1]
         means = {**self.means.nodes, TOKENS: self.means.token}
-        gates = {s: mask.to(torch.float32).requires_grad_() for s, mask in keep.items()}
-
-        def gate_hook(site: str) -> Callable:
-            def hook(module, args, output):
-                gate, mean = gates[site].to(output), means[site].to(output)
-                gate = gate[args[0]].unsqueeze(-1) if site == TOKENS else gate
-                return mean + gate * (output - mean)
-
-            return hook
-
-        with torch.enable_grad(), hooked_sites(self.model, {s: gate_hook(s) for s in keep}):
+        gates = {s: mask[None].float().requires_grad_() for s, mask in keep.items()}
+        hooks = {site: gate_hook(site, gates, means[site]) for site in keep}
+        with torch.enable_grad(), hooked_sites(self.model, hooks):
             pairs = pair_logits(self.model, trimmed(rows)).cpu()
             loss = binary_loss(calibration.pairs(pairs, rows))
             gradients = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
         return {
-            site: torch.zeros_like(mask, dtype=torch.float32) if g is None else -g
+            site: torch.zeros_like(mask, dtype=torch.float32) if g is None else -g[0]
             for (site, mask), g in zip(keep.items(), gradients, strict=True)
         }
 
