@@ -86,14 +86,11 @@ class Circuit:
                     f"nodes[{site!r}] must be distinct indices from 0 to {width - 1}, but it is "
                     f"{ids[:5]}{'…' if len(ids) > 5 else ''}."
                 )
-        for edge in self.kept_edges or ():
-            for site, index in (edge[:2], edge[2:]):
-                if index not in self.nodes.get(site, ()):
-                    raise ValueError(f"kept_edges names {site}.{index}, which is not in nodes.")
-        for site, at in self.edge_offsets.items():
-            for index in at:
-                if index not in self.nodes.get(site, ()):
-                    raise ValueError(f"edge_offsets names {site}.{index}, which is not in nodes.")
+        named = [("kept_edges", *end) for e in self.kept_edges or () for end in (e[:2], e[2:])]
+        named += [("edge_offsets", s, i) for s, sums in self.edge_offsets.items() for i in sums]
+        for name, site, index in named:
+            if index not in self.nodes.get(site, ()):
+                raise ValueError(f"{name} names {site}.{index}, which is not in nodes.")
         if (self.tokens is None) != (self.token_mean is None):
             raise ValueError("tokens and token_mean belong together, but one of them is missing.")
 
@@ -118,11 +115,9 @@ class Circuit:
         edges = circuit_edges(model, self.nodes)
         if self.kept_edges is None:
             return edges, []
-        kept = set(self.kept_edges)
-        return (
-            [e for e in edges if edge_name(e) in kept],
-            [e for e in edges if edge_name(e) not in kept],
-        )
+        names = set(self.kept_edges)
+        cut = [edge for edge in edges if edge_name(edge) not in names]
+        return [edge for edge in edges if edge_name(edge) in names], cut
 
     def check_model(self, model: nn.Module) -> None:
         """Raise a `ValueError` if `model` is not the one this circuit was cut out of."""
@@ -187,21 +182,16 @@ class Circuit:
             means[TOKENS] = self.token_mean
         if inverse:
             masks = {site: ~mask for site, mask in masks.items()}
-        cut = [] if inverse else edge_hooks(model, self.split_edges(model)[1], self.edge_offsets)
+        hooks = [] if inverse else edge_hooks(model, self.split_edges(model)[1], self.edge_offsets)
 
         def calibrate(module, args, output):
             output.logits = self.calibration.logits(output.logits)
             return output
 
-        with mean_ablated(model, masks, means), hooked(cut):
-            handle = None
-            if calibrated and not inverse:
-                handle = model.register_forward_hook(calibrate)
-            try:
-                yield model
-            finally:
-                if handle is not None:
-                    handle.remove()
+        if calibrated and not inverse:
+            hooks.append((model, calibrate))
+        with mean_ablated(model, masks, means), hooked(hooks):
+            yield model
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `circuit.json`: plain values, without the tensors."""
@@ -211,8 +201,8 @@ class Circuit:
         if self.kept_edges is not None:
             fields["kept_edges"] = [list(edge) for edge in self.kept_edges]
         fields["edge_offsets"] = {
-            site: {str(index): value for index, value in at.items()}
-            for site, at in self.edge_offsets.items()
+            site: {str(index): value for index, value in sums.items()}
+            for site, sums in self.edge_offsets.items()
         }
         return fields
 
@@ -338,8 +328,8 @@ class Circuit:
         if fields.get("kept_edges") is not None:
             fields["kept_edges"] = [tuple(edge) for edge in fields["kept_edges"]]
         fields["edge_offsets"] = {
-            site: {int(index): float(value) for index, value in at.items()}
-            for site, at in content.get("edge_offsets", {}).items()
+            site: {int(index): float(value) for index, value in sums.items()}
+            for site, sums in content.get("edge_offsets", {}).items()
         }
         try:
             return cls(

@@ -6,6 +6,7 @@ What is written passes the same checks as what is read, so what could be written
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,7 +27,76 @@ TENSORS_NAME = "circuit.safetensors"
 PICTURE_NAME = "circuit.png"
 # No field may ask for more; far above any model's.
 MAX_INDEX = 2**31 - 1
-_SITE = r"[A-Za-z0-9_]{1,60}(\.[A-Za-z0-9_]{1,60}){0,8}"
+_SITE = (r"[A-Za-z0-9_]{1,60}(\.[A-Za-z0-9_]{1,60}){0,8}", "names joined by dots")
+_INDEX = ("0|[1-9][0-9]{0,8}", "an index in decimal digits")
+_COMMIT = ("([0-9a-f]{40})?", "a commit hash or empty")
+_FINGERPRINT = ("[0-9a-f]{16}", "16 hexadecimal digits")
+
+Check = Callable[[Field], Any]
+
+
+def _object_of(check: Check, names: tuple[str, str] | None = None) -> Check:
+    """A check of an object: every value by `check`, every name by a pattern."""
+
+    def check_object(field: Field) -> None:
+        for name, value in field.items():
+            if names is not None:
+                Field(name, field.path, f"a name in {field.name}").matching(*names)
+            check(value)
+
+    return check_object
+
+
+def _or_null(check: Check) -> Check:
+    return lambda field: None if field.value is None else check(field)
+
+
+def _indices(field: Field) -> None:
+    field.integers(0, MAX_INDEX)
+
+
+def _calibration(field: Field) -> None:
+    field["scale"].number()
+    _object_of(Field.number, _INDEX)(field["shift"])
+
+
+def _example(field: Field) -> None:
+    for name, value in field.items():
+        if name.endswith("token_ids"):
+            _indices(value)
+        elif name.endswith("target_id"):
+            value.integer(0, MAX_INDEX)
+        else:
+            value.text()
+
+
+def _edges(field: Field) -> None:
+    for edge in field.elements():
+        parts = list(edge.elements())
+        if len(parts) != 4:
+            edge.fail("a site, an index, a site and an index")
+        for site, index in (parts[:2], parts[2:]):
+            site.matching(*_SITE)
+            index.integer(0, MAX_INDEX)
+
+
+_REQUIRED: dict[str, Check] = {
+    "task": Field.name_of_folder,
+    "model_name": Field.line,
+    "model_fingerprint": lambda field: field.matching(*_FINGERPRINT),
+    "nodes": _object_of(_indices, _SITE),
+    "calibration": _calibration,
+    "metrics": _object_of(Field.number),
+    "config": _object_of(Field.plain),
+    "example": _example,
+}
+_OPTIONAL: dict[str, Check] = {
+    "model_revision": lambda field: field.matching(*_COMMIT),
+    "kept_edges": _or_null(_edges),
+    "edge_offsets": _object_of(_object_of(Field.number, _INDEX), _SITE),
+    "tokens": _or_null(_indices),
+    "verification": _object_of(_object_of(Field.number)),
+}
 
 
 def check_content(content: Field) -> None:
@@ -35,65 +105,9 @@ def check_content(content: Field) -> None:
     Raises:
         ArtifactError: names the file and the field.
     """
-    content["task"].name_of_folder()
-    content["model_name"].line()
-    if content.has("model_revision"):
-        content["model_revision"].matching("([0-9a-f]{40})?", "a commit hash or empty")
-    content["model_fingerprint"].matching("[0-9a-f]{16}", "16 hexadecimal digits")
-    for site, ids in content["nodes"].items():
-        _check_site(site, content.path, "nodes")
-        ids.integers(0, MAX_INDEX)
-    content["calibration"]["scale"].number()
-    for token, value in content["calibration"]["shift"].items():
-        Field(token, content.path, "a token in calibration['shift']").matching(
-            "0|[1-9][0-9]{0,8}", "a token id in decimal digits"
-        )
-        value.number()
-    for _, value in content["metrics"].items():
-        value.number()
-    for _, value in content["config"].items():
-        value.plain()
-    _check_example(content["example"])
-    _check_pruned(content)
-    if content.has("verification"):
-        for _, check in content["verification"].items():
-            for _, value in check.items():
-                value.number()
-
-
-def _check_pruned(content: Field) -> None:
-    if content.has("kept_edges") and content["kept_edges"].value is not None:
-        for edge in content["kept_edges"].elements():
-            parts = list(edge.elements())
-            if len(parts) != 4:
-                edge.fail("a site, an index, a site and an index")
-            for site, index in (parts[:2], parts[2:]):
-                site.matching(_SITE, "names joined by dots")
-                index.integer(0, MAX_INDEX)
-    if content.has("edge_offsets"):
-        for site, at in content["edge_offsets"].items():
-            _check_site(site, content.path, "edge_offsets")
-            for index, value in at.items():
-                Field(index, content.path, f"an index in edge_offsets[{site!r}]").matching(
-                    "0|[1-9][0-9]{0,8}", "an index in decimal digits"
-                )
-                value.number()
-    if content.has("tokens") and content["tokens"].value is not None:
-        content["tokens"].integers(0, MAX_INDEX)
-
-
-def _check_site(site: str, path: str | os.PathLike, where: str) -> None:
-    Field(site, path, f"a site in {where}").matching(_SITE, "names joined by dots")
-
-
-def _check_example(example: Field) -> None:
-    for name, value in example.items():
-        if name.endswith("token_ids"):
-            value.integers(0, MAX_INDEX)
-        elif name.endswith("target_id"):
-            value.integer(0, MAX_INDEX)
-        else:
-            value.text()
+    for name, check in {**_REQUIRED, **_OPTIONAL}.items():
+        if name in _REQUIRED or content.has(name):
+            check(content[name])
 
 
 def write_circuit(
@@ -168,7 +182,7 @@ def _check_tensors(
                 path,
                 f" has {name[:80]!r}, expected vectors named means.*, scores.* and token.mean.",
             )
-        _check_site(site, path, kind)
+        Field(site, path, f"a site in {kind}").matching(*_SITE)
         by_kind[kind][site] = check_vector(path, name, tensor)
     for site, scores in by_kind["scores"].items():
         mean = by_kind["means"].get(site)
@@ -203,15 +217,9 @@ def model_text(fingerprint: str, name: str, revision: str) -> str:
 
 def circuit_folders(info: ModelInfo) -> list[str]:
     """The folders of a repository that hold a circuit; "" is its root."""
-    files = {sibling.rfilename for sibling in info.siblings or ()}
-    folders = sorted(
-        str(path.parent) for path in map(PurePosixPath, files) if path.name == JSON_NAME
-    )
-    return [
-        "" if folder == "." else folder
-        for folder in folders
-        if str(PurePosixPath(folder) / TENSORS_NAME) in files
-    ]
+    files = {PurePosixPath(sibling.rfilename) for sibling in info.siblings or ()}
+    circuits = [p for p in files if p.name == JSON_NAME and p.with_name(TENSORS_NAME) in files]
+    return sorted("/".join(path.parent.parts) for path in circuits)
 
 
 def download_circuit(

@@ -6,7 +6,7 @@ al. 2021 (arXiv 2106.02997).
 """
 
 from collections.abc import Callable, Sequence
-from itertools import combinations
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -19,7 +19,13 @@ from ...tasks.binary_task import BinaryTask
 from ..ablation import ReferenceTokens, hooked_sites, mean_ablated, recorded_sites
 from ..circuit import Circuit
 from ..pruning.config import PruningConfig
-from ..pruning.find import TaskNotLearnedError, check_prompts_fit, find_circuits, jaccard
+from ..pruning.find import (
+    TaskNotLearnedError,
+    check_prompts_fit,
+    find_circuits,
+    jaccard,
+    mean_jaccard,
+)
 from ..task_scores import (
     Calibration,
     TaskTensors,
@@ -118,8 +124,7 @@ def verify_circuit(
     checks = []
     for name, value in measured[0].items():
         control = sum(m[name] for m in measured[1:]) / max(1, random_circuits)
-        accuracy = suite.adversarial_accuracy.get(name.partition(": ")[2], 0.0)
-        checks.append(Check(name, value, control, *_meaning(name, target, accuracy)))
+        checks.append(Check(name, value, control, *_meaning(name, target, suite)))
     verification = Verification(tuple(checks))
     circuit.verification = verification.numbers()
     return verification
@@ -136,15 +141,10 @@ def random_circuit(circuit: Circuit, generator: torch.Generator, vocabulary: int
     if circuit.tokens is not None:
         drawn = torch.randperm(vocabulary, generator=generator)
         tokens = sorted(drawn[: len(circuit.tokens)].tolist())
-    return Circuit(
-        nodes=nodes,
-        means=circuit.means,
-        task=circuit.task,
-        model_fingerprint=circuit.model_fingerprint,
-        config=dict(circuit.config),
-        tokens=tokens,
-        token_mean=circuit.token_mean,
-    )
+    return replace(
+        circuit, nodes=nodes, tokens=tokens, calibration=Calibration(), scores={}, metrics={},
+        kept_edges=None, edge_offsets={}, verification={},
+    )  # fmt: skip
 
 
 def _other_seeds(
@@ -163,15 +163,17 @@ def _other_seeds(
     return find_circuits(model, task, config, reference=reference, progress=progress)
 
 
-def _meaning(name: str, target: float, accuracy: float) -> tuple[float | None, bool, str]:
+def _meaning(name: str, target: float, suite: "_Suite") -> tuple[float | None, bool, str]:
     """Threshold, direction and meaning of a check.
 
     Args:
         name: of the check, as `kind: detail`.
         target: loss that the circuit was found for.
-        accuracy: the whole model's, where the check is about adversarial prompts.
+        suite: knows how the whole model does on adversarial prompts.
     """
-    kind, _, where = name.replace("_", " ").partition(": ")
+    kind, _, detail = name.partition(": ")
+    where = detail.replace("_", " ")
+    accuracy = binary_accuracy(suite.adversarial[detail][1]) if detail else 0.0
     return {
         "sufficiency": (target, False, "loss of the circuit alone, nats"),
         "necessity": (0.5, True, "share of the model's skill that goes with the circuit"),
@@ -218,12 +220,10 @@ class _Suite:
             )
         self.vocabulary = _next_token(model, self.test)
         self.adversarial: dict[str, tuple[TaskTensors, torch.Tensor]] = {}
-        self.adversarial_accuracy: dict[str, float] = {}
         for kind, adverse in adversarial.items():
             tensors = adverse.tensors("test")
             pairs = self.whole.calibration.pairs(all_pair_logits(model, tensors), tensors)
             self.adversarial[kind] = (tensors, pairs)
-            self.adversarial_accuracy[kind] = binary_accuracy(pairs)
 
     def _calibration(self) -> Calibration:
         return fit_calibration(all_pair_logits(self.model, self.train), self.train)
@@ -257,9 +257,9 @@ class _Suite:
         if self.others:
             numbers["stability"] = self._stability(circuit, real)
         for kind, (tensors, whole_pairs) in self.adversarial.items():
-            here = calibration.pairs(adverse[kind], tensors)
-            numbers[f"adversarial: {kind}"] = agreement(here.numpy(), whole_pairs.numpy())
-            numbers[f"accuracy: {kind}"] = binary_accuracy(here)
+            answers = calibration.pairs(adverse[kind], tensors)
+            numbers[f"adversarial: {kind}"] = agreement(answers.numpy(), whole_pairs.numpy())
+            numbers[f"accuracy: {kind}"] = binary_accuracy(answers)
         return numbers
 
     def _incompleteness(self, circuit: Circuit) -> float:
@@ -290,24 +290,21 @@ class _Suite:
 
         The prompts of a pair are equally long; everything outside the circuit sees its own prompt.
         """
-        own, other = self.swaps
-        turned = []
-        for rows in torch.arange(len(own["target_ids"])).split(128):
-            here, there = ({k: v[rows] for k, v in part.items()} for part in (own, other))
-            with recorded_sites(self.model, circuit.nodes) as seen:
-                pair_logits(self.model, there)
-            swap = {s: _swapper(seen[s], ids) for s, ids in circuit.nodes.items()}
+        swapped = []
+        for rows in torch.arange(len(self.swaps[0]["target_ids"])).split(128):
+            base, source = ({k: v[rows] for k, v in part.items()} for part in self.swaps)
+            with recorded_sites(self.model, circuit.nodes) as activations:
+                pair_logits(self.model, source)
+            swap = {s: _swapper(activations[s], ids) for s, ids in circuit.nodes.items()}
             with hooked_sites(self.model, swap):
-                pairs = pair_logits(self.model, here).cpu()
-            turned.append(self.whole.calibration.pairs(pairs, here))
-        pairs = torch.cat(turned)
-        return (pairs[:, 1] > pairs[:, 0]).float().mean().item()
+                pairs = pair_logits(self.model, base).cpu()
+            swapped.append(self.whole.calibration.pairs(pairs, base))
+        return binary_accuracy(torch.cat(swapped).flip(1))
 
     def _stability(self, circuit: Circuit, real: bool) -> float:
-        pairs = [(circuit, other) for other in self.others]
         if real:
-            pairs += list(combinations(self.others, 2))
-        return sum(jaccard(a, b) for a, b in pairs) / len(pairs)
+            return mean_jaccard([circuit, *self.others])
+        return sum(jaccard(circuit, other) for other in self.others) / len(self.others)
 
 
 def _some(tensors: TaskTensors, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -326,9 +323,10 @@ def _equally_long(task: BinaryTask, count: int) -> tuple[TaskTensors, TaskTensor
     return {k: v[rows] for k, v in tensors.items()}, {k: v[other[rows]] for k, v in tensors.items()}
 
 
-def _swapper(seen: torch.Tensor, ids: Sequence[int]) -> Callable:
+def _swapper(activations: torch.Tensor, ids: Sequence[int]) -> Callable:
     def hook(module, args, output):
-        return output.index_copy(-1, torch.tensor(ids, device=output.device), seen[..., ids])
+        indices = torch.tensor(ids, device=output.device)
+        return output.index_copy(-1, indices, activations[..., ids])
 
     return hook
 

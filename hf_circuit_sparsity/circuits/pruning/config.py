@@ -10,6 +10,11 @@ _OLD_NAMES = {
     "beta2": "adam_beta2",
     "seeds": "num_seeds",
 }
+_POSITIVE = ("target_loss", "temperature", "learning_rate", "max_grad_norm", "memory_gb")
+_AT_LEAST_ONE = (
+    "batch_size", "selection_prompts", "reference_tokens", "calibration_steps", "num_seeds",
+)  # fmt: skip
+_NOT_NEGATIVE = ("max_steps", "screen_prompts", "node_penalty", "weight_decay", "init_std")
 
 
 @dataclass(frozen=True)
@@ -77,22 +82,13 @@ class PruningConfig:
         return cls(**{**{n: v for n, v in named.items() if n in known}, **changes})
 
     def __post_init__(self) -> None:
-        for name in ("target_loss", "temperature", "learning_rate", "max_grad_norm", "memory_gb"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} was passed, but it must be > 0.")
-        for name in (
-            "batch_size",
-            "selection_prompts",
-            "reference_tokens",
-            "calibration_steps",
-            "num_seeds",
+        for names, fits, bound in (
+            (_POSITIVE, lambda value: value > 0, "> 0"),
+            (_AT_LEAST_ONE, lambda value: value >= 1, "≥ 1"),
+            (_NOT_NEGATIVE, lambda value: value >= 0, "≥ 0"),
+            (("selection_margin",), lambda value: 0 < value <= 1, "in (0, 1]"),
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} was passed, but it must be ≥ 1.")
-        for name in ("max_steps", "screen_prompts", "node_penalty", "weight_decay", "init_std"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} was passed, but it must be ≥ 0.")
-        if not 0 < self.selection_margin <= 1:
-            raise ValueError(
-                f"selection_margin={self.selection_margin} was passed, but it must be in (0, 1]."
-            )
+            for name in names:
+                value = getattr(self, name)
+                if not fits(value):
+                    raise ValueError(f"{name}={value} was passed, but it must be {bound}.")

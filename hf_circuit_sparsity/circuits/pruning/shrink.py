@@ -158,9 +158,9 @@ def bisect(scores: Masks, selector: Selector) -> Masks:
     order = flat.argsort(descending=True, stable=True)
 
     def best(k: int) -> Masks:
-        kept = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
-        kept[order[:k]] = True
-        parts = kept.split([len(score) for score in scores.values()])
+        mask = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+        mask[order[:k]] = True
+        parts = mask.split([len(score) for score in scores.values()])
         return dict(zip(scores, parts, strict=True))
 
     def fewest(high: int) -> int:

@@ -117,7 +117,7 @@ def test_round_trip_with_edges_and_tokens(model, pruned, tmp_path):
     for changes, message in [
         ({"kept_edges": [["h.0.attn.v", 5]]}, r"kept_edges\[0\] must be a site, an index"),
         ({"kept_edges": [["h.0.attn.v", 0, "h.0.attn.resid_delta", 9]]}, "which is not in nodes"),
-        ({"edge_offsets": {"h.0.attn.v": {"-1": 0.5}}}, "an index in edge_offsets"),
+        ({"edge_offsets": {"h.0.attn.v": {"-1": 0.5}}}, "a name in edge_offsets"),
         ({"edge_offsets": {"h.0.attn.q": {"1": 0.5}}}, "which is not in nodes"),
         ({"tokens": ["a"]}, r"tokens\[0\] must be an integer"),
         ({"tokens": None}, "belong together"),
