@@ -1,6 +1,6 @@
 """What makes bridges worse than ridge regression when they are trained, and what makes them better.
 
-Twin and bridges are trained together for a few steps, each time with one thing done otherwise.
+Sparse model and bridges are trained together for a few steps, each time with one change.
 """
 
 import copy
@@ -46,7 +46,7 @@ class Variant:
     units: bool = True
     """Whether bridges read and write the dense stream in standard units."""
     sharkfin: bool = False
-    """Whether the bridges, which are dense, have the sparse twin's learning rate."""
+    """Whether the bridges, which are dense, have the sparse model's learning rate."""
     hybrids: bool = True
 
 
@@ -81,7 +81,7 @@ def without_units_(bridged: BridgedCausalLM) -> BridgedCausalLM:
 
 
 class _Trainer(BridgeTrainer):
-    """A [`BridgeTrainer`] whose bridges may have the twin's learning rate."""
+    """A [`BridgeTrainer`] whose bridges may have the sparse model's learning rate."""
 
     sharkfin_everywhere = False
 
@@ -99,7 +99,7 @@ class _Largest(TrainerCallback):
 
 @torch.no_grad()
 def stream_length(bridged: BridgedCausalLM, text: torch.Tensor) -> float:
-    """The standard deviation of the twin's stream after its last block, over tokens."""
+    """The standard deviation of the sparse model's stream after its last block, over tokens."""
     stream = bridged.sparse_stream
     x = stream.run(*stream.embed(text, None))[-1].flatten(0, 1)
     return (x - x.mean(0)).square().sum(-1).mean().sqrt().item()
@@ -156,18 +156,18 @@ def run(experiment: Experiment) -> str:
                 **{label: f"{mean(found[key]):.3f}" for key, label in KEYS.items()},
                 "better than regression": better if variant else "",
                 "largest NMSE on the way": f"{found['largest']:.2f}" if variant else "",
-                "twin's stream": f"{found['length']:.1f}",
-                "twin's loss": f"{found['lm']:.2f}",
+                "sparse model's stream": f"{found['length']:.1f}",
+                "sparse model's loss": f"{found['lm']:.2f}",
             }
         )
         say(f"  {rows[-1]}")
     head = (
-        "Twin and bridges start from ridge regression and are trained together for "
+        "Sparse model and bridges start from ridge regression and are trained together for "
         f"{steps} steps of {BRIDGE_BATCH_SIZE * BLOCK_SIZE:,} tokens, each time with one thing "
         "done otherwise; one run each. NMSE (of encoding and decoding; on the way, their sum) and "
         f"KL as in bridges.md, means over the five locations, on {N_TEXT * BLOCK_SIZE:,} "
         "validation tokens; how many of the twenty figures are better than regression's; the "
-        "standard deviation over tokens of the twin's stream after its last block."
+        "standard deviation over tokens of the sparse model's stream after its last block."
     )
     return "\n\n".join(["# Training bridges: what matters", machine(), head, table(rows)])
 

@@ -1,7 +1,7 @@
-"""A dense GPT-2, a sparse twin and three kinds of bridges between them, trained where missing.
+"""A dense GPT-2, a sparse model and three kinds of bridges between them, trained where missing.
 
 The dense model is an ordinary GPT-2 of 2 layers and width 128, trained on the Python standard
-library. The twin starts as the quickstart's sparse model, which never saw the dense one, and is
+library. The sparse model starts as the quickstart's, which never saw the dense one, and is
 then trained together with the bridges; these start from ridge regression.
 """
 
@@ -39,11 +39,11 @@ from hf_circuit_sparsity.trainer.sparse_trainer import SparseTrainer
 from ..experiment import stored
 from .trained_models import BATCH_SIZE, BLOCK_SIZE, FOLDER, N_LAYER, load_trained, train_missing
 
-TWIN = "topk-128-seed0"
+SPARSE = "topk-128-seed0"
 DENSE_STEPS = 2000
 BRIDGE_STEPS = 600
 BRIDGE_BATCH_SIZE = 8
-# A tenth of the quickstart's peak: twin and bridges start from where they already are.
+# A tenth of the quickstart's peak: sparse model and bridges start from where they already are.
 BRIDGE_LEARNING_RATE = 1e-3
 NMSE_WEIGHT = 4.0
 DENSITY = 0.05
@@ -54,7 +54,7 @@ SUMMARY = "training_summary.json"
 
 def text_blocks(folder: Path = FOLDER) -> tuple[PreTrainedTokenizerBase, DatasetDict]:
     """The tokenizer and the blocks that every model here was trained on."""
-    train_missing([TWIN], folder)
+    train_missing([SPARSE], folder)
     return prepare_data(build_corpus(), BLOCK_SIZE, str(folder / "tokenizer"))
 
 
@@ -118,7 +118,7 @@ def ensure_dense(folder: Path = FOLDER) -> tuple[PreTrainedTokenizerBase, Datase
 def fresh_bridge(folder: Path = FOLDER) -> BridgedCausalLM:
     """Untrained bridges between the dense model and the sparse one that never saw it."""
     set_seed(0)
-    return BridgedCausalLM.from_models(str(folder / DENSE), load_trained(TWIN, folder)[0])
+    return BridgedCausalLM.from_models(str(folder / DENSE), load_trained(SPARSE, folder)[0])
 
 
 def ridge_tokens(blocks: DatasetDict) -> torch.Tensor:
@@ -129,13 +129,13 @@ def ridge_tokens(blocks: DatasetDict) -> torch.Tensor:
 def train_bridge(
     folder: Path, bridged: BridgedCausalLM, tokenizer: PreTrainedTokenizerBase, blocks: DatasetDict
 ) -> dict[str, float]:
-    """Train twin and bridges together into a folder; returns their metrics."""
+    """Train sparse model and bridges together into a folder; returns their metrics."""
     set_seed(0)
     ridge_bridges_(bridged, ridge_tokens(blocks))
     arguments = BridgeTrainingArguments(
         str(folder), max_steps=BRIDGE_STEPS, learning_rate=BRIDGE_LEARNING_RATE,
         nmse_weight=NMSE_WEIGHT,
-        # The twin is as sparse as it is to be from the first step on.
+        # The sparse model is as sparse as it is to be from the first step on.
         target_density=DENSITY, anneal_start=0.0, anneal_end=0.0,
         per_device_train_batch_size=BRIDGE_BATCH_SIZE, per_device_eval_batch_size=32,
         logging_steps=BRIDGE_STEPS // 20, save_steps=BRIDGE_STEPS // 4, save_total_limit=1,
@@ -160,7 +160,7 @@ def load_models(
 
 
 def summary(folder: Path, model: str) -> dict[str, float]:
-    """What training `DENSE`, or twin and bridges (`BRIDGE`), reported."""
+    """What training `DENSE`, or sparse model and bridges (`BRIDGE`), reported."""
     return json.loads((folder / model / SUMMARY).read_text(encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""Bridges from a dense GPT-2 to a sparse twin: how exact they are, and steering through them."""
+"""Bridges from a dense GPT-2 to a sparse model: how exact they are, and steering through them."""
 
 import time
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ TASKS = ("single_double_quote", "while_return_true")
 DOSES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 ROWS = 48  # prompts of each kind that steering is measured on
 RANDOM_CHANNELS = 5
-# Being trained as a twin, with few steps, costs more than the quickstart's target of 0.15 allows.
+# A few steps of training beside a dense model cost more than the usual target of 0.15 allows.
 CIRCUIT_LOSS = 0.3
 TRIED = 12  # channels of the circuit, and as many others, that are tried on training prompts
 TRIED_ROWS = 24
@@ -84,7 +84,7 @@ def exactness(bridged: BridgedCausalLM, blocks: Any, folder: Path, text: torch.T
     figures["trained together"] = bridge_figures(bridged, text)
     refitted = BridgedCausalLM.from_models(bridged.dense, bridged.sparse).eval()
     ridge_bridges_(refitted, fitted_on)
-    figures["ridge, to the trained twin"] = bridge_figures(refitted, text)
+    figures["ridge, to the trained sparse model"] = bridge_figures(refitted, text)
     rows = []
     for location in [*range(bridged.n_locations), None]:
         for side, found in figures.items():
@@ -100,7 +100,7 @@ def exactness(bridged: BridgedCausalLM, blocks: Any, folder: Path, text: torch.T
         f"{text.numel():,} validation tokens. NMSE is the share of the stream's variance that is "
         "missed (1: no better than its mean); KL is KL(dense ‖ hybrid), nats per token. Validation "
         f"loss of the dense GPT-2 {dense_loss:.2f}, of the sparse model before "
-        f"{start['lm']:.2f} and as its trained twin {end['lm']:.2f} nats per token; KL(dense ‖ "
+        f"{start['lm']:.2f} and after training {end['lm']:.2f} nats per token; KL(dense ‖ "
         f"sparse) before {start['kl']:.3f}, after {end['kl']:.3f}.\n\n{table(rows)}"
     )
 
@@ -108,7 +108,7 @@ def exactness(bridged: BridgedCausalLM, blocks: Any, folder: Path, text: torch.T
 def promising(
     bridged: BridgedCausalLM, task: BinaryTask, target: int, circuit: Circuit | None
 ) -> tuple[list[SteeringCandidate], list[SteeringCandidate]]:
-    """The best channels of the twin's circuit, and the best of the others, to first order.
+    """The best channels of the sparse model's circuit, and the best of the others, to first order.
 
     A small circuit may say with one channel, by its sign, what the dense model keeps in two.
     """
@@ -165,7 +165,7 @@ def choose_channel(
 def steering(
     experiment: Experiment, bridged: BridgedCausalLM, tokenizer: Any, blocks: Any
 ) -> tuple[str, str, list[SteeringSweep]]:
-    """The twin's circuits, steering them in the dense model, both as Markdown, and the sweeps."""
+    """The sparse model's circuits and their steering, both as Markdown, and the sweeps."""
     options = experiment.options
     text = sample_text(blocks["validation"], options.text // 4)
     circuit_rows, pictures, rows, sweeps = [], [], [], []
@@ -185,7 +185,7 @@ def steering(
                     "task": name,
                     "nodes": m["nodes"],
                     "edges": m["edges"],
-                    "twin's task loss": f"{m['model_loss']:.3f}",
+                    "sparse model's task loss": f"{m['model_loss']:.3f}",
                     "circuit's": f"{m['circuit_loss']:.3f}",
                     "without the circuit": f"{m['ablated_loss']:.3f}",
                     "writes to channels": written(circuit),
@@ -193,7 +193,7 @@ def steering(
             )
             picture = experiment.results / f"{experiment.name}_{name}.png"
             plot_circuit(circuit, picture, bridged.sparse, tokenizer)
-            pictures.append(f"![The twin's circuit for {name}]({picture.name})")
+            pictures.append(f"![The sparse model's circuit for {name}]({picture.name})")
         for target in sorted(set(task.test["target_id"])):
             own, others = promising(bridged, task, target, circuit)
             choice = choose_channel(bridged, tokenizer, task, target, own + others)
@@ -267,7 +267,7 @@ def run(experiment: Experiment) -> str:
     return "\n\n".join(
         [
             "# Bridges", machine(), training, "## How exact the bridges are", exact,
-            "## The twin's circuits", found, circuits,
+            "## The sparse model's circuits", found, circuits,
             "## Steering the dense model", STEERING, steered, draw(experiment, sweeps),
         ]
     )  # fmt: skip
@@ -275,8 +275,8 @@ def run(experiment: Experiment) -> str:
 
 TRAINING = (
     "A dense GPT-2 of 2 layers and width 128, trained on the Python standard library; the "
-    "quickstart's sparse model of the same size, which never saw it; and twin and bridges trained "
-    f"together from there, starting from ridge regression, for {BRIDGE_STEPS} steps of "
+    "quickstart's sparse model of the same size, which never saw it; and that model and bridges "
+    f"trained together from there, starting from ridge regression, for {BRIDGE_STEPS} steps of "
     f"{BRIDGE_BATCH_SIZE * BLOCK_SIZE:,} tokens ({{minutes:.0f}} minutes; learning rate "
     f"{BRIDGE_LEARNING_RATE:g}, weight of the NMSE {NMSE_WEIGHT:g}). See `bridge_models.py`; every "
     "model is one run. The command that wrote this took {whole:.0f} minutes; it trains only what "
@@ -286,9 +286,9 @@ TRAINING = (
 STEERING = (
     "One channel of the sparse residual stream is moved at every token, the difference decoded and "
     "added to the dense GPT-2's stream. Channel and dose are chosen on training prompts, among the "
-    f"{TRIED} channels of the twin's circuit and the {TRIED} others that promise most to first "
+    f"{TRIED} channels of the circuit and the {TRIED} others that promise most to first "
     f"order; what is shown is the mean over {ROWS} held-out prompts. The probability of an answer "
-    "is that of all tokens that begin with it. Dose 1 is the twin's own mean difference between "
+    "is that of all tokens that begin with it. Dose 1 is that channel's mean difference between "
     "the two kinds of prompts. "
     f"The {RANDOM_CHANNELS} random channels move the dense stream by a vector of the same length. "
     "KL on text: KL(unsteered ‖ steered) on unrelated validation text, nats per token."

@@ -313,16 +313,9 @@ def _rows(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair]) -> D
     for first, second in pairs:
         for side, other in ((first, second), (second, first)):
             target, other_target = side.continuation_ids[0], other.continuation_ids[0]
-            rows.append(
-                {
-                    "prompt": side.prompt,
-                    "counterfactual_prompt": other.prompt,
-                    "target": tokenizer.decode([target]),
-                    "counterfactual_target": tokenizer.decode([other_target]),
-                    "input_ids": side.input_ids,
-                    "counterfactual_input_ids": other.input_ids,
-                    "target_id": target,
-                    "counterfactual_target_id": other_target,
-                }
-            )
-    return Dataset.from_list(rows, features=FEATURES)
+            texts = tokenizer.decode([target]), tokenizer.decode([other_target])
+            ids = side.input_ids, other.input_ids
+            rows.append((side.prompt, other.prompt, *texts, *ids, target, other_target))
+    return Dataset.from_list(
+        [dict(zip(FEATURES, row, strict=True)) for row in rows], features=FEATURES
+    )

@@ -45,7 +45,7 @@ def bridge(dense, corpus, output, *more):
     ])  # fmt: skip
 
 
-def test_bridge_writes_a_bridge_and_its_twin(dense, corpus, tmp_path, capsys):
+def test_bridge_writes_a_bridge_and_its_sparse_model(dense, corpus, tmp_path, capsys):
     folder = tmp_path / "bridge"
     assert bridge(dense, corpus, folder, "--d-model", "32", "--ridge-start", "True") == 0
     printed = capsys.readouterr().out
@@ -54,8 +54,8 @@ def test_bridge_writes_a_bridge_and_its_twin(dense, corpus, tmp_path, capsys):
     bridged = BridgedCausalLM.from_pretrained(folder)
     assert bridged.config.base_model_name_or_path == str(dense)
     assert bridged.sparse.config.d_model == 32
-    twin = CircuitGPTForCausalLM.from_pretrained(folder / "sparse")
-    weight = twin.transformer.h[0].mlp.c_fc.weight
+    sparse = CircuitGPTForCausalLM.from_pretrained(folder / "sparse")
+    weight = sparse.transformer.h[0].mlp.c_fc.weight
     assert (weight != 0).sum() == round(0.2 * weight.numel())
     assert weight.equal(bridged.sparse.transformer.h[0].mlp.c_fc.weight)
     summary = json.loads((folder / "bridge_summary.json").read_text())

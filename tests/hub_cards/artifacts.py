@@ -32,11 +32,11 @@ def planted_circuit(model=None, **fields) -> Circuit:
 
 
 def bridge() -> BridgedCausalLM:
-    """A bridge from the planted model to a narrow twin."""
+    """A bridge from the planted model to a narrow sparse model."""
     torch.manual_seed(0)
     dense = planted_model()
     dense.config.name_or_path = "ada/planted"
-    twin = CircuitGPTConfig(
+    sparse = CircuitGPTConfig(
         n_layer=2, n_head=2, d_head=4, d_model=8, d_mlp=16, block_size=16, vocab_size=16
     )
-    return BridgedCausalLM.from_models(dense, twin)
+    return BridgedCausalLM.from_models(dense, sparse)

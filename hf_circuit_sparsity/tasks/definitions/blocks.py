@@ -8,28 +8,21 @@ from .words import (
     MANAGERS,
     OPENERS,
     PATHS,
+    code_before,
     indentation,
-    more_names,
     surround,
     with_answers,
 )
 
 _CALLS: dict[Split, tuple[str, ...]] = {
     "train": (
-        "{f}({v}",
-        "{f}({v}, {w}",
-        "{v}.{f}({w}",
-        "self.{f}({v}",
-        "{module}.{f}({v}",
+        "{f}({v}", "{f}({v}, {w}", "{v}.{f}({w}", "self.{f}({v}", "{module}.{f}({v}",
     ),
     "test": (
-        "{f}({v}.{x}",
-        "{f}(self.{attr}",
-        "{f}({v}, {w}, {u}",
-        "{v}.{f}({w}, {u}",
+        "{f}({v}.{x}", "{f}(self.{attr}", "{f}({v}, {w}, {u}", "{v}.{f}({w}, {u}",
         "self.{x}.{f}({v}",
     ),
-}
+}  # fmt: skip
 
 
 @define(
@@ -39,9 +32,7 @@ _CALLS: dict[Split, tuple[str, ...]] = {
 )
 def with_as(rng: random.Random, split: Split) -> Pair:
     call = rng.choice(_CALLS[split])
-    template, names = surround(rng, split, call)
-    names = more_names(rng, split, names)
-    before = template.removesuffix(call).format(**names)
+    before, names = code_before(rng, split, call)
     call = call.format(**{**names, "f": MANAGERS.choice(rng, split)})
     return (
         Example(f"{before}with {call}", f") as {names['y']}:\n"),
@@ -65,13 +56,10 @@ _OPENINGS: dict[Split, tuple[tuple[str, str], ...]] = {
 _OPENED: dict[Split, tuple[str, ...]] = {
     "train": ("{path}", "{path}, {w}", "self.{path}", "{path}, encoding={w}", "{v}.{path}"),
     "test": (
-        "{path}, {v}, {w}",
-        "self.{path}, {w}",
-        "{path} + {w}",
-        "{path}, {v}, newline={w}",
+        "{path}, {v}, {w}", "self.{path}, {w}", "{path} + {w}", "{path}, {v}, newline={w}",
         "{v}.{path}, {w}",
     ),
-}
+}  # fmt: skip
 
 
 @define(
@@ -82,13 +70,12 @@ _OPENED: dict[Split, tuple[str, ...]] = {
 def with_open(rng: random.Random, split: Split) -> Pair:
     block, plain = rng.choice(_OPENINGS[split])
     code = plain + rng.choice(_OPENED[split])
-    template, names = surround(rng, split, code)
-    names = more_names(rng, split, names)
+    before, names = code_before(rng, split, code)
     names |= {"path": PATHS.choice(rng, split), "opener": OPENERS.choice(rng, split)}
-    with_block = template.removesuffix(code) + block + code.removeprefix(plain)
+    with_block = before + (block + code.removeprefix(plain)).format(**names)
     return (
-        Example(with_block.format(**names), f") as {names['y']}:\n"),
-        Example(template.format(**names), ")\n"),
+        Example(with_block, f") as {names['y']}:\n"),
+        Example(before + code.format(**names), ")\n"),
     )
 
 
@@ -111,9 +98,7 @@ def while_return_true(rng: random.Random, split: Split) -> Pair:
     "and of ':\\n'.",
 )
 def for_while(rng: random.Random, split: Split) -> Pair:
-    template, names = surround(rng, split, "for")
-    names = more_names(rng, split, names)
-    before = template.removesuffix("for").format(**names)
+    before, names = code_before(rng, split, "for")
     variable = names[rng.choice("vx")]
     return (
         Example(f"{before}for {variable}", f" in {names['w']}:\n"),
@@ -124,20 +109,14 @@ def for_while(rng: random.Random, split: Split) -> Pair:
 # The condition after `if`, and what `elif` goes on with: both begin with the same word.
 _CHAINS: dict[Split, tuple[tuple[str, str], ...]] = {
     "train": (
-        ("{v} == {digit}", "{v} == {w}"),
-        ("{v} is None", "{v} > {digit}"),
-        ("not {v}", "not {w}"),
-        ("isinstance({v}, {cls})", "isinstance({v}, {base})"),
-        ("{v}.{attr}", "{v}.{attr2}"),
+        ("{v} == {digit}", "{v} == {w}"), ("{v} is None", "{v} > {digit}"), ("not {v}", "not {w}"),
+        ("isinstance({v}, {cls})", "isinstance({v}, {base})"), ("{v}.{attr}", "{v}.{attr2}"),
     ),
     "test": (
-        ("{v} < {digit}", "{v} < {w}"),
-        ("{v} in {w}", "{v} in {y}"),
-        ("{v} and {w}", "{v}"),
-        ("callable({v})", "callable({w})"),
-        ("{v}.{f}({w})", "{v}.{h}({w})"),
+        ("{v} < {digit}", "{v} < {w}"), ("{v} in {w}", "{v} in {y}"), ("{v} and {w}", "{v}"),
+        ("callable({v})", "callable({w})"), ("{v}.{f}({w})", "{v}.{h}({w})"),
     ),
-}
+}  # fmt: skip
 _BODIES: dict[Split, tuple[str, ...]] = {
     "train": ("{x} = {w}", "{g}({v})", "{x} += {digit}", "{x}.{y} = {v}"),
     "test": ("{v} = {x}", "{g}({x}, {w})", "pass", "{x} -= {digit}", "raise TypeError"),
@@ -187,11 +166,9 @@ _LINES: dict[Split, tuple[tuple[str, str], ...]] = {
 )
 def indent_for(rng: random.Random, split: Split) -> Pair:
     # Inside a function: code that is not indented has no white space to ask for.
-    template, names = surround(rng, split, "return")
-    names = more_names(rng, split, names)
-    before = template.removesuffix("return")
+    before, names = code_before(rng, split, "return")
     indent = indentation(before)
-    head, plain = ((before + line).format(**names) for line in rng.choice(_LINES[split]))
+    head, plain = (before + line.format(**names) for line in rng.choice(_LINES[split]))
     return (
         Example(head, f"{indent}    {names['u']} = {names['v']}\n"),
         Example(plain, f"{indent}{names['u']} = {names['v']}\n"),
@@ -225,7 +202,7 @@ _BETWEEN: dict[Split, tuple[str, ...]] = {
     "answers are the first tokens of the two names.",
 )
 def class_init(rng: random.Random, split: Split) -> Pair:
-    names = more_names(rng, split, surround(rng, split, "")[1])
+    _, names = code_before(rng, split)
     names |= {"func": CALLABLES.choice(rng, split), "other": names["base"] + "Base"}
     before, between = rng.choice(_BEFORE[split]), rng.choice(_BETWEEN[split])
     in_class, in_function = (

@@ -3,7 +3,7 @@
 import random
 
 from .base import Example, Pair, Split, define
-from .words import DOUBLE_STARRED, STARRED, more_names, surround
+from .words import DOUBLE_STARRED, STARRED, code_before
 
 # A lambda, and what stands in its place: a call, or an attribute as an argument. Which of them has
 # as many tokens depends on how many tokens the tokenizer makes of `lambda`.
@@ -34,12 +34,10 @@ _LAMBDAS: dict[Split, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
 def lambda_func(rng: random.Random, split: Split) -> Pair:
     code, replaced, choices = rng.choice(_LAMBDAS[split])
     call = replaced.replace("{call}", rng.choice(choices))
-    template, names = surround(rng, split, call)
-    names = more_names(rng, split, names)
-    before = template.removesuffix(call)
+    before, names = code_before(rng, split, call)
     return (
-        Example((before + code).format(**names), f": {names['w']}.{names['attr']}\n"),
-        Example((before + call).format(**names), ")\n"),
+        Example(before + code.format(**names), f": {names['w']}.{names['attr']}\n"),
+        Example(before + call.format(**names), ")\n"),
     )
 
 
@@ -70,7 +68,7 @@ _FORWARDERS: dict[Split, tuple[str, ...]] = {
     "a comma. The answers are the first tokens of ')\\n' and of ', **'.",
 )
 def final_kwarg(rng: random.Random, split: Split) -> Pair:
-    names = more_names(rng, split, surround(rng, split, "")[1])
+    _, names = code_before(rng, split)
     for field, bank in (("a", STARRED), ("k", DOUBLE_STARRED)):
         taken = set(names.values())
         names[field] = rng.choice([name for name in getattr(bank, split) if name not in taken])

@@ -3,7 +3,7 @@
 import random
 
 from .base import Example, Pair, Split, define
-from .words import indentation, more_names, surround
+from .words import code_before, indentation
 
 # A value chosen by `if`, and an `if` of its own that has as many tokens: where the line end and the
 # indentation take one or two of them, the expression has an attribute, a call or a sum.
@@ -34,13 +34,11 @@ _CONDITIONS: dict[Split, tuple[str, ...]] = {
 )
 def if_ternary(rng: random.Random, split: Split) -> Pair:
     ternary, statement = rng.choice(_TERNARIES[split])
-    before, names = surround(rng, split, ternary)
-    before = before.removesuffix(ternary)
-    names = more_names(rng, split, names)
+    before, names = code_before(rng, split, ternary)
     names["indent"] = indentation(before)
     condition = rng.choice(_CONDITIONS[split])
     chosen, branch = (
-        (before + code.replace("{c}", condition)).format(**names) for code in (ternary, statement)
+        before + code.replace("{c}", condition).format(**names) for code in (ternary, statement)
     )
     return Example(chosen, f" else {names['x']}\n"), Example(branch, ":\n")
 
@@ -107,7 +105,5 @@ def _condition_or_variable(
     """The two lines in the same surroundings, which both of them can stand in."""
     # `surround` looks for "self." to know what needs a method around it.
     needs_method = max(condition, variable, key=lambda code: "self." in code)
-    template, names = surround(rng, split, needs_method)
-    before = template.removesuffix(needs_method)
-    names = more_names(rng, split, names)
-    return (before + condition).format(**names), (before + variable).format(**names), names
+    before, names = code_before(rng, split, needs_method)
+    return before + condition.format(**names), before + variable.format(**names), names

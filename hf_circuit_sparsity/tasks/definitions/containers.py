@@ -3,7 +3,7 @@
 import random
 
 from .base import Example, Pair, Split, define
-from .words import more_names, surround
+from .words import code_before
 
 # Code up to a variable that a new element is about to go into.
 _TEMPLATES: dict[Split, tuple[str, ...]] = {
@@ -54,7 +54,7 @@ def set_or_string_fixedvarname(rng: random.Random, split: Split) -> Pair:
 
 
 def _names(rng: random.Random, split: Split) -> dict[str, str]:
-    return more_names(rng, split, surround(rng, split, "")[1])
+    return code_before(rng, split)[1]
 
 
 def _pair(rng: random.Random, split: Split, names: dict[str, str]) -> Pair:

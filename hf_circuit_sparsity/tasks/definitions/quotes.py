@@ -10,59 +10,30 @@ from .words import WORDS, more_names, surround
 # bracket or a line end it would be glued to it (`")\n` is one token).
 _TEMPLATES: dict[Split, tuple[str, ...]] = {
     "train": (
-        "{v} = {quote}{text}",
-        "return {quote}{text}",
-        "if {v} == {quote}{text}",
-        "print({quote}{text}",
-        "raise ValueError({quote}{text}",
-        "self.{attr} = {quote}{text}",
-        "{v}.{f}({quote}{text}",
-        "{v} = {w} or {quote}{text}",
-        "{f}({w}, {quote}{text}",
-        "{v} = {w}.{f}({v}, {quote}{text}",
-        "{v}.{attr} += {quote}{text}",
-        "{v} = [{quote}{text}",
+        "{v} = {quote}{text}", "return {quote}{text}", "if {v} == {quote}{text}",
+        "print({quote}{text}", "raise ValueError({quote}{text}", "self.{attr} = {quote}{text}",
+        "{v}.{f}({quote}{text}", "{v} = {w} or {quote}{text}", "{f}({w}, {quote}{text}",
+        "{v} = {w}.{f}({v}, {quote}{text}", "{v}.{attr} += {quote}{text}", "{v} = [{quote}{text}",
         "{w} = {f}({v}={quote}{text}",
     ),
     "test": (
-        "{v} += {quote}{text}",
-        "yield {quote}{text}",
-        "while {v} != {quote}{text}",
-        "assert {quote}{text}",
-        "raise TypeError({quote}{text}",
-        "{v} = {f}({quote}{text}",
-        "self.{f}({w}, {quote}{text}",
-        "{v} = {w} + {quote}{text}",
+        "{v} += {quote}{text}", "yield {quote}{text}", "while {v} != {quote}{text}",
+        "assert {quote}{text}", "raise TypeError({quote}{text}", "{v} = {f}({quote}{text}",
+        "self.{f}({w}, {quote}{text}", "{v} = {w} + {quote}{text}",
     ),
-}
+}  # fmt: skip
 # How words become the content of a string; each ends in a letter.
 _CONTENTS: dict[Split, tuple[str, ...]] = {
     "train": (
-        "{0}",
-        "{0} {1}",
-        "{0} {1} {2}",
-        "{0} {1} {2} {3}",
-        "{0} %s",
-        "{0}: {1}",
-        "{0}.{1}",
-        "{0}-{1}",
-        "{0}, {1} {2}",
-        "{0} %d {1}",
-        "{0}_{1}_{2}",
-        "{0}/{1}/{2}",
-        "{0} {1}: %s {2}",
+        "{0}", "{0} {1}", "{0} {1} {2}", "{0} {1} {2} {3}", "{0} %s", "{0}: {1}", "{0}.{1}",
+        "{0}-{1}", "{0}, {1} {2}", "{0} %d {1}", "{0}_{1}_{2}", "{0}/{1}/{2}", "{0} {1}: %s {2}",
         "{0} {1} {2} {3} {1} {2}",
     ),
     "test": (
-        "{0}, {1}",
-        "{0} {1} %d",
-        "{0}_{1}",
-        "{0}/{1}",
-        "%s {0} {1}",
-        "{0} {1} {2} {3} {0}",
+        "{0}, {1}", "{0} {1} %d", "{0}_{1}", "{0}/{1}", "%s {0} {1}", "{0} {1} {2} {3} {0}",
         "{0} {1}, {2} {3}",
     ),
-}
+}  # fmt: skip
 
 
 @define(
@@ -81,38 +52,28 @@ def single_double_quote(rng: random.Random, split: Split) -> Pair:
 # Code up to an f-string, and what closes it behind the string.
 _F_STRINGS: dict[Split, tuple[tuple[str, str], ...]] = {
     "train": (
-        ("print(", ")"),
-        ("raise ValueError(", ")"),
-        ("{v} = ", ""),
-        ("return ", ""),
+        ("print(", ")"), ("raise ValueError(", ")"), ("{v} = ", ""), ("return ", ""),
         ("{v}.{f}(", ")"),
     ),
     "test": (
-        ("self.{attr} = ", ""),
-        ("raise TypeError(", ")"),
-        ("{v} += ", ""),
-        ("yield ", ""),
+        ("self.{attr} = ", ""), ("raise TypeError(", ")"), ("{v} += ", ""), ("yield ", ""),
         ("{v} = {f}({w}, ", ")"),
     ),
-}
+}  # fmt: skip
 # The text up to what is open, and the text behind it. One field is always there: without any, the
 # string would need no f.
 _FORMATTED: dict[Split, tuple[tuple[str, str], ...]] = {
     "train": (
-        ("{0} {{{x}}} {1} {open}", "{2}"),
-        ("{0} {open}", "{1} {{{x}}}"),
-        ("{0} {1} {open}", "{{{x}}}"),
-        ("{{{x}}}: {0} {open}", "{1} {2}"),
+        ("{0} {{{x}}} {1} {open}", "{2}"), ("{0} {open}", "{1} {{{x}}}"),
+        ("{0} {1} {open}", "{{{x}}}"), ("{{{x}}}: {0} {open}", "{1} {2}"),
         ("{0} {{{x}.{y}}} {1} {2} {open}", "{3}"),
     ),
     "test": (
-        ("{{{x}}} {0} {open}", "{1} {2}"),
-        ("{0}, {1} {open}", "{{{x}}} {2}"),
-        ("{0} {1} {2} {open}", "{3} {{{x}}}"),
-        ("{0} ({1}) {{{x}}} {open}", "{2}"),
+        ("{{{x}}} {0} {open}", "{1} {2}"), ("{0}, {1} {open}", "{{{x}}} {2}"),
+        ("{0} {1} {2} {open}", "{3} {{{x}}}"), ("{0} ({1}) {{{x}}} {open}", "{2}"),
         ("{{{x}.{y}}} {0}, {1} {open}", "{2} {3}"),
     ),
-}
+}  # fmt: skip
 
 
 @define(

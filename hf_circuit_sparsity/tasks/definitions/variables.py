@@ -3,7 +3,7 @@
 import random
 
 from .base import Example, Pair, Split, define
-from .words import INDICES, indentation, more_names, surround, with_answers
+from .words import INDICES, code_before, indentation, surround, with_answers
 
 # Code up to the second value of a swap, and what follows it. Exchanging the two names in the last
 # line exchanges the answers.
@@ -71,13 +71,12 @@ _LOOPS: dict[Split, tuple[str, ...]] = {
     "of the two names.",
 )
 def enumerate_range(rng: random.Random, split: Split) -> Pair:
-    names = more_names(rng, split, surround(rng, split, "")[1])
+    _, names = code_before(rng, split)
     free = [name for name in getattr(INDICES, split) if name not in names.values()]
     names["i"] = rng.choice(free)
     template = rng.choice(_LOOPS[split])
     second = f", {names['x']}"
     pairs = template.format(**names, argument="", variable=second)
     numbers = template.format(**names, argument=second, variable="")
-    return Example(pairs, f" enumerate({names['w']}):\n"), Example(
-        numbers, f" range({names['w']}):\n"
-    )
+    enumerated, counted = (f" {f}({names['w']}):\n" for f in ("enumerate", "range"))
+    return Example(pairs, enumerated), Example(numbers, counted)

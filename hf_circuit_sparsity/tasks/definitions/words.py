@@ -25,167 +25,131 @@ class Bank(NamedTuple):
         return rng.choice(getattr(self, split))
 
 
-def _entries(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
+def _bank(train: str, test: str) -> Bank:
+    return Bank(tuple(train.split()), tuple(test.split()))
 
 
-VARIABLES = Bank(
-    train=_entries(
-        "value result name data item key text line path size count index node other msg args obj "
-        "cls file state start end total current first last left right src dst parent child buf "
-        "mode flags level width height offset length options config params items keys values "
-        "lines names nodes files rows cols x y z n i k p s t v a b"
-    ),
-    test=_entries(
-        "entry record token target source label title header body prefix suffix status response "
-        "request cache queue stack limit delay timeout counter number amount price score weight "
-        "factor step origin parts words tokens fields entries records labels c d e f g m q r u w"
-    ),
+VARIABLES = _bank(
+    """value result name data item key text line path size count index node other msg args obj cls
+    file state start end total current first last left right src dst parent child buf mode flags
+    level width height offset length options config params items keys values lines names nodes
+    files rows cols x y z n i k p s t v a b""",
+    """entry record token target source label title header body prefix suffix status response
+    request cache queue stack limit delay timeout counter number amount price score weight factor
+    step origin parts words tokens fields entries records labels c d e f g m q r u w""",
 )
 
-FUNCTIONS = Bank(
-    train=_entries(
-        "get set load save read write parse build check update find create make open_file "
-        "close_all run start_up init_state add_item remove append_line get_value set_name "
-        "read_line is_valid to_string copy_from next_item handle process"
-    ),
-    test=_entries(
-        "fetch store scan emit render compile_all verify refresh search_for collect merge split_up "
-        "connect send receive flush reset dispatch lookup resolve convert has_more as_dict "
-        "prepare"
-    ),
+FUNCTIONS = _bank(
+    """get set load save read write parse build check update find create make open_file close_all
+    run start_up init_state add_item remove append_line get_value set_name read_line is_valid
+    to_string copy_from next_item handle process""",
+    """fetch store scan emit render compile_all verify refresh search_for collect merge split_up
+    connect send receive flush reset dispatch lookup resolve convert has_more as_dict prepare""",
 )
 
-ATTRIBUTES = Bank(
-    train=_entries(
-        "_name _value _data _state _lock _path _file _args _type base root kind lineno encoding "
-        "errors stream handler"
-    ),
-    test=_entries(
-        "_code _size _text _list _map _line _info _pos owner engine charset method address port "
-        "filename"
-    ),
+ATTRIBUTES = _bank(
+    """_name _value _data _state _lock _path _file _args _type base root kind lineno encoding
+    errors stream handler""",
+    """_code _size _text _list _map _line _info _pos owner engine charset method address port
+    filename""",
 )
 
-CLASSES = Bank(
-    train=_entries(
-        "Node Parser Reader Handler Stream Message Buffer Context Config Client Element Base Test "
-        "Options Event"
-    ),
-    test=_entries(
-        "Server Writer Token Request Response Error Manager Formatter Record Loader Session Frame "
-        "Widget Process"
-    ),
+CLASSES = _bank(
+    """Node Parser Reader Handler Stream Message Buffer Context Config Client Element Base Test
+    Options Event""",
+    """Server Writer Token Request Response Error Manager Formatter Record Loader Session Frame
+    Widget Process""",
 )
 
-MODULES = Bank(
-    train=("os", "sys", "re", "io", "json", "time", "types", "struct", "random", "logging"),
-    test=("math", "socket", "string", "shutil", "signal", "errno", "copy", "pickle", "codecs"),
+MODULES = _bank(
+    "os sys re io json time types struct random logging",
+    "math socket string shutil signal errno copy pickle codecs",
 )
 
 # Names that are answers: behind a space they are one token under OpenAI's tokenizer and under the
 # one that is trained on the standard library, or begin with one that tells them apart.
-ANSWERS = Bank(
-    train=_entries("a b x y i k n p s t first last start end left parent child value key width"),
-    test=_entries("c d e f g m r w j lo hi source target token number prefix header new old"),
+ANSWERS = _bank(
+    "a b x y i k n p s t first last start end left parent child value key width",
+    "c d e f g m r w j lo hi source target token number prefix header new old",
 )
 
 # Functions whose result is worth a `with` as well as an `if`.
-MANAGERS = Bank(
-    train=_entries("open_file urlopen get_lock get_connection start_session load_page lock_path"),
-    test=_entries("fetch connect open_socket acquire begin send_request new_cursor"),
+MANAGERS = _bank(
+    "open_file urlopen get_lock get_connection start_session load_page lock_path",
+    "fetch connect open_socket acquire begin send_request new_cursor",
 )
 
 # Modules that have a function `open`.
-OPENERS = Bank(train=("io", "gzip", "lzma"), test=("codecs", "tarfile", "bz2", "wave"))
+OPENERS = _bank("io gzip lzma", "codecs tarfile bz2 wave")
 
 # What is opened.
-PATHS = Bank(
-    train=_entries("path file name src dst infile log_file file_path config_file data_path"),
-    test=_entries("filename source target fname location outfile archive report manifest"),
+PATHS = _bank(
+    "path file name src dst infile log_file file_path config_file data_path",
+    "filename source target fname location outfile archive report manifest",
 )
 
 # What counts from zero.
-INDICES = Bank(train=("i", "k", "n", "index", "pos"), test=("j", "m", "idx", "num"))
+INDICES = _bank("i k n index pos", "j m idx num")
 
 # A decorator's argument.
-CALLABLES = Bank(
-    train=("func", "fn", "callback", "fun", "meth"),
-    test=("function", "method", "wrapped", "coro", "decorated"),
-)
+CALLABLES = _bank("func fn callback fun meth", "function method wrapped coro decorated")
 
 # What takes the rest of the arguments: after one star, and after two.
-STARRED = Bank(
-    train=("args", "vals", "values", "items"), test=("argv", "parts", "fields", "rest", "bits")
-)
-DOUBLE_STARRED = Bank(
-    train=("kwargs", "options", "params", "config"),
-    test=("kwds", "kws", "attrs", "defaults", "meta"),
-)
+STARRED = _bank("args vals values items", "argv parts fields rest bits")
+DOUBLE_STARRED = _bank("kwargs options params config", "kwds kws attrs defaults meta")
 
 # What stands inside string literals. Lower-case words of letters only: what follows the last one
 # then starts a token of its own.
-WORDS = Bank(
-    train=_entries(
-        "ability account action active actual advance advice agent agree allow almost alone "
-        "among animal answer appear apply area argue arrive article artist assume attack "
-        "author avoid balance bank basic battle beautiful become before behind believe "
-        "benefit better beyond board branch break bright bring brother budget business "
-        "camera campaign cancer capital career carry catch central certain challenge chance "
-        "change chapter character charge choice church citizen claim clear coach collection "
-        "college color common community company compare computer concern condition "
-        "conference consider consumer contain control corner country couple course court "
-        "cover culture customer daughter debate decade decide defense degree demand design "
-        "despite detail develop difference difficult dinner direction discover discussion "
-        "disease doctor dream drive early economy education effect effort eight election "
-        "employee energy enjoy enough environment especially evening event evidence example "
-        "executive exist expect experience expert explain family father feeling field fight "
-        "figure final finger finish fire floor focus follow force foreign forget former "
-        "forward friend front full fund future garden general generation glass government "
-        "great ground growth guess happen hard health heart heavy himself history hospital "
-        "hotel hundred husband idea identify image imagine impact important improve include "
-        "increase indicate individual industry instead institution interest interview "
-        "investment involve issue itself kitchen knowledge language large later laugh "
-        "lawyer leader learn leave legal letter likely listen little local machine magazine "
-        "maintain major majority manage market marriage material matter maybe measure media "
-        "medical meeting member memory mention military million minute mission modern "
-        "moment money month morning mother mouth movement movie music myself nation natural "
-        "nature nearly necessary network never newspaper night notice occur offer office "
-        "officer often operation opportunity organization others outside painting paper "
-        "participant particular partner party patient pattern peace people performance "
-        "perhaps period person phone physical picture piece plant player point police "
-        "policy political popular population position possible power practice present "
-        "president pressure pretty prevent private probably problem produce product "
-        "professor program project property protect prove provide public purpose quality "
-        "question quickly race radio raise range rather reality realize reason recent "
-        "recognize reduce reflect region relate relationship religious remain remember "
-        "represent require research resource respond return reveal rock role rule safe "
-        "scene school science season second section security senior sense series serious "
-        "serve service seven several shake share shoot short should shoulder sign "
-        "significant similar simple single sister situation skill small social society "
-        "soldier somebody something song sound speak special specific spend sport spring "
-        "staff stage stand standard statement station still stock story strategy street "
-        "strong structure student study stuff style subject success suddenly suffer suggest "
-        "summer support surface system task teacher team technology television thank theory "
-        "thing third those though thought thousand threat through throughout together "
-        "tonight tough toward town trade traditional training travel treatment trial "
-        "trouble truth turn under understand unit until usually various victim violence "
-        "visit voice vote wait walk watch water weapon western whatever whether which whole "
-        "whose wife wish within without woman wonder work worry wrong yard young yourself "
-        "hello world not found invalid argument expected got the from with and for to of in is "
-        "are was must be have an unknown option type error while reading too many few missing "
-        "required bytes object integer format codec utf ascii win linux default true false "
-        "none yes no on off red blue green north south user group admin root host path file "
-        "name value key item line can cannot could help about usage version date time day "
-        "content length"
-    ),
-    test=_entries(
-        "bad request response server client connection closed refused reset by peer unable because "
-        "at least most one two three only this that it has been already defined method class "
-        "function module package import failed during loading saving open permission denied "
-        "black white yellow up down center top bottom stop pause plain "
-        "html xml table row column title label button menu window frame"
-    ),
+WORDS = _bank(
+    """ability account action active actual advance advice agent agree allow almost alone among
+    animal answer appear apply area argue arrive article artist assume attack author avoid balance
+    bank basic battle beautiful become before behind believe benefit better beyond board branch
+    break bright bring brother budget business camera campaign cancer capital career carry catch
+    central certain challenge chance change chapter character charge choice church citizen claim
+    clear coach collection college color common community company compare computer concern
+    condition conference consider consumer contain control corner country couple course court cover
+    culture customer daughter debate decade decide defense degree demand design despite detail
+    develop difference difficult dinner direction discover discussion disease doctor dream drive
+    early economy education effect effort eight election employee energy enjoy enough environment
+    especially evening event evidence example executive exist expect experience expert explain
+    family father feeling field fight figure final finger finish fire floor focus follow force
+    foreign forget former forward friend front full fund future garden general generation glass
+    government great ground growth guess happen hard health heart heavy himself history hospital
+    hotel hundred husband idea identify image imagine impact important improve include increase
+    indicate individual industry instead institution interest interview investment involve issue
+    itself kitchen knowledge language large later laugh lawyer leader learn leave legal letter
+    likely listen little local machine magazine maintain major majority manage market marriage
+    material matter maybe measure media medical meeting member memory mention military million
+    minute mission modern moment money month morning mother mouth movement movie music myself
+    nation natural nature nearly necessary network never newspaper night notice occur offer office
+    officer often operation opportunity organization others outside painting paper participant
+    particular partner party patient pattern peace people performance perhaps period person phone
+    physical picture piece plant player point police policy political popular population position
+    possible power practice present president pressure pretty prevent private probably problem
+    produce product professor program project property protect prove provide public purpose quality
+    question quickly race radio raise range rather reality realize reason recent recognize reduce
+    reflect region relate relationship religious remain remember represent require research
+    resource respond return reveal rock role rule safe scene school science season second section
+    security senior sense series serious serve service seven several shake share shoot short should
+    shoulder sign significant similar simple single sister situation skill small social society
+    soldier somebody something song sound speak special specific spend sport spring staff stage
+    stand standard statement station still stock story strategy street strong structure student
+    study stuff style subject success suddenly suffer suggest summer support surface system task
+    teacher team technology television thank theory thing third those though thought thousand
+    threat through throughout together tonight tough toward town trade traditional training travel
+    treatment trial trouble truth turn under understand unit until usually various victim violence
+    visit voice vote wait walk watch water weapon western whatever whether which whole whose wife
+    wish within without woman wonder work worry wrong yard young yourself hello world not found
+    invalid argument expected got the from with and for to of in is are was must be have an unknown
+    option type error while reading too many few missing required bytes object integer format codec
+    utf ascii win linux default true false none yes no on off red blue green north south user group
+    admin root host path file name value key item line can cannot could help about usage version
+    date time day content length""",
+    """bad request response server client connection closed refused reset by peer unable because at
+    least most one two three only this that it has been already defined method class function
+    module package import failed during loading saving open permission denied black white yellow up
+    down center top bottom stop pause plain html xml table row column title label button menu
+    window frame""",
 )
 
 # Where code can stand, and what must surround it: a `return` needs a function, `self` a method.
@@ -255,6 +219,13 @@ def more_names(rng: random.Random, split: Split, names: dict[str, str]) -> dict[
     h = next(name for name in FUNCTIONS.sample(rng, split, 3) if name not in used)
     attr2 = next(name for name in ATTRIBUTES.sample(rng, split, 2) if name not in used)
     return {**names, "x": x, "y": y, "h": h, "attr2": attr2, "digit": str(rng.randrange(10))}
+
+
+def code_before(rng: random.Random, split: Split, code: str = "") -> tuple[str, dict[str, str]]:
+    """What `surround` puts before `code`, formatted, and the names of `more_names`."""
+    template, names = surround(rng, split, code)
+    names = more_names(rng, split, names)
+    return template.removesuffix(code).format(**names), names
 
 
 def with_answers(rng: random.Random, split: Split, names: dict[str, str]) -> dict[str, str]:
