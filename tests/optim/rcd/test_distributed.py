@@ -131,14 +131,6 @@ def test_every_coordinate_has_one_owner():
         assert owned == list(range(n))
 
 
-def test_bad_settings_are_named():
-    model = sparse_from_config(config(), 1 / 8)
-    with pytest.raises(ValueError, match="staleness"):
-        RCDSparseOptimizer(sparse_param_groups(model), staleness=-1)
-    with pytest.raises(ValueError, match="move_active"):
-        RCDSparseOptimizer(sparse_param_groups(model), staleness=1, move_active=False)
-
-
 SCRIPT = """
     import sys
     import torch

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
@@ -18,6 +16,7 @@ from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
 from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
 from hf_circuit_sparsity.optim.sparse_init import sparse_from_config, sparsify_initialization_
 from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
+from tests.optim.conftest import Largest
 
 SETTINGS = {"lr": 0.1, "target_density": 1 / 8, "block_fraction": 1 / 4, "selection": "gradient",
             "normalize_gradients": "always"}  # fmt: skip
@@ -79,19 +78,6 @@ def test_a_start_without_matrices_is_as_a_thinned_out_one(tiny_config):
     assert made(batch, labels=batch).loss.item() == pytest.approx(4.159, abs=0.05)
     with pytest.raises(ValueError, match=r"density=0 is outside \(0, 1\]"):
         sparse_from_config(tiny_config, 0)
-
-
-class Largest(TorchDispatchMode):
-    """The most entries of any tensor made."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.device.type != "meta":
-                self.entries = max(self.entries, x.untyped_storage().nbytes() // x.element_size())
-        return out
 
 
 def test_nothing_of_a_matrix_size_is_ever_made():

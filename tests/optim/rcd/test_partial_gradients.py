@@ -6,8 +6,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +15,7 @@ from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
 from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
 from hf_circuit_sparsity.optim.sparse_init import sparsify_initialization_
 from tests.conftest import random_model, sparsify
+from tests.optim.conftest import Largest
 
 TOKENS = torch.randint(0, 61, (3, 12), generator=torch.Generator().manual_seed(0))
 
@@ -220,29 +219,17 @@ def test_nothing_of_the_weights_size_is_made():
     optimizer = RCDSparseOptimizer(
         sparse_param_groups(model), target_density=0.02, block_fraction=1 / 16
     )
-    sizes = []
-    weights = {layer.weight.untyped_storage().data_ptr() for layer in model}
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            for t in tree_leaves(out):
-                strided = isinstance(t, torch.Tensor) and t.layout == torch.strided
-                if strided and t.untyped_storage().data_ptr() not in weights:
-                    sizes.append((t.untyped_storage().nbytes(), str(function)))
-            return out
-
+    made = Largest(*(layer.weight for layer in model))
     with PartialGradients(model, optimizer):
         for step in range(3):
-            with Watch() if step else nullcontext():  # the first reads what is live
+            with made if step else nullcontext():  # the first reads what is active
                 model(torch.ones(8, 300)).square().sum().backward()
                 optimizer.step()
-    assert len(sizes) > 50
     # The largest are positions (int64) of the block and of what is live, or the activations, which
     # the kernels pad to 64 tokens.
     block, live = 400 * 300 / 16, 0.02 * 400 * 300
-    assert max(sizes)[0] <= max(8 * (block + 1.2 * live), 4 * 64 * 400), max(sizes)
-    assert max(sizes)[0] < 4 * 400 * 300 / 4
+    assert 0 < made.bytes <= max(8 * (block + 1.2 * live), 4 * 64 * 400)
+    assert made.bytes < 4 * 400 * 300 / 4
 
 
 def test_layers_get_their_own_methods_back(make_gpt2):

@@ -1,0 +1,222 @@
+"""What both optimizers share: refusals, skipped steps, exact resumption, copies, closures."""
+
+import copy
+import io
+import logging
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from hf_circuit_sparsity.optim.projection import nonzero_budget
+from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
+from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
+from tests.optim.conftest import groups_of, random_parameters, set_gradients
+
+topk = partial(TopKAdamW, target_density=0.05, total_steps=20, anneal_start=0.1, anneal_end=0.5)
+rcd = partial(
+    RCDSparseOptimizer, lr=0.05, block_fraction=0.25, block_steps=3, target_density=0.2,
+    min_nonzeros=2, l1=1e-4, clip_threshold=1e-4, weight_decay=0.1, normalize_gradients="always",
+    seed=7,
+)  # fmt: skip
+both = pytest.mark.parametrize("make", [topk, rcd], ids=["topk", "rcd"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        topk,
+        *(
+            partial(rcd, selection=selection, block=block)
+            for selection in ("uniform", "magnitude", "gradient", "cyclic")
+            for block in ("rows", "columns", "entries")
+        ),
+    ],
+)
+def test_stopping_and_loading_gives_bit_for_bit_the_run_that_never_stopped(make):
+    params = random_parameters()
+    optimizer = make(groups_of(params))
+    for step in range(1, 16):
+        set_gradients(params, step)
+        optimizer.step()
+        if step == 5:  # while a block stays, while the density falls
+            stopped = io.BytesIO()
+            torch.save([[p.detach() for p in params], optimizer.state_dict()], stopped)
+    stopped.seek(0)
+    weights, state = torch.load(stopped, weights_only=True)
+    resumed = [nn.Parameter(w) for w in weights]
+    torch.manual_seed(99)  # nothing depends on the global generator
+    # Other settings on purpose: the stored ones count, as with every torch optimizer.
+    again = type(optimizer)(groups_of(resumed), lr=0.5, target_density=0.9, total_steps=3)
+    again.load_state_dict(state)
+    assert again.steps_taken == 5
+    for step in range(6, 16):
+        set_gradients(resumed, step)
+        again.step()
+    assert again.density == optimizer.density
+    assert all(torch.equal(p, q) for p, q in zip(params, resumed, strict=True))
+    state, state_again = optimizer.state_dict(), again.state_dict()
+    assert state_again["param_groups"] == state["param_groups"]
+    for number, values in state["state"].items():
+        for name, value in values.items():
+            other = state_again["state"][number][name]
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other)), name
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(TopKAdamW, target_density=0.5, total_steps=10, anneal_start=0, anneal_end=1),
+        partial(RCDSparseOptimizer, block_fraction=1.0),
+    ],
+)
+def test_a_step_that_is_not_finite_is_skipped_and_the_third_in_a_row_raises(make, caplog):
+    params = random_parameters()
+    optimizer = make([(f"layers.{i}", p) for i, p in enumerate(params)])
+    set_gradients(params, 0)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    moment = optimizer.state_dict()["state"][0]["exp_avg"].clone()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            set_gradients(params, 1)
+            params[1].grad[3, 4] = float("nan")
+            optimizer.step()
+    assert (optimizer.skipped_steps, optimizer.steps_taken) == (2, 3)
+    assert "layers.1" in caplog.text
+    assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], moment)
+    # No update, but the schedule goes on: what is kept is as it was, and there is less of it.
+    for p, b in zip(params, before, strict=True):
+        kept = p != 0
+        assert int(kept.sum()) == nonzero_budget(p.numel(), optimizer.density)
+        assert torch.equal(p[kept], b[kept])
+
+    set_gradients(params, 2)
+    optimizer.step()  # a good step makes up for the two
+    for _ in range(2):
+        params[2].grad[0] = float("inf")
+        optimizer.step()
+    assert optimizer.skipped_steps == 4
+    params[2].grad[0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"layers\.2"):
+        optimizer.step()
+
+
+@both
+def test_gradients_that_are_missing_zero_or_sparse(make):
+    params = random_parameters()
+    optimizer = make.func(params, weight_decay=0.5, target_density=1.0)
+    before = [p.detach().clone() for p in params]
+    optimizer.step()  # no gradient at all, so no decay either
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert optimizer.steps_taken == 2
+    assert optimizer.grad_rms == 0.0
+    params[0].grad = torch.zeros(40, 30).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_closure_is_called_with_gradients_enabled(make, dtype):
+    layer = nn.Linear(12, 8).to(dtype)
+    optimizer = make.func(layer.parameters(), lr=0.05, target_density=1.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = layer(torch.ones(1, 12, dtype=dtype)).square().sum()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(20)]
+    assert min(losses) < losses[0] / 4
+
+
+@both
+def test_step_hooks_run_once(make):
+    torch.optim.AdamW([nn.Parameter(torch.ones(2))])  # makes torch wrap AdamW.step
+    params = random_parameters()
+    optimizer = make(params)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    set_gradients(params, 0)
+    optimizer.step()
+    assert calls == ["before", "after"]
+
+
+@both
+def test_copies_work(make):
+    params = random_parameters()
+    optimizer = make(groups_of(params))
+    set_gradients(params, 0)
+    optimizer.step()
+    twin = copy.deepcopy(optimizer)
+    twin.add_param_group({"params": [nn.Parameter(torch.ones(8, 8))]})
+    assert twin.param_groups[-1]["target_density"] == make.keywords["target_density"]
+    twin.step()
+    assert (twin.steps_taken, optimizer.steps_taken) == (2, 1)
+
+
+# The last argument of each is at fault.
+BAD = [
+    {"lr": -1.0},
+    {"betas": (0.9, 1.0)},
+    {"min_nonzeros": -1},
+    {"min_nonzeros": 1.5},
+    {"row_dim": 2},
+    {"normalize_gradients": "sometimes"},
+    {"target_density": 0.0},
+    {"target_density": 1.5},
+]
+BAD_FOR_TOPK = [
+    {"target_density": 0.5, "total_steps": None},
+    {"target_density": 0.5, "total_steps": 0},
+    {"anneal_start": 0.7},
+]
+BAD_FOR_RCD = [
+    {"block_fraction": 0.0},
+    {"block_fraction": 1.5},
+    {"block_fraction": float("nan")},
+    {"greedy_fraction": 2},
+    {"magnitude_floor": 0.0},
+    {"selection": "lucky"},
+    {"block": "tiles"},
+    {"update": "newton"},
+    {"block_steps": 0},
+    {"clip_threshold": -1.0},
+    {"l1": float("inf")},
+    {"target_density": None, "start_density": 0.5},
+    {"target_density": 0.2, "start_density": 0.1},
+    {"explore_end": 1.5},
+    {"explore_end": 0.5, "total_steps": None},
+    {"start_density": 0.5, "target_density": 0.1, "total_steps": 0},
+    {"staleness": -1},
+    {"staleness": 1, "move_active": False},
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [
+        *((topk, arguments) for arguments in BAD + BAD_FOR_TOPK),
+        *((rcd, arguments) for arguments in BAD + BAD_FOR_RCD),
+    ],
+)
+def test_bad_arguments_are_named(make, arguments):
+    with pytest.raises(ValueError, match=list(arguments)[-1]):
+        make(random_parameters(), **arguments)
+
+
+@both
+def test_a_bad_group_is_refused_before_it_is_added(make):
+    params = random_parameters()
+    optimizer = make(params[:2])
+    with pytest.raises(ValueError, match="target_density"):
+        optimizer.add_param_group({"params": params[2:], "target_density": 2})
+    assert len(optimizer.param_groups) == 1
