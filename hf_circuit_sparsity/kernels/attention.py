@@ -1,6 +1,7 @@
 """Causal attention with a sink."""
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,12 @@ class AttentionKernels(Library):
             and query.shape[3] in ATTENTION_WIDTHS
             and all(x.stride(3) == 1 and x.shape == query.shape for x in (query, key, value))
         )
+
+    def differentiable_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, sink: Tensor, scale: float
+    ) -> Tensor:
+        """Of the arguments of [`AttentionKernels.attend`], with a gradient: `(B, T, H, K)`."""
+        return _AttentionByKernels.apply(query, key, value, sink, scale, self).transpose(1, 2)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, sink: Tensor, scale: float
@@ -88,6 +95,22 @@ class AttentionKernels(Library):
 
         in_pieces(work, batch * heads, 1)
         return *grads, grad_sink.sum(0)
+
+
+class _AttentionByKernels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query, key, value, sink, scale: float, kernels: Any) -> Tensor:
+        out, log_sum = kernels.attend(query, key, value, sink, scale)
+        ctx.save_for_backward(query, key, value, sink, out, log_sum)
+        ctx.scale, ctx.kernels = scale, kernels
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sink, out, log_sum = ctx.saved_tensors
+        grads = ctx.kernels.attend_back(query, key, value, sink, ctx.scale, out, log_sum, grad)
+        return *grads, None, None
 
 
 class _Heads(ctypes.Structure):

@@ -33,6 +33,20 @@ def declare(function: Callable, arguments: str, result: type | None = None) -> C
     return function
 
 
+def takes(*tensors: Tensor) -> bool:
+    """Whether kernels take these tensors: plain float32 on the CPU, and nothing is compiling."""
+    if torch.compiler.is_compiling():
+        return False
+    for x in tensors:
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            return False
+        if type(x) not in (torch.Tensor, torch.nn.Parameter):  # fake or distributed
+            return False
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):  # within torch.func
+            return False
+    return True
+
+
 def as_rows(x: Tensor) -> Tensor:
     """`(..., width)` as a matrix whose rows are contiguous; they may lie apart."""
     x = x.detach()

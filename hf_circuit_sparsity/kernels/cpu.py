@@ -1,17 +1,17 @@
 """The compiled kernels as functions of tensors, their work split among torch's threads.
 
-All take and give float32 tensors on the CPU without gradient; `modeling/` and `optim/` put them
-into autograd, and hold them against the plain paths that run without them.
+All take and give float32 tensors on the CPU, without a gradient unless they say so; tests hold them
+against the plain paths that run without them.
 """
 
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from .attention import AttentionKernels
+from .calling import takes
 from .compile import build
 from .products import ProductKernels
 from .selection import SelectionKernels
@@ -32,16 +32,7 @@ def load_kernels() -> CpuKernels | None:
 
 def compiled_kernels(*tensors: Tensor) -> CpuKernels | None:
     """The kernels, if there are some and they take these tensors: plain float32 on the CPU."""
-    if _switched_off or torch.compiler.is_compiling():
-        return None
-    for x in tensors:
-        if x.dtype != torch.float32 or x.device.type != "cpu":
-            return None
-        if type(x) not in (torch.Tensor, torch.nn.Parameter):  # fake or distributed
-            return None
-        if torch._C._functorch.is_functorch_wrapped_tensor(x):  # within torch.func
-            return None
-    return load_kernels()
+    return None if _switched_off or not takes(*tensors) else load_kernels()
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """AbsTopK, and the passes of the magnitude projection."""
 
 import ctypes
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .calling import LANES, PIECE, Library, as_rows, declare, in_pieces
+from .calling import LANES, PIECE, Library, as_rows, declare, in_pieces, takes
 
 
 class SelectionKernels(Library):
@@ -18,6 +19,12 @@ class SelectionKernels(Library):
         self._masked = declare(library.masked, "ppip")
         self._list_range = declare(library.list_range, "piiuuiipppp", ctypes.c_int64)
         self._zero_below = declare(library.zero_below, "piu")
+
+    def differentiable_abs_topk(self, x: Tensor, k: int) -> Tensor:
+        """The first of what [`SelectionKernels.abs_topk`] returns, with a gradient."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _AbsTopK.apply(x, k, self)
+        return self.abs_topk(x, k, want_mask=False)[0]
 
     def abs_topk(self, x: Tensor, k: int, want_mask: bool) -> tuple[Tensor, Tensor | None]:
         """The k largest magnitudes of every row, zeros elsewhere, and a bool mask of them.
@@ -94,3 +101,19 @@ class SelectionKernels(Library):
             self._zero_below(x.data_ptr() + 4 * piece.start, len(piece), threshold)
 
         in_pieces(work, n, PIECE)
+
+
+class _AbsTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: int, kernels: SelectionKernels) -> Tensor:
+        ctx.kernels = kernels
+        out, mask = kernels.abs_topk(x, k, want_mask=True)
+        ctx.save_for_backward(mask)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (mask,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or not takes(grad):  # grad is to be differentiated
+            return grad * mask, None, None
+        return ctx.kernels.masked(grad, mask), None, None

@@ -1,6 +1,6 @@
-"""AbsTopK and attention with a sink, each with the plain path it is held against beside it.
+"""AbsTopK and attention with a sink, as fast as they can be computed here.
 
-Of attention that is `eager_attention_forward` in `modeling_circuitgpt.py`.
+[`abs_topk_reference`] and [`eager_attention_forward`] are the plain paths beside them.
 """
 
 import functools
@@ -24,10 +24,7 @@ def _kernels_room() -> ModuleType | None:
 
 
 def compiled_kernels(*tensors: Tensor) -> Any:
-    """The package's compiled kernels; None where there are none or they do not take these tensors.
-
-    Kernels are not differentiable; callers wrap them in an `autograd.Function`.
-    """
+    """The package's compiled kernels; None where there are none or they do not take the tensors."""
     room = _kernels_room()
     return None if room is None else room.compiled_kernels(*tensors)
 
@@ -54,9 +51,7 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
     plain = not torch.compiler.is_compiling() and forward_ad._current_level < 0
     if plain and k > 0 and x.numel() and x.device.type == "cpu":
         if kernels := compiled_kernels(x):
-            if torch.is_grad_enabled() and x.requires_grad:
-                return _AbsTopK.apply(x, k, kernels)
-            return kernels.abs_topk(x, k, want_mask=False)[0]
+            return kernels.differentiable_abs_topk(x, k)
         return torch.where(_topk_mask(x.detach(), k), x, 0)
     largest = x.abs().topk(k, dim=-1, sorted=False).indices
     return torch.zeros_like(x).scatter(-1, largest, x.gather(-1, largest))
@@ -79,24 +74,6 @@ def _topk_mask(x: Tensor, k: int) -> Tensor:
         room = k - np.count_nonzero(above, axis=-1)[:, None]
         mask[over] = above | (tied & (tied.cumsum(axis=-1) <= room))
     return torch.from_numpy(mask).view(x.shape)
-
-
-class _AbsTopK(torch.autograd.Function):
-    """AbsTopK by the compiled kernels."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, k: int, kernels: Any) -> Tensor:
-        ctx.kernels = kernels
-        out, mask = kernels.abs_topk(x, k, want_mask=True)
-        ctx.save_for_backward(mask)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (mask,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or not compiled_kernels(grad):  # grad is to be differentiated
-            return grad * mask, None, None
-        return ctx.kernels.masked(grad, mask), None, None
 
 
 def sdpa_attention_with_sink(
@@ -122,8 +99,7 @@ def sdpa_attention_with_sink(
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         kernels = compiled_kernels(query, key, value, s_aux)
         if kernels and kernels.can_attend(query, key, value):
-            out = _AttentionByKernels.apply(query, key, value, s_aux, scaling, kernels)
-            return out.transpose(1, 2)
+            return kernels.differentiable_attention(query, key, value, s_aux, scaling)
     if query.shape[2] == 1 and attention_mask is None and not dropout:
         # As when text is generated: keys and values need not be copied.
         sink = s_aux.to(query.dtype).view(1, -1, 1, 1).expand(len(query), -1, 1, 1)
@@ -162,21 +138,3 @@ def _sink_as_key(
         query, key, value, attention_mask, dropout, is_causal=is_causal, scale=scaling
     )
     return attended[:, :, int(is_causal) :, :width].transpose(1, 2)
-
-
-class _AttentionByKernels(torch.autograd.Function):
-    """Causal attention with a sink by the compiled kernels."""
-
-    @staticmethod
-    def forward(ctx: Any, query, key, value, s_aux, scaling: float, kernels: Any) -> Tensor:
-        out, log_sum = kernels.attend(query, key, value, s_aux, scaling)
-        ctx.save_for_backward(query, key, value, s_aux, out, log_sum)
-        ctx.scaling, ctx.kernels = scaling, kernels
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, s_aux, out, log_sum = ctx.saved_tensors
-        grads = ctx.kernels.attend_back(query, key, value, s_aux, ctx.scaling, out, log_sum, grad)
-        return *grads, None, None

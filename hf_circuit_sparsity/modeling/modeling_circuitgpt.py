@@ -217,6 +217,7 @@ class SinusoidalPositions(nn.Embedding):
 class CircuitGPTPreTrainedModel(SparsePreTrainedModel):
     config_class = CircuitGPTConfig
     base_model_prefix = "transformer"
+    _input_embed_layer = "wte"
     supports_gradient_checkpointing = True
     _no_split_modules = ["CircuitGPTBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
@@ -286,12 +287,6 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
         self.ln_f = make_norm(config, config.d_model)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.wte
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.wte = value
 
     def position_ids_for(
         self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None

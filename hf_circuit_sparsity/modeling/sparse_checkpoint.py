@@ -22,7 +22,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .configuration_circuitgpt import FLOAT_DTYPES, ArtifactError
 from .csr import CSR
@@ -93,7 +92,8 @@ class SparsePreTrainedModel(PreTrainedModel):
         path = "" if state_dict is not None or not checkpoint_files else checkpoint_files[0]
         commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)  # in the Hub's cache
         model.config._commit_hash = commit and commit[1]
-        if not path.endswith(".safetensors") or not _holds_nonzeros(path):
+        in_one = path.endswith(".safetensors")
+        if not in_one or not any(n.endswith(PARTS) for n in read_tensors(path, names_only=True)):
             return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         weights, nonzeros = read_weights(path, model), {}
         if _AS_NONZEROS.get():
@@ -210,26 +210,7 @@ def _smallest_unsigned(count: int) -> np.dtype:
     return next(np.dtype(t) for t in _UNSIGNED if count <= np.iinfo(t).max + 1)
 
 
-@torch.no_grad()
-def load_nonzeros(model: PreTrainedModel, folder: str | os.PathLike) -> None:
-    """Load what `save_pretrained(folder, sparse=True)` wrote, in place, while a model is trained.
-
-    Parameters stay the objects they are; no matrix is made dense that was not stored dense.
-
-    Raises:
-        ArtifactError: the file is missing or damaged, or does not fit the model.
-    """
-    weights = read_weights(os.path.join(folder, SAFE_WEIGHTS_NAME), model)
-    for name, target in named_weights(model):
-        weight = weights[name]
-        if isinstance(target, CSR):
-            layer = model.get_submodule(name.removesuffix(".weight"))
-            layer.assign(weight if isinstance(weight, CSR) else CSR.from_dense(weight))
-        else:
-            target.copy_(_dense(weight))
-
-
-def read_weights(path: str, model: nn.Module) -> dict[str, Tensor | CSR]:
+def read_weights(path: str | os.PathLike, model: nn.Module) -> dict[str, Tensor | CSR]:
     """Every weight of `model` out of a sparse file, tied ones under each of their names.
 
     A body without its head is read from the file of the whole.
@@ -274,7 +255,9 @@ def read_weights(path: str, model: nn.Module) -> dict[str, Tensor | CSR]:
     return weights
 
 
-def _unpacked(path: str, name: str, parts: dict[str, Tensor], shape: tuple[int, ...]) -> CSR:
+def _unpacked(
+    path: str | os.PathLike, name: str, parts: dict[str, Tensor], shape: tuple[int, ...]
+) -> CSR:
     """A stored matrix, from its three tensors by their endings."""
 
     def check(holds: Any, otherwise: str) -> None:
@@ -331,8 +314,8 @@ def _dense(weight: Tensor | CSR) -> Tensor:
     return weight.to_dense() if isinstance(weight, CSR) else weight
 
 
-def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU.
+def read_tensors(path: str | os.PathLike, names_only: bool = False) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU; None for each with `names_only`.
 
     Raises:
         ArtifactError: the file is damaged or has a dtype that PyTorch lacks.
@@ -341,15 +324,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (it is no dict)
-                tensors[name] = file.get_tensor(name)
+                tensors[name] = None if names_only else file.get_tensor(name)
     except TENSOR_ERRORS as error:
         raise ArtifactError(path, f" is damaged at {name[:80]!r} ({error}); {_DAMAGED}.") from error
     return tensors
-
-
-def _holds_nonzeros(path: str) -> bool:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return any(name.endswith(PARTS) for name in file.keys())  # noqa: SIM118
-    except TENSOR_ERRORS as error:
-        raise ArtifactError(path, f" is damaged ({error}); {_DAMAGED}.") from error

@@ -17,9 +17,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..hub_cards.card import MARK
-from ..modeling.sparse_checkpoint import SparsePreTrainedModel, load_nonzeros
+from ..modeling.csr import CSR
+from ..modeling.sparse_checkpoint import SparsePreTrainedModel, named_weights, read_weights
 from ..modeling.sparse_layers import sparse_layers
 from ..optim.param_groups import sparse_param_groups
 from ..optim.rcd.distributed import RCDProcessGroup
@@ -262,15 +264,28 @@ class SparseTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         if model is None and self._holds_nonzeros():
-            load_nonzeros(self.model, resume_from_checkpoint)
+            self._load_nonzeros(resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         if self._holds_nonzeros():
-            load_nonzeros(self.model, self.state.best_model_checkpoint)
+            self._load_nonzeros(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+
+    @torch.no_grad()
+    def _load_nonzeros(self, folder: str) -> None:
+        # In place: parameters stay the objects they are, and no matrix is made dense.
+        weights = read_weights(Path(folder) / SAFE_WEIGHTS_NAME, self.model)
+        for name, target in named_weights(self.model):
+            weight = weights[name]
+            stored_sparse = isinstance(weight, CSR)
+            if isinstance(target, CSR):
+                layer = self.model.get_submodule(name.removesuffix(".weight"))
+                layer.assign(weight if stored_sparse else CSR.from_dense(weight))
+            else:
+                target.copy_(weight.to_dense() if stored_sparse else weight)
 
     def _holds_nonzeros(self) -> bool:
         is_ours = isinstance(self.model, SparsePreTrainedModel)
