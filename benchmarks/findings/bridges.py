@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_circuit_sparsity.bridge.initialization import ridge_bridges_
+from hf_circuit_sparsity.bridge.intervention import location_name
 from hf_circuit_sparsity.bridge.modeling_bridge import BridgedCausalLM
 from hf_circuit_sparsity.bridge.steering import (
     SteeringCandidate,
@@ -22,7 +23,6 @@ from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError
 from hf_circuit_sparsity.circuits.viewer.plot import plot_circuit
-from hf_circuit_sparsity.commands.bridge import location_name
 from hf_circuit_sparsity.commands.console import say
 from hf_circuit_sparsity.tasks.binary_task import BinaryTask
 from hf_circuit_sparsity.tasks.load import load_task

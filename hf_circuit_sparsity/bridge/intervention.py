@@ -41,6 +41,14 @@ def check_location(sparse: CircuitGPTForCausalLM, location: int) -> int:
     return location
 
 
+def location_name(location: int) -> str:
+    """What a residual location is called in tables."""
+    if location == 0:
+        return "embedding"
+    layer, part = divmod(location - 1, 2)
+    return f"layer {layer} {'MLP' if part else 'attention'}"
+
+
 def steering_point(sparse: CircuitGPTForCausalLM, where: int | str, channel: int) -> SteeringPoint:
     """What steering `channel` at `where` changes.
 

@@ -1,6 +1,6 @@
 """`hf-circuit-sparsity bridge`: train a sparse model beside a dense one."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ..bridge.bridge_config import BridgeTrainingArguments
 from ..bridge.bridge_trainer import BridgeTrainer
 from ..bridge.checkpoint import load_dense
 from ..bridge.initialization import ridge_bridges_
+from ..bridge.intervention import location_name
 from ..bridge.modeling_bridge import BridgedCausalLM, default_sparse_config
 from ..files import write_json
 from ..tasks.corpus import build_corpus
@@ -35,36 +36,23 @@ SHOWN_TERMS = {
 class BridgeModelArguments:
     """The two models, and how the bridges between them start."""
 
-    dense_model: str = field(metadata={"help": "Folder or Hub id of the dense model."})
-    sparse_model: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of a CircuitGPT to start from; a fresh one if not."},
-    )
-    d_model: int | None = field(
-        default=None,
-        metadata={"help": "Width of a fresh sparse model; the dense one's if not given."},
-    )
-    afrac: float | None = field(
-        default=0.25,
-        metadata={"help": "Share of activations AbsTopK keeps in a fresh sparse model."},
-    )
-    encoder_afrac: float | None = field(
-        default=0.25, metadata={"help": "Share of sparse channels an encoder keeps."}
-    )
-    ridge_start: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether the bridges start from ridge regression, which suits a sparse_model "
-            "that is trained already."
-        },
-    )
-    corpus: str | None = field(
-        default=None,
-        metadata={"help": "Folder of Python files; the standard library if not given."},
-    )
-    block_size: int | None = field(
-        default=None, metadata={"help": "Context, in tokens; at most 128 if not given."}
-    )
+    dense_model: str
+    """Folder or Hub id of the dense model."""
+    sparse_model: str | None = None
+    """Folder or Hub id of a CircuitGPT to start from; a fresh one if not."""
+    d_model: int | None = None
+    """Width of a fresh sparse model; the dense one's if not given."""
+    afrac: float | None = 0.25
+    """Share of activations AbsTopK keeps in a fresh sparse model."""
+    encoder_afrac: float | None = 0.25
+    """Share of sparse channels an encoder keeps."""
+    ridge_start: bool = False
+    """Whether the bridges start from ridge regression, which suits a sparse_model that is trained
+    already."""
+    corpus: str | None = None
+    """Folder of Python files; the standard library if not given."""
+    block_size: int | None = None
+    """Context, in tokens; at most 128 if not given."""
 
 
 def run_bridge(model_arguments: BridgeModelArguments, args: BridgeTrainingArguments) -> dict:
@@ -151,14 +139,6 @@ def build_bridge(
             )
     bridged = BridgedCausalLM.from_models(dense, sparse, encoder_afrac=arguments.encoder_afrac)
     return bridged, tokenizer
-
-
-def location_name(location: int) -> str:
-    """What a residual location is called in tables."""
-    if location == 0:
-        return "embedding"
-    layer, part = divmod(location - 1, 2)
-    return f"layer {layer} {'MLP' if part else 'attention'}"
 
 
 def location_table(figures: dict[str, float]) -> str:

@@ -1,6 +1,6 @@
 """`hf-circuit-sparsity prune`: cut a task's circuit out of a trained model."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
@@ -21,25 +21,18 @@ from .loading import load_model, reference_blocks
 class PruneArguments:
     """What is pruned, and where the circuit goes."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of a model with its tokenizer."})
-    task: str = field(metadata={"help": "One of `list_tasks()`."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Of the circuit; MODEL/circuits/TASK if not given."}
-    )
-    corpus: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of Python files over which nodes' means are taken; the standard "
-            "library if not given."
-        },
-    )
-    trials: int = field(
-        default=1,
-        metadata={
-            "help": "Settings of mask learning to try for the smallest circuit; the same command "
-            "goes on after Ctrl-C. 1 is no search."
-        },
-    )
+    model: str
+    """Folder or Hub id of a model with its tokenizer."""
+    task: str
+    """One of `list_tasks()`."""
+    output_dir: str | None = None
+    """Of the circuit; MODEL/circuits/TASK if not given."""
+    corpus: str | None = None
+    """Folder of Python files over which nodes' means are taken; the standard library if not
+    given."""
+    trials: int = 1
+    """Settings of mask learning to try for the smallest circuit; the same command goes on after
+    Ctrl-C. 1 is no search."""
 
 
 def run_prune(arguments: PruneArguments, config: PruningConfig) -> Circuit:

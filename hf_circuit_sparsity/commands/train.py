@@ -1,6 +1,6 @@
 """`hf-circuit-sparsity train`: train a CircuitGPT on a folder of Python."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import set_seed
@@ -16,29 +16,30 @@ from .training import checkpoint_to_resume, prepare_data, train_model, training_
 class ModelArguments:
     """The architecture, where it is not the paper's."""
 
-    d_model: int = field(default=256, metadata={"help": "Width of the residual stream."})
-    n_layer: int = field(default=4, metadata={"help": "Transformer blocks."})
-    d_head: int = field(default=16, metadata={"help": "Width of an attention head."})
-    d_mlp: int | None = field(default=None, metadata={"help": "Neurons; 4 * d_model if not given."})
-    block_size: int = field(default=128, metadata={"help": "Context, in tokens."})
-    afrac: float | None = field(
-        default=0.25, metadata={"help": "Share of activations AbsTopK keeps."}
-    )
+    d_model: int = 256
+    """Width of the residual stream."""
+    n_layer: int = 4
+    """Transformer blocks."""
+    d_head: int = 16
+    """Width of an attention head."""
+    d_mlp: int | None = None
+    """Neurons; 4 * d_model if not given."""
+    block_size: int = 128
+    """Context, in tokens."""
+    afrac: float | None = 0.25
+    """Share of activations AbsTopK keeps."""
 
 
 @dataclass
 class DataArguments:
     """What to train on."""
 
-    corpus: str | None = field(
-        default=None,
-        metadata={"help": "Folder of Python files; the standard library if not given."},
-    )
-    tokenizer: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of a tokenizer; one is trained if not given."},
-    )
-    vocab_size: int = field(default=2048, metadata={"help": "Entries of a trained tokenizer."})
+    corpus: str | None = None
+    """Folder of Python files; the standard library if not given."""
+    tokenizer: str | None = None
+    """Folder or Hub id of a tokenizer; one is trained if not given."""
+    vocab_size: int = 2048
+    """Entries of a trained tokenizer."""
 
 
 def run_train(

@@ -1,10 +1,11 @@
 """The settings of [`SparseTrainer`]."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.training_args import OptimizerNames
 
 from ..optim.rcd.config import RCDConfig
@@ -70,117 +71,90 @@ class SparseTrainingArguments(TrainingArguments):
     """
 
     # --- How the weights become sparse ---
-    sparsifier: Sparsifier = field(
+    sparsifier: Sparsifier = HfArg(
         default="topk",
-        metadata={
-            "help": "What makes the weights sparse: 'topk' keeps the largest weights after every "
-            "AdamW step, 'rcd' starts sparse and stays so by random coordinate descent (see "
-            "rcd_config; anneal_start does not apply), 'none' trains a dense model by the same "
-            "recipe, for comparison."
-        },
+        help="What makes the weights sparse: 'topk' keeps the largest weights after every "
+        "AdamW step, 'rcd' starts sparse and stays so by random coordinate descent (see "
+        "rcd_config; anneal_start does not apply), 'none' trains a dense model by the same "
+        "recipe, for comparison.",
     )
-    target_density: float = field(
+    target_density: float = HfArg(
         default=1 / 64,
-        metadata={
-            "help": "Share of each sparse matrix that is nonzero at the end, in (0, 1]; the "
-            "default is 1/64."
-        },
+        help="Share of each sparse matrix that is nonzero at the end, in (0, 1]; the "
+        "default is 1/64.",
     )
-    anneal_start: float = field(
-        default=0.01,
-        metadata={"help": "Where the density leaves 1, as a fraction of the training steps."},
+    anneal_start: float = HfArg(
+        default=0.01, help="Where the density leaves 1, as a fraction of the training steps."
     )
-    anneal_end: float = field(
-        default=0.5,
-        metadata={"help": "Where the density reaches its target, as a fraction of the steps."},
+    anneal_end: float = HfArg(
+        default=0.5, help="Where the density reaches its target, as a fraction of the steps."
     )
-    min_nonzeros: int = field(
+    min_nonzeros: int = HfArg(
         default=4,
-        metadata={
-            "help": "Nonzeros that each neuron or attention channel keeps in any case; 0 for no "
-            "such minimum."
-        },
+        help="Nonzeros that each neuron or attention channel keeps in any case; 0 for no "
+        "such minimum.",
     )
 
     # The annotation begins with types that HfArgumentParser can read from a command line.
-    rcd_config: RCDConfig | str | dict | None = field(
+    rcd_config: RCDConfig | str | dict | None = HfArg(
         default=None,
-        metadata={
-            "help": "Settings of sparsifier='rcd': an RCDConfig, a dict of its fields, or the dict "
-            "as JSON, for example '{\"block_fraction\": 0.25}'."
-        },
+        help="Settings of sparsifier='rcd': an RCDConfig, a dict of its fields, or the dict "
+        "as JSON, for example '{\"block_fraction\": 0.25}'.",
     )
 
     # --- Which parameters are sparse ---
-    sparse_embeddings: bool = field(
-        default=True, metadata={"help": "Whether embeddings and the unembedding are sparse."}
+    sparse_embeddings: bool = HfArg(
+        default=True, help="Whether embeddings and the unembedding are sparse."
     )
-    sparse_biases: bool = field(
-        default=True, metadata={"help": "Whether the biases of linear layers are sparse."}
+    sparse_biases: bool = HfArg(
+        default=True, help="Whether the biases of linear layers are sparse."
     )
-    exclude_parameters: list[str] | None = field(
+    exclude_parameters: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Shell-style patterns of full parameter names to keep dense, for example "
-            "'*.mlp.*'."
-        },
+        help="Shell-style patterns of full parameter names to keep dense, for example '*.mlp.*'.",
     )
-    include_parameters: list[str] | None = field(
+    include_parameters: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Shell-style patterns of full parameter names to make sparse although they are "
-            "not weights or biases of linear layers or embeddings."
-        },
+        help="Shell-style patterns of full parameter names to make sparse although they are "
+        "not weights or biases of linear layers or embeddings.",
     )
 
     # --- How it is computed ---
-    compute_on_nonzeros: bool = field(
+    compute_on_nonzeros: bool = HfArg(
         default=True,
-        metadata={
-            "help": "Whether linear layers multiply only their nonzeros, forward and for the "
-            "gradient of their input, once they are sparse enough for that to be faster (CPU, "
-            "float32). The results are the same to rounding."
-        },
+        help="Whether linear layers multiply only their nonzeros, forward and for the "
+        "gradient of their input, once they are sparse enough for that to be faster (CPU, "
+        "float32). The results are the same to rounding.",
     )
 
     # --- How the optimizer compensates ---
-    normalize_gradients: Normalization = field(
+    normalize_gradients: Normalization = HfArg(
         default="always",
-        metadata={
-            "help": "Bring the root-mean-square of the gradients to 1 before each step: 'always', "
-            "'clip' (only where it is above 1) or 'off'."
-        },
+        help="Bring the root-mean-square of the gradients to 1 before each step: 'always', "
+        "'clip' (only where it is above 1) or 'off'.",
     )
-    sharkfin: bool = field(
-        default=True,
-        metadata={"help": "Whether to multiply the learning rate by 1/sqrt(density)."},
+    sharkfin: bool = HfArg(
+        default=True, help="Whether to multiply the learning rate by 1/sqrt(density)."
     )
 
     # --- Other defaults than in TrainingArguments ---
-    learning_rate: float = field(
-        default=1e-2,
-        metadata={"help": "Peak learning rate, before the factor 1/sqrt(density)."},
+    learning_rate: float = HfArg(
+        default=1e-2, help="Peak learning rate, before the factor 1/sqrt(density)."
     )
-    warmup_steps: float = field(
-        default=0.01,
-        metadata={"help": "Steps of linear warm-up; below 1, a fraction of the training steps."},
+    warmup_steps: float = HfArg(
+        default=0.01, help="Steps of linear warm-up; below 1, a fraction of the training steps."
     )
-    weight_decay: float = field(
-        default=0.1, metadata={"help": "Decoupled weight decay of matrices; vectors have none."}
+    weight_decay: float = HfArg(
+        default=0.1, help="Decoupled weight decay of matrices; vectors have none."
     )
-    adam_beta2: float = field(
-        default=0.95, metadata={"help": "Decay rate of the second moment in AdamW."}
+    adam_beta2: float = HfArg(default=0.95, help="Decay rate of the second moment in AdamW.")
+    adam_epsilon: float = HfArg(
+        default=0.1, help="Epsilon of AdamW. Large because gradients have root-mean-square 1."
     )
-    adam_epsilon: float = field(
-        default=0.1,
-        metadata={"help": "Epsilon of AdamW. Large because gradients have root-mean-square 1."},
-    )
-    max_grad_norm: float = field(
+    max_grad_norm: float = HfArg(
         default=0.0,
-        metadata={
-            "help": "Maximum gradient norm for clipping; 0 for none, as the optimizer normalizes "
-            "the gradients itself (see normalize_gradients)."
-        },
+        help="Maximum gradient norm for clipping; 0 for none, as the optimizer normalizes "
+        "the gradients itself (see normalize_gradients).",
     )
 
     def __post_init__(self) -> None:

@@ -1,7 +1,6 @@
 """The Hugging Face `Trainer` for weight-sparse models."""
 
 import logging
-import math
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -170,7 +169,7 @@ class SparseTrainer(Trainer):
         """Build the optimizer unless there is one already; see `Trainer`."""
         opt_model = self.model if model is None else model
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
-            build = self._build_rcd if self.args.sparsifier == "rcd" else self._build_optimizer
+            build = self._build_rcd if self.args.sparsifier == "rcd" else self._build_topk
             self.optimizer = self._built = build(opt_model)
             self._monitor = None
         elif isinstance(self._built, TopKAdamW) and self._built.steps_taken == 0:
@@ -197,22 +196,25 @@ class SparseTrainer(Trainer):
         self._planned_steps = num_training_steps
         super().create_optimizer_and_scheduler(num_training_steps)
 
-    def _build_optimizer(self, model: nn.Module) -> TopKAdamW:
+    def _recipe(self) -> dict[str, Any]:
+        """The settings that both optimizers take."""
         args = self.args
-        return TopKAdamW(
-            self._param_groups(model),
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
+        return {
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
             # "none" is the same recipe with nothing projected, so that a dense model can be
             # compared with the sparse one.
-            target_density=1.0 if args.sparsifier == "none" else args.target_density,
-            total_steps=self._training_steps(),
-            anneal_start=args.anneal_start,
-            anneal_end=args.anneal_end,
-            sharkfin=args.sharkfin,
-            normalize_gradients=args.normalize_gradients,
-        )
+            "target_density": 1.0 if args.sparsifier == "none" else args.target_density,
+            "total_steps": self._training_steps(),
+            "anneal_end": args.anneal_end,
+            "sharkfin": args.sharkfin,
+            "normalize_gradients": args.normalize_gradients,
+        }
+
+    def _build_topk(self, model: nn.Module) -> TopKAdamW:
+        groups = self._param_groups(model)
+        return TopKAdamW(groups, anneal_start=self.args.anneal_start, **self._recipe())
 
     def _build_rcd(self, model: nn.Module) -> RCDSparseOptimizer:
         args = self.args
@@ -234,17 +236,10 @@ class SparseTrainer(Trainer):
             )
         return RCDSparseOptimizer(
             groups,
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            target_density=args.target_density,
             config=args.rcd_config,
-            anneal_end=args.anneal_end,
-            total_steps=self._training_steps(),
-            sharkfin=args.sharkfin,
-            normalize_gradients=args.normalize_gradients,
             seed=args.seed,
             process_group=process_group,
+            **self._recipe(),
         )
 
     def _param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -299,16 +294,15 @@ class SparseTrainer(Trainer):
         return steps
 
     @property
-    def _topk(self) -> TopKAdamW | None:
-        """The optimizer inside Accelerate's wrapper, if it is of our kind."""
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        return inner if isinstance(inner, TopKAdamW) else None
+    def _inner_optimizer(self) -> Optimizer | None:
+        """The optimizer inside Accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; training logs get the sparsity figures (here, so that every tracker sees them)."""
         if "loss" in logs and self._monitor is not None:
             logs.update(self._monitor.measure())
-            inner = getattr(self.optimizer, "optimizer", self.optimizer)
+            inner = self._inner_optimizer
             if isinstance(inner, RCDSparseOptimizer):
                 logs.pop("grad_norm", None)  # of the parameters that have a full gradient only
             for name in ("density", "grad_rms", "effective_lr", "block_number", "skipped_steps"):
@@ -387,32 +381,29 @@ class SparseTrainer(Trainer):
         )
         loss = (output.metrics or {}).get(f"{metric_key_prefix}_loss")
         if loss is not None:
-            try:
-                perplexity = math.exp(loss)
-            except OverflowError:
-                perplexity = math.inf
+            perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
             output.metrics[f"{metric_key_prefix}_perplexity"] = perplexity
         return output
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        topk = self._topk
-        if topk is not None and topk.density > topk.param_groups[0]["target_density"]:
+        inner = self._inner_optimizer
+        is_annealed = isinstance(inner, TopKAdamW)
+        if is_annealed and inner.density > inner.param_groups[0]["target_density"]:
             return False
         return super()._determine_best_metric(metrics, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        names = ("target_density", "total_steps", "anneal_start", "anneal_end")
-        asked = self._topk and {name: self._topk.param_groups[0][name] for name in names}
+        inner, asked = self._inner_optimizer, {}
+        if isinstance(inner, TopKAdamW):
+            names = ("target_density", "total_steps", "anneal_start", "anneal_end")
+            asked = {name: inner.param_groups[0][name] for name in names}
         super()._load_optimizer_and_scheduler(checkpoint)
-        for name, value in (asked or {}).items():
-            stored = self._topk.param_groups[0][name]
+        for name, value in asked.items():
+            stored = inner.param_groups[0][name]
             if stored != value:
                 logger.warning(
-                    "The checkpoint was trained with %s=%s, this run asks for %s: the "
-                    "checkpoint's density schedule is continued.",
-                    name,
-                    stored,
-                    value,
+                    f"The checkpoint was trained with {name}={stored}, this run asks for {value}: "
+                    "the checkpoint's density schedule is continued."
                 )
 
 

@@ -20,18 +20,12 @@ def dense(corpus, tmp_path_factory):
     """A folder with a GPT-2 and its tokenizer."""
     folder = tmp_path_factory.mktemp("dense")
     tokenizer = train_tokenizer(build_corpus(corpus)["train"], vocab_size=400)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer),
-            n_positions=64,
-            n_embd=16,
-            n_layer=1,
-            n_head=2,
-            bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    model.save_pretrained(folder)
+    end = tokenizer.eos_token_id
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2,
+        bos_token_id=end, eos_token_id=end,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -69,11 +63,11 @@ def test_models_that_do_not_fit_are_refused(dense, corpus, tmp_path, capsys):
     def refusal(*more):
         assert bridge(dense, corpus, out, *more) == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "Traceback" not in error
+        assert error.count("\n") <= 2 and "Traceback" not in error  # the error, and advice
         assert not out.exists()
         return error
 
-    assert "'nowhere' was not found" in refusal("--dense-model", "nowhere")
+    assert "nowhere" in refusal("--dense-model", "nowhere")
     assert "block_size=65" in refusal("--block-size", "65")
     sparse = tmp_path / "sparse"
     tokenizer = train_tokenizer(build_corpus(corpus)["train"], vocab_size=390)
