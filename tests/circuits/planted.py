@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_circuit_sparsity.circuits.ablation import mean_activations
 from hf_circuit_sparsity.circuits.circuit import Circuit
+from hf_circuit_sparsity.circuits.task_scores import Calibration
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
@@ -107,3 +108,30 @@ def planted_circuit(model: CircuitGPTForCausalLM, **fields: Any) -> Circuit:
         "example": example,
     }
     return Circuit(**{**given, **fields})
+
+
+def full_circuit(model: CircuitGPTForCausalLM, **fields: Any) -> Circuit:
+    """A circuit of a planted model that has every field."""
+    given = {
+        "scores": {site: torch.ones(n.width) for site, n in model.node_sites().items()},
+        "calibration": Calibration(1.5, {1: 0.25, 2: -0.25}),
+        "model_name": "me/planted",
+        "model_revision": "0123456789" * 4,
+        "metrics": {"circuit_loss": 0.01, "ablated_loss": 0.7, "model_loss": 0.005},
+        "config": {"seed": 0, "nested": {"steps": [1, 2]}},
+        "kept_edges": list(PLANTED_EDGES),
+        "edge_offsets": {"h.0.attn.v": {5: 0.5}},
+        "tokens": [ON, OFF],
+        "token_mean": torch.zeros(16),
+        "verification": {"sufficiency": {"value": 0.1, "control": 0.5, "passed": 1.0}},
+    }
+    return planted_circuit(model, **{**given, **fields})
+
+
+def unable_model() -> CircuitGPTForCausalLM:
+    """The planted model without a way to tell the two answers apart."""
+    model = planted_model()
+    with torch.no_grad():
+        model.lm_head.weight[YES] = model.lm_head.weight[NO]
+        model.final_logits_bias[YES] = model.final_logits_bias[NO]
+    return model

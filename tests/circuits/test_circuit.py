@@ -5,6 +5,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from hf_circuit_sparsity.circuits.ablation import mean_activations
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.task_scores import (
     Calibration,
@@ -13,8 +14,10 @@ from hf_circuit_sparsity.circuits.task_scores import (
     fit_calibration,
 )
 from hf_circuit_sparsity.circuits.viewer.plot import plot_circuit
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import ArtifactError
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from tests.circuits.planted import (
+    full_circuit,
     on_off_task,
     planted_circuit,
     planted_model,
@@ -25,14 +28,11 @@ from tests.circuits.planted import (
 
 @pytest.fixture
 def circuit(model):
-    return planted_circuit(
-        model,
-        scores={site: torch.randn(n.width) for site, n in model.node_sites().items()},
-        calibration=Calibration(1.5, {1: 0.25, 2: -0.25}),
-        model_name="me/planted",
-        metrics={"circuit_loss": 0.01, "ablated_loss": 0.7, "model_loss": 0.005},
-        config={"seed": 0},
-    )
+    """With a calibration, scores and a model's name; nothing but nodes pruned."""
+    return full_circuit(model, kept_edges=None, edge_offsets={}, tokens=None, token_mean=None)
+
+
+PLANTED_MEANS = mean_activations(planted_model(), reference_ids())
 
 
 def logits(model, ids=None):
@@ -112,19 +112,18 @@ def test_fitted_calibration_is_the_optimum(model):
         assert loss(scale, shift) < loss(scale + d_scale * scale, shift + d_shift)
 
 
-def test_round_trip(model, circuit, tmp_path):
+@pytest.mark.parametrize("made", [planted_circuit, full_circuit])
+def test_round_trip(model, made, tmp_path):
+    circuit = made(model)
     circuit.save_pretrained(tmp_path / "c")
-    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
-        "circuit.json",
-        "circuit.safetensors",
-    ]
+    files = {path.name for path in (tmp_path / "c").iterdir()}
+    assert files == {"circuit.json", "circuit.safetensors"}
     again = Circuit.from_pretrained(tmp_path / "c")
-    for name in ("nodes", "calibration", "task", "model_fingerprint", "model_name", "metrics"):
-        assert getattr(again, name) == getattr(circuit, name)
-    assert again.config == circuit.config and again.example == circuit.example
-    for site, mean in circuit.means.items():
-        assert torch.equal(again.means[site], mean)
-        assert torch.equal(again.scores[site], circuit.scores[site])
+    assert again.to_dict() == circuit.to_dict()
+    for name in ("means", "scores"):
+        stored, read = getattr(circuit, name), getattr(again, name)
+        assert set(stored) == set(read)
+        assert all(torch.equal(read[site], vector) for site, vector in stored.items())
     with circuit.apply(model):
         expected = logits(model)
     with again.apply(model):
@@ -134,7 +133,7 @@ def test_round_trip(model, circuit, tmp_path):
 def test_a_circuit_for_another_model_is_refused(circuit):
     other = planted_model(seed=5)
     for attempt in (lambda: circuit.edges(other), lambda: circuit.apply(other).__enter__()):
-        with pytest.raises(ValueError, match=r"cut out of the model \w{16} \(me/planted\)"):
+        with pytest.raises(ValueError, match=r"\w{16} \(me/planted"):
             attempt()
     assert not any(site._forward_hooks for site in other.node_sites().values())
 
@@ -178,37 +177,41 @@ def test_fingerprint_notices_every_change_of_the_weights(model, change):
     assert model_fingerprint(model) == fingerprint
 
 
-def test_damaged_artifacts_are_refused_by_name(circuit, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"circuit\.json was not found"):
-        Circuit.from_pretrained(tmp_path)
-
-    def edited(**changes):
-        circuit.save_pretrained(tmp_path)
-        content = json.loads((tmp_path / "circuit.json").read_text())
-        content.update(changes)
-        (tmp_path / "circuit.json").write_text(json.dumps(content))
-
-    for changes, message in [
-        ({"format_version": 99}, "format_version 99"),
-        ({"nodes": []}, "nodes must be an object"),
-        ({"nodes": {"h.0.attn.v": ["0"]}}, r"nodes\['h.0.attn.v'\]\[0\] must be an integer"),
-        ({"nodes": {"h.0.attn.v": [99]}}, "distinct indices from 0 to 7"),
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"format_version": 99}, "format_version"),
+        ({"nodes": []}, "nodes"),
+        ({"nodes": {"h.0.attn.v": ["0"]}}, r"nodes\['h.0.attn.v'\]\[0\]"),
+        ({"nodes": {"h.0.attn.v": [99]}}, "nodes.* 0 to 7"),
         ({"nodes": {"h.9.attn.v": [0]}}, r"'h\.9\.attn\.v'"),
-        ({"task": 3}, "task must be a string"),
-        ({"calibration": {"scale": "x", "shift": {}}}, r"calibration\['scale'\] must be a number"),
-    ]:
-        edited(**changes)
-        with pytest.raises(ValueError, match=message):
-            Circuit.from_pretrained(tmp_path)
+        ({"task": 3}, "task"),
+        ({"calibration": {"scale": "x", "shift": {}}}, r"calibration\['scale'\]"),
+        ({"kept_edges": [["h.0.attn.v", 5]]}, r"kept_edges\[0\]"),
+        ({"kept_edges": [["h.0.attn.v", 0, "h.0.attn.resid_delta", 9]]}, "kept_edges"),
+        ({"edge_offsets": {"h.0.attn.v": {"-1": 0.5}}}, "edge_offsets"),
+        ({"edge_offsets": {"h.0.attn.q": {"1": 0.5}}}, "edge_offsets"),
+        ({"tokens": ["a"]}, r"tokens\[0\]"),
+        ({"tokens": None}, "token_mean"),
+        ({"verification": {"sufficiency": {"value": "high"}}}, "verification"),
+    ],
+)
+def test_a_bad_field_is_refused_by_name(model, tmp_path, changes, named):
+    full_circuit(model).save_pretrained(tmp_path)
+    path = tmp_path / "circuit.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ArtifactError, match=named):
+        Circuit.from_pretrained(tmp_path)
 
-    circuit.save_pretrained(tmp_path)
-    (tmp_path / "circuit.json").write_text("{")
-    with pytest.raises(ValueError, match=r"circuit\.json is not valid JSON"):
+
+@pytest.mark.parametrize("file", ["circuit.json", "circuit.safetensors"])
+def test_a_damaged_file_is_refused_by_name(circuit, tmp_path, file):
+    with pytest.raises(FileNotFoundError, match=r"circuit\.json"):
         Circuit.from_pretrained(tmp_path)
     circuit.save_pretrained(tmp_path)
-    data = (tmp_path / "circuit.safetensors").read_bytes()
-    (tmp_path / "circuit.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"circuit\.safetensors is damaged"):
+    data = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ArtifactError, match=file):
         Circuit.from_pretrained(tmp_path)
 
 
@@ -252,31 +255,31 @@ def test_an_empty_circuit_is_a_circuit(model, circuit, tmp_path):
     plot_circuit(empty, tmp_path / "empty.png", model)
 
 
-def test_what_could_not_be_read_back_is_not_written(circuit, tmp_path):
-    for changes, message in [
-        (
-            {"metrics": {"circuit_loss": float("nan")}},
-            r"metrics\['circuit_loss'\] must be a finite",
-        ),
-        ({"task": "../../etc"}, "task must be a name, and no path"),
-        ({"task": "a\nb"}, "task must be one line"),
-        ({"means": circuit.means | {"h.0.attn.q": torch.full((8,), torch.inf)}}, r"q\[0\] must be"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            replace(circuit, **changes).save_pretrained(tmp_path / "c")
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"metrics": {"circuit_loss": float("nan")}}, r"metrics\['circuit_loss'\]"),
+        ({"task": "../../etc"}, "task"),
+        ({"task": "a\nb"}, "task"),
+        ({"means": {**PLANTED_MEANS, "h.0.attn.q": torch.full((8,), torch.inf)}}, r"q\[0\]"),
+    ],
+)
+def test_what_could_not_be_read_back_is_not_written(circuit, tmp_path, changes, named):
+    with pytest.raises(ArtifactError, match=named):
+        replace(circuit, **changes).save_pretrained(tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
 
-def test_a_circuit_that_lies_about_its_model_is_refused(model, circuit):
-    means = circuit.means
-    fewer = {site: mean for site, mean in means.items() if site != "h.1.attn.q"}
-    wider = means | {"h.1.attn.q": torch.zeros(9)}
-    for changes, message in [
-        ({"means": fewer}, r"means\['h\.1\.attn\.q'\] has 0 entries, but the model has 8"),
-        ({"means": wider}, r"means\['h\.1\.attn\.q'\] has 9 entries, but the model has 8"),
-        ({"means": means | {"h.9.q": torch.zeros(8)}}, r"'h\.9\.q'\] has 8 entries, .* has 0"),
-        ({"calibration": Calibration(1.0, {16: 1.0})}, "names token 16, but .* has 16"),
-        ({"example": {"target_id": 99}}, "names token 99"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            replace(circuit, **changes).edges(model)
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"means": {s: m for s, m in PLANTED_MEANS.items() if s != "h.1.attn.q"}}, "0 .* 8"),
+        ({"means": {**PLANTED_MEANS, "h.1.attn.q": torch.zeros(9)}}, "9 .* 8"),
+        ({"means": {**PLANTED_MEANS, "h.9.q": torch.zeros(8)}}, "8 .* 0"),
+        ({"calibration": Calibration(1.0, {16: 1.0})}, "token 16"),
+        ({"example": {"target_id": 99}}, "token 99"),
+    ],
+)
+def test_a_circuit_that_lies_about_its_model_is_refused(model, circuit, changes, named):
+    with pytest.raises(ValueError, match=named):
+        replace(circuit, **changes).edges(model)

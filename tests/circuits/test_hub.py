@@ -23,8 +23,7 @@ from huggingface_hub.errors import (
 from hf_circuit_sparsity import Circuit, CircuitGPTForCausalLM, list_circuits, plot_circuit
 from hf_circuit_sparsity.circuits.circuit_file import model_source
 from hf_circuit_sparsity.commands.hub_advice import hub_advice
-from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
-from tests.circuits.planted import PLANTED_NODES, planted_model, word_tokenizer
+from tests.circuits.planted import planted_circuit, planted_model, word_tokenizer
 
 MODEL, CIRCUITS = "ada/switch", "ada/switch-circuits"
 
@@ -43,17 +42,8 @@ def model(api) -> CircuitGPTForCausalLM:
 
 def circuit_of(model, task="on_off") -> Circuit:
     name, revision = model_source(model)
-    means = {
-        site: torch.arange(float(node_site.width)) for site, node_site in model.node_sites().items()
-    }
-    return Circuit(
-        nodes=PLANTED_NODES,
-        means=means,
-        task=task,
-        model_fingerprint=model_fingerprint(model),
-        model_name=name,
-        model_revision=revision,
-        metrics={"nodes": 6},
+    return planted_circuit(
+        model, task=task, model_name=name, model_revision=revision, metrics={"nodes": 6}
     )
 
 
@@ -92,7 +82,7 @@ def test_several_circuits_in_one_repository(api, model):
     assert Circuit.from_pretrained(CIRCUITS, subfolder="off_on").task == "off_on"
     with pytest.raises(FileNotFoundError, match="subfolder= one of 'off_on', 'on_off'"):
         Circuit.from_pretrained(CIRCUITS)
-    with pytest.raises(ValueError, match=r"holds the circuit for 'on_off'.*pass subfolder='third'"):
+    with pytest.raises(ValueError, match="subfolder='third'"):
         circuit_of(model, "third").push_to_hub(CIRCUITS, subfolder="on_off")
 
 
@@ -110,7 +100,7 @@ def test_another_model_is_said_with_both_names_and_commits(api, model):
     planted_model(seed=1).push_to_hub(MODEL, sparse=False)
     newer = CircuitGPTForCausalLM.from_pretrained(MODEL)
     old, new = circuit.model_revision[:12], api.model_info(MODEL).sha[:12]
-    with pytest.raises(ValueError, match=rf"{MODEL} at {old}\).*{MODEL} at {new}\); load that"):
+    with pytest.raises(ValueError, match=rf"{MODEL} at {old}.*{MODEL} at {new}"):
         circuit.check_model(newer)
     with pytest.raises(ValueError, match="picture="):
         circuit.push_to_hub(CIRCUITS, picture="nowhere.png")

@@ -4,44 +4,19 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from huggingface_hub import HfApi
 
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.task_scores import Calibration
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import ArtifactError
-from tests.circuits.planted import planted_circuit, planted_model
+from tests.circuits.planted import full_circuit, planted_model
 from tests.hostile.harness import fuzz, plain_json, plain_tensors
 
 
 @pytest.fixture
 def artifact(tmp_path):
     """A circuit that has every field."""
-    model = planted_model()
-    circuit = planted_circuit(
-        model,
-        scores={site: torch.ones(n.width) for site, n in model.node_sites().items()},
-        calibration=Calibration(1.5, {1: 0.25, 2: -0.25}),
-        model_name="me/planted",
-        metrics={"circuit_loss": 0.01, "ablated_loss": 0.7, "model_loss": 0.005},
-        model_revision="0123456789" * 4,
-        config={"seed": 0, "nested": {"steps": [1, 2]}},
-        kept_edges=[("h.0.attn.act_in", 0, "h.0.attn.v", 5)],
-        edge_offsets={"h.0.attn.v": {5: 0.5}},
-        tokens=[1, 2, 3],
-        token_mean=torch.zeros(16),
-        verification={"sufficiency": {"value": 0.1, "control": 0.5, "passed": 1.0}},
-        example={
-            "prompt": "w0 on",
-            "target": "yes",
-            "counterfactual_target": "no",
-            "token_ids": [5, 3],
-            "counterfactual_token_ids": [5, 4],
-            "target_id": 1,
-            "counterfactual_target_id": 2,
-        },
-    )
-    circuit.save_pretrained(tmp_path / "circuit")
+    full_circuit(planted_model()).save_pretrained(tmp_path / "circuit")
     return tmp_path / "circuit"
 
 

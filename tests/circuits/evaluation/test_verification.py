@@ -7,12 +7,11 @@ from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.evaluation.verification import random_circuit, verify_circuit
 from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError
 from tests.circuits.planted import (
-    NO,
     PLANTED_NODES,
-    YES,
     on_off_task,
     planted_circuit,
     planted_model,
+    unable_model,
 )
 
 
@@ -22,8 +21,9 @@ def model():
 
 
 def verify(circuit, model, task=None, **options):
-    others = [planted_circuit(model)]
-    options = {"others": others, "adversarial": {"other_rows": on_off_task(seed=9)}, **options}
+    if "others" not in options:
+        options["others"] = [planted_circuit(model)]
+    options.setdefault("adversarial", {"other_rows": on_off_task(seed=9)})
     return verify_circuit(
         circuit, model, task or on_off_task(), prompts=80, progress=False, **options
     )
@@ -90,25 +90,18 @@ def test_outcome_is_stored_and_shown(planted, tmp_path):
 
 
 def test_bad_input(model):
-    empty = planted_circuit(model, nodes={})
-    with pytest.raises(ValueError, match="has no nodes, so there is nothing to verify"):
-        verify(empty, model)
-    unable = planted_model()
-    with torch.no_grad():
-        unable.lm_head.weight[YES] = unable.lm_head.weight[NO]
-        unable.final_logits_bias[YES] = unable.final_logits_bias[NO]
-    with pytest.raises(TaskNotLearnedError, match=r"accuracy of 0\.0% on the task 'on_off'"):
-        verify(planted_circuit(unable), unable, others=[])
-    with pytest.raises(ValueError, match="was cut out of the model"):
-        verify(planted_circuit(unable), model)
-    short = planted_model()
-    circuit = planted_circuit(short)
-    short.config.block_size = 5
-    with pytest.raises(ValueError, match="but the model reads at most 5"):
-        verify_circuit(circuit, short, on_off_task(), others=[], progress=False)
-    # Made for a wider model, but with this one's fingerprint.
-    wide = planted_circuit(model)
+    unable, short = unable_model(), planted_model()
+    wide = planted_circuit(model)  # made for a wider model, but with this one's fingerprint
     wide.means["h.0.attn.v"] = torch.zeros(99)
     wide.nodes["h.0.attn.v"] = [90]
-    with pytest.raises(ValueError, match=r"means\['h\.0\.attn\.v'\] has 99 entries"):
-        verify(wide, model)
+    cut_short = planted_circuit(short)
+    short.config.block_size = 5
+    for circuit, of_model, error, named in [
+        (planted_circuit(model, nodes={}), model, ValueError, "no nodes"),
+        (planted_circuit(unable), unable, TaskNotLearnedError, "'on_off'"),
+        (planted_circuit(unable), model, ValueError, "cut out of the model"),
+        (cut_short, short, ValueError, "max_length"),
+        (wide, model, ValueError, r"means\['h\.0\.attn\.v'\]"),
+    ]:
+        with pytest.raises(error, match=named):
+            verify(circuit, of_model, others=[])

@@ -10,13 +10,12 @@ from hf_circuit_sparsity.circuits.pruning.masks import Gate
 from hf_circuit_sparsity.circuits.pruning.shrink import bisect
 from hf_circuit_sparsity.tasks.binary_task import BinaryTask
 from tests.circuits.planted import (
-    NO,
     PLANTED_EDGES,
     PLANTED_NODES,
-    YES,
     on_off_task,
     planted_model,
     reference_ids,
+    unable_model,
     word_tokenizer,
 )
 
@@ -119,11 +118,8 @@ def test_mean_activations_are_means():
 
 
 def test_a_task_the_model_has_not_learned_says_what_it_can_reach():
-    model = planted_model()
-    with torch.no_grad():  # now the model cannot tell the two answers apart
-        model.lm_head.weight[YES] = model.lm_head.weight[NO]
-        model.final_logits_bias[YES] = model.final_logits_bias[NO]
-    with pytest.raises(TaskNotLearnedError, match=r"reaches a loss of 0\.693 on the task 'on_off'"):
+    model = unable_model()
+    with pytest.raises(TaskNotLearnedError, match=r"0\.693.*'on_off'"):
         find(model)
     # Asked for no more than guessing, it finds the circuit of guessing: hardly anything.
     circuit = find(model, config=PruningConfig(max_steps=5, target_loss=1.0, selection_prompts=100))
@@ -141,26 +137,27 @@ def test_a_task_without_signal_is_refused():
             yield ((" ".join(words[:3]), " yes"), (" ".join(words[3:]), " no"))
 
     task = BinaryTask.from_pairs("chance", word_tokenizer(), list(pairs(60)), list(pairs(20)))
-    with pytest.raises(TaskNotLearnedError, match=r"'chance', which is guessing, so no circuit"):
+    with pytest.raises(TaskNotLearnedError, match="'chance'"):
         find(task=task)
 
 
-def test_bad_settings():
-    for settings, message in [
-        ({"target_loss": 0.0}, "target_loss=0.0"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"selection_margin": 1.5}, "selection_margin=1.5"),
-        ({"num_seeds": 0}, "num_seeds=0"),
-        ({"memory_gb": 0.0}, "memory_gb=0.0"),
-        ({"screen_prompts": -1}, "screen_prompts=-1"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            PruningConfig(**settings)
-    with pytest.raises(TypeError, match=r"Linear has no node_sites"):
+@pytest.mark.parametrize(
+    "setting",
+    [{"target_loss": 0.0}, {"batch_size": 0}, {"selection_margin": 1.5}, {"num_seeds": 0},
+     {"memory_gb": 0.0}, {"screen_prompts": -1}],
+)  # fmt: skip
+def test_bad_settings(setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        PruningConfig(**setting)
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match="node_sites"):
         find_circuit(torch.nn.Linear(2, 2), None)
     model = planted_model()
     model.config.block_size = 5
-    with pytest.raises(ValueError, match=r"a prompt of 9 tokens, but the model reads at most 5"):
+    with pytest.raises(ValueError, match="max_length"):
         find(model)
-    with pytest.raises(ValueError, match=r"shape \(5,\)"):
+    with pytest.raises(ValueError, match="reference"):
         find_circuit(planted_model(), on_off_task(), QUICK, reference=torch.arange(5))
