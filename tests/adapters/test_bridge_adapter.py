@@ -37,9 +37,8 @@ def test_peft_attaches_a_saved_bridge(saved, tmp_path, recwarn):
     # And saved by PEFT it is a bridge again, of the same weights.
     model.save_pretrained(str(tmp_path / "again"))
     assert not any((tmp_path / "again").glob("model*.safetensors"))
-    again = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(dense), str(tmp_path / "again")
-    )
+    base = AutoModelForCausalLM.from_pretrained(dense)
+    again = PeftModel.from_pretrained(base, str(tmp_path / "again"))
     assert torch.equal(hybrids(again.bridged)[0], hybrids(bridged)[0])
 
 
@@ -62,5 +61,5 @@ def test_another_base_model_is_refused(saved):
         PeftModel.from_pretrained(llama(), str(folder))
     other = gpt2()
     other.lm_head.weight.data[0] += 1
-    with pytest.raises(ValueError, match="gpt2 model"):
+    with pytest.raises(ValueError, match="gpt2"):
         PeftModel.from_pretrained(other, str(folder))

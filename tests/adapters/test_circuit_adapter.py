@@ -18,7 +18,7 @@ from tests.circuits.planted import (
     planted_circuit,
     planted_model,
     reference_ids,
-)
+)  # fmt: skip
 
 IDS = reference_ids()[:4]
 
@@ -53,15 +53,11 @@ def test_it_is_the_circuits_edges_that_are_trained(model, config):
         assert torch.equal(peft_model(IDS).logits, whole)  # nothing is changed at first
         # By hand: add to the very weights that were planted.
         plain = planted_model().double()
-        t = plain.transformer
-        v_row = 2 * 8 + 5
-        for weight, row, column in [
-            (t.h[0].attn.c_attn.weight, v_row, 0),
-            (t.h[0].attn.c_proj.weight, 3, 5),
-            (t.h[1].mlp.c_fc.weight, 7, 3),
-            (t.h[1].mlp.c_proj.weight, 4, 7),
-        ]:
-            weight[row, column] += 0.5
+        first, second = plain.transformer.h[0].attn, plain.transformer.h[1].mlp
+        first.c_attn.weight[2 * 8 + 5, 0] += 0.5
+        first.c_proj.weight[3, 5] += 0.5
+        second.c_fc.weight[7, 3] += 0.5
+        second.c_proj.weight[4, 7] += 0.5
         for parameter in trainable:
             parameter.fill_(0.5)
         torch.testing.assert_close(peft_model(IDS).logits, plain(IDS).logits)
@@ -74,13 +70,12 @@ def test_it_is_the_circuits_edges_that_are_trained(model, config):
         torch.testing.assert_close(merged.state_dict()[name], tensor)
 
 
+@torch.no_grad()
 def test_merging_is_undone(model, config):
     peft_model = shaken(get_peft_model(model, config))
-    with torch.no_grad():
-        adapted = peft_model(IDS).logits
-        peft_model.merge_adapter()
-        torch.testing.assert_close(peft_model(IDS).logits, adapted)
-        peft_model.unmerge_adapter()
+    adapted = peft_model(IDS).logits
+    for step in (peft_model.merge_adapter, peft_model.unmerge_adapter):
+        step()
         torch.testing.assert_close(peft_model(IDS).logits, adapted)
 
 
@@ -142,17 +137,17 @@ def test_two_adapters(model, config, tmp_path):
 
 
 def test_what_does_not_fit_is_refused(model, config):
-    with pytest.raises(ValueError, match="'on_off' of the model"):
+    with pytest.raises(ValueError, match="'on_off'"):
         get_peft_model(planted_model(seed=1), config)
-    for edges, message in [
-        ({"transformer.h.9.mlp.c_fc": [[0, 0]]}, "'transformer.h.9.mlp.c_fc'"),
-        ({"transformer.h.0.ln_1": [[0, 0]]}, "RMSNorm"),
-        ({"lm_head": [[99, 0]]}, r"\[99, 0\] of lm_head"),
+    for name, position in [
+        ("transformer.h.9.mlp.c_fc", [0, 0]),
+        ("transformer.h.0.ln_1", [0, 0]),
+        ("lm_head", [99, 0]),
     ]:
-        with pytest.raises(ValueError, match=message):
-            get_peft_model(planted_model(), CircuitPeftConfig(edges=edges))
-    with pytest.raises(ValueError, match=r"edges\['lm_head'\]"):
+        with pytest.raises(ValueError, match=name):
+            get_peft_model(planted_model(), CircuitPeftConfig(edges={name: [position]}))
+    with pytest.raises(ValueError, match="lm_head"):
         CircuitPeftConfig(edges={"lm_head": [[1, 2], [1, 2]]})
     circuit = Circuit({}, planted_circuit(model).means, "on_off", model_fingerprint(model))
-    with pytest.raises(ValueError, match="has no such edge"):
+    with pytest.raises(ValueError, match="edge"):
         CircuitPeftConfig.from_circuit(circuit, model)

@@ -14,11 +14,11 @@ from benchmarks.findings.rcd_against_topk import noisy_weights
 from benchmarks.findings.rcd_race import Run, Training, bigram_loss, builders, race, seconds_to
 from benchmarks.findings.rcd_search import parse
 from benchmarks.findings.trained_models import NONZEROS, RECIPES
-from hf_circuit_sparsity.bridge.modeling_bridge import BridgedCausalLM
 from hf_circuit_sparsity.bridge.steering import steering_candidates
 from hf_circuit_sparsity.circuits.ablation import mean_activations
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
+from tests.bridge.test_steering import planted_bridge
 from tests.circuits.planted import (
     OFF,
     ON,
@@ -28,7 +28,7 @@ from tests.circuits.planted import (
     planted_model,
     reference_ids,
     word_tokenizer,
-)
+)  # fmt: skip
 from tests.conftest import random_model
 
 BLOCKS = torch.arange(64 * 16).reshape(64, 16) % 61
@@ -75,27 +75,18 @@ def test_the_pruning_frontier_is_drawn_from_what_is_stored(tmp_path):
     pytest.importorskip("matplotlib")
     experiment = Experiment("pruning_frontier", tmp_path, tmp_path, stored_only=True)
     sizes = {"nodes": 9, "edges": 8, "train_circuit_loss": 0.1, "circuit_loss": 0.12}
-    measured = {
-        "machine": "a machine",
-        "seconds": {"together": 0.1, "one by one": 0.2, "all": 99.0},
-        "ranked": [[5, 0.7], [10, 0.4]],
-        "circuits": [{"target": 0.15, **sizes}],
-    }
-    stored(
-        tmp_path / "measured" / pruning_frontier.MODEL / "pruning_frontier.json", lambda: measured
-    )
+    seconds = {"together": 0.1, "one by one": 0.2, "all": 99.0}
+    ranked, circuits = [[5, 0.7], [10, 0.4]], [{"target": 0.15, **sizes}]
+    measured = {"machine": "", "seconds": seconds, "ranked": ranked, "circuits": circuits}
+    path = tmp_path / "measured" / pruning_frontier.MODEL / "pruning_frontier.json"
+    stored(path, lambda: measured)
     assert "| 0.15 | 9 | 8 | 0.100 | 0.120 |" in pruning_frontier.run(experiment)
     assert (tmp_path / "pruning_frontier.png").is_file()
 
 
 def test_the_channel_that_works_is_chosen_and_not_the_one_that_should():
-    bridged = BridgedCausalLM.from_models(planted_model(), planted_model(), encoder_afrac=None)
-    with torch.no_grad():
-        for bridge in bridged.bridges:
-            for linear in (bridge.encoder, bridge.decoder):
-                linear.weight.copy_(torch.eye(len(linear.weight)))
-                linear.bias.zero_()
-    figures = bridges.bridge_figures(bridged.eval(), reference_ids()[:32])
+    bridged = planted_bridge()
+    figures = bridges.bridge_figures(bridged, reference_ids()[:32])
     assert figures["encode_nmse"] == pytest.approx([0.0] * 5, abs=1e-6)
     good, *_, bad = steering_candidates(bridged, on_off_task(), YES)
     order = [bad._replace(effect=99.0), good]

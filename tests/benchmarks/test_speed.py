@@ -69,9 +69,13 @@ def test_all_ways_to_train_take_the_same_step():
 
 def test_the_report_holds_every_section_and_the_picture(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    tiny = {"One": speed.projection, "Two": width}
-    monkeypatch.setattr(speed, "SECTIONS", tiny)
-    monkeypatch.setattr(width, "measure", _one_width)
+
+    def one_width(d_model, *_):
+        times = {name: Timing((d_model / 1e5, d_model / 9e4)) for name in width.STYLES}
+        return {"d_model": d_model, "entries": 24 * d_model**2, "nonzeros": 100, "times": times}
+
+    monkeypatch.setattr(speed, "SECTIONS", {"One": speed.projection, "Two": width})
+    monkeypatch.setattr(width, "measure", one_width)
     monkeypatch.setattr(sys, "argv", ["x", "--quick", "--results", str(tmp_path)])
     timing.main(speed.run, speed.__doc__, "speed")
     text = (tmp_path / "speed.md").read_text(encoding="utf-8")
@@ -85,11 +89,6 @@ def test_training_on_nonzeros_holds_less():
     assert nonzeros["weights"] < whole["weights"] == dense["weights"]
     for kind in ("state", "gradients"):
         assert 0 < nonzeros[kind] <= whole[kind] < dense[kind]
-
-
-def _one_width(d_model, *_):
-    times = {name: Timing((d_model / 1e5, d_model / 9e4)) for name in width.STYLES}
-    return {"d_model": d_model, "entries": 24 * d_model**2, "nonzeros": 100, "times": times}
 
 
 @pytest.mark.slow

@@ -38,13 +38,8 @@ def make_bridged(make_gpt2, make_llama):
 
 @pytest.fixture
 def make_bridge_trainer(make_trainer):
-    return partial(
-        make_trainer,
-        trainer_class=BridgeTrainer,
-        arguments_class=BridgeTrainingArguments,
-        max_steps=8,
-        target_density=1 / 4,
-    )
+    classes = {"trainer_class": BridgeTrainer, "arguments_class": BridgeTrainingArguments}
+    return partial(make_trainer, **classes, max_steps=8, target_density=1 / 4)
 
 
 def teach(dense, dataset):
@@ -117,12 +112,9 @@ def test_the_model_is_sparse_and_the_bridges_as_asked(
 def test_random_coordinate_descent(make_bridged, make_bridge_trainer):
     bridged = make_bridged()
     trainer = make_bridge_trainer(
-        bridged,
-        sparsifier="rcd",
-        max_steps=30,
-        learning_rate=1e-2,
+        bridged, sparsifier="rcd", max_steps=30, learning_rate=1e-2,
         rcd_config={"block_fraction": 0.25},
-    )
+    )  # fmt: skip
     first = trainer.evaluate()
     trainer.train()
     last = trainer.evaluate()
@@ -175,15 +167,11 @@ def test_accumulating_gradients_equals_the_larger_batch(make_bridged, make_bridg
     for batch, accumulate in ((16, 1), (4, 4)):
         # Otherwise the first batch would be measured, and that is another one.
         bridged = standardize_bridges_(make_bridged(), torch.tensor(dataset["input_ids"][:]))
+        # The NMSE is normalized by the variance within a batch, so not a mean over its parts.
         trainer = make_bridge_trainer(
-            bridged,
-            name=f"batch{batch}",
-            max_steps=4,
-            # Normalized by the variance within a batch, so not a mean over its parts.
-            nmse_weight=0.0,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulate,
-        )
+            bridged, name=f"batch{batch}", max_steps=4, nmse_weight=0.0,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+        )  # fmt: skip
         trainer.train()
         runs.append([entry["loss"] for entry in training_logs(trainer)])
     assert runs[0] == pytest.approx(runs[1], rel=1e-4)
@@ -194,15 +182,9 @@ def test_what_is_saved_loads_and_the_best_checkpoint_comes_back(
 ):
     bridged = make_bridged()
     trainer = make_bridge_trainer(
-        bridged,
-        target_density=1.0,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="lm",
-    )
+        bridged, target_density=1.0, eval_strategy="steps", eval_steps=2, save_strategy="steps",
+        save_steps=2, load_best_model_at_end=True, metric_for_best_model="lm",
+    )  # fmt: skip
     trainer.train()
     assert trainer.evaluate()["eval_lm"] == pytest.approx(trainer.state.best_metric)
     trainer.save_model(str(tmp_path / "saved"))
@@ -213,16 +195,18 @@ def test_what_is_saved_loads_and_the_best_checkpoint_comes_back(
 
 def test_bad_input_is_refused(make_bridged, make_bridge_trainer, make_gpt2, tmp_path):
     out = str(tmp_path / "out")
-    with pytest.raises(TypeError, match="model is a GPT2LMHeadModel"):
-        BridgeTrainer(make_gpt2(), BridgeTrainingArguments(out, use_cpu=True))
-    with pytest.raises(TypeError, match="args is a SparseTrainingArguments"):
-        BridgeTrainer(make_bridged(), SparseTrainingArguments(out, use_cpu=True))
-    for settings, message in [
-        ({"nmse_weight": -1.0}, "nmse_weight=-1.0"),
-        ({f"{term}_weight": 0.0 for term in LOSS_TERMS}, "all weights"),
-        ({"hybrid_locations": -1}, "hybrid_locations=-1"),
+    for model, arguments, argument in [
+        (make_gpt2(), BridgeTrainingArguments, "model"),
+        (make_bridged(), SparseTrainingArguments, "args"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(TypeError, match=argument):
+            BridgeTrainer(model, arguments(out, use_cpu=True))
+    for settings, argument in [
+        ({"nmse_weight": -1.0}, "nmse_weight"),
+        ({f"{term}_weight": 0.0 for term in LOSS_TERMS}, "weights"),
+        ({"hybrid_locations": -1}, "hybrid_locations"),
+    ]:
+        with pytest.raises(ValueError, match=argument):
             BridgeTrainingArguments(out, use_cpu=True, **settings)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty"):
@@ -269,7 +253,7 @@ def test_bridges_are_dense_so_their_learning_rate_is_too(make_bridged, make_brid
 def test_ridge_regression_is_the_best_linear_bridge(make_bridged, dataset):
     bridged = make_bridged()
     ids = torch.tensor(dataset["input_ids"][:])
-    with pytest.raises(ValueError, match="input_ids has 12 tokens"):
+    with pytest.raises(ValueError, match="input_ids"):
         ridge_bridges_(bridged, ids[:1])
     ridge_bridges_(bridged, ids, penalty=0.0, batch_size=24)
     dense, sparse = bridged.dense_stream, bridged.sparse_stream

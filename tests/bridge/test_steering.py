@@ -18,11 +18,10 @@ from tests.circuits.planted import (
     planted_circuit,
     planted_model,
     reference_ids,
-)
+)  # fmt: skip
 
 
-@pytest.fixture
-def bridged() -> BridgedCausalLM:
+def planted_bridge() -> BridgedCausalLM:
     """The planted model is dense and sparse model at once; every bridge is the identity."""
     bridged = BridgedCausalLM.from_models(planted_model(), planted_model(), encoder_afrac=None)
     with torch.no_grad():
@@ -31,6 +30,11 @@ def bridged() -> BridgedCausalLM:
                 linear.weight.copy_(torch.eye(len(linear.weight)))
                 linear.bias.zero_()
     return bridged.eval()
+
+
+@pytest.fixture
+def bridged() -> BridgedCausalLM:
+    return planted_bridge()
 
 
 def test_candidates_are_the_channels_that_carry_the_answer(bridged):

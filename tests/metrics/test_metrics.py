@@ -46,25 +46,35 @@ def test_task_loss_is_the_cross_entropy_of_the_two_candidates(metrics):
 def test_a_guess_costs_ln_2_and_a_tie_is_wrong(metrics):
     result = metrics["task_loss"].compute(predictions=[[1.0, 1.0]] * 3, references=[0, 1, 0])
     assert result == {"task_loss": pytest.approx(math.log(2)), "task_accuracy": 0.0}
-    certain = metrics["task_loss"].compute(
-        predictions=[[1e4, -1e4], [-1e4, 1e4]], references=[0, 0]
-    )
+    apart = [[1e4, -1e4], [-1e4, 1e4]]
+    certain = metrics["task_loss"].compute(predictions=apart, references=[0, 0])
     assert certain == {"task_loss": pytest.approx(1e4), "task_accuracy": 0.5}
 
 
+PAIRS = [[1.0, 2.0]]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "arguments", "argument"),
     [
-        ({"predictions": [[1.0]], "references": [0]}, "predictions"),
-        ({"predictions": [[1.0, 2.0, 3.0]], "references": [0]}, "counterfactual_references"),
-        ({"predictions": [[1.0, 2.0]], "references": [2]}, "references names column 2"),
-        ({"predictions": [[1.0, 2.0]], "references": [-1]}, "references names column -1"),
-        ({"predictions": [[1.0, float("nan")]], "references": [0]}, r"predictions\[0\]"),
+        ("task_loss", {"predictions": [[1.0]], "references": [0]}, "predictions"),
+        ("task_loss", {"predictions": [[1.0] * 3], "references": [0]}, "counterfactual_references"),
+        ("task_loss", {"predictions": PAIRS, "references": [2]}, "references"),
+        ("task_loss", {"predictions": PAIRS, "references": [-1]}, "references"),
+        ("task_loss", {"predictions": [[1.0, math.nan]], "references": [0]}, "predictions"),
+        ("circuit_faithfulness", {"predictions": PAIRS, "references": [[1.0] * 3]}, "references"),
+        (
+            "circuit_faithfulness",
+            {"predictions": PAIRS, "references": PAIRS, "baseline": PAIRS * 2},
+            "baseline",
+        ),
+        ("circuit_size", {"nodes": [-1], "edges": [1]}, "counts"),
+        ("circuit_size", {"nodes": [5], "edges": [1], "model_nodes": [4]}, "counts"),
     ],
 )
-def test_task_loss_refuses_what_it_cannot_score(metrics, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        metrics["task_loss"].compute(**arguments)
+def test_what_cannot_be_scored_is_refused(metrics, name, arguments, argument):
+    with pytest.raises(ValueError, match=argument):
+        metrics[name].compute(**arguments)
 
 
 def test_faithfulness(metrics):
@@ -84,12 +94,6 @@ def test_faithfulness(metrics):
 
     itself = metrics["circuit_faithfulness"].compute(predictions=model, references=model)
     assert itself == {"agreement": 1.0, "kl": 0.0}
-    for arguments, message in [
-        ({"predictions": model, "references": logits(columns=3)}, r"references .* \(40, 3\)"),
-        ({"predictions": model, "references": model, "baseline": model[:3]}, "have 3 rows"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            metrics["circuit_faithfulness"].compute(**arguments)
 
 
 def test_size(metrics):
@@ -100,14 +104,8 @@ def test_size(metrics):
         {"nodes": 6.0, "edges": 4.0, "node_share": np.sqrt(0.05), "edge_share": 0.25}
     )
     assert size.compute(nodes=[3, 3], edges=[0, 5])["edges"] == 0.0
-    for arguments in (
-        {"nodes": [-1], "edges": [1]},
-        {"nodes": [5], "edges": [1], "model_nodes": [4]},
-    ):
-        with pytest.raises(ValueError, match="The counts are"):
-            size.compute(**arguments)
 
 
 def test_there_is_no_other_metric():
-    with pytest.raises(ValueError, match="no metric 'loss'"):
+    with pytest.raises(ValueError, match="loss"):
         metric_path("loss")

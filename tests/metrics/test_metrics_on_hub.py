@@ -38,17 +38,11 @@ print(evaluate.load("ada/task_loss").compute(**{INPUTS["task_loss"]!r}))
 assert not any(name.startswith("hf_circuit_sparsity") for name in sys.modules)
 """
     environment = {**os.environ, "PYTHONPATH": "", "PYTHONNOUSERSITE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "'task_loss': 0.2" in done.stdout and "'task_accuracy': 1.0" in done.stdout
+    command = [sys.executable, "-c", script]
+    printed = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True)
+    assert "'task_loss': 0.2" in printed and "'task_accuracy': 1.0" in printed
 
 
 def test_a_name_that_evaluate_would_not_find_is_refused(hub_server):
-    with pytest.raises(ValueError, match="call it ada/task_loss"):
+    with pytest.raises(ValueError, match="repo_id"):
         push_metric("task_loss", "ada/loss")

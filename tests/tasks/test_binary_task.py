@@ -68,27 +68,26 @@ def test_candidates_must_be_different_single_tokens(openai, pair):
 
 
 def test_bad_pairs(openai):
-    for train, test, message in (
+    for train, test, argument in (
         (PAIRS, [], "test split"),
-        ([(("", "'"), ("x", '"'))], PAIRS, "prompt is empty"),
-        (PAIRS, PAIRS, "max_length is 5"),
+        ([(("", "'"), ("x", '"'))], PAIRS, "prompt"),
+        (PAIRS, PAIRS, "max_length"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=argument):
             BinaryTask.from_pairs("mine", openai, train, test, max_length=5)
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("name", "options", "argument"),
     [
-        ("bracket_countin", {}, "did you mean 'bracket_counting'"),
-        ("zzz", {}, "choose from bracket_brace, bracket_counting, "),
-        *(("bracket_counting", {"n_train": n}, f"n_train is {n}") for n in (0, -2, 3)),
-        *(("bracket_counting", {"n_test": n}, f"n_test is {n}") for n in (0, -2, 3)),
-        ("bracket_counting", {"max_length": 8}, "max_length is 8"),
+        ("bracket_countin", {}, "'bracket_counting'"),
+        ("zzz", {}, "bracket_brace, bracket_counting"),
+        *(("bracket_counting", {k: n}, k) for k in ("n_train", "n_test") for n in (0, -2, 3)),
+        ("bracket_counting", {"max_length": 8}, "max_length"),
     ],
 )
-def test_what_load_task_refuses(openai, name, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_load_task_refuses(openai, name, options, argument):
+    with pytest.raises(ValueError, match=argument):
         load_task(name, openai, **options)
 
 
@@ -99,7 +98,7 @@ def test_more_rows_than_a_task_has(openai, monkeypatch):
 
     monkeypatch.setitem(DEFINITIONS, "small", TaskDefinition("small", "Two pairs.", two_pairs))
     assert load_task("small", openai, n_train=4, n_test=4).train.num_rows == 4
-    with pytest.raises(ValueError, match=r"has only 4 different train rows .* 6 were asked for"):
+    with pytest.raises(ValueError, match=r"'small' .* 4 .* 6 "):
         load_task("small", openai, n_train=6)
 
 
@@ -122,11 +121,8 @@ def test_unequal_lengths_where_the_tokenizer_leaves_no_choice(bytes_only):
     # Without merges `while` is five tokens and `return` six.
     task = load_task("while_return_true", bytes_only, n_train=20, n_test=20)
     assert not task.equal_length
-    lengths = [
-        [len(ids) for ids in task.train[column]]
-        for column in ("input_ids", "counterfactual_input_ids")
-    ]
-    assert {a - b for a, b in zip(*lengths, strict=True)} == {1, -1}
+    both = zip(task.train["input_ids"], task.train["counterfactual_input_ids"], strict=True)
+    assert {len(one) - len(other) for one, other in both} == {1, -1}
     assert load_task("single_double_quote", bytes_only, n_train=20, n_test=20).equal_length
 
 
@@ -145,9 +141,8 @@ def test_pairs_of_unequal_length_can_be_left_out(openai):
         (Example("x = 'a", "' "), Example(f'x = "{text}', '" ')) for text in ("a", "a b c")
     )
     assert len(encode_pairs(openai, [equal, unequal])) == 2
-    assert encode_pairs(openai, [unequal, equal, unequal], equal_only=True) == encode_pairs(
-        openai, [equal]
-    )
+    encoded = encode_pairs(openai, [unequal, equal, unequal], equal_only=True)
+    assert encoded == encode_pairs(openai, [equal])
     assert encode_pairs(openai, [unequal], equal_only=True) == []
 
 

@@ -1,13 +1,8 @@
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import default_data_collator as collate
 
 from hf_circuit_sparsity.tasks.packing import pack_dataset
 
@@ -64,7 +59,7 @@ def test_splits_and_columns(openai):
 
 def test_trainer_takes_the_blocks_as_they_are(openai, tmp_path):
     blocks = pack_dataset(Dataset.from_dict({"text": TEXTS * 20}), openai, 16)
-    batch = default_data_collator([blocks[0], blocks[1]])
+    batch = collate([blocks[0], blocks[1]])
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 16)
     assert batch["labels"].dtype == torch.int64
     config = GPT2Config(vocab_size=len(openai), n_positions=16, n_embd=32, n_layer=1, n_head=2)
@@ -81,14 +76,14 @@ def test_trainer_takes_the_blocks_as_they_are(openai, tmp_path):
 
 def test_errors(openai):
     dataset = Dataset.from_dict({"text": TEXTS})
-    with pytest.raises(ValueError, match="block_size is 1"):
-        pack_dataset(dataset, openai, 1)
-    with pytest.raises(ValueError, match="fewer than one block of 1000"):
-        pack_dataset(dataset, openai, 1000)
-    with pytest.raises(ValueError, match="'nothing'; pass text_column"):
-        pack_dataset(dataset, openai, 4, text_column="nothing")
-    with pytest.raises(ValueError, match="The validation split has 0 tokens"):
-        pack_dataset(DatasetDict({"train": dataset, "validation": dataset.select([])}), openai, 4)
+    one_is_empty = DatasetDict({"train": dataset, "validation": dataset.select([])})
     without_end = type(openai)(tokenizer_object=openai.backend_tokenizer)
-    with pytest.raises(ValueError, match="no eos_token"):
-        pack_dataset(dataset, without_end, 4)
+    for arguments, options, argument in (
+        ((dataset, openai, 1), {}, "block_size"),
+        ((dataset, openai, 1000), {}, "block_size"),
+        ((dataset, openai, 4), {"text_column": "nothing"}, "text_column"),
+        ((one_is_empty, openai, 4), {}, "validation"),
+        ((dataset, without_end, 4), {}, "eos_token"),
+    ):
+        with pytest.raises(ValueError, match=argument):
+            pack_dataset(*arguments, **options)
