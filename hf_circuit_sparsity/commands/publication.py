@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -230,7 +231,11 @@ def _lay_out_viewer(
             config=REPORT,
         )
     if len(pages) > 1:
-        page = _INDEX.render(title=f"Circuits of {names.model}", circuits=circuits, pages=pages)
+        template = files("hf_circuit_sparsity.circuits.viewer") / "assets" / "circuits.html"
+        environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        page = environment.from_string(template.read_text(encoding="utf-8")).render(
+            title=f"Circuits of {names.model}", circuits=circuits, pages=pages
+        )
         (folder / "index.html").write_text(page, encoding="utf-8")
     data = SpaceCardData(
         title=names.viewer.split("/")[1],
@@ -245,43 +250,3 @@ def _lay_out_viewer(
     )
     text = f"# Circuits of {names.model}\n\nWhat each does, on a page that needs no server.\n"
     SpaceCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
-
-
-# The index of several circuits' pages.
-_INDEX = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
-{% macro number(value, form) -%}
-<td>{{ "–" if value is none or value is undefined else form.format(value) }}</td>
-{%- endmacro %}
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-:root { color-scheme: light dark; }
-body { margin: 0 auto; max-width: 56rem; padding: 2rem 1.5rem;
-       font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-table { border-collapse: collapse; width: 100%; }
-th, td { padding: .5rem .75rem; text-align: right; border-bottom: 1px solid #8884; }
-th:first-child, td:first-child { text-align: left; }
-p { opacity: .75; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-<table>
-<tr><th>circuit</th><th>nodes</th><th>edges</th>
-<th>whole model</th><th>circuit alone</th><th>model without</th></tr>
-{% for name, circuit in circuits.items() %}
-<tr><td><a href="{{ pages[name] | urlencode }}">{{ name }}</a></td><td>{{ circuit | length }}</td>
-{{ number(circuit.metrics.edges, "{:,.0f}") }}
-{{ number(circuit.metrics.model_loss, "{:.3f}") }}
-{{ number(circuit.metrics.circuit_loss, "{:.3f}") }}
-{{ number(circuit.metrics.ablated_loss, "{:.3f}") }}</tr>
-{% endfor %}
-</table>
-<p>The last three columns are task losses in nats; guessing is 0.693.</p>
-</body>
-</html>
-""")

@@ -132,11 +132,7 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
     model = CircuitGPTForCausalLM.from_pretrained(model_folder).eval()
     circuit = _prune(model, model_folder, settings, folder / "circuit", blocks["train"])
     say("4/4  Done")
-    summary = {
-        **trained,
-        **circuit.metrics,
-        "total_seconds": time.perf_counter() - started,
-    }
+    summary = {**trained, **circuit.metrics, "total_seconds": time.perf_counter() - started}
     write_json(folder / "summary.json", summary)
     _print_summary(folder, trained, circuit, summary)
     return summary
@@ -154,14 +150,14 @@ def _prune(
     With another seed, library or number of minutes the model may not reach the paper's target.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    for target in TARGETS[:-1]:
+    for target in TARGETS:
         config = PruningConfig(seed=settings.seed, target_loss=target)
         try:
             return prune_model(model, tokenizer, settings.task, folder, config, reference)
         except TaskNotLearnedError:
+            if target == TARGETS[-1]:
+                raise
             say(f"     the model itself does not reach a loss of {target:g}; trying a higher one")
-    config = PruningConfig(seed=settings.seed, target_loss=TARGETS[-1])
-    return prune_model(model, tokenizer, settings.task, folder, config, reference)
 
 
 def _stored_settings(folder: Path, settings: QuickstartSettings) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 
 from ..modeling.sparse_layers import SparseWeight
@@ -44,37 +43,27 @@ class InterruptCallback(TrainerCallback):
         self._previous: Any = None
         self._saved = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.interrupted = self._saved = False
         # Python takes signal handlers from the main thread only; elsewhere Ctrl-C stays as it is.
         if not self._installed and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._on_signal)
             self._installed = True
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         # An evaluation that is due at this very step still takes place: it draws random numbers, so
         # without it the resumed run would not be the one that never stopped.
         self._stop(control)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self._stop(control)
         if self.interrupted:
             control.should_evaluate = False  # the epoch did not end, it was cut short
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._saved = self.interrupted
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.restore()
 
     def restore(self) -> None:
@@ -95,11 +84,8 @@ class InterruptCallback(TrainerCallback):
             self.restore()
             raise KeyboardInterrupt
         self.interrupted = True
-        print(
-            "\nStopping after this step and saving a checkpoint; Ctrl-C again to stop at once.",
-            file=sys.stderr,
-            flush=True,
-        )
+        message = "Stopping after this step and saving a checkpoint; Ctrl-C again to stop at once."
+        print(f"\n{message}", file=sys.stderr, flush=True)
 
 
 class ProgressTableCallback(TrainerCallback):
@@ -126,9 +112,7 @@ class ProgressTableCallback(TrainerCallback):
             trainer.remove_callback(other)
         trainer.add_callback(cls(*args, **kwargs))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -141,16 +125,14 @@ class ProgressTableCallback(TrainerCallback):
         )
         self._last_log = (state.global_step, time.perf_counter())
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._bar.update(state.global_step - self._bar.n)
 
     def on_log(
         self,
-        args: TrainingArguments,
+        args: Any,
         state: TrainerState,
-        control: TrainerControl,
+        control: Any,
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -174,9 +156,7 @@ class ProgressTableCallback(TrainerCallback):
         self._bar.write("  ".join(f"{value:>10}" for value in cells.values()))
         self._last_log = (state.global_step, time.perf_counter())
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.close()
 
 

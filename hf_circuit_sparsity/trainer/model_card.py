@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 from torch import nn
+from transformers import TrainerState
 
 from ..hub_cards.card import TASKS_NAME, circuit_results, model_metadata, render, results_of
 from ..modeling.sparse_layers import SparseWeight
@@ -26,6 +27,22 @@ def weight_counts(model: nn.Module) -> tuple[int, int]:
             total += sparse.get(id(parameter), parameter.numel())
             nonzeros += int(torch.count_nonzero(parameter.detach()))
     return total, nonzeros
+
+
+def numbers_of_run(state: TrainerState) -> dict[str, float]:
+    """What a `Trainer` has measured so far, by the names that cards use."""
+    names = {
+        "eval_loss": "loss",
+        "eval_perplexity": "perplexity",
+        "nonzero_fraction": "density",
+        "train_runtime": "train_seconds",
+    }
+    found: dict[str, float] = {"steps": state.global_step}
+    for log in state.log_history:  # the last one counts
+        found.update({names[key]: value for key, value in log.items() if key in names})
+    if state.num_input_tokens_seen:
+        found["tokens"] = state.num_input_tokens_seen
+    return found
 
 
 def model_card(

@@ -73,15 +73,12 @@ class SparseTrainingArguments(TrainingArguments):
     # --- How the weights become sparse ---
     sparsifier: Sparsifier = HfArg(
         default="topk",
-        help="What makes the weights sparse: 'topk' keeps the largest weights after every "
-        "AdamW step, 'rcd' starts sparse and stays so by random coordinate descent (see "
-        "rcd_config; anneal_start does not apply), 'none' trains a dense model by the same "
-        "recipe, for comparison.",
+        help="'topk' keeps the largest weights after every AdamW step, 'rcd' starts sparse and "
+        "stays so by random coordinate descent (see rcd_config; anneal_start does not apply), "
+        "'none' trains a dense model by the same recipe, for comparison.",
     )
     target_density: float = HfArg(
-        default=1 / 64,
-        help="Share of each sparse matrix that is nonzero at the end, in (0, 1]; the "
-        "default is 1/64.",
+        default=1 / 64, help="Share of each sparse matrix that is nonzero at the end, in (0, 1]."
     )
     anneal_start: float = HfArg(
         default=0.01, help="Where the density leaves 1, as a fraction of the training steps."
@@ -90,9 +87,7 @@ class SparseTrainingArguments(TrainingArguments):
         default=0.5, help="Where the density reaches its target, as a fraction of the steps."
     )
     min_nonzeros: int = HfArg(
-        default=4,
-        help="Nonzeros that each neuron or attention channel keeps in any case; 0 for no "
-        "such minimum.",
+        default=4, help="Nonzeros that each neuron or attention channel keeps in any case."
     )
 
     # The annotation begins with types that HfArgumentParser can read from a command line.

@@ -30,7 +30,7 @@ from ..optim.sparse_compute import MAX_DENSITY, on_nonzeros
 from ..optim.sparse_init import sparsify_initialization_
 from ..optim.topk_adamw import TopKAdamW
 from .callbacks import SparsityMonitor
-from .model_card import model_card
+from .model_card import model_card, numbers_of_run
 from .sparse_config import SparseTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,8 @@ class SparseTrainer(Trainer):
                 "with the same values, or use transformers.Trainer."
             )
         if isinstance(model, nn.Module):
-            _param_groups(model, args)  # says what is wrong before a folder is made for the run
+            # Says what is wrong before a folder is made for the run.
+            sparse_param_groups(model, **_group_settings(args))
         # Set before Trainer's own __init__, which may already log or build the optimizer.
         self._built: TopKAdamW | RCDSparseOptimizer | None = None
         self._partial: PartialGradients | None = None
@@ -137,8 +138,7 @@ class SparseTrainer(Trainer):
         """Train as `Trainer` does, computing on the nonzeros once that is faster."""
         try:
             with ExitStack() as self._training:
-                if self._may_use_nonzeros():
-                    self._training.enter_context(on_nonzeros(self.model))
+                self._use_nonzeros(self.model)
                 return super().train(*args, **kwargs)
         finally:
             self._training = None
@@ -149,14 +149,15 @@ class SparseTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model, which `train` makes if there is a `model_init`; see `Trainer`."""
         model = super().call_model_init(trial)
-        if self._training is not None and self._may_use_nonzeros():
-            self._training.enter_context(on_nonzeros(model))
+        if self._training is not None:
+            self._use_nonzeros(model)
         return model
 
-    def _may_use_nonzeros(self) -> bool:
+    def _use_nonzeros(self, model: nn.Module | None) -> None:
         # Partial gradients bring their own way of doing so.
         wanted = self.args.compute_on_nonzeros and self.args.sparsifier != "rcd"
-        return wanted and isinstance(self.model, nn.Module)
+        if wanted and isinstance(model, nn.Module):
+            self._training.enter_context(on_nonzeros(model))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer copies what it knows of a checkpoint to where it pushes from; the model's code,
@@ -243,7 +244,8 @@ class SparseTrainer(Trainer):
         )
 
     def _param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        return _param_groups(model, self.args)
+        args = self.args
+        return sparse_param_groups(model, weight_decay=args.weight_decay, **_group_settings(args))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # What is held as nonzeros is also written as such: it would not fit into memory otherwise.
@@ -283,8 +285,7 @@ class SparseTrainer(Trainer):
                 target.copy_(weight.to_dense() if stored_sparse else weight)
 
     def _holds_nonzeros(self) -> bool:
-        is_ours = isinstance(self.model, SparsePreTrainedModel)
-        return is_ours and bool(sparse_layers(self.model))
+        return isinstance(self.model, SparsePreTrainedModel) and bool(sparse_layers(self.model))
 
     def _training_steps(self) -> int:
         # Trainer has counted them by the time it builds the optimizer for train().
@@ -346,26 +347,11 @@ class SparseTrainer(Trainer):
             return None
         return model_card(
             model,
-            summary=self._numbers_of_the_run(),
+            summary=numbers_of_run(self.state),
             tokenizer=self.processing_class is not None,
             mark=True,
             **fields,
         )
-
-    def _numbers_of_the_run(self) -> dict[str, float]:
-        """What has been measured so far, by the names that cards use."""
-        names = {
-            "eval_loss": "loss",
-            "eval_perplexity": "perplexity",
-            "nonzero_fraction": "density",
-            "train_runtime": "train_seconds",
-        }
-        found: dict[str, float] = {"steps": self.state.global_step}
-        for log in self.state.log_history:  # the last one counts
-            found.update({names[key]: value for key, value in log.items() if key in names})
-        if self.state.num_input_tokens_seen:
-            found["tokens"] = self.state.num_input_tokens_seen
-        return found
 
     def evaluation_loop(
         self,
@@ -417,10 +403,6 @@ def _leave_to_process_group(model: nn.Module, sparse: set[str]) -> None:
         dist.broadcast(layer.columns, 0)
         dist.broadcast(layer.row_starts, 0)
         layer._pattern = None
-
-
-def _param_groups(model: nn.Module, args: SparseTrainingArguments) -> list[dict[str, Any]]:
-    return sparse_param_groups(model, weight_decay=args.weight_decay, **_group_settings(args))
 
 
 def _group_settings(args: SparseTrainingArguments) -> dict[str, Any]:
