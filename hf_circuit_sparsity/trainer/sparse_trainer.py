@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from huggingface_hub import ModelCard
 from torch import nn
 from torch.optim import Optimizer
@@ -23,7 +22,7 @@ from ..modeling.csr import CSR
 from ..modeling.sparse_checkpoint import SparsePreTrainedModel, named_weights, read_weights
 from ..modeling.sparse_layers import sparse_layers
 from ..optim.param_groups import sparse_param_groups
-from ..optim.rcd.distributed import RCDProcessGroup
+from ..optim.rcd.distributed import RCDProcessGroup, leave_to_process_group
 from ..optim.rcd.optimizer import RCDSparseOptimizer
 from ..optim.rcd.partial_gradients import PartialGradients
 from ..optim.sparse_compute import MAX_DENSITY, on_nonzeros
@@ -56,8 +55,7 @@ class SparseTrainer(Trainer):
     - `nonzeros`, `nonzero_fraction` and `mask_churn`: see [`SparsityMonitor`],
     - `grad_rms`: root-mean-square of the gradients before normalization,
     - `effective_lr`: the learning rate with the sharkfin factor,
-    - `block_number`: blocks drawn so far, with "rcd",
-    - `skipped_steps`, once there are some.
+    - `block_number`, with "rcd": blocks drawn so far; `skipped_steps`, once there are some.
 
     Evaluation adds `eval_perplexity`. The best model is looked for only at the target density,
     since the densest would be the best before.
@@ -232,9 +230,8 @@ class SparseTrainer(Trainer):
         process_group = None
         if args.world_size > 1:
             process_group = RCDProcessGroup()
-            _leave_to_process_group(
-                model, {name for g in groups if g["sparse"] for name, _ in g["params"]}
-            )
+            sparse = {name for g in groups if g["sparse"] for name, _ in g["params"]}
+            leave_to_process_group(model, sparse)
         return RCDSparseOptimizer(
             groups,
             config=args.rcd_config,
@@ -327,12 +324,11 @@ class SparseTrainer(Trainer):
         existing = readme.read_text(encoding="utf-8") if readme.is_file() else MARK
         if MARK not in existing and "generated_from_trainer" not in existing:
             return  # a person's own
-        fields = {"license": license} if license else {}
         card = self._card(
             repo_id=self.hub_model_id or model_name or Path(self.args.output_dir).name,
             base_model=finetuned_from,
             tags=[tags] if isinstance(tags, str) else tags or [],
-            **fields,
+            **({"license": license} if license else {}),
         )
         if card is None:
             names = (language, license, tags, model_name, finetuned_from)
@@ -391,18 +387,6 @@ class SparseTrainer(Trainer):
                     f"The checkpoint was trained with {name}={stored}, this run asks for {value}: "
                     "the checkpoint's density schedule is continued."
                 )
-
-
-@torch.no_grad()
-def _leave_to_process_group(model: nn.Module, sparse: set[str]) -> None:
-    """Keep DDP from summing full gradients of sparse parameters, and make all ranks begin alike."""
-    model._ddp_params_and_buffers_to_ignore = sorted(sparse)
-    for name in sorted(sparse):
-        dist.broadcast(model.get_parameter(name).data, 0)
-    for _, layer in sorted(sparse_layers(model).items()):
-        dist.broadcast(layer.columns, 0)
-        dist.broadcast(layer.row_starts, 0)
-        layer._pattern = None
 
 
 def _group_settings(args: SparseTrainingArguments) -> dict[str, Any]:

@@ -3,8 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from hf_circuit_sparsity import CircuitGPTConfig, CircuitGPTForCausalLM, train_tokenizer
+from hf_circuit_sparsity import (
+    Circuit,
+    CircuitGPTConfig,
+    CircuitGPTForCausalLM,
+    train_tokenizer,
+)
+from hf_circuit_sparsity.circuits.ablation import mean_activations
+from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from hf_circuit_sparsity.tasks.corpus import build_corpus
 
 
@@ -37,3 +45,19 @@ def saved(tmp_path_factory):
     CircuitGPTForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def saved_circuit(saved, tmp_path) -> Path:
+    """A circuit that knows no more than the task's name, in a folder beside that of its model."""
+    (tmp_path / "model").symlink_to(saved)
+    model = CircuitGPTForCausalLM.from_pretrained(saved)
+    blocks = torch.randint(0, model.config.vocab_size, (8, 32), generator=torch.manual_seed(0))
+    Circuit(
+        nodes={"h.0.attn.v": [1, 2], "h.0.attn.resid_delta": [3], "h.0.mlp.post_act": [0]},
+        means=mean_activations(model, blocks),
+        task="while_return_true",
+        model_fingerprint=model_fingerprint(model),
+        model_name="runs/that/moved",
+    ).save_pretrained(tmp_path / "circuit")
+    return tmp_path / "circuit"

@@ -45,22 +45,15 @@ def test_train_writes_a_model_that_loads(corpus, tmp_path, capsys):
 def test_prune_says_when_the_task_is_not_learned(corpus, tmp_path, capsys):
     folder = tmp_path / "run"
     assert train(corpus, folder, "--max-steps", "2") == 0
-    prune = [
-        "prune",
-        "--model",
-        str(folder),
-        "--task",
-        "single_double_quote",
-        "--corpus",
-        str(corpus),
-    ]
+    prune = ["prune", "--model", str(folder), "--corpus", str(corpus)]
+    prune += ["--task", "single_double_quote"]
     assert main(prune) == 2
-    assert "no circuit of it can reach target_loss=0.15" in capsys.readouterr().err
+    assert "target_loss=0.15" in capsys.readouterr().err
 
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     assert main(prune) == 2
-    assert "damaged" in capsys.readouterr().err
+    assert str(folder) in capsys.readouterr().err
     assert not (folder / "circuits").exists()
 
 
@@ -88,15 +81,7 @@ def test_quickstart_from_corpus_to_picture_and_again(corpus, tmp_path, monkeypat
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     # 30 steps teach no task, so the first of the targets is out of reach.
-    for expected in (
-        "1/4",
-        "does not reach a loss of 0.001",
-        "4/4",
-        "perplexity",
-        "loss, circuit alone",
-        "nodes,",
-        "picture",
-    ):
+    for expected in ("1/4", "loss of 0.001", "4/4", "perplexity", "nodes,", "picture"):
         assert expected in printed
     model = CircuitGPTForCausalLM.from_pretrained(tmp_path / "q" / "model")
     circuit = Circuit.from_pretrained(tmp_path / "q" / "circuit")
@@ -109,40 +94,41 @@ def test_quickstart_from_corpus_to_picture_and_again(corpus, tmp_path, monkeypat
     assert "done before" in capsys.readouterr().out
     assert json.loads((tmp_path / "q" / "quickstart.json").read_text())["steps"] == 30
     assert main([*arguments, "--seed", "1"]) == 2
-    assert "seed=0, but 1 was asked for" in capsys.readouterr().err
+    assert "seed=0" in capsys.readouterr().err
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
     (tmp_path / "letter.txt").write_text("dear")
     assert main(["quickstart", "--output-dir", str(tmp_path)]) == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert str(tmp_path) in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        (["quickstart", "--minutes", "0"], "minutes=0"),
-        (["quickstart", "--corpus", "nowhere"], "nowhere"),
-        (["quickstart", "--task", "no_task"], "no_task"),
-        (
-            ["prune", "--model", "nowhere", "--task", "single_double_quote"],
-            "'nowhere' is neither a folder",
-        ),
+        ("quickstart --minutes 0", "minutes=0"),
+        ("quickstart --corpus nowhere", "nowhere"),
+        ("quickstart --task no_task", "no_task"),
+        ("train --target-density 1.5 --max-steps 1", "target_density=1.5"),
+        ("prune --model nowhere --task single_double_quote", "nowhere"),
+        ("evaluate --model nowhere", "nowhere"),
+        ("evaluate --model nowhere --task no_task", "no_task"),
+        ("evaluate --model {saved} --prompts 7", "n_train is 7"),
+        ("view nowhere", "nowhere"),
+        ("view {circuit} --model nowhere", "nowhere"),
+        ("view {circuit} --model {saved} --corpus nowhere", "nowhere"),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, message, tmp_path, capsys):
+def test_bad_input_is_named_and_leaves_nothing(
+    arguments, named, saved, saved_circuit, tmp_path, capsys
+):
     output = tmp_path / "out"
+    arguments = arguments.format(saved=saved, circuit=saved_circuit).split()
     assert main([*arguments, "--output-dir", str(output)]) == 2
     error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+    assert named in error and "Traceback" not in error
     assert not output.exists() or not any(output.iterdir())
-
-
-def test_train_refuses_a_bad_density(corpus, tmp_path, capsys):
-    assert train(corpus, tmp_path / "run", "--target-density", "1.5", "--max-steps", "1") == 2
-    assert "target_density=1.5" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
 
 
 def weights_of(folder):

@@ -1,33 +1,16 @@
 """`SparseTrainer` with sparsifier="rcd"."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import HfArgumentParser, TrainerCallback
 
-from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
-from hf_circuit_sparsity.optim.projection import nonzero_budget
 from hf_circuit_sparsity.optim.rcd.config import RCDConfig
 from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
 from hf_circuit_sparsity.trainer.sparse_config import SparseTrainingArguments
 from tests.conftest import random_model
-
-
-def budgets(model):
-    """Name → most nonzeros a sparse parameter may have at the target of `make_trainer`."""
-    found = {}
-    for group in sparse_param_groups(model):
-        for name, p in group["params"]:
-            if group["sparse"]:
-                rows = p.shape[group["row_dim"]] * group["min_nonzeros"]
-                found[name] = max(nonzero_budget(p.numel(), 1 / 8), rows)
-    return found
-
-
-def training_logs(trainer):
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+from tests.trainer.runs import expected_nonzeros, training_logs
 
 
 class Watcher(TrainerCallback):
@@ -41,7 +24,7 @@ class Watcher(TrainerCallback):
             assert p.grad is None or p.ndim < 2 or p is getattr(model, "bigram_table", None)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        for name, budget in budgets(model).items():
+        for name, budget in expected_nonzeros(model, 1 / 8).items():
             assert int(torch.count_nonzero(model.get_parameter(name))) <= budget
         self.steps += 1
 
@@ -75,57 +58,6 @@ def test_trains_within_the_budget_and_without_full_gradients(
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-@pytest.mark.parametrize("stop_at", [3, 8])
-def test_resuming_gives_bit_for_bit_the_run_that_never_stopped(stop_at, make_gpt2, make_trainer):
-    settings = {
-        "sparsifier": "rcd",
-        "rcd_config": {"selection": "magnitude", "block_steps": 2, "block_fraction": 0.25},
-    }
-    whole = make_trainer(make_gpt2(dropout=0.1), name="whole", **settings)
-    whole.train()
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_save = control.should_training_stop = state.global_step == stop_at
-
-    first = make_trainer(make_gpt2(dropout=0.1), callbacks=[Stop()], name="halves", **settings)
-    first.train()
-    checkpoint = Path(first.args.output_dir) / f"checkpoint-{stop_at}"
-    second = make_trainer(make_gpt2(dropout=0.1, seed=9), name="halves", **settings)
-    second.train(resume_from_checkpoint=str(checkpoint))
-    assert second.state.global_step == 12
-    for (name, p), q in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
-        assert torch.equal(p, q), name
-    states = [trainer.optimizer.state_dict() for trainer in (whole, second)]
-    assert states[0]["param_groups"] == states[1]["param_groups"]
-    for key, state in states[0]["state"].items():
-        for name, value in state.items():
-            other = states[1]["state"][key][name]
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other)), (key, name)
-    losses = [[entry["loss"] for entry in training_logs(trainer)] for trainer in (whole, second)]
-    assert losses[0][stop_at:] == losses[1][-(12 - stop_at) :]
-
-
-def test_accumulating_gradients_equals_the_larger_batch(make_gpt2, make_trainer):
-    runs = []
-    for batch, accumulate in ((16, 1), (4, 4)):
-        trainer = make_trainer(
-            make_gpt2(),
-            name=f"batch{batch}",
-            max_steps=6,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulate,
-            sparsifier="rcd",
-            rcd_config={"block_fraction": 0.25},
-        )
-        trainer.train()
-        assert trainer.optimizer.param_groups[0]["steps_taken"] == 6
-        runs.append(trainer)
-    for p, q in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
-        assert torch.equal(p != 0, q != 0)
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
-
-
 def test_mixed_precision(make_llama, make_trainer):
     trainer = make_trainer(
         make_llama(), sparsifier="rcd", bf16=True, rcd_config={"block_fraction": 0.25}
@@ -140,15 +72,9 @@ def test_settings_reach_the_optimizer_and_the_start(make_gpt2, make_trainer):
     model = make_gpt2()
     largest = model.transformer.wte.weight.detach().abs().flatten().topk(50)
     settings = {
-        "selection": "gradient",
-        "block": "columns",
-        "block_fraction": 0.5,
-        "block_steps": 4,
-        "update": "plain",
-        "clip_threshold": 1e-3,
-        "l1": 1e-4,
-        "greedy_fraction": 0.2,
-    }
+        "selection": "gradient", "block": "columns", "block_fraction": 0.5, "block_steps": 4,
+        "update": "plain", "clip_threshold": 1e-3, "l1": 1e-4, "greedy_fraction": 0.2,
+    }  # fmt: skip
     config = RCDConfig(**settings, init="magnitude")
     trainer = make_trainer(model, sparsifier="rcd", rcd_config=config)
     group = trainer.create_optimizer().param_groups[0]
@@ -213,8 +139,3 @@ def test_bad_values_are_named(arguments, word, tmp_path):
     with pytest.raises(ValueError, match=word):
         SparseTrainingArguments(output_dir=str(tmp_path / "out"), sparsifier="rcd", **arguments)
     assert not (tmp_path / "out").exists()
-
-
-def test_models_without_layers_to_descend_on_are_refused(make_trainer, make_gpt2):
-    with pytest.raises(ValueError, match="no trainable parameter to make sparse"):
-        make_trainer(make_gpt2().requires_grad_(False), sparsifier="rcd")

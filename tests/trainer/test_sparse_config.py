@@ -54,16 +54,16 @@ def test_survives_a_round_trip_through_a_dict(build):
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        ({"target_density": 0.0}, r"target_density=0\.0 is outside \(0, 1\]"),
+        ({"target_density": 0.0}, "target_density"),
         ({"target_density": -1.0}, "target_density"),
         ({"target_density": 64.0}, "target_density"),
         ({"anneal_start": 0.5, "anneal_end": 0.4}, "anneal_start"),
         ({"anneal_end": 2.0}, "anneal_end"),
         ({"min_nonzeros": -1}, "min_nonzeros"),
-        ({"sparsifier": "lottery"}, "expected one of topk, rcd, none"),
+        ({"sparsifier": "lottery"}, "sparsifier"),
         ({"normalize_gradients": "never"}, "normalize_gradients"),
         ({"exclude_parameters": "*.bias"}, "exclude_parameters"),
-        ({"optim": "adafactor"}, "optim='adafactor'"),
+        ({"optim": "adafactor"}, "optim"),
     ],
 )
 def test_bad_values_are_named(build, arguments, word):

@@ -49,12 +49,12 @@ def test_a_dense_run_is_drawn_without_density(tmp_path):
 
 def test_a_folder_without_logs_is_refused_before_anything_is_written(tmp_path):
     picture = tmp_path / "training.png"
-    with pytest.raises(FileNotFoundError, match=r"has no trainer_state\.json"):
+    with pytest.raises(FileNotFoundError, match="trainer_state"):
         plot_training_curves(tmp_path / "nowhere", picture)
     write_state(tmp_path, LOGS[2:])
-    with pytest.raises(ValueError, match="no logged loss"):
+    with pytest.raises(ValueError, match="trainer_state"):
         plot_training_curves(tmp_path, picture)
     (tmp_path / "trainer_state.json").write_text("[")
-    with pytest.raises(ValueError, match="does not hold a Trainer's logs"):
+    with pytest.raises(ValueError, match="trainer_state"):
         plot_training_curves(tmp_path, picture)
     assert not picture.exists()

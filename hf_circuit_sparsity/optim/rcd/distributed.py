@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from ...modeling.sparse_layers import sparse_layers
 
 # Positions, values, and moments by name, of coordinates that may become active.
 Coordinates = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -154,3 +156,15 @@ class GradientExchange:
             parts = [part_of(len(active), rank, len(per_rank)) for active in positions]
             pieces.append(flat.split([part.stop - part.start for part in parts]))
         return [torch.cat(of_one) for of_one in zip(*pieces, strict=True)]
+
+
+@torch.no_grad()
+def leave_to_process_group(model: nn.Module, sparse: set[str]) -> None:
+    """Keep DDP from summing full gradients of sparse parameters, and make all ranks begin alike."""
+    model._ddp_params_and_buffers_to_ignore = sorted(sparse)
+    for name in sorted(sparse):
+        dist.broadcast(model.get_parameter(name).data, 0)
+    for _, layer in sorted(sparse_layers(model).items()):
+        dist.broadcast(layer.columns, 0)
+        dist.broadcast(layer.row_starts, 0)
+        layer._pattern = None
