@@ -1,11 +1,16 @@
 """The settings of [`BridgeTrainer`]: what it adds to [`SparseTrainingArguments`]."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..trainer.sparse_config import SparseTrainingArguments
 from .losses import LOSS_TERMS
 
 BRIDGE_PARAMETERS = "bridges.*"
+
+
+def _field(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -19,44 +24,30 @@ class BridgeTrainingArguments(SparseTrainingArguments):
     """
 
     # --- The terms of the loss ---
-    lm_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the sparse model's language-model loss."}
+    lm_weight: float = _field(1.0, "Weight of the sparse model's language-model loss.")
+    kl_weight: float = _field(1.0, "Weight of KL(dense || sparse).")
+    nmse_weight: float = _field(
+        1.0,
+        "Weight of the normalized squared error of encoding and decoding, mean over locations.",
     )
-    kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(dense || sparse)."})
-    nmse_weight: float = field(
-        default=1.0,
-        metadata={
-            "help": "Weight of the normalized squared error of encoding and decoding, mean over "
-            "locations."
-        },
+    dense_to_sparse_weight: float = _field(
+        1.0, "Weight of KL(dense || hybrid) for runs from the dense to the sparse."
     )
-    dense_to_sparse_weight: float = field(
-        default=1.0,
-        metadata={"help": "Weight of KL(dense || hybrid) for runs from the dense to the sparse."},
+    sparse_to_dense_weight: float = _field(
+        1.0, "Weight of KL(dense || hybrid) for runs from the sparse to the dense."
     )
-    sparse_to_dense_weight: float = field(
-        default=1.0,
-        metadata={"help": "Weight of KL(dense || hybrid) for runs from the sparse to the dense."},
+    hybrid_locations: int = _field(
+        1,
+        "Locations at which hybrid runs switch models, drawn anew for every step and direction; "
+        "0 for no hybrid runs.",
     )
-    hybrid_locations: int = field(
-        default=1,
-        metadata={
-            "help": "Locations at which hybrid runs switch models, drawn anew for every step and "
-            "direction; 0 for no hybrid runs."
-        },
-    )
-    standardize_bridges: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether bridges that are not standardized yet are standardized by the first "
-            "batch."
-        },
+    standardize_bridges: bool = _field(
+        True, "Whether bridges that are not standardized yet are standardized by the first batch."
     )
 
     # --- Which parameters are sparse ---
-    sparse_bridges: bool = field(
-        default=False,
-        metadata={"help": "Whether encoders and decoders become as sparse as the sparse model."},
+    sparse_bridges: bool = _field(
+        False, "Whether encoders and decoders become as sparse as the sparse model."
     )
 
     def __post_init__(self) -> None:

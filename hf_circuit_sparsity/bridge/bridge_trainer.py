@@ -31,9 +31,8 @@ BY_LOCATION = ("encode_nmse", "decode_nmse", "dense_to_sparse_kl", "sparse_to_de
 class BridgeTrainer(SparseTrainer):
     """Trains a sparse model beside a frozen dense one, and the bridges between the two.
 
-    The sparse model becomes sparse as any model does there
-    (top-k or random coordinate descent); the bridges stay dense unless `sparse_bridges`, and then
-    their learning rate has no sharkfin factor.
+    The sparse model becomes sparse as with [`SparseTrainer`] (top-k or random coordinate descent).
+    The bridges stay dense, and their learning rate has no sharkfin factor, unless `sparse_bridges`.
 
     With `standardize_bridges`, bridges that are not standardized yet (see
     [`standardize_bridges_`]) are standardized by the first batch.
@@ -86,16 +85,10 @@ class BridgeTrainer(SparseTrainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._batches = 0
         super().__init__(
-            model,
-            args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-        )
+            model, args, data_collator=data_collator, train_dataset=train_dataset,
+            eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
+            optimizers=optimizers, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )  # fmt: skip
 
     def sampled_locations(self, step: int) -> dict[str, list[int]]:
         """The locations at which the hybrid runs of a training step switch models."""
@@ -189,18 +182,18 @@ class BridgeTrainer(SparseTrainer):
         )
         means = self._take_means()
         self._sums, self._batches = training
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
-        output.metrics.update(metrics)
         if "lm" in means:
-            perplexity = torch.tensor(means["lm"], dtype=torch.float64).exp().item()
-            output.metrics[f"{metric_key_prefix}_perplexity"] = perplexity
+            means["perplexity"] = torch.tensor(means["lm"], dtype=torch.float64).exp().item()
+        output.metrics.update({f"{metric_key_prefix}_{n}": value for n, value in means.items()})
         return output
 
     def _card(self, **fields: Any) -> ModelCard:
-        summary = {}
-        for log in self.state.log_history:  # the last one counts
-            evaluated = {n: v for n, v in log.items() if n.startswith("eval_")}
-            summary |= {name.removeprefix("eval_"): value for name, value in evaluated.items()}
+        summary = {
+            name.removeprefix("eval_"): value
+            for log in self.state.log_history  # the last one counts
+            for name, value in log.items()
+            if name.startswith("eval_")
+        }
         return bridge_card(self._bridged, summary=summary, mark=True, **fields)
 
     def _load_from_checkpoint(

@@ -49,26 +49,14 @@ def bridge_card(
     base_model = base_model or (named if is_hub_id(named) else None)
     results = results_of(summary, [(key, key, name) for key, name, _ in _TERMS])
     data = model_metadata(
-        repo_id,
-        results,
-        tags=["bridge", "weight-sparse", *tags],
-        datasets=datasets,
-        license=license,
-        base_model=base_model,
+        repo_id, results, tags=["bridge", "weight-sparse", *tags], datasets=datasets,
+        license=license, base_model=base_model,
         base_model_relation="adapter" if base_model else None,
-    )
+    )  # fmt: skip
     locations = range(bridged.n_locations)
     measured = any(is_number(summary.get(f"{n}_{i}")) for i in locations for n in _BY_LOCATION)
     return render(
-        "bridge.md",
-        data,
-        repo_id,
-        mark=mark,
-        base_model=base_model,
-        config=config,
-        sparse=bridged.sparse.config,
-        n_locations=len(locations),
-        locations=locations if measured else [],
-        summary=summary,
-        terms=_TERMS,
-    )
+        "bridge.md", data, repo_id, mark=mark, base_model=base_model, config=config,
+        sparse=bridged.sparse.config, n_locations=len(locations),
+        locations=locations if measured else [], summary=summary, terms=_TERMS,
+    )  # fmt: skip

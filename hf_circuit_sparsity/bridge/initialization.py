@@ -45,10 +45,8 @@ def ridge_bridges_(
     moments = [torch.zeros(size, size, dtype=torch.float64) for _ in bridged.bridges]
     device = next(bridged.parameters()).device
     for batch in input_ids.split(batch_size):
-        runs = []
-        for stream in (bridged.dense_stream, bridged.sparse_stream):
-            x, context = stream.embed(batch.to(device), None)
-            runs.append(stream.run(x, context))
+        streams = (bridged.dense_stream, bridged.sparse_stream)
+        runs = [stream.run(*stream.embed(batch.to(device), None)) for stream in streams]
         for moment, *both in zip(moments, *runs, strict=True):
             columns = [x.flatten(0, 1).double().cpu() for x in both]
             rows = torch.cat([*columns, torch.ones(batch.numel(), 1)], dim=1)
@@ -63,10 +61,8 @@ def ridge_bridges_(
         standardize[-1, dense] = -bridge.dense_mean.cpu().double()
         standardize[:, dense] /= bridge.dense_scale.cpu().double()
         moment = standardize.T @ moment @ standardize
-        for linear, source, target in (
-            (bridge.encoder, dense, sparse),
-            (bridge.decoder, sparse, dense),
-        ):
+        ends = (bridge.encoder, dense, sparse), (bridge.decoder, sparse, dense)
+        for linear, source, target in ends:
             source = torch.cat([source, torch.tensor([size - 1])])
             gram = moment[source][:, source]
             strength = penalty * gram.diagonal()[:-1].mean()
@@ -96,9 +92,9 @@ def standardize_bridges_(
             of them is used everywhere.
     """
     stream = bridged.dense_stream
-    x, context = stream.embed(input_ids, attention_mask)
+    run = stream.run(*stream.embed(input_ids, attention_mask))
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    for bridge, location in zip(bridged.bridges, stream.run(x, context), strict=True):
+    for bridge, location in zip(bridged.bridges, run, strict=True):
         tokens = location[mask.bool()].double()
         moments = torch.stack([tokens.mean(0), tokens.square().mean(0)])
         if accelerator is not None:

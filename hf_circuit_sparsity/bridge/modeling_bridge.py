@@ -311,16 +311,13 @@ def default_sparse_config(dense: PreTrainedModel, **fields: Any) -> CircuitGPTCo
         dense: a causal language model.
         fields: other fields, or these with other values.
     """
-    values = {
+    config, same = dense.config, ("vocab_size", "eos_token_id", "bos_token_id", "pad_token_id")
+    sizes = {
         "n_layer": residual_stream(dense).depth,
-        "d_model": dense.config.hidden_size,
-        "vocab_size": dense.config.vocab_size,
-        "block_size": dense.config.max_position_embeddings,
-        "eos_token_id": dense.config.eos_token_id,
-        "bos_token_id": dense.config.bos_token_id,
-        "pad_token_id": dense.config.pad_token_id,
+        "d_model": config.hidden_size,
+        "block_size": config.max_position_embeddings,
     }
-    return CircuitGPTConfig(**{**values, **fields})
+    return CircuitGPTConfig(**(sizes | {name: getattr(config, name) for name in same} | fields))
 
 
 def check_pair(dense: PreTrainedModel, sparse: CircuitGPTConfig) -> None:

@@ -87,8 +87,8 @@ def steering_candidates(
     with torch.no_grad():
         means = []
         for side in ("", "counterfactual_"):  # the same pairs, seen from the other side
-            x, context = sparse.embed(first[f"{side}input_ids"], first[f"{side}attention_mask"])
-            means.append([y[:, -1].float().mean(0) for y in sparse.run(x, context)])
+            start = sparse.embed(first[f"{side}input_ids"], first[f"{side}attention_mask"])
+            means.append([y[:, -1].float().mean(0) for y in sparse.run(*start)])
         x, context = dense.embed(first["input_ids"], first["attention_mask"])
         streams = dense.run(x, context)
     candidates = []
@@ -237,9 +237,8 @@ def steering_sweep(
         point = steering_point(bridged.sparse, where, c)
         return bridged.bridges[point.location].decode_change(point.direction).norm().item()
 
-    is_residual = steering_point(bridged.sparse, where, channel).is_residual
     width = bridged.sparse.config.d_model
-    if not is_residual:
+    if not steering_point(bridged.sparse, where, channel).is_residual:
         width = bridged.sparse.node_sites()[where].width
     tensors = answer_rows(task, "test", target_id, rows)
     row = next(r for r in task.test if r["target_id"] == target_id)
@@ -250,34 +249,25 @@ def steering_sweep(
     plain_text = None if text is None else bridged.dense(text).logits
     same = None if tokenizer is None else tokens_beginning_alike(tokenizer, tensors)
 
-    def measure(c: int, strength: float) -> tuple[float, float, float | None]:
-        with bridged.steer(where, c, strength, mode=mode):
-            answer, other = answer_probabilities(bridged, tensors, same)
-            kl = None
-            if plain_text is not None:
-                kl = mean_kl(plain_text, bridged.dense(text).logits).item()
-        return answer, other, kl
+    def measure(c: int, scale: float = 1.0) -> tuple[list[float], list[float], list[float]]:
+        answers, others, kls = [], [], []
+        for strength in strengths:
+            with bridged.steer(where, c, strength * scale, mode=mode):
+                answer, other = answer_probabilities(bridged, tensors, same)
+                if plain_text is not None:
+                    kls.append(mean_kl(plain_text, bridged.dense(text).logits).item())
+            answers.append(answer)
+            others.append(other)
+        return answers, others, kls
 
-    steered = [measure(channel, strength) for strength in strengths]
-    controlled = [[measure(c, s * scale) for s in strengths] for c, scale in controls]
-
-    def column(index: int, lines: list) -> list:
-        return [line[index] for line in lines if line[index] is not None]
-
+    answer_probability, other_probability, text_kl = measure(channel)
+    controlled = [measure(c, scale) for c, scale in controls]
     return SteeringSweep(
-        task=task.name,
-        where=where,
-        channel=channel,
-        mode=mode,
-        answer=row["target"],
-        other=row["counterfactual_target"],
-        strengths=strengths,
-        answer_probability=column(0, steered),
-        other_probability=column(1, steered),
-        random_probability=[column(1, lines) for lines in controlled],
-        text_kl=column(2, steered),
-        random_text_kl=[column(2, lines) for lines in controlled],
-    )
+        task.name, where, channel, mode, row["target"], row["counterfactual_target"], strengths,
+        other_probability=other_probability, answer_probability=answer_probability,
+        random_probability=[others for _, others, _ in controlled],
+        text_kl=text_kl, random_text_kl=[kls for *_, kls in controlled],
+    )  # fmt: skip
 
 
 def answer_probabilities(

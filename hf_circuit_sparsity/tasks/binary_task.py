@@ -120,10 +120,8 @@ class BinaryTask:
             TaskTooLongError: (a `ValueError`) A prompt longer than `max_length` tokens.
         """
         if max_length is not None:
-            longest = max(
-                (side for pair in (*train, *test) for side in pair),
-                key=lambda side: len(side.input_ids),
-            )
+            sides = [side for pair in (*train, *test) for side in pair]
+            longest = max(sides, key=lambda side: len(side.input_ids))
             if len(longest.input_ids) > max_length:
                 raise TaskTooLongError(
                     f"Task {name!r}: the prompt {longest.prompt!r} is {len(longest.input_ids)} "

@@ -51,21 +51,16 @@ def task_dataset_card(
         tags=all_tags(["code", "python", "counterfactual", *tags]),
         **fields,
     )
+    shown = "single_double_quote" if "single_double_quote" in tasks else next(iter(tasks))
+    lines = [
+        {
+            "name": name,
+            **{split: len(splits.get(split, ())) for split in ("train", "test")},
+            "description": DEFINITIONS[name].description if name in DEFINITIONS else "",
+        }
+        for name, splits in tasks.items()
+    ]
     return render(
-        "task_dataset.md",
-        data,
-        repo_id,
-        shown="single_double_quote" if "single_double_quote" in tasks else next(iter(tasks)),
-        tasks=[
-            {
-                "name": name,
-                "train": len(splits.get("train", ())),
-                "test": len(splits.get("test", ())),
-                "description": DEFINITIONS[name].description if name in DEFINITIONS else "",
-            }
-            for name, splits in tasks.items()
-        ],
-        rows=rows,
-        tokenizer=tokenizer,
-        seed=seed,
-    )
+        "task_dataset.md", data, repo_id, shown=shown, tasks=lines, rows=rows,
+        tokenizer=tokenizer, seed=seed,
+    )  # fmt: skip

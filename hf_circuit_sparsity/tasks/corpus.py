@@ -14,15 +14,9 @@ from datasets import Dataset, DatasetDict
 # What the standard library folder holds besides the library: its tests, what people installed
 # into it, and what the build wrote there (compiled files and this machine's build settings).
 STDLIB_EXCLUDE = (
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "config-*",
+    "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "config-*",
     "_sysconfigdata_*",
-)
+)  # fmt: skip
 # A person's own folder is taken whole, except for hidden, compiled and installed files.
 FOLDER_EXCLUDE = (".*", "__pycache__", "site-packages", "node_modules")
 
@@ -96,14 +90,11 @@ def build_corpus(
     ranked = sorted(documents, key=lambda path: hashlib.sha256(f"{seed}:{path}".encode()).digest())
     n_validation = min(max(round(len(ranked) * validation_fraction), 1), len(ranked) - 1)
     splits = {"train": ranked[n_validation:], "validation": ranked[:n_validation]}
-    return DatasetDict(
-        {
-            split: Dataset.from_dict(
-                {"text": [documents[path] for path in sorted(paths)], "path": sorted(paths)}
-            )
-            for split, paths in splits.items()
-        }
-    )
+    corpus = DatasetDict()
+    for split, paths in splits.items():
+        texts = [documents[path] for path in sorted(paths)]
+        corpus[split] = Dataset.from_dict({"text": texts, "path": sorted(paths)})
+    return corpus
 
 
 def _python_files(root: Path, exclude: Sequence[str]) -> Iterator[Path]:

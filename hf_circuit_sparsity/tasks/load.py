@@ -73,13 +73,10 @@ def load_task(
                 "gives two rows."
             )
     definition = DEFINITIONS[name]
+    train = _draw(definition, tokenizer, "train", n_train // 2, seed)
+    test = _draw(definition, tokenizer, "test", n_test // 2, seed)
     return BinaryTask.from_encoded(
-        name,
-        definition.description,
-        tokenizer,
-        _draw(definition, tokenizer, "train", n_train // 2, seed),
-        _draw(definition, tokenizer, "test", n_test // 2, seed),
-        max_length=max_length,
+        name, definition.description, tokenizer, train, test, max_length=max_length
     )
 
 
@@ -97,9 +94,7 @@ def build_task_datasets(
         tokenizer: the tokenizer for the columns of token ids.
         names: the tasks. Default: every task that the tokenizer can express, with a warning for
             each of the others.
-        n_train: as in `load_task`.
-        n_test: as in `load_task`.
-        seed: as in `load_task`.
+        n_train, n_test, seed: as in `load_task`.
 
     Raises:
         ValueError: as `load_task`, for any of `names`.

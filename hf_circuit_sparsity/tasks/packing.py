@@ -45,37 +45,27 @@ def pack_dataset(
             "tokenizer.eos_token."
         )
     if isinstance(dataset, DatasetDict):
-        return DatasetDict(
-            {
-                split: _pack_split(rows, tokenizer, block_size, text_column, split)
-                for split, rows in dataset.items()
-            }
-        )
+        packed = DatasetDict()
+        for split, rows in dataset.items():
+            packed[split] = _pack_split(rows, tokenizer, block_size, text_column, split)
+        return packed
     return _pack_split(dataset, tokenizer, block_size, text_column, "dataset")
 
 
 def _pack_split(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    block_size: int,
-    text_column: str,
-    name: str,
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, column: str, name: str
 ) -> Dataset:
-    if text_column not in dataset.column_names:
+    if column not in dataset.column_names:
         raise ValueError(
-            f"The {name} split has the columns {dataset.column_names}, but not {text_column!r}; "
+            f"The {name} split has the columns {dataset.column_names}, but not {column!r}; "
             "pass text_column."
         )
     stream = [np.empty(0, dtype=np.int32)]
     for batch in dataset.iter(batch_size=_DOCUMENTS_PER_BATCH):
         documents = tokenizer(
-            batch[text_column],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+            batch[column], add_special_tokens=False, split_special_tokens=True,
+            return_attention_mask=False, return_token_type_ids=False, verbose=False,
+        )["input_ids"]  # fmt: skip
         stream += [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in documents]
     tokens = np.concatenate(stream)
     n_blocks = len(tokens) // block_size

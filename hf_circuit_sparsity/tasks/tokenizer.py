@@ -67,10 +67,9 @@ def train_tokenizer(
             yield text
 
     tokenizer = _byte_level(models.BPE(ignore_merges=True))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(counted(), trainer)
     if seen_characters == 0:
@@ -143,25 +142,18 @@ def decode_bytes(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> byte
 
 def _byte_level(model: models.BPE) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def _wrap(tokenizer: Tokenizer, model_max_length: int | None) -> PreTrainedTokenizerFast:
     limit = {} if model_max_length is None else {"model_max_length": model_max_length}
+    special = {f"{name}_token": END_OF_TEXT for name in ("bos", "eos", "pad")}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
-        **limit,
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special, **limit
     )
 
 

@@ -90,12 +90,9 @@ def test_the_output_is_what_it_says(make):
     torch.testing.assert_close(out.dense_logits, dense_logits)
     torch.testing.assert_close(out.sparse_logits, sparse_logits)
     p = dense_logits.softmax(-1)
-    for term, logits in [
-        (out.kl, sparse_logits),
-        (out.dense_to_sparse_kl[0], bridged.hybrid(IDS, enter=0)),
-        (out.dense_to_sparse_kl[1], bridged.hybrid(IDS, enter=3)),
-        (out.sparse_to_dense_kl[0], bridged.hybrid(IDS, leave=2)),
-    ]:
+    hybrid_logits = [bridged.hybrid(IDS, *where) for where in ((0,), (3,), (None, 2))]
+    terms = [out.kl, *out.dense_to_sparse_kl, *out.sparse_to_dense_kl]
+    for term, logits in zip(terms, [sparse_logits, *hybrid_logits], strict=True):
         kl = (p * (dense_logits.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean()
         torch.testing.assert_close(term, kl, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(out.lm, bridged.sparse(IDS, labels=IDS).loss)
@@ -192,13 +189,10 @@ def test_sites_are_steered_where_they_meet_the_stream():
         with bridged.steer(*where):
             return bridged.dense(IDS).logits
 
-    for site, location in [
-        ("h.0.attn.act_in", 0),
-        ("h.0.attn.resid_delta", 1),
-        ("h.0.mlp.act_in", 1),
-        ("h.1.attn.resid_delta", 3),
-        ("h.1.mlp.resid_delta", 4),
-    ]:
+    for site, location in {
+        "h.0.attn.act_in": 0, "h.0.attn.resid_delta": 1, "h.0.mlp.act_in": 1,
+        "h.1.attn.resid_delta": 3, "h.1.mlp.resid_delta": 4,
+    }.items():  # fmt: skip
         assert torch.equal(logits(site, 3, 1.5), logits(location, 3, 1.5))
     # A neuron writes to many channels at once.
     write = bridged.sparse.transformer.h[1].mlp.c_proj.weight[:, 7]

