@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.csr import CSR
 from hf_circuit_sparsity.modeling.functional import abs_topk
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
@@ -147,16 +146,10 @@ def test_restored_after_an_error():
     assert "forward" not in module[0].__dict__
 
 
-def small_model():
+def test_losses_are_those_of_the_reference_over_50_steps(sparse_calls, tiny_config):
     torch.manual_seed(0)
-    config = CircuitGPTConfig(
-        n_layer=2, n_head=4, d_head=8, d_model=32, d_mlp=128, block_size=32, vocab_size=64
-    )
-    return CircuitGPTForCausalLM(config)
-
-
-def test_losses_are_those_of_the_reference_over_50_steps(sparse_calls):
-    model = small_model().train()
+    tiny_config.d_mlp = 128
+    model = CircuitGPTForCausalLM(tiny_config).train()
     generator = torch.Generator().manual_seed(0)
     batches = torch.randint(64, (50, 4, 16), generator=generator)
 
@@ -184,26 +177,20 @@ def test_losses_are_those_of_the_reference_over_50_steps(sparse_calls):
     assert reference[-1] < reference[0]
 
 
+@pytest.mark.parametrize("model_init", [False, True])
 def test_trainer_computes_on_nonzeros_and_says_so_in_its_arguments(
-    make_trainer, make_llama, sparse_calls
+    make_trainer, make_llama, sparse_calls, model_init
 ):
     runs = []
     for compute in (True, False):
         sparse_calls.clear()
+        model = {"model_init": lambda: make_llama()} if model_init else {"model": make_llama()}
         trainer = make_trainer(
-            make_llama(), target_density=0.05, min_nonzeros=0, compute_on_nonzeros=compute
-        )
+            **{"model": None, **model},
+            target_density=0.05, min_nonzeros=0, compute_on_nonzeros=compute,
+        )  # fmt: skip
         trainer.train()
         assert bool(sparse_calls) == compute
         assert not any("forward" in m.__dict__ for m in trainer.model.modules())
         runs.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
     assert runs[0] == pytest.approx(runs[1], abs=2e-4)
-
-
-def test_model_made_by_the_trainer_is_computed_so_too(make_trainer, make_llama, sparse_calls):
-    trainer = make_trainer(
-        None, model_init=lambda: make_llama(), target_density=0.05, min_nonzeros=0
-    )
-    trainer.train()
-    assert sparse_calls
-    assert not any("forward" in m.__dict__ for m in trainer.model.modules())

@@ -2,8 +2,6 @@ import pytest
 import torch
 
 from hf_circuit_sparsity.modeling.csr import CSR
-from hf_circuit_sparsity.optim.keep_largest import keep_largest, keep_largest_reference
-from hf_circuit_sparsity.optim.projection import project_topk_reference_
 from hf_circuit_sparsity.optim.rcd.blocks import Block, block_size, draw_block
 from hf_circuit_sparsity.optim.rcd.partial_gradients import gradient_at
 
@@ -29,6 +27,8 @@ def test_index_take_and_locate_agree(dim):
     assert torch.equal(block.index()[place], asked[inside])
     assert not torch.isin(asked[~inside], block.index()).any()
     assert inside.any()
+    vector = Block((7, 1), None, torch.tensor([1, 4]))
+    assert vector.take(torch.arange(7.0)).tolist() == [1.0, 4.0]
 
 
 @pytest.mark.parametrize("dim", [0, 1, None])
@@ -87,46 +87,6 @@ def test_sampled_product_is_the_dense_one_at_the_coordinates(density):
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, expected, rtol=0.05, atol=0.1)
     assert len(gradient_at(CSR.from_positions(live[:0], (40, 30)), left, right)) == 0
-
-
-@pytest.mark.parametrize("minimum", [0, 2, 4])
-@pytest.mark.parametrize("row_dim", [0, 1])
-def test_keep_largest_agrees_with_the_projection(minimum, row_dim):
-    g = torch.Generator().manual_seed(0)
-    for scale in (torch.ones(20, 1), torch.logspace(-3, 0, 20)[:, None]):
-        matrix = torch.randn(20, 15, generator=g) * scale
-        matrix *= torch.rand(20, 15, generator=g) < 0.4
-        matrix[3] = torch.tensor([0.5, -0.5, 0.5] + [0.0] * 12)  # ties, and a short row
-        for k in (0, 1, 30, 80, 300):
-            expected = matrix.clone()
-            project_topk_reference_(expected, k, minimum, row_dim)
-            index = matrix.flatten().nonzero().flatten()
-            rows = index // 15 if row_dim == 0 else index % 15
-            kept = keep_largest(matrix.flatten()[index], k, rows, minimum)
-            got = torch.zeros(300)
-            got[index[kept]] = matrix.flatten()[index[kept]]
-            assert torch.equal(got.view(20, 15), expected), (k, minimum)
-
-
-def test_block_of_a_vector():
-    block = Block((7, 1), None, torch.tensor([1, 4]))
-    assert block.take(torch.arange(7.0)).tolist() == [1.0, 4.0]
-
-
-def test_keep_largest_is_its_reference():
-    generator = torch.Generator().manual_seed(0)
-
-    def below(n):
-        return int(torch.randint(0, n, (1,), generator=generator))
-
-    for number in range(400):
-        n, k, minimum = 1 + below(60), below(60), below(5)
-        values = torch.randn(n, generator=generator)
-        if number % 2:
-            values = (2 * values).round()  # many are equal, or zero
-        rows = torch.randint(0, 1 + n // 3, (n,), generator=generator)
-        kept = keep_largest(values, k, rows, minimum)
-        assert torch.equal(kept, keep_largest_reference(values, k, rows, minimum))
 
 
 @pytest.mark.parametrize("row_dim", [0, 1])

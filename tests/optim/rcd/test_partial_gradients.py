@@ -71,28 +71,20 @@ def test_values_equal_the_slice_in_conv1d_and_a_tied_embedding(block, density, m
 
 
 @pytest.mark.parametrize("block", ["rows", "columns", "entries"])
-def test_values_equal_the_slice_in_circuitgpt(block, tiny_config):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_values_equal_the_slice_in_circuitgpt(block, checkpointing, tiny_config):
     model = sparsify(random_model(tiny_config)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
     assert_slices_of_the_full_gradient(model, optimizer_for(model, block=block), backward)
 
 
-def test_values_equal_the_slice_in_llama(make_llama):
-    model = make_llama()
-    assert_slices_of_the_full_gradient(model, optimizer_for(model), backward)
-
-
-def test_gradient_checkpointing(tiny_config):
-    model = sparsify(random_model(tiny_config)).train()
-    model.gradient_checkpointing_enable()
-    assert_slices_of_the_full_gradient(model, optimizer_for(model), backward)
-
-
-def test_several_backward_passes_add_up(make_gpt2):
+def test_several_backward_passes_add_up(make_llama):
     def twice(model):
         for part in TOKENS.split(1):
             model(input_ids=part, labels=part).loss.backward()
 
-    model = make_gpt2()
+    model = make_llama()
     assert_slices_of_the_full_gradient(model, optimizer_for(model), twice)
 
 
