@@ -75,46 +75,38 @@ def sparse_param_groups(
         sparse = (sparse or _matches(name, include)) and not _matches(name, exclude)
         is_matrix = nonzeros or parameter.ndim > 1
         has_rows = sparse and kind in ("weight", "other") and is_matrix
-        key = (
-            sparse,
-            min_nonzeros if has_rows else 0,
-            row_dim if has_rows else 0,
-            weight_decay if is_matrix else 0.0,
-            nonzeros and sparse,
-        )
-        group = groups.setdefault(
-            key,
-            dict(
-                zip(("sparse", "min_nonzeros", "row_dim", "weight_decay"), key[:4], strict=True),
-                params=[],
-            ),
-        )
-        if key[4]:
-            group["nonzeros"] = True
+        settings = {
+            "sparse": sparse,
+            "min_nonzeros": min_nonzeros if has_rows else 0,
+            "row_dim": row_dim if has_rows else 0,
+            "weight_decay": weight_decay if is_matrix else 0.0,
+        }
+        if nonzeros and sparse:
+            settings["nonzeros"] = True
+        group = groups.setdefault(tuple(settings.values()), {**settings, "params": []})
         group["params"].append((name, parameter))
     if not any(group["sparse"] for group in groups.values()):
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter to make sparse: expected weights "
-            "of nn.Linear, Conv1D or nn.Embedding; name others with "
-            "include_parameters."
+            "of nn.Linear, Conv1D or nn.Embedding; name others with include_parameters."
         )
     return list(groups.values())
+
+
+def trained_weight(layer: nn.Module) -> nn.Parameter:
+    """The parameter in which a layer's weight is trained: the matrix, or its nonzeros."""
+    return layer.values if isinstance(layer, SparseWeight) else layer.weight
 
 
 def _kinds(model: nn.Module) -> dict[int, tuple[str, int, bool]]:
     """For each parameter owned by a layer we know: what it is there, its row dimension, and whether
     it holds the nonzeros alone."""
     kinds: dict[int, tuple[str, int, bool]] = {}
-
-    def weight(module: nn.Module) -> tuple[int, bool]:
-        nonzeros = isinstance(module, SparseWeight)
-        return id(module.values if nonzeros else module.weight), nonzeros
-
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D | SparseLinear):
             row_dim = 1 if isinstance(module, Conv1D) else 0
-            identity, nonzeros = weight(module)
-            kinds.setdefault(identity, ("weight", row_dim, nonzeros))
+            kind = ("weight", row_dim, isinstance(module, SparseWeight))
+            kinds.setdefault(id(trained_weight(module)), kind)
             if module.bias is not None:
                 kinds[id(module.bias)] = ("bias", 0, False)
     # Last, so that a weight tied to an embedding counts as one.
@@ -122,8 +114,8 @@ def _kinds(model: nn.Module) -> dict[int, tuple[str, int, bool]]:
     unembedding = getattr(model, "get_output_embeddings", lambda: None)()
     for module in [*embeddings, unembedding]:
         if module is not None:
-            identity, nonzeros = weight(module)
-            kinds[identity] = ("embedding", 0, nonzeros)
+            kind = ("embedding", 0, isinstance(module, SparseWeight))
+            kinds[id(trained_weight(module))] = kind
     return kinds
 
 

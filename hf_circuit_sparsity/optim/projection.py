@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .keep_largest import INTEGER_VIEW, infinity_bits, keep_largest_reference
-from .projection_cpu import project_cpu_
+from .projection_cpu import not_finite, project_cpu_
 
 
 def nonzero_budget(numel: int, density: float) -> int:
@@ -58,7 +58,7 @@ def project_topk_reference_(
     with torch.no_grad():
         magnitude = weight.abs()
         if not magnitude.isfinite().all():
-            raise ValueError(_not_finite(weight.shape))
+            raise not_finite(weight.shape)
         rows = None
         if min_nonzeros:
             shape = [1] * weight.ndim
@@ -81,7 +81,7 @@ def project_bisection_(matrix: Tensor, k: int, min_nonzeros: int, row_dim: int) 
     # `top` with the mantissa filled in: every bit but the sign.
     bits = matrix.view(INTEGER_VIEW[matrix.dtype]) & torch.iinfo(INTEGER_VIEW[matrix.dtype]).max
     if bits.max() >= top:
-        raise ValueError(_not_finite(matrix.shape))
+        raise not_finite(matrix.shape)
     keep = torch.zeros_like(bits, dtype=torch.bool)
     if min_nonzeros:
         rows, keep_rows = (bits, keep) if row_dim == 0 else (bits.T, keep.T)
@@ -136,10 +136,3 @@ def _check_arguments(weight: Tensor, k: int, min_nonzeros: int, row_dim: int) ->
             f"row_dim={row_dim} does not fit a weight of shape {tuple(weight.shape)}: pass 0 "
             "(nn.Linear), or 1 for a two-dimensional weight stored as inputs × outputs (Conv1D)."
         )
-
-
-def _not_finite(shape: torch.Size) -> str:
-    return (
-        f"a weight of shape {tuple(shape)} holds NaN or infinity, which cannot be ranked: find the "
-        "step that produced it (a lower learning rate or float32 usually helps)."
-    )

@@ -12,6 +12,7 @@ floats, for every float type alike, and NaN and infinity sort above all numbers.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -86,6 +87,15 @@ def project_cpu_(weight: Tensor, k: int, min_nonzeros: int, row_dim: int) -> Non
             return
 
 
+def not_finite(shape: Sequence[int], where: str = "") -> ValueError:
+    """The error for a weight that holds NaN or infinity."""
+    return ValueError(
+        f"a weight of shape {tuple(shape)} holds NaN or infinity{where and ' ' + where}, which "
+        "cannot be ranked: find the step that produced it (a lower learning rate or float32 "
+        "usually helps)."
+    )
+
+
 def _sample(matrix: _Matrix) -> np.ndarray | None:
     """Magnitudes from all over the matrix; None if it is too small to bother."""
     n = matrix.bits.size
@@ -134,12 +144,8 @@ def _scan(matrix: _Matrix, low: int, high: int) -> _Scan:
     count_rows = bool(matrix.min_nonzeros) and high < top
 
     def refuse(place: int) -> NoReturn:
-        row, column = divmod(place, width)
-        raise ValueError(
-            f"a weight of shape {(bits.size // width, width)} holds NaN or infinity (row "
-            f"{row}, column {column}), which cannot be ranked: find the step that produced it "
-            "(a lower learning rate or float32 usually helps)."
-        )
+        where = "(row {}, column {})".format(*divmod(place, width))
+        raise not_finite((bits.size // width, width), where) from None
 
     def scan_by_kernel(start: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray | None]:
         part = bits[start : start + piece]

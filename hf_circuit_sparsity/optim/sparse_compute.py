@@ -10,7 +10,6 @@ Within [`on_nonzeros`] every `nn.Linear` runs that way where it pays.
 """
 
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -58,12 +57,7 @@ class ReplacedForwards:
     def __enter__(self) -> "ReplacedForwards":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

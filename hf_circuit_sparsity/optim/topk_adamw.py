@@ -48,14 +48,8 @@ class TopKAdamW(SparseOptimizer):
         row_dim: dimension of the weights that counts output neurons: 0 for `nn.Linear`, 1 for
             `Conv1D`.
         sharkfin: whether to multiply the learning rate by `1 / sqrt(density)`.
-        normalize_gradients: "always" brings the root-mean-square of the gradients to 1, "clip" only
-            where it is above 1, "off" leaves the gradients alone. Gradients are scaled in place.
+        normalize_gradients: see [`SparseOptimizer`]. Gradients are scaled in place.
         fused: torch's fused kernel; None uses it where it exists (CPU and CUDA).
-
-    Attributes:
-        grad_rms: root-mean-square of the gradients of the last step, before scaling; None before
-            the first step.
-        effective_lr: learning rate of the first group in the last step, sharkfin included.
 
     Raises:
         ValueError: if a setting is out of range or `total_steps` is missing.
@@ -83,20 +77,11 @@ class TopKAdamW(SparseOptimizer):
         fused: bool | None = None,
     ) -> None:
         defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "target_density": target_density,
-            "total_steps": total_steps,
-            "anneal_start": anneal_start,
-            "anneal_end": anneal_end,
-            "min_nonzeros": min_nonzeros,
-            "sparse": sparse,
-            "row_dim": row_dim,
-            "sharkfin": sharkfin,
-            "fused": fused,
-        }
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "target_density": target_density, "total_steps": total_steps,
+            "anneal_start": anneal_start, "anneal_end": anneal_end, "min_nonzeros": min_nonzeros,
+            "sparse": sparse, "row_dim": row_dim, "sharkfin": sharkfin, "fused": fused,
+        }  # fmt: skip
         super().__init__(params, defaults, normalize_gradients)
 
     @property

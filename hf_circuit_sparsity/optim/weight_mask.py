@@ -13,6 +13,7 @@ from ..files import save_figure
 from ..modeling.csr import CSR
 from ..modeling.sparse_layers import SparseWeight
 from .keep_largest import positions_of
+from .param_groups import trained_weight
 
 
 class WeightMask(Mapping[str, Tensor]):
@@ -154,7 +155,7 @@ def extract_mask(model: nn.Module) -> WeightMask:
         if not isinstance(module, nn.Linear | Conv1D | nn.Embedding | SparseWeight):
             continue
         sparse = isinstance(module, SparseWeight)
-        held = module.values if sparse else module.weight
+        held = trained_weight(module)
         if id(held) in seen:
             continue
         seen.add(id(held))

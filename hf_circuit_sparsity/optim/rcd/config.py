@@ -69,26 +69,22 @@ class RCDConfig:
             ("update", get_args(Update)),
             ("init", SUPPORTS),
         ):
-            self._check(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+            value = getattr(self, name)
+            _check(name, value, value in known, f"one of {', '.join(known)}")
         for name in ("block_fraction", "greedy_fraction", "magnitude_floor"):
             value = getattr(self, name)
-            self._check(name, _is_number(value) and 0 < value <= 1, "a share in (0, 1]")
+            _check(name, value, _is_share(value), "a share in (0, 1]")
         for name in ("clip_threshold", "l1", "magnitude_power"):
             value = getattr(self, name)
-            self._check(name, _is_number(value) and 0 <= value < math.inf, "a finite number >= 0")
+            holds = _is_number(value) and 0 <= value < math.inf
+            _check(name, value, holds, "a finite number >= 0")
         for name, least in (("block_steps", 1), ("staleness", 0)):
             value = getattr(self, name)
-            self._check(name, _is_whole(value) and value >= least, f"a whole number >= {least}")
-        self._check("move_active", isinstance(self.move_active, bool), "True or False")
-        if self.start_density is not None:
-            inside = _is_number(self.start_density) and 0 < self.start_density <= 1
-            self._check("start_density", inside, "None or a share in (0, 1]")
-        inside = _is_number(self.explore_end) and 0 <= self.explore_end <= 1
-        self._check("explore_end", inside, "a fraction of the steps, in [0, 1]")
-
-    def _check(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"{name}={getattr(self, name)!r} was passed: expected {expected}.")
+            _check(name, value, _is_whole(value, least), f"a whole number >= {least}")
+        _check("move_active", self.move_active, isinstance(self.move_active, bool), "True or False")
+        start, end = self.start_density, self.explore_end
+        _check("start_density", start, start is None or _is_share(start), "None or in (0, 1]")
+        _check("explore_end", end, end == 0 or _is_share(end), "a fraction of the steps in [0, 1]")
 
     def check_run(
         self, target_density: float | None, anneal_end: float, total_steps: int | None
@@ -98,30 +94,21 @@ class RCDConfig:
         Raises:
             ValueError: if a value is out of range, or does not go with the others.
         """
-        if target_density is not None and not (
-            _is_number(target_density) and 0 < target_density <= 1
-        ):
-            raise ValueError(
-                f"target_density={target_density!r} is outside (0, 1]: pass the share of weights "
-                "that may be nonzero, or None for no limit."
-            )
-        start = self.start_density
+        target, start = target_density, self.start_density
+        holds = target is None or _is_share(target)
+        _check(
+            "target_density", target, holds, "a share of weights in (0, 1], or None for no limit"
+        )
         if start is not None and (target_density is None or start < target_density):
             raise ValueError(
                 f"start_density={start!r} does not go with target_density={target_density!r}: the "
                 "density can only fall; pass a target at or below the start."
             )
-        if not _is_number(anneal_end) or not 0 <= anneal_end <= 1:
-            raise ValueError(
-                f"anneal_end={anneal_end!r} is outside [0, 1]: pass a fraction of the steps."
-            )
-        if start is None and self.explore_end == 1:
-            return
-        if not _is_whole(total_steps) or total_steps < 1:
-            raise ValueError(
-                f"total_steps={total_steps!r} is not a whole number >= 1, but start_density and "
-                "explore_end need it: pass the number of steps of the run."
-            )
+        holds = anneal_end == 0 or _is_share(anneal_end)
+        _check("anneal_end", anneal_end, holds, "a fraction of the steps in [0, 1]")
+        if start is not None or self.explore_end < 1:
+            expected = "the steps of the run, which start_density and explore_end need"
+            _check("total_steps", total_steps, _is_whole(total_steps, 1), expected)
 
     def group_settings(self) -> dict[str, Any]:
         """The settings that a parameter group may change."""
@@ -133,9 +120,18 @@ class RCDConfig:
         return cls(**{name: group[name] for name in cls().group_settings()})
 
 
+def _check(name: str, value: Any, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value!r} was passed: expected {expected}.")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= 1
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -50,8 +50,7 @@ class RCDSparseOptimizer(SparseOptimizer):
 
     Args:
         params: parameters, (name, parameter) pairs, or groups; contiguous floating-point tensors.
-        lr: learning rate.
-        betas, eps: of Adam; `eps` is added to the square root of the second moment.
+        lr, betas, eps, sharkfin, sparse, row_dim: as of [`TopKAdamW`].
         weight_decay: decoupled, of active coordinates.
         config: the settings of the descent.
         target_density: at most this share of each sparse parameter stays nonzero, in (0, 1]; None
@@ -60,20 +59,13 @@ class RCDSparseOptimizer(SparseOptimizer):
         total_steps: number of steps of the whole run; needed with a `start_density`, or an
             `explore_end` below 1.
         min_nonzeros: with a budget, nonzeros that each row of a matrix keeps in any case.
-        sharkfin: whether to multiply the learning rate by `1 / sqrt(density)`.
-        sparse: False trains the group's parameters as a whole.
-        row_dim: dimension that counts output neurons: 0 for `nn.Linear`, 1 for `Conv1D`.
-        normalize_gradients: "always" brings the root-mean-square of the gradients to 1, estimated
-            from what is computed of them, "clip" only where it is above 1, "off" leaves them alone.
+        normalize_gradients: see [`SparseOptimizer`]; the root-mean-square is estimated from what is
+            computed of the gradients.
         seed: of the blocks; the global generators are not touched.
         process_group: processes that share the coordinates. Every one then computes the gradients
             of its own part of them alone, and ships these. All must begin with the same weights,
             and what a block has seen in the middle of its stay is not saved. Needs `move_active`.
         settings: settings of [`RCDConfig`] by name; they win over `config`.
-
-    Attributes:
-        grad_rms: root-mean-square of the last step's gradients, before scaling.
-        effective_lr: learning rate of the first group in the last step, sharkfin included.
 
     Raises:
         TypeError: if a setting is not known.
@@ -109,20 +101,11 @@ class RCDSparseOptimizer(SparseOptimizer):
     ) -> None:
         config = replace(config or RCDConfig(), **settings)
         defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "target_density": target_density,
-            "anneal_end": anneal_end,
-            "total_steps": total_steps,
-            "min_nonzeros": min_nonzeros,
-            "sharkfin": sharkfin,
-            "sparse": sparse,
-            "row_dim": row_dim,
-            "fused": None,
-            **config.group_settings(),
-        }
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "target_density": target_density, "anneal_end": anneal_end, "total_steps": total_steps,
+            "min_nonzeros": min_nonzeros, "sharkfin": sharkfin, "sparse": sparse,
+            "row_dim": row_dim, "fused": None, **config.group_settings(),
+        }  # fmt: skip
         super().__init__(params, defaults, normalize_gradients)
         self.param_groups[0]["seed"] = seed
         self.process_group = process_group
@@ -254,11 +237,7 @@ class RCDSparseOptimizer(SparseOptimizer):
         )
 
     def _sparse_states(self) -> list[tuple[dict[str, Any], SparseState]]:
-        pairs = self.sparse_parameters()
-        states = [(g, p, self.state.get(p)) for g, p in pairs]
-        return [
-            (g, s if isinstance(s, SparseState) else self._make_state(p, g)) for g, p, s in states
-        ]
+        return [(group, self.sparse_state(p)) for group, p in self.sparse_parameters()]
 
     @torch.no_grad()
     def _make_state(self, p: Tensor, group: dict[str, Any]) -> SparseState:

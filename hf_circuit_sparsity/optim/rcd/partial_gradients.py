@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ...kernels.cpu import CpuKernels, compiled_kernels
 from ...modeling.csr import CSR
 from ...modeling.sparse_layers import SparseEmbedding, SparseLinear, SparseWeight
+from ..param_groups import trained_weight
 from ..sparse_compute import MAX_DENSITY, LinearForward, ReplacedForwards, weight_gradient
 from .blocks import Block
 from .optimizer import RCDSparseOptimizer
@@ -31,7 +32,7 @@ class PartialGradients(ReplacedForwards):
     that take the place of the first and last in `model.to_sparse()`, whose weight is one of the
     optimizer's sparse parameters compute its gradient at the active coordinates and in the current
     block, add it to what the optimizer holds for its next step, and leave `.grad` of the weight
-    None. The full gradient never exists. Their forward passes and input gradients run on the live
+    None. The full gradient never exists. Their forward passes and input gradients run on the active
     coordinates where these are few. Everything else (biases, norms, other modules) has an ordinary
     `.grad`; so has a weight that is also used outside of such layers, for that use, and the
     optimizer adds the two. Layers that share a weight add up.
@@ -82,14 +83,14 @@ class PartialGradients(ReplacedForwards):
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"threshold={threshold} is outside [0, 1]: pass a share of nonzeros.")
         sparse = {id(p): p for _, p in inner.sparse_parameters()}
-        layers = [m for m in model.modules() if _supported(m) and id(_trained(m)) in sparse]
+        layers = [m for m in model.modules() if _supported(m) and id(trained_weight(m)) in sparse]
         if not layers:
             raise ValueError(
                 f"{type(model).__name__} has no nn.Linear, Conv1D or nn.Embedding whose weight is "
                 "a sparse parameter of the optimizer: build the optimizer from this model's "
                 "parameters, or use it without PartialGradients."
             )
-        covered = {id(_trained(m)) for m in layers}
+        covered = {id(trained_weight(m)) for m in layers}
         names = {id(p): name for name, p in model.named_parameters()}
         bare = [names.get(i, "one of another model") for i, p in sparse.items()
                 if i not in covered and p.ndim > 1]  # fmt: skip
@@ -172,11 +173,6 @@ def _supported(module: nn.Module) -> bool:
     return isinstance(module, Conv1D) and own is Conv1D.forward
 
 
-def _trained(layer: nn.Module) -> nn.Parameter:
-    """The parameter in which a layer's weight is trained: the matrix, or its nonzeros."""
-    return layer.values if isinstance(layer, SparseWeight) else layer.weight
-
-
 class _PartialForward(LinearForward):
     """The forward pass of a linear layer whose weight's gradient is computed in part."""
 
@@ -190,7 +186,7 @@ class _PartialForward(LinearForward):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        weight = _trained(self.layer)
+        weight = trained_weight(self.layer)
         return self.linear(x, weight, self.layer.bias, self._nonzeros(weight.detach()))
 
     def _nonzeros(self, weight: Tensor) -> CSR | None:
@@ -211,7 +207,7 @@ class _PartialForward(LinearForward):
 
     def _state(self) -> SparseState:
         # By the layer's own parameter: what autograd saved is another object under checkpointing.
-        return self.optimizer.sparse_state(_trained(self.layer))
+        return self.optimizer.sparse_state(trained_weight(self.layer))
 
 
 class _EmbeddingForward:
@@ -222,7 +218,7 @@ class _EmbeddingForward:
         self.optimizer = optimizer
 
     def __call__(self, ids: Tensor) -> Tensor:
-        return _EmbeddingFunction.apply(ids, _trained(self.layer), self)
+        return _EmbeddingFunction.apply(ids, trained_weight(self.layer), self)
 
 
 class _EmbeddingFunction(torch.autograd.Function):
@@ -242,7 +238,7 @@ class _EmbeddingFunction(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             (ids,) = ctx.saved_tensors
             layer = ctx.use.layer
-            state = ctx.use.optimizer.sparse_state(_trained(layer))
+            state = ctx.use.optimizer.sparse_state(trained_weight(layer))
             grad = grad.reshape(-1, layer.embedding_dim)
             grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
             rows = _TokenGradient(ids.flatten(), grad, layer)
