@@ -1,7 +1,6 @@
 """Configuration of CircuitGPT, the weight-sparse GPT of Gao et al. 2025 (arXiv 2511.13653).
 
-The field names are those of OpenAI's released checkpoints, so that a released config is a valid
-config here; `attribute_map` gives them the ecosystem's names as well.
+A config that OpenAI released is valid here; `attribute_map` adds the ecosystem's names of fields.
 """
 
 import copy
@@ -22,7 +21,6 @@ PAPER_ACTIVATION_SITES = ",".join(ACTIVATION_SITES[:8])
 # Far above any such model; what a file claims beyond costs minutes or overflows.
 MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 24
-
 
 # What weights may be; others cannot be computed with.
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -71,8 +69,8 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
         n_layer (`int`): transformer blocks.
         n_head (`int`, *optional*): attention heads; `d_model // d_head` if not given.
         d_model (`int`): width of the residual stream.
-        d_head (`int`, *optional*): width of one head; `d_model // n_head` if only `n_head` is
-            given, 16 (the paper's) if neither is. Need not be `d_model / n_head`.
+        d_head (`int`, *optional*): width of one head; if not given, `d_model // n_head`, or 16 (the
+            paper's) without `n_head`.
         d_mlp (`int`, *optional*): neurons per MLP; `4 * d_model` if not given. Old name: `n_mlp`.
         block_size (`int`): longest sequence, in tokens.
         vocab_size (`int`): tokens in the vocabulary.
@@ -80,19 +78,16 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
         bias (`bool`): biases in the linear layers.
         ln_bias (`bool`): biases in LayerNorm; RMSNorm has none.
         activation_type (`str`): `"gelu"` or `"relu"`, the neurons' nonlinearity.
-        residual_activation_type (`str`): `"identity"`, or `"relu"` applied to the residual stream
-            after every attention and MLP block.
-        afrac (`float`, *optional*): fraction of activations AbsTopK keeps, k = int(afrac * width);
-            `None` keeps all.
-        afrac_loctypes (`str`): comma-separated sites at which AbsTopK acts, out of
-            `ACTIVATION_SITES`.
+        residual_activation_type (`str`): `"identity"`, or `"relu"` after every residual addition.
+        afrac (`float`, *optional*): AbsTopK keeps int(afrac * width) activations; `None`: all.
+        afrac_loctypes (`str`): where AbsTopK acts, comma-separated, out of `ACTIVATION_SITES`.
         tied_unembed (`bool`): share the token embedding with the unembedding.
         sink (`bool`): a learnable logit per head that only enters the softmax denominator.
-        enable_bigram_table (`bool`): a dense `vocab_size × vocab_size` table, looked up by the
-            current token and added to the logits.
+        enable_bigram_table (`bool`): a dense `vocab_size × vocab_size` table, whose row of the
+            current token is added to the logits.
         learnable_bigram_table (`bool`): the table is a parameter rather than a buffer.
         d_pos_emb (`int`, *optional*): if given, positions of this width are normalised and
-            concatenated to the input of every block, instead of added to the embedding.
+            concatenated to every block's input, instead of added to the embedding.
         dropout_cat_pos_emb (`bool`): dropout on concatenated positions.
         sinusoidal_cat_pos_emb (`bool`): concatenated positions are frozen sinusoids.
         dropout (`float`): dropout after embedding, attention and MLP, and on attention weights.
@@ -149,8 +144,7 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if (n_mlp := kwargs.pop("n_mlp", None)) is not None and self.d_mlp is None:
             self.d_mlp = n_mlp
-        # The ecosystem's names arrive as extra keywords; set them first, so that what is derived
-        # below is derived from them.
+        # The ecosystem's names arrive as extra keywords; the fields below are derived from them.
         for alias, name in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
@@ -177,31 +171,23 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
         if self.d_mlp is None:
             self.d_mlp = 4 * self.d_model
         if self.n_head * self.d_head > MAX_WIDTH:
-            raise ValueError(
-                f"n_head={self.n_head} heads of d_head={self.d_head} were passed, but together "
-                f"they must be at most {MAX_WIDTH} wide."
-            )
+            heads = f"n_head={self.n_head} heads of d_head={self.d_head}"
+            raise ValueError(f"{heads} were passed, expected at most {MAX_WIDTH} wide together.")
 
     def _check_sites(self) -> None:
         if unknown := set(self.activation_sites) - set(ACTIVATION_SITES):
-            raise ValueError(
-                f"afrac_loctypes names {', '.join(sorted(unknown))}, expected sites out of "
-                f"{', '.join(ACTIVATION_SITES)}."
-            )
+            names, known = ", ".join(sorted(unknown)), ", ".join(ACTIVATION_SITES)
+            raise ValueError(f"afrac_loctypes names {names}, expected sites out of {known}.")
         if self.afrac is not None and not 0 < self.afrac <= 1:
-            raise ValueError(
-                f"afrac={self.afrac} was passed, expected a fraction in (0, 1]; use None to keep "
-                "every activation."
-            )
+            raise ValueError(f"afrac={self.afrac} was passed, expected a share in (0, 1] or None.")
         if narrow := [site for site in self.activation_sites if self.site_k(site) == 0]:
+            sites = f"{', '.join(narrow)}, {self.site_width(narrow[0])} wide"
             raise ValueError(
-                f"afrac={self.afrac} keeps no activation at {', '.join(narrow)}, "
-                f"{self.site_width(narrow[0])} wide; use a larger afrac or a wider model."
+                f"afrac={self.afrac} keeps no activation at {sites}; raise one of the two."
             )
         if self.sinusoidal_cat_pos_emb and self.d_pos_emb is None:
             raise ValueError(
-                "sinusoidal_cat_pos_emb=True was passed without d_pos_emb; give the width of the "
-                "concatenated positions."
+                "sinusoidal_cat_pos_emb=True was passed without d_pos_emb; pass that too."
             )
 
     @property

@@ -113,11 +113,10 @@ def _sink_as_key(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
     dropout: float, s_aux: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The same through `scaled_dot_product_attention`.
+    """The same through `scaled_dot_product_attention`, with the sink as a first key of value zero.
 
-    The sink becomes a key in front of the others whose value is zero. One extra channel, 1 in
-    every query and `s_aux / scaling` in that key only, makes its score the sink's logit for every
-    query, so that no mask has to carry it and the causal kernels stay usable.
+    One extra channel, 1 in every query and `s_aux / scaling` in that key only, makes the sink's
+    logit its score. So no mask has to carry it, and the causal kernels stay usable.
     """
     batch, heads, queries, width = query.shape
     sink_key = query.new_zeros(batch, heads, 1, width + 1)

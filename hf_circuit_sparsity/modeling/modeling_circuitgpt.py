@@ -1,9 +1,8 @@
 """CircuitGPT: the weight-sparse GPT of Gao et al. 2025 (arXiv 2511.13653) as a `PreTrainedModel`.
 
-GPT-2 style decoder with what makes its behaviours come apart into circuits: AbsTopK at every site
-a circuit can be cut at ([`NodeSite`]), RMSNorm, attention sinks, and a dense bigram table beside
-the sparse weights. Parameter names are those of OpenAI's released checkpoints. Runs against
-OpenAI's own logits and activations in the tests.
+GPT-2 style decoder with AbsTopK at every site a circuit can be cut at ([`NodeSite`]), RMSNorm,
+attention sinks, and a dense bigram table beside the sparse weights. Parameter names are those of
+OpenAI's released checkpoints, against whose logits and activations the tests hold it.
 
 Shapes in comments: B batch, T tokens, D `d_model`, H heads, K `d_head`, V vocabulary.
 """
@@ -39,8 +38,7 @@ class AbsTopK(nn.Module):
 
     def __init__(self, width: int, k: int | None = None):
         super().__init__()
-        self.width = width
-        self.k = k
+        self.width, self.k = width, k
 
     def forward(self, x: Tensor) -> Tensor:
         return x if self.k is None else abs_topk(x, self.k)
@@ -227,10 +225,7 @@ class CircuitGPTPreTrainedModel(SparsePreTrainedModel):
     _can_compile_fullgraph = True
     # Older releases lack the first; the others are causal or pruning masks stored as buffers.
     _keys_to_ignore_on_load_missing = [r"^final_logits_bias$"]  # noqa: RUF012
-    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
-        r"\.attn\.(masked_)?bias$",
-        r"(^|[._])mask$",
-    ]
+    _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$", r"(^|[._])mask$"]  # noqa: RUF012
 
     def __init__(self, config: CircuitGPTConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -293,9 +288,8 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
     ) -> Tensor:
         """Positions `(B or 1, T)` of the tokens embedded in `x`; padding does not count."""
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        length = x.shape[1]
+        length, positions = x.shape[1], None
         needed = past + length
-        positions = None
         if attention_mask is not None and attention_mask.dim() == 2:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
             if needed > self.config.block_size:  # rarely; padding may be all that is too long
@@ -354,10 +348,8 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
                 `attn_implementation="eager"`.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(
-                "Exactly one of input_ids and inputs_embeds is needed, but "
-                f"{'neither' if input_ids is None else 'both'} was passed."
-            )
+            passed = "neither" if input_ids is None else "both"
+            raise ValueError(f"Expected one of input_ids and inputs_embeds; {passed} was passed.")
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
         if output_hidden_states is None:
@@ -371,8 +363,7 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         x, positions, mask = self.embedded(x, attention_mask, position_ids, past_key_values)
-        hidden_states = []
-        attentions = []
+        hidden_states, attentions = [], []
         for block in self.h:
             hidden_states.append(x)
             x, weights = block(x, positions, mask, past_key_values, **kwargs)
@@ -468,8 +459,8 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
         """
         if self.bigram_table is not None and input_ids is None:
             raise ValueError(
-                "This model looks its bigram table up by token, so inputs_embeds alone do not "
-                "determine its logits; pass input_ids."
+                "inputs_embeds were passed without input_ids, but the bigram table is looked up by "
+                "token; pass input_ids."
             )
         of_loss = ("num_items_in_batch", "shift_labels")
         outputs = self.transformer(

@@ -3,12 +3,10 @@
 A matrix `NAME` with few nonzeros is stored as three tensors: `NAME.values`, in the matrix's dtype,
 row by row; `NAME.columns`, the column of each; and `NAME.row_counts`, how many each row has. The
 integers are of 1, 2 or 4 bytes, whichever the matrix's width allows. Everything else, and a matrix
-that this would not make smaller, is stored as it is. So at 1 nonzero in 1000 an entry costs about
-6 bytes where the dense file spends 4000.
+that this would not make smaller, is stored as it is.
 
-The quantizers of transformers do not carry this layout: `quantization_config` in `config.json`
-chooses one, which the files have never had; a layer's parameters must have their shapes before any
-file is opened; and the hooks that convert weights changed between transformers 5.17 and 5.23.
+No quantizer of transformers carries this layout: files saved before have no `quantization_config`,
+and a quantizer must know the shapes of a layer's parameters before any file is opened.
 """
 
 import os
@@ -28,8 +26,7 @@ from .csr import CSR
 from .sparse_layers import (
     MAX_DENSITY,
     SparseWeight,
-    replace_module,
-    sparse_layer,
+    run_on_nonzeros,
     sparse_layers,
     to_dense,
     to_sparse,
@@ -57,21 +54,17 @@ class SparsePreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, sparse: bool = False, **kwargs):
         """As every `from_pretrained`, from dense and from sparse weights alike.
 
-        A model from the Hub knows in `config._commit_hash` the commit it is of (if its weights are
-        one file), so that what is made of it can name it.
+        `config._commit_hash` names the commit of a model from the Hub whose weights are one file.
 
         Args:
-            sparse: return the model as `to_sparse()` leaves it. From sparse weights this never
-                allocates a dense matrix; it then takes no `device_map` over several devices and no
-                quantization.
+            sparse: return the model as `to_sparse()` leaves it; not over several devices, and not
+                quantized. From sparse weights this never allocates a dense matrix.
 
         Raises:
             ValueError: a sparse tensor is damaged, or weights do not fit the config.
         """
         if sparse and kwargs.get("quantization_config") is not None:
-            raise ValueError(
-                "quantization_config and sparse=True were passed; load without one of the two."
-            )
+            raise ValueError("quantization_config and sparse=True were passed; pass only one.")
         asked = _AS_NONZEROS.set(sparse)
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -80,7 +73,10 @@ class SparsePreTrainedModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         nonzeros = model.__dict__.pop("_nonzeros", None)
         if nonzeros is not None:
-            _replace_layers(model, nonzeros)
+            device = next(p.device for p in model.parameters() if p.device.type != "meta")
+            run_on_nonzeros(model, nonzeros)
+            for layer in sparse_layers(model).values():
+                layer.to(device)
         elif sparse:
             to_sparse(model)
         return loaded
@@ -100,9 +96,11 @@ class SparsePreTrainedModel(PreTrainedModel):
             if len(set((load_config.device_map or {}).values())) > 1:
                 raise ValueError("sparse=True was passed with a device_map over several devices.")
             nonzeros = {n: w for n, w in weights.items() if _runs_sparsely(model, n, w)}
-            model._nonzeros = nonzeros  # `from_pretrained` replaces these layers at its end
+            # `from_pretrained` replaces these layers at its end.
+            model._nonzeros = {n.rpartition(".")[0]: w for n, w in nonzeros.items()}
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        rest = {n: _dense(w) for n, w in weights.items() if n not in nonzeros and n not in tied}
+        rest = {n: w for n, w in weights.items() if n not in nonzeros and n not in tied}
+        rest = {n: w.to_dense() if isinstance(w, CSR) else w for n, w in rest.items()}
         info, offloaded = load(model, rest, None, load_config, expected_keys=list(rest))
         info.missing_keys -= nonzeros.keys()  # so that they stay on the meta device
         return info, offloaded
@@ -115,8 +113,7 @@ class SparsePreTrainedModel(PreTrainedModel):
         """As every `save_pretrained`.
 
         Args:
-            sparse: write only the nonzeros (the layout is in `sparse_checkpoint.py`); a matrix that
-                this would not make smaller is written as it is. `from_pretrained` reads both.
+            sparse: write only the nonzeros, as this file describes; `from_pretrained` reads both.
         """
         if self._saves_sparse if sparse is None else sparse:
             state_dict = sparse_state_dict(self, state_dict)
@@ -189,10 +186,9 @@ def sparse_state_dict(
             continue
         counts = weight.row_starts.cpu().diff().numpy()
         columns = weight.columns.cpu().numpy().astype(_smallest_unsigned(weight.shape[1]))
-        largest = int(counts.max(initial=0))
         encoded[name + VALUES] = weight.values.detach().cpu().contiguous()
         encoded[name + COLUMNS] = torch.from_numpy(columns)
-        counts = counts.astype(_smallest_unsigned(largest + 1))
+        counts = counts.astype(_smallest_unsigned(int(counts.max(initial=0)) + 1))
         encoded[name + ROW_COUNTS] = torch.from_numpy(counts)
     return encoded
 
@@ -294,24 +290,6 @@ def _runs_sparsely(model: nn.Module, name: str, weight: Tensor | CSR) -> bool:
     if not isinstance(weight, CSR) or len(weight) > MAX_DENSITY * weight.shape[0] * weight.shape[1]:
         return False
     return type(model.get_submodule(name.rpartition(".")[0])) in (nn.Linear, nn.Embedding)
-
-
-def _replace_layers(model: PreTrainedModel, nonzeros: dict[str, CSR]) -> None:
-    """Put layers that run on `nonzeros` in the place of those on the meta device."""
-    device = next(p.device for p in model.parameters() if p.device.type != "meta")
-    shared: dict[int, CSR] = {}  # tied weights are one object in `nonzeros`
-    for name, csr in nonzeros.items():
-        owner = name.rpartition(".")[0]
-        module = model.get_submodule(owner)
-        if id(csr) not in shared:
-            values = csr.values.to(module.weight.dtype)
-            values = nn.Parameter(values, requires_grad=module.weight.requires_grad)
-            shared[id(csr)] = csr.with_values(values)
-        replace_module(model, owner, sparse_layer(module, shared[id(csr)]).to(device))
-
-
-def _dense(weight: Tensor | CSR) -> Tensor:
-    return weight.to_dense() if isinstance(weight, CSR) else weight
 
 
 def read_tensors(path: str | os.PathLike, names_only: bool = False) -> dict[str, Tensor]:

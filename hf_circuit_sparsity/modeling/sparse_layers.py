@@ -78,17 +78,16 @@ class SparseWeight(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
     ) -> None:
-        for name in ("weight", "bias"):
-            if name == "bias" and getattr(self, name, None) is None:
-                continue
+        bias = getattr(self, "bias", None)
+        for name in ("weight",) if bias is None else ("weight", "bias"):
             tensor = state_dict.get(prefix + name)
-            shape = self.shape if name == "weight" else tuple(self.bias.shape)
+            shape = self.shape if name == "weight" else tuple(bias.shape)
             if tensor is None:
                 missing_keys.append(prefix + name)
             elif tuple(tensor.shape) != shape:
                 errors.append(f"{prefix}{name} has shape {tuple(tensor.shape)}, expected {shape}.")
             elif name == "bias":
-                self.bias.copy_(tensor)
+                bias.copy_(tensor)
             else:
                 self.assign(CSR.from_dense(tensor.detach().to(self.values)))
 
@@ -170,42 +169,65 @@ def to_sparse(model: Model, threshold: float = MAX_DENSITY) -> Model:
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold} was passed, expected a share from 0 to 1.")
-    candidates = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) in (nn.Linear, nn.Embedding)
-    }
-    for name, module in candidates.items():
+    modules = {n: m for n, m in model.named_modules() if type(m) in (nn.Linear, nn.Embedding)}
+    for name, module in modules.items():
         if module.weight.device.type == "meta":
             raise ValueError(
                 f"{name}.weight is not in memory (offloaded); load the model without offloading."
             )
-    shared: dict[int, CSR] = {}  # tied layers, such as embedding and unembedding, stay tied
-    densest = 1.0
-    for name, module in candidates.items():
+    nonzeros: dict[int, CSR] = {}  # by weight, as layers may be tied
+    layers: dict[str, CSR] = {}
+    smallest = 1.0
+    for name, module in modules.items():
         weight = module.weight
         density = float(torch.count_nonzero(weight)) / max(1, weight.numel())
-        densest = min(densest, density)
-        if density > threshold:
-            continue
-        if id(weight) not in shared:
-            csr = CSR.from_dense(weight)
-            values = nn.Parameter(csr.values, requires_grad=weight.requires_grad)
-            shared[id(weight)] = csr.with_values(values)
-        replace_module(model, name, sparse_layer(module, shared[id(weight)]))
-    if candidates and not shared:
+        smallest = min(smallest, density)
+        if density <= threshold:
+            if id(weight) not in nonzeros:
+                nonzeros[id(weight)] = CSR.from_dense(weight)
+            layers[name] = nonzeros[id(weight)]
+    run_on_nonzeros(model, layers)
+    if modules and not layers:
         logger.warning(
-            f"{type(model).__name__} is not sparse: its sparsest layer has {densest:.1%} nonzeros, "
-            f"more than the {threshold:.1%} up to which running on them pays. It stays dense."
+            f"{type(model).__name__} is not sparse: its sparsest layer has {smallest:.1%} nonzeros,"
+            f" more than the {threshold:.1%} up to which running on them pays. It stays dense."
         )
     return model
 
 
+def run_on_nonzeros(model: nn.Module, nonzeros: dict[str, CSR]) -> None:
+    """Put layers that run on `nonzeros` in the place of the dense ones of the same names.
+
+    Layers with the same nonzeros, such as a tied embedding and unembedding, share them.
+    """
+    shared: dict[int, CSR] = {}
+    for name, csr in nonzeros.items():
+        module = model.get_submodule(name)
+        if id(csr) not in shared:
+            values = csr.values.to(module.weight.dtype)
+            values = nn.Parameter(values, requires_grad=module.weight.requires_grad)
+            shared[id(csr)] = csr.with_values(values)
+        csr = shared[id(csr)]
+        is_table = isinstance(module, nn.Embedding)
+        layer = SparseEmbedding(csr) if is_table else SparseLinear(csr, module.bias)
+        _replace(model, name, layer.train(module.training))
+
+
 def to_dense(model: Model) -> Model:
     """Undo `to_sparse`: every layer holds and multiplies its dense matrix again, in place."""
-    shared: dict[int, nn.Parameter] = {}
+    shared: dict[int, nn.Parameter] = {}  # by values, as layers may be tied
     for name, layer in sparse_layers(model).items():
-        replace_module(model, name, dense_layer(layer, shared))
+        (rows, width), values = layer.shape, layer.values
+        if id(values) not in shared:
+            shared[id(values)] = nn.Parameter(layer.weight.detach(), values.requires_grad)
+        with torch.device("meta"):  # nothing is allocated for weights that are replaced
+            if isinstance(layer, SparseEmbedding):
+                dense = nn.Embedding(rows, width)
+            else:
+                dense = nn.Linear(width, rows, bias=False)
+                dense.bias = layer.bias
+        dense.weight = shared[id(values)]
+        _replace(model, name, dense.train(layer.training))
     return model
 
 
@@ -214,30 +236,6 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseWeight]:
     return {n: module for n, module in model.named_modules() if isinstance(module, SparseWeight)}
 
 
-def sparse_layer(module: nn.Linear | nn.Embedding, csr: CSR) -> SparseWeight:
-    """The layer that does what `module` does with the weight `csr`."""
-    if isinstance(module, nn.Embedding):
-        return SparseEmbedding(csr).train(module.training)
-    return SparseLinear(csr, module.bias).train(module.training)
-
-
-def dense_layer(layer: SparseWeight, shared: dict[int, nn.Parameter]) -> nn.Module:
-    """The dense layer with the weight of `layer`; `shared` keeps tied layers tied."""
-    rows, width = layer.shape
-    values = layer.values
-    if id(values) not in shared:
-        shared[id(values)] = nn.Parameter(layer.weight.detach(), values.requires_grad)
-    with torch.device("meta"):  # nothing is allocated for weights that are replaced
-        if isinstance(layer, SparseEmbedding):
-            dense = nn.Embedding(rows, width)
-        else:
-            dense = nn.Linear(width, rows, bias=False)
-            dense.bias = layer.bias
-    dense.weight = shared[id(values)]
-    return dense.train(layer.training)
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at the dotted `name` within `model`."""
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

@@ -9,7 +9,7 @@ from torch import nn
 from ..modeling.configuration_circuitgpt import CircuitGPTConfig
 from ..modeling.csr import CSR
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
-from ..modeling.sparse_layers import replace_module, sparse_layer
+from ..modeling.sparse_layers import run_on_nonzeros
 from .param_groups import sparse_param_groups
 from .projection import nonzero_budget, project_topk_
 
@@ -133,12 +133,14 @@ def sparse_from_config(
             for p in (p for p in module._parameters.values() if p is not None and not p.is_meta):
                 p.zero_() if p.ndim > 1 else p.fill_(float(not isinstance(module, nn.Linear)))
             model._init_weights(module)  # does nothing to what is still on the meta device
+    nonzeros = {}
     for name, module in layers.items():
         shape = tuple(module.weight.shape)
         minimum = min(minima[f"{name}.weight"], shape[1])
         budget = max(nonzero_budget(shape[0] * shape[1], density), shape[0] * minimum)
         csr = _random_nonzeros(shape, budget, config.initializer_range, generator)
-        replace_module(model, name, sparse_layer(module, csr))
+        nonzeros[name] = csr
+    run_on_nonzeros(model, nonzeros)
     return model
 
 
