@@ -99,9 +99,8 @@ def reference_means(
 
     def adder(kind: str, name: str) -> Callable:
         def hook(module, args, output):
-            seen = args[0] if kind == "attended" else output
-            total = seen.double().sum(dim=(0, 1))
-            sums[kind, name] = sums.get((kind, name), 0) + total
+            activations = args[0] if kind == "attended" else output
+            sums[kind, name] = sums.get((kind, name), 0) + activations.double().sum(dim=(0, 1))
 
         return hook
 

@@ -125,9 +125,9 @@ def cut_offsets(cut: Collection[Edge], means: ReferenceMeans) -> Offsets:
     offsets: Offsets = {}
     for edge in cut:
         source = means.attended if edge.source_site.endswith(".v") else means.nodes
-        at = offsets.setdefault(edge.target_site, {})
+        sums = offsets.setdefault(edge.target_site, {})
         part = edge.weight * source[edge.source_site][edge.source].item()
-        at[edge.target] = at.get(edge.target, 0.0) + part
+        sums[edge.target] = sums.get(edge.target, 0.0) + part
     return offsets
 
 

@@ -51,13 +51,13 @@ def list_circuits(
     """
     api = HfApi(token=token)
     info = api.model_info(repo_id, revision=revision)
-    found = _circuits_in(info)
+    circuits = _circuits_in(info)
     # The Hub makes such a tag of every card that names a base model.
     tags = [f"base_model:{repo_id}", TAG]
     for other in api.list_models(filter=tags, full=True):
         if other.id != repo_id:
-            found += _circuits_in(other)
-    return found
+            circuits += _circuits_in(other)
+    return circuits
 
 
 def _circuits_in(info: ModelInfo) -> list[CircuitOnHub]:

@@ -190,18 +190,18 @@ def drop_unconnected(
     Queries and keys need no reader: the attention scores read them.
     """
     matrices = [(source, target, weight != 0) for source, target, weight in site_weights(model)]
-    for source, target, live in matrices:
+    for source, target, nonzero in matrices:
         for edge in cut:
             if (edge.source_site, edge.target_site) == (source, target):
-                live[edge.target, edge.source] = False
+                nonzero[edge.target, edge.source] = False
     connected = {site: mask.clone() for site, mask in keep.items()}
     changed = True
     while changed:
         changed = False
         reads = {site: torch.zeros_like(mask) for site, mask in connected.items()}
         writes = {site: torch.zeros_like(mask) for site, mask in connected.items()}
-        for source, target, live in matrices:
-            both = live & connected[target][:, None] & connected[source][None, :]
+        for source, target, nonzero in matrices:
+            both = nonzero & connected[target][:, None] & connected[source][None, :]
             reads[source] |= both.any(0)
             writes[target] |= both.any(1)
         for site, mask in connected.items():
