@@ -18,10 +18,7 @@ ACTIVATION_SITES = (
 )  # fmt: skip
 PAPER_ACTIVATION_SITES = ",".join(ACTIVATION_SITES[:8])
 
-# Far above any such model; what a file claims beyond costs minutes or overflows.
-MAX_LAYERS = 1024
-MAX_WIDTH = 1 << 24
-
+MAX_LAYERS, MAX_WIDTH = 1024, 1 << 24  # far above any model; more in a file costs minutes
 # What weights may be; others cannot be computed with.
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -83,11 +80,10 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
         afrac_loctypes (`str`): where AbsTopK acts, comma-separated, out of `ACTIVATION_SITES`.
         tied_unembed (`bool`): share the token embedding with the unembedding.
         sink (`bool`): a learnable logit per head that only enters the softmax denominator.
-        enable_bigram_table (`bool`): a dense `vocab_size × vocab_size` table, whose row of the
-            current token is added to the logits.
+        enable_bigram_table (`bool`): a dense `V × V` table; a token's row is added to its logits.
         learnable_bigram_table (`bool`): the table is a parameter rather than a buffer.
-        d_pos_emb (`int`, *optional*): if given, positions of this width are normalised and
-            concatenated to every block's input, instead of added to the embedding.
+        d_pos_emb (`int`, *optional*): width of positions that are normalised and concatenated to
+            every block's input; if not given, they are added to the embedding.
         dropout_cat_pos_emb (`bool`): dropout on concatenated positions.
         sinusoidal_cat_pos_emb (`bool`): concatenated positions are frozen sinusoids.
         dropout (`float`): dropout after embedding, attention and MLP, and on attention weights.
@@ -104,14 +100,10 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
     model_type = "circuitgpt"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads it so)
     attribute_map = {  # noqa: RUF012
-        "hidden_size": "d_model",
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
-        "head_dim": "d_head",
-        "intermediate_size": "d_mlp",
-        "max_position_embeddings": "block_size",
-        "tie_word_embeddings": "tied_unembed",
-    }
+        "hidden_size": "d_model", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+        "head_dim": "d_head", "intermediate_size": "d_mlp",
+        "max_position_embeddings": "block_size", "tie_word_embeddings": "tied_unembed",
+    }  # fmt: skip
 
     n_layer: int = within(1, MAX_LAYERS, default=8)
     n_head: int | None = within(1, MAX_WIDTH, default=None)
@@ -150,31 +142,20 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
                 setattr(self, name, kwargs.pop(alias))
         if isinstance(self.afrac_loctypes, (list, tuple)):
             self.afrac_loctypes = ",".join(self.afrac_loctypes)
-        self._derive_widths()
-        self._check_sites()
-        super().__post_init__(**kwargs)
-        if self.dtype not in (None, *FLOAT_DTYPES):
-            raise ValueError(f"dtype={self.dtype} was passed, expected a float of 16 to 64 bits.")
-
-    def _derive_widths(self) -> None:
         if self.d_head is None and self.n_head is None:
             self.d_head = 16
         for name, other in (("d_head", "n_head"), ("n_head", "d_head")):
             if getattr(self, name) is None:
                 divisor = getattr(self, other)
                 if self.d_model % divisor:
-                    raise ValueError(
-                        f"d_model={self.d_model} is not a multiple of {other}={divisor}; choose "
-                        f"widths that divide, or pass {name} as well."
-                    )
+                    widths = f"d_model={self.d_model} is not a multiple of {other}={divisor}"
+                    raise ValueError(f"{widths}; choose widths that divide, or pass {name} too.")
                 setattr(self, name, self.d_model // divisor)
         if self.d_mlp is None:
             self.d_mlp = 4 * self.d_model
         if self.n_head * self.d_head > MAX_WIDTH:
             heads = f"n_head={self.n_head} heads of d_head={self.d_head}"
             raise ValueError(f"{heads} were passed, expected at most {MAX_WIDTH} wide together.")
-
-    def _check_sites(self) -> None:
         if unknown := set(self.activation_sites) - set(ACTIVATION_SITES):
             names, known = ", ".join(sorted(unknown)), ", ".join(ACTIVATION_SITES)
             raise ValueError(f"afrac_loctypes names {names}, expected sites out of {known}.")
@@ -182,13 +163,12 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
             raise ValueError(f"afrac={self.afrac} was passed, expected a share in (0, 1] or None.")
         if narrow := [site for site in self.activation_sites if self.site_k(site) == 0]:
             sites = f"{', '.join(narrow)}, {self.site_width(narrow[0])} wide"
-            raise ValueError(
-                f"afrac={self.afrac} keeps no activation at {sites}; raise one of the two."
-            )
+            raise ValueError(f"afrac={self.afrac} keeps no activation at {sites}; raise either.")
         if self.sinusoidal_cat_pos_emb and self.d_pos_emb is None:
-            raise ValueError(
-                "sinusoidal_cat_pos_emb=True was passed without d_pos_emb; pass that too."
-            )
+            raise ValueError("sinusoidal_cat_pos_emb=True was passed, but no d_pos_emb; pass it.")
+        super().__post_init__(**kwargs)
+        if self.dtype not in (None, *FLOAT_DTYPES):
+            raise ValueError(f"dtype={self.dtype} was passed, expected a float of 16 to 64 bits.")
 
     @property
     def activation_sites(self) -> tuple[str, ...]:

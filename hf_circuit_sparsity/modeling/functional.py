@@ -80,17 +80,11 @@ def sdpa_attention_with_sink(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
     dropout: float, s_aux: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Attention with a sink through torch's fused kernels.
+    """Attention with a sink through fused kernels; `(B, H, T, K)` in, `(B, T, H, K)` out.
 
     Args:
-        query: `(B, H, T, K)`; key, value: `(B, H, past + T, K)`.
         attention_mask: as of `scaled_dot_product_attention`; None is causal.
-        scaling: of the scores.
-        dropout: of the attention weights.
         s_aux: `(H,)`, the sinks: logits that only enter the softmax denominator.
-
-    Returns:
-        `(B, T, H, K)`.
     """
     fused_on_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
     if fused_on_cpu and attention_mask is None and not dropout and query.shape[2]:
@@ -106,18 +100,9 @@ def sdpa_attention_with_sink(
         scores = torch.cat([query @ key.transpose(-1, -2) * scaling, sink], dim=-1)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
         return (weights[..., :-1] @ value).transpose(1, 2)
-    return _sink_as_key(query, key, value, attention_mask, scaling, dropout, s_aux)
-
-
-def _sink_as_key(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
-    dropout: float, s_aux: Tensor,
-) -> Tensor:  # fmt: skip
-    """The same through `scaled_dot_product_attention`, with the sink as a first key of value zero.
-
-    One extra channel, 1 in every query and `s_aux / scaling` in that key only, makes the sink's
-    logit its score. So no mask has to carry it, and the causal kernels stay usable.
-    """
+    # Else the sink is a first key whose value is zero. One extra channel, 1 in every query and
+    # `s_aux / scaling` in that key only, makes the sink's logit its score. So no mask has to carry
+    # it, and the causal kernels stay usable.
     batch, heads, queries, width = query.shape
     sink_key = query.new_zeros(batch, heads, 1, width + 1)
     sink_key[..., -1] = (s_aux / scaling).to(query.dtype).view(1, heads, 1)

@@ -79,7 +79,7 @@ def eager_attention_forward(
 
 
 class AttentionSink(nn.Module):
-    """Holds the per-head logit, `(H,)`, that only enters the softmax denominator."""
+    """The per-head logit, `(H,)`, that only enters the softmax denominator."""
 
     def __init__(self, n_head: int):
         super().__init__()
@@ -89,11 +89,8 @@ class AttentionSink(nn.Module):
 class CircuitGPTAttention(nn.Module):
     def __init__(self, config: CircuitGPTConfig, layer_idx: int):
         super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.d_head
-        self.scaling = config.d_head**-0.5
-        self.is_causal = True
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
+        self.head_dim, self.scaling = config.d_head, config.d_head**-0.5
         inner = config.n_head * config.d_head
 
         self.act_in = NodeSite(config.d_model_in, config.site_k("attn_in"))
@@ -154,12 +151,11 @@ class CircuitGPTMLP(nn.Module):
 class CircuitGPTBlock(GradientCheckpointingLayer):
     def __init__(self, config: CircuitGPTConfig, layer_idx: int):
         super().__init__()
-        self.concatenates_positions = config.d_pos_emb is not None
         self.ln_1 = make_norm(config, config.d_model)
         self.attn = CircuitGPTAttention(config, layer_idx)
         self.ln_2 = make_norm(config, config.d_model)
         self.mlp = CircuitGPTMLP(config)
-        if self.concatenates_positions:
+        if config.d_pos_emb is not None:
             self.ln_p1 = make_norm(config, config.d_pos_emb)
             self.ln_p2 = make_norm(config, config.d_pos_emb)
         relu = config.residual_activation_type == "relu"
@@ -167,12 +163,9 @@ class CircuitGPTBlock(GradientCheckpointingLayer):
         self.resid_post_attn = AbsTopK(config.d_model, config.site_k("resid_post_attn"))
         self.resid_post_mlp = AbsTopK(config.d_model, config.site_k("resid_post_mlp"))
 
-    def forward(
-        self, x: Tensor, positions: Tensor | None = None, attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None, **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    def forward(self, x: Tensor, positions: Tensor | None = None, *args: Any, **kwargs: Any):
         """`x` is `(B, T, D)`; positions, where they are concatenated, `(B or 1, T, d_pos_emb)`."""
-        x, weights = self.after_attention(x, positions, attention_mask, past_key_values, **kwargs)
+        x, weights = self.after_attention(x, positions, *args, **kwargs)
         return self.after_mlp(x, positions), weights
 
     def after_attention(
@@ -181,7 +174,7 @@ class CircuitGPTBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The residual stream after the attention, from the one before it; and the weights."""
         read = self.ln_1(x)
-        if self.concatenates_positions:
+        if positions is not None:
             read = torch.cat([read, self.ln_p1(positions).expand(len(x), -1, -1)], dim=-1)
         delta, weights = self.attn(read, attention_mask, past_key_values, **kwargs)
         return self.resid_post_attn(self.residual_act(x + delta)), weights
@@ -189,7 +182,7 @@ class CircuitGPTBlock(GradientCheckpointingLayer):
     def after_mlp(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """The residual stream after the MLP, from the one before it."""
         read = self.ln_2(x)
-        if self.concatenates_positions:
+        if positions is not None:
             read = torch.cat([read, self.ln_p2(positions).expand(len(x), -1, -1)], dim=-1)
         return self.resid_post_mlp(self.residual_act(x + self.mlp(read)))
 
@@ -262,11 +255,8 @@ class CircuitGPTPreTrainedModel(SparsePreTrainedModel):
         Keys: `h.{i}.attn.act_in, .q, .k, .v, .resid_delta` and `h.{i}.mlp.act_in, .post_act,
         .resid_delta`.
         """
-        return {
-            name[name.index("h.") :]: module
-            for name, module in self.named_modules()
-            if isinstance(module, NodeSite)
-        }
+        sites = {n: m for n, m in self.named_modules() if isinstance(m, NodeSite)}
+        return {name[name.index("h.") :]: site for name, site in sites.items()}
 
 
 class CircuitGPTModel(CircuitGPTPreTrainedModel):
@@ -299,9 +289,8 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
                 f"The sequence has {needed} tokens, but this model reads at most "
                 f"block_size={self.config.block_size}; shorten it."
             )
-        if positions is None:
-            positions = torch.arange(past, past + length, device=x.device)[None]
-        return positions
+        after_past = torch.arange(past, past + length, device=x.device)[None]
+        return after_past if positions is None else positions
 
     def embedded(
         self, x: Tensor, attention_mask: Tensor | None = None,
@@ -352,13 +341,12 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
             raise ValueError(f"Expected one of input_ids and inputs_embeds; {passed} was passed.")
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         if output_attentions is None:
             output_attentions = config.output_attentions
-        if self.gradient_checkpointing and self.training:
-            use_cache = False
-
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
@@ -370,11 +358,10 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
             attentions.append(weights)
         x = self.ln_f(x)
         return BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=past_key_values if use_cache else None,
+            last_hidden_state=x, past_key_values=past_key_values if use_cache else None,
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
-        )
+        )  # fmt: skip
 
 
 class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
@@ -458,18 +445,14 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
             states and attentions as of [`CircuitGPTModel.forward`].
         """
         if self.bigram_table is not None and input_ids is None:
-            raise ValueError(
-                "inputs_embeds were passed without input_ids, but the bigram table is looked up by "
-                "token; pass input_ids."
-            )
+            raise ValueError("The bigram table needs token ids, got inputs_embeds; pass input_ids.")
         of_loss = ("num_items_in_batch", "shift_labels")
         outputs = self.transformer(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
             return_dict=True, **{k: v for k, v in kwargs.items() if k not in of_loss},
         )  # fmt: skip
         keep = logits_to_keep
-        if isinstance(keep, int):
-            keep = slice(-keep, None) if keep else slice(None)
+        keep = slice(-keep if keep else None, None) if isinstance(keep, int) else keep
         hidden = outputs.last_hidden_state[:, keep]
         logits = self.unembed(hidden, None if input_ids is None else input_ids[:, keep])
 

@@ -30,11 +30,10 @@ from .sparse_layers import (
     sparse_layers,
     to_dense,
     to_sparse,
-)  # fmt: skip
+)
 
 PARTS = VALUES, COLUMNS, ROW_COUNTS = ".values", ".columns", ".row_counts"
 _AS_NONZEROS = ContextVar("from_pretrained(sparse=True)", default=False)
-_UNSIGNED = (np.uint8, np.uint16, np.uint32)
 _INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.int64)
 _DTYPES = {"floats": FLOAT_DTYPES, "integers": _INTEGERS}
 _DAMAGED = "copy or download it again"
@@ -132,16 +131,7 @@ class SparsePreTrainedModel(PreTrainedModel):
         finally:
             del self._saves_sparse
 
-    def to_sparse(self, threshold: float = MAX_DENSITY) -> "SparsePreTrainedModel":
-        """Run linear layers and embeddings on their nonzeros, in place; returns the model.
-
-        See [`sparse_layers.to_sparse`]. Train with an optimizer made afterwards.
-        """
-        return to_sparse(self, threshold)
-
-    def to_dense(self) -> "SparsePreTrainedModel":
-        """Undo `to_sparse`, in place; returns the model."""
-        return to_dense(self)
+    to_sparse, to_dense = to_sparse, to_dense
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any):
         """As ever; a model that runs on its nonzeros must be made dense before."""
@@ -185,25 +175,24 @@ def sparse_state_dict(
             encoded[name] = weight.detach().cpu().contiguous()
             continue
         counts = weight.row_starts.cpu().diff().numpy()
-        columns = weight.columns.cpu().numpy().astype(_smallest_unsigned(weight.shape[1]))
+        columns = weight.columns.cpu().numpy().astype(_index_dtype(weight.shape[1]))
         encoded[name + VALUES] = weight.values.detach().cpu().contiguous()
         encoded[name + COLUMNS] = torch.from_numpy(columns)
-        counts = counts.astype(_smallest_unsigned(int(counts.max(initial=0)) + 1))
+        counts = counts.astype(np.min_scalar_type(counts.max(initial=0)))
         encoded[name + ROW_COUNTS] = torch.from_numpy(counts)
     return encoded
+
+
+def _index_dtype(width: int) -> np.dtype:
+    return np.min_scalar_type(max(0, width - 1))
 
 
 def _is_smaller_sparse(tensor: Tensor) -> bool:
     if tensor.dim() != 2 or not tensor.is_floating_point() or not tensor.numel():
         return False
-    index = _smallest_unsigned(tensor.shape[1]).itemsize
+    index = _index_dtype(tensor.shape[1]).itemsize
     size = int(torch.count_nonzero(tensor)) * (tensor.element_size() + index)
     return size + len(tensor) * index < tensor.numel() * tensor.element_size()
-
-
-def _smallest_unsigned(count: int) -> np.dtype:
-    """The smallest integers that tell `count` numbers apart."""
-    return next(np.dtype(t) for t in _UNSIGNED if count <= np.iinfo(t).max + 1)
 
 
 def read_weights(path: str | os.PathLike, model: nn.Module) -> dict[str, Tensor | CSR]:
@@ -216,17 +205,15 @@ def read_weights(path: str | os.PathLike, model: nn.Module) -> dict[str, Tensor 
             model's.
     """
     expected = {name: tuple(weight.shape) for name, weight in named_weights(model)}
-    whole: dict[str, Any] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
+    stored: dict[str, Any] = {}  # whole tensors, and dictionaries of the three parts
     for name, tensor in read_tensors(path).items():
-        owner, _, ending = name.rpartition(".")
-        if f".{ending}" in PARTS:
-            parts.setdefault(owner, {})[f".{ending}"] = tensor
-        else:
-            whole[name] = tensor
-    for name in whole.keys() & parts.keys():
-        raise ArtifactError(path, f" has {name[:200]!r} both whole and by its nonzeros.")
-    stored = {**whole, **parts}
+        owner, dot, ending = name.rpartition(".")
+        is_part = dot + ending in PARTS
+        entry = stored.setdefault(owner if is_part else name, {} if is_part else tensor)
+        if isinstance(entry, dict) != is_part:
+            raise ArtifactError(path, f" has {name[:200]!r} both whole and by its nonzeros.")
+        if is_part:
+            entry[dot + ending] = tensor
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     is_body = not any(name.startswith(prefix) for name in expected)
     if is_body and any(name.startswith(prefix) for name in stored):
@@ -238,10 +225,9 @@ def read_weights(path: str | os.PathLike, model: nn.Module) -> dict[str, Tensor 
         if isinstance(tensor, dict):
             weights[name] = _unpacked(path, name, tensor, expected[name])
             continue
-        if tuple(tensor.shape) != expected[name] or tensor.dtype not in FLOAT_DTYPES:
-            kind = f"shape {tuple(tensor.shape)} and {tensor.dtype}"
-            needed = f"this config needs {expected[name]} and floats"
-            raise ArtifactError(path, f" has {name!r} of {kind}, but {needed}.")
+        shape, needed = tuple(tensor.shape), f"this config needs {expected[name]} and floats"
+        if shape != expected[name] or tensor.dtype not in FLOAT_DTYPES:
+            raise ArtifactError(path, f" has {name!r} of {shape}, {tensor.dtype}, but {needed}.")
         weights[name] = tensor
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if target in expected and source in weights:

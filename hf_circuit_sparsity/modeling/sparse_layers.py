@@ -17,9 +17,8 @@ logger = logging.get_logger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# A layer runs on its nonzeros up to this share of them. Measured by `benchmarks.speed` on a CPU in
-# float32: a 4096 × 1024 layer breaks even at about one nonzero in four, with 256 tokens and with
-# one alike; at one in eight it takes a half and three quarters of the dense time.
+# A layer runs on its nonzeros up to this share. On a CPU in float32 (`benchmarks.speed`) a layer of
+# 4096 × 1024 breaks even at about one nonzero in four, with 256 tokens and with one alike.
 MAX_DENSITY = 1 / 8
 
 
@@ -126,7 +125,7 @@ class _LinearFunction(torch.autograd.Function):
         grad = grad.contiguous()
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.csr.with_values(values).rmatmul(grad)
+            grad_x = ctx.csr.with_values(values).transposed().linear(grad)
         if ctx.needs_input_grad[1]:
             grad_values = ctx.csr.sampled(grad, x).to(values.dtype)
         if ctx.needs_input_grad[2]:
@@ -155,7 +154,7 @@ class SparseEmbedding(SparseWeight):
 
 
 def to_sparse(model: Model, threshold: float = MAX_DENSITY) -> Model:
-    """Let linear layers and embeddings run on their nonzeros; see `to_dense` for the way back.
+    """Let linear layers and embeddings run on their nonzeros, in place; returns the model.
 
     Node sites, their hooks and the names and values in `state_dict()` stay what they are. Forward
     hooks on a replaced layer itself are lost, and an optimizer made before holds the old
@@ -170,16 +169,13 @@ def to_sparse(model: Model, threshold: float = MAX_DENSITY) -> Model:
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold} was passed, expected a share from 0 to 1.")
     modules = {n: m for n, m in model.named_modules() if type(m) in (nn.Linear, nn.Embedding)}
-    for name, module in modules.items():
-        if module.weight.device.type == "meta":
-            raise ValueError(
-                f"{name}.weight is not in memory (offloaded); load the model without offloading."
-            )
     nonzeros: dict[int, CSR] = {}  # by weight, as layers may be tied
     layers: dict[str, CSR] = {}
     smallest = 1.0
     for name, module in modules.items():
         weight = module.weight
+        if weight.is_meta:
+            raise ValueError(f"{name}.weight is not in memory (offloaded); load it into memory.")
         density = float(torch.count_nonzero(weight)) / max(1, weight.numel())
         smallest = min(smallest, density)
         if density <= threshold:
@@ -210,32 +206,26 @@ def run_on_nonzeros(model: nn.Module, nonzeros: dict[str, CSR]) -> None:
         csr = shared[id(csr)]
         is_table = isinstance(module, nn.Embedding)
         layer = SparseEmbedding(csr) if is_table else SparseLinear(csr, module.bias)
-        _replace(model, name, layer.train(module.training))
+        model.set_submodule(name, layer.train(module.training))
 
 
 def to_dense(model: Model) -> Model:
-    """Undo `to_sparse`: every layer holds and multiplies its dense matrix again, in place."""
+    """Undo `to_sparse`, in place: every layer holds and multiplies its dense matrix again."""
     shared: dict[int, nn.Parameter] = {}  # by values, as layers may be tied
     for name, layer in sparse_layers(model).items():
         (rows, width), values = layer.shape, layer.values
         if id(values) not in shared:
             shared[id(values)] = nn.Parameter(layer.weight.detach(), values.requires_grad)
         with torch.device("meta"):  # nothing is allocated for weights that are replaced
-            if isinstance(layer, SparseEmbedding):
-                dense = nn.Embedding(rows, width)
-            else:
-                dense = nn.Linear(width, rows, bias=False)
-                dense.bias = layer.bias
+            is_table = isinstance(layer, SparseEmbedding)
+            dense = nn.Embedding(rows, width) if is_table else nn.Linear(width, rows, bias=False)
         dense.weight = shared[id(values)]
-        _replace(model, name, dense.train(layer.training))
+        if not is_table:
+            dense.bias = layer.bias
+        model.set_submodule(name, dense.train(layer.training))
     return model
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseWeight]:
     """The layers that run on their nonzeros, by name."""
     return {n: module for n, module in model.named_modules() if isinstance(module, SparseWeight)}
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -134,7 +134,7 @@ class _LinearFunction(torch.autograd.Function):
 def _multiply(ctx: Any, x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
     """`x @ weight`, or `x @ weight.T`, with the weight as stored."""
     if ctx.nonzeros is not None:
-        return ctx.nonzeros.linear(x) if transpose else ctx.nonzeros.rmatmul(x)
+        return ctx.nonzeros.linear(x) if transpose else ctx.nonzeros.transposed().linear(x)
     weight = weight.to(x.dtype)
     return product(x, weight, ctx.use.kernels(x, weight), transpose)
 

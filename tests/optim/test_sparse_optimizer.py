@@ -194,6 +194,8 @@ BAD_FOR_RCD = [
     {"target_density": None, "start_density": 0.5},
     {"target_density": 0.2, "start_density": 0.1},
     {"explore_end": 1.5},
+    {"explore_end": False},
+    {"anneal_end": False},
     {"explore_end": 0.5, "total_steps": None},
     {"start_density": 0.5, "target_density": 0.1, "total_steps": 0},
     {"staleness": -1},

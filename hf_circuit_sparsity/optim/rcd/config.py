@@ -84,7 +84,7 @@ class RCDConfig:
         _check("move_active", self.move_active, isinstance(self.move_active, bool), "True or False")
         start, end = self.start_density, self.explore_end
         _check("start_density", start, start is None or _is_share(start), "None or in (0, 1]")
-        _check("explore_end", end, end == 0 or _is_share(end), "a fraction of the steps in [0, 1]")
+        _check("explore_end", end, _is_fraction(end), "a fraction of the steps in [0, 1]")
 
     def check_run(
         self, target_density: float | None, anneal_end: float, total_steps: int | None
@@ -104,7 +104,7 @@ class RCDConfig:
                 f"start_density={start!r} does not go with target_density={target_density!r}: the "
                 "density can only fall; pass a target at or below the start."
             )
-        holds = anneal_end == 0 or _is_share(anneal_end)
+        holds = _is_fraction(anneal_end)
         _check("anneal_end", anneal_end, holds, "a fraction of the steps in [0, 1]")
         if start is not None or self.explore_end < 1:
             expected = "the steps of the run, which start_density and explore_end need"
@@ -131,6 +131,10 @@ def _is_number(value: Any) -> bool:
 
 def _is_share(value: Any) -> bool:
     return _is_number(value) and 0 < value <= 1
+
+
+def _is_fraction(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
 
 
 def _is_whole(value: Any, least: int) -> bool:
