@@ -19,9 +19,8 @@ from hf_circuit_sparsity.cli import main
 from hf_circuit_sparsity.commands.hub_advice import hub_advice
 from tests.conftest import FIXTURES, random_model, sparsify
 from tests.hub.outside import run_outside
-from tests.modeling.test_checkpoints import openai_hub_folder
+from tests.modeling.test_checkpoints import logits_of, openai_hub_folder
 
-IDS = torch.arange(24).reshape(2, 12)
 # Prints the logits of a repository at a revision, as the process outside sees it.
 LOAD = """
 import torch
@@ -35,11 +34,6 @@ for name, repo, revision in {wanted!r}:
         results[name] = model.eval()(torch.arange(24).reshape(2, 12)).logits
 torch.save(results, "logits.pt")
 """
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model.eval()(IDS).logits
 
 
 def logits_outside(wanted: list[tuple[str, str, str]], folder: Path) -> dict[str, torch.Tensor]:
@@ -114,18 +108,12 @@ def test_trainer_pushes_every_save_and_the_end(api, make_trainer, tmp_path):
     titles = {c.title: c.commit_id for c in api.list_repo_commits("ada/trained")}
     assert "Training in progress, step 3" in titles
     halfway = CircuitGPTForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-3")
+    halfway_commit = titles["Training in progress, step 3"]
     outside = logits_outside(
-        [
-            ("halfway", "ada/trained", titles["Training in progress, step 3"]),
-            ("end", "ada/trained", "main"),
-        ],
-        tmp_path,
+        [("halfway", "ada/trained", halfway_commit), ("end", "ada/trained", "main")], tmp_path
     )
-    ids = IDS.clamp(max=31)
-    with torch.no_grad():
-        assert torch.equal(ids, IDS)
-        torch.testing.assert_close(outside["halfway"], halfway.eval()(ids).logits)
-        torch.testing.assert_close(outside["end"], trainer.model.eval()(ids).logits)
+    torch.testing.assert_close(outside["halfway"], logits_of(halfway))
+    torch.testing.assert_close(outside["end"], logits_of(trainer.model))
     assert not torch.equal(outside["halfway"], outside["end"])
 
 

@@ -41,12 +41,10 @@ def test_abs_topk_equals_its_reference(x, dtype):
 def test_gradient_reaches_the_kept_entries_only():
     x = ROWS["many ties"].clone().requires_grad_()
     upstream = torch.randn(x.shape, generator=GENERATOR)
-    for function in (abs_topk, abs_topk_reference):
-        (function(x, 8) * upstream).sum().backward()
-    # Both add the same gradient, so together they give twice that of the reference.
     reference = x.detach().clone().requires_grad_()
+    (abs_topk(x, 8) * upstream).sum().backward()
     (abs_topk_reference(reference, 8) * upstream).sum().backward()
-    torch.testing.assert_close(x.grad, 2 * reference.grad)
+    torch.testing.assert_close(x.grad, reference.grad)
     assert ((x.grad != 0).sum(-1) <= 8).all()
     assert torch.autograd.gradcheck(
         lambda t: abs_topk(t, 3), torch.randn(4, 9, dtype=torch.float64, requires_grad=True)

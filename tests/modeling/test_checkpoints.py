@@ -1,8 +1,6 @@
 """The three checkpoint layouts, and the model's code travelling with its weights."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from tests.conftest import FIXTURES, random_model, sparsify
+from tests.hub.outside import run_outside
 
 IDS = torch.arange(24).reshape(2, 12)
 PAPER = FIXTURES / "reference" / "paper"
@@ -164,30 +163,15 @@ def test_blob_layout_bad_input(tmp_path):
         CircuitGPTForCausalLM.from_openai(hostile)
 
 
-WITHOUT_PACKAGE = """
-import sys
-class Refuse:
-    def find_spec(self, name, *args):
-        if name.split(".")[0] == "hf_circuit_sparsity":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Refuse())
-try:
-    import hf_circuit_sparsity
-except ModuleNotFoundError:
-    pass
-else:
-    raise SystemExit("the package is importable")
+REMOTE = """
 import torch
 from transformers import AutoModelForCausalLM
-folder, ids, out, sparse = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(
-    folder, trust_remote_code=True, sparse=sparse == "True"
-).eval()
-ids = torch.load(ids)
+model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True, sparse={sparse})
+ids = torch.load("ids.pt")
 with torch.no_grad():
-    logits = model(ids).logits
+    logits = model.eval()(ids).logits
 greedy = model.generate(ids[:, :4], max_new_tokens=4, do_sample=False, pad_token_id=0)
-torch.save({"logits": logits, "greedy": greedy, "sites": list(model.node_sites())}, out)
+torch.save({{"logits": logits, "greedy": greedy, "sites": list(model.node_sites())}}, "out.pt")
 """
 
 
@@ -202,17 +186,8 @@ def test_loads_by_remote_code_where_the_package_is_not_installed(tiny_model, tmp
     assert len(texts) <= 6
     assert sum(len(text.splitlines()) for text in texts) <= 1500
     torch.save(IDS, tmp_path / "ids.pt")
-    script = tmp_path / "load.py"
-    script.write_text(WITHOUT_PACKAGE)
-    environment = {"HF_HOME": str(tmp_path / "hf"), "PATH": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, script, folder, tmp_path / "ids.pt", tmp_path / "out.pt", str(sparse)],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_outside(REMOTE.format(sparse=sparse), tmp_path, HF_HOME=str(tmp_path / "hf"),
+                HF_MODULES_CACHE=str(tmp_path / "modules"), HF_HUB_OFFLINE="1")  # fmt: skip
     out = torch.load(tmp_path / "out.pt")
     torch.testing.assert_close(out["logits"], logits_of(tiny_model), atol=1e-6, rtol=0)
     greedy = tiny_model.generate(IDS[:, :4], max_new_tokens=4, do_sample=False, pad_token_id=0)

@@ -75,44 +75,26 @@ def test_every_recorded_activation(reference, attention):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_greedy_generation(reference, attention, use_cache):
-    model, expected = reference
-    model.set_attn_implementation(attention)
-    greedy = expected["greedy_from_8"]
-    output = model.generate(
-        expected["input_ids"][:, :8],
-        attention_mask=torch.ones(3, 8),  # or generate takes token 0 for padding
-        max_new_tokens=greedy.shape[1] - 8,
-        do_sample=False,
-        use_cache=use_cache,
-        pad_token_id=0,
-    )
-    assert torch.equal(output, greedy)
-
-
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_greedy_generation_left_padded(reference, attention, use_cache):
+@pytest.mark.parametrize("lengths", [(8, 8, 8), (8, 11, 14)], ids=["whole", "left padded"])
+def test_greedy_generation(reference, attention, use_cache, lengths):
     """Rows of different lengths in one batch continue as each does alone."""
     model, expected = reference
     model.set_attn_implementation(attention)
-    greedy = expected["greedy_from_8"]
-    prompts = [greedy[0, :8], greedy[1, :11], greedy[2, :14]]
-    ids = torch.zeros(3, 14, dtype=torch.long)
+    greedy, longest = expected["greedy_from_8"], max(lengths)
+    ids = torch.zeros(3, longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, 14 - len(prompt) :] = prompt
-        mask[row, 14 - len(prompt) :] = 1
+    for row, length in enumerate(lengths):
+        ids[row, longest - length :] = greedy[row, :length]
+        mask[row, longest - length :] = 1
+    total = greedy.shape[1]
     output = model.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=8,
-        do_sample=False,
-        use_cache=use_cache,
-        pad_token_id=0,
-    )
-    for row, prompt in enumerate(prompts):
-        new = min(8, greedy.shape[1] - len(prompt))
-        assert torch.equal(output[row, 14 : 14 + new], greedy[row, len(prompt) :][:new])
+        ids, attention_mask=mask, max_new_tokens=total - min(lengths), do_sample=False,
+        use_cache=use_cache, pad_token_id=0,
+    )  # fmt: skip
+    for row, length in enumerate(lengths):
+        new = output[row, longest : longest + total - length]
+        assert torch.equal(new, greedy[row, length : length + len(new)])
+        assert len(new) == total - length
 
 
 SWITCHES = {

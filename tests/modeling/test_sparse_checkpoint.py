@@ -10,8 +10,8 @@ from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.modeling.sparse_layers import sparse_layers
 from tests.conftest import random_model, sparsify
+from tests.modeling.test_checkpoints import IDS, logits_of
 
-IDS = torch.arange(24).reshape(2, 12)
 SWITCHES = [
     {},
     {"tied_unembed": True},
@@ -19,11 +19,6 @@ SWITCHES = [
     {"enable_bigram_table": False},
     {"d_pos_emb": 4, "sinusoidal_cat_pos_emb": True, "bias": False},
 ]
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model.eval()(IDS).logits
 
 
 @pytest.fixture
@@ -125,90 +120,49 @@ def test_a_trained_checkpoint_saves_sparse_after_saving_dense(tiny_model, tmp_pa
 NAME = "transformer.h.1.mlp.c_fc.weight"
 
 
-def _columns(edit):
-    def damage(tensors):
-        columns = tensors[f"{NAME}.columns"].int()
-        edit(columns, tensors[f"{NAME}.row_counts"].int())
-        tensors[f"{NAME}.columns"] = columns.to(torch.uint8)
-
-    return damage
+VALUES, COLUMNS, COUNTS = (f"{NAME}.{part}" for part in ("values", "columns", "row_counts"))
 
 
-def _row_with_two(counts):
-    row = int((counts >= 2).nonzero()[0])
-    return int(counts[:row].sum())
+def put(tensors, name, at, value):
+    changed = tensors[name].int()
+    changed[at] = torch.as_tensor(value, dtype=torch.int32)
+    tensors[name] = changed.to(tensors[name].dtype)
 
 
-def _swap(columns, counts):
-    i = _row_with_two(counts)
-    columns[[i, i + 1]] = columns[[i + 1, i]]
+def shorten(tensors, name):
+    tensors[name] = tensors[name][:-1].clone()
 
 
-def _repeat(columns, counts):
-    i = _row_with_two(counts)
-    columns[i + 1] = columns[i]
+def negative_count(tensors):
+    tensors[COUNTS] = tensors[COUNTS].int()
+    put(tensors, COUNTS, [0, 1], tensors[COUNTS][:2] + torch.tensor([-100, 100]))
 
 
-def _out_of_range(columns, counts):
-    columns[-1] = 32
-
-
-def _drop(ending):
-    return lambda tensors: tensors.pop(NAME + ending)
-
-
-def _shorten(ending):
-    def damage(tensors):
-        tensors[NAME + ending] = tensors[NAME + ending][:-1].clone()
-
-    return damage
-
-
-def _one_more_row(tensors):
-    counts = tensors[f"{NAME}.row_counts"]
-    tensors[f"{NAME}.row_counts"] = torch.cat([counts, counts.new_zeros(1)])
-
-
-def _count_moved(tensors):
-    counts = tensors[f"{NAME}.row_counts"].int()
-    counts[0] += 1
-    tensors[f"{NAME}.row_counts"] = counts.to(torch.uint8)
-
-
-def _signed(tensors):
-    counts = tensors[f"{NAME}.row_counts"].int()
-    counts[0] -= 100
-    counts[1] += 100
-    tensors[f"{NAME}.row_counts"] = counts
-
-
-def _floats(tensors):
-    tensors[f"{NAME}.columns"] = tensors[f"{NAME}.columns"].float()
+# What the error names, and the damage to tensors `t`, where entries `i` and `i + 1` share a row.
+DAMAGE = [
+    ("columns", lambda t, i: put(t, COLUMNS, [i, i + 1], t[COLUMNS][[i + 1, i]])),
+    ("columns", lambda t, i: put(t, COLUMNS, i + 1, t[COLUMNS][i])),
+    ("columns", lambda t, i: put(t, COLUMNS, -1, 32)),
+    ("columns", lambda t, i: shorten(t, COLUMNS)),
+    ("values", lambda t, i: shorten(t, VALUES)),
+    ("row_counts", lambda t, i: shorten(t, COUNTS)),
+    ("row_counts", lambda t, i: t.update({COUNTS: torch.cat([t[COUNTS], 0 * t[COUNTS][:1]])})),
+    ("row_counts", lambda t, i: put(t, COUNTS, 0, t[COUNTS][0] + 1)),
+    ("row_counts", lambda t, i: negative_count(t)),
+    ("columns", lambda t, i: t.update({COLUMNS: t[COLUMNS].float()})),
+    ("lacks .*values", lambda t, i: t.pop(VALUES)),
+    ("lacks .*columns", lambda t, i: t.pop(COLUMNS)),
+    ("lacks .*row_counts", lambda t, i: t.pop(COUNTS)),
+]
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (_columns(_swap), "columns"),
-        (_columns(_repeat), "columns"),
-        (_columns(_out_of_range), "columns"),
-        (_shorten(".columns"), "columns"),
-        (_shorten(".values"), "values"),
-        (_shorten(".row_counts"), "row_counts"),
-        (_one_more_row, "row_counts"),
-        (_count_moved, "row_counts"),
-        (_signed, "row_counts"),
-        (_floats, "columns"),
-        (_drop(".values"), "lacks .*values"),
-        (_drop(".columns"), "lacks .*columns"),
-        (_drop(".row_counts"), "lacks .*row_counts"),
-    ],
-)
-def test_damage_is_refused_by_the_tensors_name(saved, damage, message, sparse):
+@pytest.mark.parametrize(("message", "damage"), DAMAGE)
+def test_damage_is_refused_by_the_tensors_name(saved, message, damage, sparse):
     path = saved / "model.safetensors"
     tensors = load_file(path)
-    damage(tensors)
+    row = int((tensors[COUNTS] >= 2).nonzero()[0])
+    damage(tensors, int(tensors[COUNTS][:row].sum()))
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=message) as refused:
         CircuitGPTForCausalLM.from_pretrained(saved, sparse=sparse)
@@ -218,13 +172,11 @@ def test_damage_is_refused_by_the_tensors_name(saved, damage, message, sparse):
 @pytest.mark.parametrize("sparse", [False, True])
 def test_weights_that_do_not_fit_the_config_are_refused(saved, sparse):
     tensors = load_file(saved / "model.safetensors")
+    norm = "transformer.ln_f.weight"
     for edit, message in [
-        (lambda t: t.pop("transformer.ln_f.weight"), "transformer.ln_f.weight"),
+        (lambda t: t.pop(norm), norm),
         (lambda t: t.update(odd=torch.zeros(2)), "'odd'"),
-        (
-            lambda t: t.update({"transformer.ln_f.weight": torch.zeros(2)}),
-            "transformer.ln_f.weight",
-        ),
+        (lambda t: t.update({norm: torch.zeros(2)}), norm),
     ]:
         edited = dict(tensors)
         edit(edited)
