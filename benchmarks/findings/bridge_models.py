@@ -82,10 +82,8 @@ def train(
         processing_class=tokenizer,
     )
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    _, seconds = fit(trainer, BLOCK_SIZE, last)
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    return {**metrics, "steps": arguments.max_steps, "seconds": seconds}
+    figures, metrics = fit(trainer, BLOCK_SIZE, last)
+    return {**metrics, "steps": arguments.max_steps, "seconds": figures["train_seconds"]}
 
 
 def train_dense(

@@ -21,11 +21,8 @@ from .bridge_config import BRIDGE_PARAMETERS, BridgeTrainingArguments
 from .card import bridge_card
 from .checkpoint import WEIGHTS_NAME, load_adapter_weights
 from .initialization import standardize_bridges_
-from .losses import LOSS_TERMS, BridgeOutput
+from .losses import BY_LOCATION, LOSS_TERMS, BridgeOutput
 from .modeling_bridge import BridgedCausalLM
-
-# The model's outputs that have one value per location.
-BY_LOCATION = ("encode_nmse", "decode_nmse", "dense_to_sparse_kl", "sparse_to_dense_kl")
 
 
 class BridgeTrainer(SparseTrainer):
@@ -33,9 +30,6 @@ class BridgeTrainer(SparseTrainer):
 
     The sparse model becomes sparse as with [`SparseTrainer`] (top-k or random coordinate descent).
     The bridges stay dense, and their learning rate has no sharkfin factor, unless `sparse_bridges`.
-
-    With `standardize_bridges`, bridges that are not standardized yet (see
-    [`standardize_bridges_`]) are standardized by the first batch.
 
     The locations of a step's hybrid runs follow from the seed and the number of the step. So a
     resumed run draws the same ones, and so does every process and accumulated batch of a step.

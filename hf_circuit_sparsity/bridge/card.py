@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from ..circuits.circuit_file import is_hub_id
 from ..hub_cards.card import model_metadata, render, results_of
 from ..hub_cards.markdown import is_number
+from .losses import BY_LOCATION
 from .modeling_bridge import BridgedCausalLM
 
 # Name in the summary, what it is, unit.
@@ -18,7 +19,6 @@ _TERMS = (
     ("dense_to_sparse", "KL of runs from dense to sparse", "nats per token"),
     ("sparse_to_dense", "KL of runs from sparse to dense", "nats per token"),
 )
-_BY_LOCATION = ("encode_nmse", "decode_nmse", "dense_to_sparse_kl", "sparse_to_dense_kl")
 
 
 def bridge_card(
@@ -54,7 +54,7 @@ def bridge_card(
         base_model_relation="adapter" if base_model else None,
     )  # fmt: skip
     locations = range(bridged.n_locations)
-    measured = any(is_number(summary.get(f"{n}_{i}")) for i in locations for n in _BY_LOCATION)
+    measured = any(is_number(summary.get(f"{n}_{i}")) for i in locations for n in BY_LOCATION)
     return render(
         "bridge.md", data, repo_id, mark=mark, base_model=base_model, config=config,
         sparse=bridged.sparse.config, n_locations=len(locations),

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 
+RESIDUAL_SITES = ("act_in", "resid_delta")
 _SITE = re.compile(r"h\.(\d+)\.(attn|mlp)\.(\w+)")
 
 
@@ -79,7 +80,7 @@ def steering_point(sparse: CircuitGPTForCausalLM, where: int | str, channel: int
             )
         location = 2 * layer + (1 if part == "attn" else 2) - (name == "act_in")
         site_width = sites[where].width
-    is_residual = name in ("act_in", "resid_delta")
+    is_residual = name in RESIDUAL_SITES
     # Channels past d_model are concatenated positions, which no bridge carries.
     n_channels = min(site_width, width) if is_residual else site_width
     if not _is_index(channel, n_channels):

@@ -8,6 +8,8 @@ from transformers.modeling_outputs import ModelOutput
 
 # The five loss terms, by the name of their weight.
 LOSS_TERMS = ("lm", "kl", "nmse", "dense_to_sparse", "sparse_to_dense")
+# The outputs that have one value per location.
+BY_LOCATION = ("encode_nmse", "decode_nmse", "dense_to_sparse_kl", "sparse_to_dense_kl")
 
 
 @dataclass

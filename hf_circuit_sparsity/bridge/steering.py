@@ -20,11 +20,9 @@ from ..circuits.task_scores import TaskTensors, trimmed
 from ..decoders.residual_stream import position_ids
 from ..files import save_figure
 from ..tasks.binary_task import BinaryTask
-from .intervention import steering_point
+from .intervention import RESIDUAL_SITES, steering_point
 from .losses import mean_kl
 from .modeling_bridge import BridgedCausalLM
-
-RESIDUAL_SITES = ("act_in", "resid_delta")
 
 
 class SteeringCandidate(NamedTuple):
@@ -91,6 +89,11 @@ def steering_candidates(
             means.append([y[:, -1].float().mean(0) for y in sparse.run(*start)])
         x, context = dense.embed(first["input_ids"], first["attention_mask"])
         streams = dense.run(x, context)
+    places = None if circuit is None else {
+        (steering_point(bridged.sparse, site, node).location, node)
+        for site, nodes in circuit.nodes.items() if site.rpartition(".")[2] in RESIDUAL_SITES
+        for node in nodes if node < bridged.sparse.config.d_model
+    }  # fmt: skip
     candidates = []
     for location, bridge in enumerate(bridged.bridges):
         with torch.enable_grad():
@@ -104,25 +107,10 @@ def steering_candidates(
         with torch.no_grad():
             identity = torch.eye(len(difference), device=difference.device)
             effect = difference * (bridge.decode_change(identity).float() @ gradient)
-        for channel in _candidate_channels(bridged, circuit, location):
-            values = difference[channel].item(), effect[channel].item()
-            candidates.append(SteeringCandidate(location, channel, *values))
+        for channel, values in enumerate(zip(difference.tolist(), effect.tolist(), strict=True)):
+            if places is None or (location, channel) in places:
+                candidates.append(SteeringCandidate(location, channel, *values))
     return sorted(candidates, key=lambda candidate: -candidate.effect)
-
-
-def _candidate_channels(
-    bridged: BridgedCausalLM, circuit: Circuit | None, location: int
-) -> Sequence[int]:
-    width = bridged.sparse.config.d_model
-    if circuit is None:
-        return range(width)
-    return sorted({
-        node
-        for site, nodes in circuit.nodes.items()
-        if site.rpartition(".")[2] in RESIDUAL_SITES
-        for node in nodes
-        if node < width and steering_point(bridged.sparse, site, node).location == location
-    })  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from ..bridge.bridge_trainer import BridgeTrainer
 from ..bridge.checkpoint import load_dense
 from ..bridge.initialization import ridge_bridges_
 from ..bridge.intervention import location_name
+from ..bridge.losses import BY_LOCATION
 from ..bridge.modeling_bridge import BridgedCausalLM, default_sparse_config
 from ..files import write_json
 from ..tasks.corpus import build_corpus
 from ..tasks.packing import pack_dataset, spread_sample
 from .console import columns, quiet_libraries, say, table
 from .loading import load_model
-from .training import checkpoint_to_resume, fit
+from .training import checkpoint_to_resume, fit, speed_row
 
 SUMMARY_NAME = "bridge_summary.json"
 RIDGE_BLOCKS = 512  # blocks of text on which the regression is fitted
@@ -92,19 +93,14 @@ def run_bridge(model_arguments: BridgeModelArguments, args: BridgeTrainingArgume
         log = trainer.state.log_history[-1]
         return {name: f"{log[key]:.3f}" for name, key in SHOWN_TERMS.items() if key in log}
 
-    tokens_per_step, seconds = fit(trainer, block_size, resume, newest_terms)
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
+    figures, metrics = fit(trainer, block_size, resume, newest_terms)
     folder = Path(args.output_dir)
     bridged.sparse.save_pretrained(folder / "sparse")
     tokenizer.save_pretrained(folder / "sparse")
     done = {
         "bridge": str(folder),
         "dense_model": model_arguments.dense_model,
-        "steps": trainer.state.global_step,
-        "tokens": trainer.state.global_step * tokens_per_step,
-        "train_seconds": seconds,
+        **figures,
         **{name.removeprefix("eval_"): v for name, v in metrics.items() if name != "epoch"},
     }
     write_json(folder / SUMMARY_NAME, done)
@@ -143,11 +139,10 @@ def build_bridge(
 
 def location_table(figures: dict[str, float]) -> str:
     """Errors and divergences of every location, from the numbers of a summary."""
-    names = ("encode_nmse", "decode_nmse", "dense_to_sparse_kl", "sparse_to_dense_kl")
     rows = []
     while f"encode_nmse_{len(rows)}" in figures:
         i = len(rows)
-        rows.append([location_name(i), *(f"{figures[f'{name}_{i}']:.3f}" for name in names)])
+        rows.append([location_name(i), *(f"{figures[f'{name}_{i}']:.3f}" for name in BY_LOCATION)])
     header = ("after", "NMSE encoding", "decoding", "KL dense→sparse", "sparse→dense")
     return columns(header, rows)
 
@@ -157,7 +152,7 @@ def _print_summary(done: dict[str, Any]) -> None:
     rows = [
         ("sparse model", f"{done['lm']:.3f} nats per token on validation text"),
         ("KL(dense ‖ sparse)", f"{done['kl']:.3f} nats per token"),
-        ("tokens/s", f"{done['tokens'] / done['train_seconds']:,.0f}"),
+        speed_row(done),
         ("bridge", done["bridge"]),
         ("sparse model", str(Path(done["bridge"]) / "sparse")),
     ]

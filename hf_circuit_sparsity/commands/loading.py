@@ -51,7 +51,17 @@ def reference_blocks(
     return pack_dataset(build_corpus(corpus)["train"], tokenizer, model.config.block_size)
 
 
-def model_of(circuit: Circuit, folder: Path) -> str:
+def load_circuit(
+    name: str, model: str | None, corpus: str | None
+) -> tuple[Circuit, CircuitGPTForCausalLM, PreTrainedTokenizerBase, Dataset | None]:
+    """A saved circuit, its model with the tokenizer, and the text of [`reference_blocks`]."""
+    circuit = Circuit.from_pretrained(name)
+    loaded, tokenizer = load_model(model or _model_of(circuit, Path(name)))
+    circuit.check_model(loaded)  # before the corpus is read
+    return circuit, loaded, tokenizer, reference_blocks(corpus, loaded, tokenizer)
+
+
+def _model_of(circuit: Circuit, folder: Path) -> str:
     """The model of a circuit: what it says itself, or beside it as our commands lay them out."""
     beside = [folder.parent / "model", folder.parent.parent]
     for candidate in (Path(circuit.model_name or folder), *beside):

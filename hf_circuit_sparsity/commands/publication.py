@@ -35,30 +35,6 @@ REPORT = ReportConfig()
 
 
 @dataclass(frozen=True)
-class Names:
-    """Hub ids of the repositories and of the collection."""
-
-    model: str
-
-    @property
-    def circuits(self) -> str:
-        return f"{self.model}-circuits"
-
-    @property
-    def tasks(self) -> str:
-        return f"{self.model}-tasks"
-
-    @property
-    def viewer(self) -> str:
-        return f"{self.model}-viewer"
-
-    @property
-    def title(self) -> str:
-        """Of the collection; the Hub allows 60 characters."""
-        return self.model.split("/")[1][:60]
-
-
-@dataclass(frozen=True)
 class Run:
     """What an output folder of `quickstart` or `train` holds.
 
@@ -134,27 +110,29 @@ def _json_of(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def parts_of(run: Run, names: Names, *, tasks: Sequence[str] | None, reference: Any) -> list[Part]:
+def parts_of(run: Run, repo: str, *, tasks: Sequence[str] | None, reference: Any) -> list[Part]:
     """The repositories to make, in the order in which they name each other.
 
     Args:
+        run: what is published.
+        repo: `user/name` of the model; the other names begin with it.
         tasks: which to publish as datasets; those of the circuits if None.
         reference: text for the viewer's examples; see [`write_report`].
     """
     built_in = set(list_tasks())
     if tasks is None:
         tasks = sorted({circuit.task for circuit in run.circuits.values()} & built_in)
-    datasets = [names.tasks] if tasks else []
+    datasets = [f"{repo}-tasks"] if tasks else []
 
     def model(folder: Path, commit: str) -> None:
         run.model.save_pretrained(folder, sparse=True)
         run.tokenizer.save_pretrained(folder)
         card = model_card(
             run.model,
-            repo_id=names.model,
+            repo_id=repo,
             summary=run.summary,
             task_scores=list(map(asdict, run.scores)),
-            circuits={f"{names.circuits}/{n}": c.to_dict() for n, c in run.circuits.items()},
+            circuits={f"{repo}-circuits/{n}": c.to_dict() for n, c in run.circuits.items()},
             datasets=datasets,
         )
         card.save(folder / "README.md")
@@ -162,32 +140,32 @@ def parts_of(run: Run, names: Names, *, tasks: Sequence[str] | None, reference: 
     def circuits(folder: Path, commit: str) -> None:
         named = {}
         for name, circuit in run.circuits.items():
-            named[name] = _of_model(circuit, names.model, commit)
+            named[name] = _of_model(circuit, repo, commit)
             named[name].save_pretrained(folder / name)
             plot_circuit(named[name], folder / name / PICTURE_NAME, run.model, run.tokenizer)
         card = circuit_card(
             {name: circuit.to_dict() for name, circuit in named.items()},
-            repo_id=names.circuits,
+            repo_id=f"{repo}-circuits",
             pictures=named,
             datasets=datasets,
         )
         card.save(folder / "README.md")
 
     def task_files(folder: Path, commit: str) -> None:
-        _lay_out_tasks(folder, run.tokenizer, tasks, names)
+        _lay_out_tasks(folder, run.tokenizer, tasks, repo)
 
     def viewer(folder: Path, commit: str) -> None:
-        circuits = {name: _of_model(run.circuits[name], names.model, commit) for name in shown}
-        _lay_out_viewer(folder, run, names, circuits, reference)
+        circuits = {name: _of_model(run.circuits[name], repo, commit) for name in shown}
+        _lay_out_viewer(folder, run, repo, circuits, reference)
 
     shown = [name for name, circuit in run.circuits.items() if len(circuit)]
-    parts = [Part("model", "model", names.model, model)]
+    parts = [Part("model", "model", repo, model)]
     if run.circuits:
-        parts.append(Part("circuits", "model", names.circuits, circuits))
+        parts.append(Part("circuits", "model", f"{repo}-circuits", circuits))
     if tasks:
-        parts.append(Part("tasks", "dataset", names.tasks, task_files))
+        parts.append(Part("tasks", "dataset", f"{repo}-tasks", task_files))
     if shown:
-        parts.append(Part("viewer", "space", names.viewer, viewer))
+        parts.append(Part("viewer", "space", f"{repo}-viewer", viewer))
     return parts
 
 
@@ -196,7 +174,7 @@ def _of_model(circuit: Circuit, name: str, commit: str) -> Circuit:
 
 
 def _lay_out_tasks(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], names: Names
+    folder: Path, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], repo: str
 ) -> None:
     """Write one configuration per task, as `DatasetDict.push_to_hub` does."""
     built = build_task_datasets(tokenizer, tasks, **ROWS)
@@ -209,13 +187,13 @@ def _lay_out_tasks(
         configs.append({"config_name": name, "data_files": files})
     configured = DatasetCard(f"---\n{DatasetCardData(configs=configs).to_yaml()}\n---\n")
     card = task_dataset_card(
-        built, repo_id=names.tasks, tokenizer=names.model, seed=0, existing=configured
+        built, repo_id=f"{repo}-tasks", tokenizer=repo, seed=0, existing=configured
     )
     card.save(folder / "README.md")
 
 
 def _lay_out_viewer(
-    folder: Path, run: Run, names: Names, circuits: Mapping[str, Circuit], reference: Any
+    folder: Path, run: Run, repo: str, circuits: Mapping[str, Circuit], reference: Any
 ) -> None:
     """Write a static Space: a page per circuit, and an index if there are several."""
     pages = {name: f"{name}.html" for name in circuits}
@@ -234,19 +212,19 @@ def _lay_out_viewer(
         template = files("hf_circuit_sparsity.circuits.viewer") / "assets" / "circuits.html"
         environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         page = environment.from_string(template.read_text(encoding="utf-8")).render(
-            title=f"Circuits of {names.model}", circuits=circuits, pages=pages
+            title=f"Circuits of {repo}", circuits=circuits, pages=pages
         )
         (folder / "index.html").write_text(page, encoding="utf-8")
     data = SpaceCardData(
-        title=names.viewer.split("/")[1],
+        title=f"{repo}-viewer".split("/")[1],
         emoji="🔌",
         colorFrom="gray",
         colorTo="green",
         sdk="static",
         app_file="index.html",
         license="apache-2.0",
-        models=[names.model, names.circuits],
+        models=[repo, f"{repo}-circuits"],
         tags=["circuit", "hf-circuit-sparsity"],
     )
-    text = f"# Circuits of {names.model}\n\nWhat each does, on a page that needs no server.\n"
+    text = f"# Circuits of {repo}\n\nWhat each does, on a page that needs no server.\n"
     SpaceCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..tasks.load import check_task_names
 from .console import columns, quiet_libraries, say
 from .loading import reference_blocks
-from .publication import UNKNOWN_COMMIT, Names, Part, parts_of, read_run
+from .publication import UNKNOWN_COMMIT, Part, parts_of, read_run
 
 
 def run_publish(
@@ -49,15 +49,15 @@ def run_publish(
     if "/" not in repo:
         raise ValueError(f"repo is {repo!r}, but a repository is named like user/name.")
     check_task_names(tasks or ())
-    run, names = read_run(run_dir), Names(repo)
+    run = read_run(run_dir)
     reference = reference_blocks(corpus, run.model, run.tokenizer)
-    parts = parts_of(run, names, tasks=tasks, reference=reference)
+    parts = parts_of(run, repo, tasks=tasks, reference=reference)
     with tempfile.TemporaryDirectory(prefix="publish-") as staging:
         if dry_run:
             _list(parts, Path(staging))
             return {}
         addresses = _upload(parts, Path(staging), public)
-    addresses["collection"] = _collect(parts, names, public)
+    addresses["collection"] = _collect(parts, repo, public)
     width = max(map(len, addresses))
     say("\nPublished" + (":" if public else ", privately unless it was there:"))
     for what, address in addresses.items():
@@ -114,13 +114,15 @@ def _upload(parts: Sequence[Part], staging: Path, public: bool) -> dict[str, str
     return addresses
 
 
-def _collect(parts: Sequence[Part], names: Names, public: bool) -> str:
-    say(f"{len(parts) + 1}/{len(parts) + 1}  collection {names.title}")
+def _collect(parts: Sequence[Part], repo: str, public: bool) -> str:
+    namespace, name = repo.split("/")
+    title = name[:60]  # as much as the Hub allows
+    say(f"{len(parts) + 1}/{len(parts) + 1}  collection {title}")
     api = HfApi()
     collection = api.create_collection(
-        names.title,
-        namespace=names.model.split("/")[0],
-        description=f"The weight-sparse model {names.model} and its circuits"[:150],
+        title,
+        namespace=namespace,
+        description=f"The weight-sparse model {repo} and its circuits"[:150],
         private=not public,
         exists_ok=True,
     )

@@ -90,17 +90,8 @@ def train_model(
         eval_dataset=spread_sample(blocks["validation"], 512),
         processing_class=tokenizer,
     )
-    tokens_per_step, seconds = fit(
-        trainer,
-        config.block_size,
-        resume_from_checkpoint,
-        None if measure is None else lambda: measure(model),
-        callbacks,
-    )
-    steps = trainer.state.global_step
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
+    of_model = None if measure is None else lambda: measure(model)
+    figures, metrics = fit(trainer, config.block_size, resume_from_checkpoint, of_model, callbacks)
     folder = Path(args.output_dir)
     # Pictures are an extra, and a short run may have logged nothing to draw.
     with suppress(ImportError, ValueError):
@@ -112,9 +103,7 @@ def train_model(
         "perplexity": metrics["eval_perplexity"],
         "density": last.get("nonzero_fraction", 1.0),
         "nonzeros": last.get("nonzeros", model.num_parameters()),
-        "steps": steps,
-        "tokens": steps * tokens_per_step,
-        "train_seconds": seconds,
+        **figures,
         "model": str(args.output_dir),
     }
     write_json(folder / SUMMARY_NAME, done)
@@ -127,8 +116,8 @@ def fit(
     resume_from_checkpoint: str | None = None,
     measure: Callable[[], dict[str, str]] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-) -> tuple[int, float]:
-    """Train with a progress table; on Ctrl-C stop after the step and save a checkpoint.
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Train with a progress table, evaluate and save; Ctrl-C leaves a checkpoint instead.
 
     Args:
         trainer: of any model that reads tokens.
@@ -138,7 +127,7 @@ def fit(
         callbacks: more callbacks for the `Trainer`.
 
     Returns:
-        Tokens per optimizer step, and the seconds the training took.
+        The training's `steps`, `tokens` and `train_seconds`, and the metrics of the evaluation.
 
     Raises:
         Interrupted: after Ctrl-C.
@@ -156,10 +145,14 @@ def fit(
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     finally:
         interrupt.restore()
+    seconds, steps = time.perf_counter() - started, trainer.state.global_step
     if interrupt.interrupted:
-        step = trainer.state.global_step
-        raise Interrupted(f"at step {step}; the checkpoint is saved", checkpoint=True)
-    return tokens_per_step, time.perf_counter() - started
+        raise Interrupted(f"at step {steps}; the checkpoint is saved", checkpoint=True)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    figures = {"steps": steps, "tokens": steps * tokens_per_step, "train_seconds": seconds}
+    return figures, metrics
 
 
 def training_rows(done: dict[str, Any]) -> list[tuple[str, str]]:
@@ -170,5 +163,10 @@ def training_rows(done: dict[str, Any]) -> list[tuple[str, str]]:
         ("density", f"{done['density']:.4f} of the sparse weights"),
         ("nonzeros", f"{done['nonzeros']:,} of {done['parameters']:,} parameters"),
         ("tokens seen", f"{done['tokens']:,} in {done['steps']:,} steps"),
-        ("tokens/s", f"{done['tokens'] / done['train_seconds']:,.0f}"),
+        speed_row(done),
     ]
+
+
+def speed_row(done: dict[str, Any]) -> tuple[str, str]:
+    """The summary table's row about speed."""
+    return ("tokens/s", f"{done['tokens'] / done['train_seconds']:,.0f}")

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from ..circuits.circuit import Circuit
 from ..circuits.evaluation.checks import Verification
 from ..circuits.evaluation.verification import verify_circuit
 from ..tasks.load import load_task
 from .console import quiet_libraries, say
-from .loading import load_model, model_of, reference_blocks
+from .loading import load_circuit
 
 
 def run_verify(
@@ -34,18 +33,12 @@ def run_verify(
         ValueError, OSError: no such circuit or model, or a circuit of another one.
     """
     quiet_libraries()
-    circuit = Circuit.from_pretrained(name)
-    loaded, tokenizer = load_model(model or model_of(circuit, Path(name)))
-    circuit.check_model(loaded)  # before the corpus is read
+    circuit, loaded, tokenizer, reference = load_circuit(name, model, corpus)
     longest = loaded.config.max_position_embeddings
     seed = circuit.config.get("seed", 0)
     task = load_task(circuit.task, tokenizer, seed=seed, max_length=longest)
     verification = verify_circuit(
-        circuit,
-        loaded,
-        task,
-        stability_seeds=stability_seeds,
-        reference=reference_blocks(corpus, loaded, tokenizer),
+        circuit, loaded, task, stability_seeds=stability_seeds, reference=reference
     )
     say(verification.table())
     if output_dir or Path(name).is_dir():

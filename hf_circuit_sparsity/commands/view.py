@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from ..circuits.circuit import Circuit
 from ..circuits.viewer.report import write_report
 from ..circuits.viewer.report_data import ReportConfig
 from .console import quiet_libraries, say, table
-from .loading import load_model, model_of, reference_blocks
+from .loading import load_circuit
 
 
 def run_view(
@@ -28,10 +27,7 @@ def run_view(
         config: how much to measure.
     """
     quiet_libraries()
-    circuit = Circuit.from_pretrained(name)
-    loaded, tokenizer = load_model(model or model_of(circuit, Path(name)))
-    circuit.check_model(loaded)  # before the corpus is read
-    reference = reference_blocks(corpus, loaded, tokenizer)
+    circuit, loaded, tokenizer, reference = load_circuit(name, model, corpus)
     folder = Path(output_dir or (name if Path(name).is_dir() else "."))
     path = folder / "index.html"
     write_report(circuit, path, loaded, tokenizer, reference=reference, config=config)

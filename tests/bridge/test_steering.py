@@ -32,9 +32,7 @@ def planted_bridge() -> BridgedCausalLM:
     return bridged.eval()
 
 
-@pytest.fixture
-def bridged() -> BridgedCausalLM:
-    return planted_bridge()
+bridged = pytest.fixture(planted_bridge)
 
 
 def test_candidates_are_the_channels_that_carry_the_answer(bridged):

@@ -53,15 +53,11 @@ def run_dir(tmp_path_factory) -> Path:
     """A folder as `train` and `prune` leave it: a model and two circuits (of guessing)."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     tokenizer = tokenizer_from_openai(FIXTURES / "tokenizer")
-    model = sparsify(
-        random_model(
-            CircuitGPTConfig(
-                n_layer=1, n_head=2, d_head=8, d_model=16, d_mlp=32, block_size=64,
-                vocab_size=len(tokenizer), enable_bigram_table=False,
-            )
-        )
+    config = CircuitGPTConfig(
+        n_layer=1, n_head=2, d_head=8, d_model=16, d_mlp=32, block_size=64,
+        vocab_size=len(tokenizer), enable_bigram_table=False,
     )  # fmt: skip
-    model.save_pretrained(folder)
+    sparsify(random_model(config)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model = CircuitGPTForCausalLM.from_pretrained(folder)
     config = PruningConfig(

@@ -95,14 +95,14 @@ def fuzz(
             assert len(str(error)) < 2000, f"{what} is refused at length"
             outcome["refused"] += 1
         except Exception as error:
-            sentence = f"{what} ends in {type(error).__name__}: {error}"
-            raise AssertionError(sentence[:1000]) from error
+            raise AssertionError(
+                f"{what} ends in {type(error).__name__}: {error}"[:1000]
+            ) from error
         else:
             try:
                 check(loaded, copy)
             except Exception as error:
-                sentence = f"{what} is read as something else: {error}"
-                raise AssertionError(sentence[:1000]) from error
+                raise AssertionError(f"{what} is read as something else: {error}"[:1000]) from error
             outcome["loaded"] += 1
         assert listing(work) == before, f"{what} made files"
     return outcome
