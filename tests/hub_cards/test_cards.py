@@ -83,10 +83,8 @@ def test_metadata(cards, tmp_path):
     data = {kind: card.data.to_dict() for kind, card in cards.items()}
     assert data["model"]["datasets"] == ["ada/tasks"]
     assert data["circuit"]["base_model"] == data["circuits"]["base_model"] == "ada/planted"
-    assert (data["bridge"]["base_model"], data["bridge"]["base_model_relation"]) == (
-        "ada/planted",
-        "adapter",
-    )
+    assert data["bridge"]["base_model"] == "ada/planted"
+    assert data["bridge"]["base_model_relation"] == "adapter"
     assert data["tasks"]["task_categories"] == ["text-generation"]
     assert data["tasks"]["size_categories"] == "n<1K"
 

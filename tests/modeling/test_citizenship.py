@@ -53,7 +53,7 @@ def test_sampling_is_seeded_and_beams_score_at_least_greedy(tiny_model, cache):
     assert (score(sample(num_beams=4, do_sample=False)) >= greedy - 1e-4).all()
 
 
-def test_static_cache_equals_no_cache(tiny_model):
+def test_caches_equal_one_pass(tiny_model):
     for attention in ("sdpa", "eager"):
         tiny_model.set_attn_implementation(attention)
         ids, mask = pad_left(IDS[:, :6], 3)
@@ -61,11 +61,7 @@ def test_static_cache_equals_no_cache(tiny_model):
         static = tiny_model.generate(ids, cache_implementation="static", **common)
         assert torch.equal(static, tiny_model.generate(ids, use_cache=False, **common))
 
-
-def test_cached_chunks_equal_one_pass(tiny_model):
-    """A prompt read in pieces of several tokens, as in chunked prefill or speculative decoding."""
-    for attention in ("sdpa", "eager"):
-        tiny_model.set_attn_implementation(attention)
+        # A prompt read in pieces of several tokens, as in chunked prefill or speculative decoding.
         with torch.no_grad():
             whole = tiny_model(IDS).logits
             first = tiny_model(IDS[:, :5], use_cache=True)
@@ -218,14 +214,13 @@ def test_node_sites_are_named_and_hooked_in_order(tiny_model):
 
 
 def test_bad_input(tiny_model):
-    with pytest.raises(ValueError, match="40 tokens, but this model reads at most block_size=32"):
-        tiny_model(torch.zeros(1, 40, dtype=torch.long))
     ids, mask = torch.zeros(1, 40, dtype=torch.long), torch.ones(1, 40, dtype=torch.long)
-    with pytest.raises(ValueError, match="40 tokens, but this model reads at most block_size=32"):
-        tiny_model(ids, attention_mask=mask)
+    for given in (None, mask):
+        with pytest.raises(ValueError, match="block_size"):
+            tiny_model(ids, attention_mask=given)
     mask[:, :10] = 0  # the tokens themselves fit
     assert tiny_model(ids, attention_mask=mask).logits.shape == (1, 40, 64)
-    with pytest.raises(ValueError, match="pass input_ids"):
+    with pytest.raises(ValueError, match="input_ids"):
         tiny_model(inputs_embeds=torch.zeros(1, 4, 32))
-    with pytest.raises(ValueError, match="neither"):
+    with pytest.raises(ValueError, match="inputs_embeds"):
         tiny_model.transformer()
