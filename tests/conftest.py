@@ -1,17 +1,14 @@
 """What tests of several rooms share: small models, OpenAI's reference files, a Hub on loopback."""
 
 # Before anything that imports huggingface_hub: the only Hub that tests can reach is this one.
-from tests.hub_server import session  # isort: skip
+from loopback_hub.plugin import hub_server  # noqa: F401  isort: skip
 
-import shutil
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from huggingface_hub import HfFileSystem
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -19,7 +16,6 @@ from hf_circuit_sparsity.kernels.cpu import load_kernels, without_kernels
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.trainer import SparseTrainer, SparseTrainingArguments
-from tests.hub_server import HubServer
 
 # Test models are tiny: a second thread costs more than it brings, and several test runs beside each
 # other would wait for each other's threads.
@@ -35,22 +31,6 @@ def either_path(request):
         pytest.skip("no C compiler was found, or it is switched off")
     with nullcontext() if request.param == "kernels" else without_kernels():
         yield request.param
-
-
-@pytest.fixture
-def hub_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """An empty Hub, and clients with empty caches that are signed in as `ada`.
-
-    In this process the clients find it by themselves. For a process of its own, pass
-    `env=os.environ`, which has all that it needs; `HF_TOKEN` says who it is.
-    """
-    server = session.SERVER
-    with server.emptied():
-        shutil.rmtree(session.CLIENT_HOME, ignore_errors=True)
-        HfFileSystem.clear_instance_cache()
-        monkeypatch.setenv("HF_TOKEN", server.add_user("ada"))
-        yield server
-        assert not server.unknown_paths(), "a client asked for what the server does not know"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, unquote
 
 import yaml
 
-from tests.hub_server.hub import (
+from loopback_hub.hub import (
     GITATTRIBUTES,
     Commit,
     File,

@@ -6,6 +6,6 @@ downloads, listings, private and gated repositories, collections. All is in memo
 told by `HF_HUB_DISABLE_XET` not to speak Xet.
 """
 
-from tests.hub_server.server import HubServer
+from loopback_hub.server import HubServer
 
 __all__ = ["HubServer"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-from tests.hub_server.hub import Hub, HubError, Role, Token
-from tests.hub_server.routes import Request, Response, answer, as_json
+from loopback_hub.hub import Hub, HubError, Role, Token
+from loopback_hub.routes import Request, Response, answer, as_json
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+from loopback_hub.plugin import hub_server  # noqa: F401  a fixture
