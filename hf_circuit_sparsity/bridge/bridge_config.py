@@ -1,54 +1,48 @@
 """The settings of [`BridgeTrainer`]: what it adds to [`SparseTrainingArguments`]."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from ..trainer.sparse_config import SparseTrainingArguments
+from ..trainer.sparse_config import SparseTrainingArguments, with_help
 from .losses import LOSS_TERMS
 
 BRIDGE_PARAMETERS = "bridges.*"
 
 
-def _field(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
+@with_help
 @dataclass
 class BridgeTrainingArguments(SparseTrainingArguments):
     """Arguments of [`BridgeTrainer`]; the others are those of [`SparseTrainingArguments`].
 
     The terms of the loss are those of Gao et al. 2025 (bridges). Works with `HfArgumentParser`.
 
+    Args:
+        lm_weight (`float`, defaults to 1): weight of the sparse model's language-model loss.
+        kl_weight (`float`, defaults to 1): weight of KL(dense || sparse).
+        nmse_weight (`float`, defaults to 1): weight of the normalized squared error of encoding and
+            decoding, mean over locations.
+        dense_to_sparse_weight (`float`, defaults to 1): weight of KL(dense || hybrid) for runs
+            from the dense to the sparse model.
+        sparse_to_dense_weight (`float`, defaults to 1): weight of KL(dense || hybrid) for runs
+            from the sparse to the dense model.
+        hybrid_locations (`int`, defaults to 1): locations at which hybrid runs switch models, drawn
+            anew for every step and direction; 0 for no hybrid runs.
+        standardize_bridges (`bool`, defaults to `True`): whether bridges that are not standardized
+            yet are standardized by the first batch.
+        sparse_bridges (`bool`, defaults to `False`): whether encoders and decoders become as sparse
+            as the sparse model.
+
     Raises:
         ValueError: a value out of range.
     """
 
-    # --- The terms of the loss ---
-    lm_weight: float = _field(1.0, "Weight of the sparse model's language-model loss.")
-    kl_weight: float = _field(1.0, "Weight of KL(dense || sparse).")
-    nmse_weight: float = _field(
-        1.0,
-        "Weight of the normalized squared error of encoding and decoding, mean over locations.",
-    )
-    dense_to_sparse_weight: float = _field(
-        1.0, "Weight of KL(dense || hybrid) for runs from the dense to the sparse."
-    )
-    sparse_to_dense_weight: float = _field(
-        1.0, "Weight of KL(dense || hybrid) for runs from the sparse to the dense."
-    )
-    hybrid_locations: int = _field(
-        1,
-        "Locations at which hybrid runs switch models, drawn anew for every step and direction; "
-        "0 for no hybrid runs.",
-    )
-    standardize_bridges: bool = _field(
-        True, "Whether bridges that are not standardized yet are standardized by the first batch."
-    )
-
-    # --- Which parameters are sparse ---
-    sparse_bridges: bool = _field(
-        False, "Whether encoders and decoders become as sparse as the sparse model."
-    )
+    lm_weight: float = 1.0
+    kl_weight: float = 1.0
+    nmse_weight: float = 1.0
+    dense_to_sparse_weight: float = 1.0
+    sparse_to_dense_weight: float = 1.0
+    hybrid_locations: int = 1
+    standardize_bridges: bool = True
+    sparse_bridges: bool = False
 
     def __post_init__(self) -> None:
         for term, weight in self.loss_weights().items():

@@ -1,11 +1,11 @@
 """The settings of [`SparseTrainer`]."""
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
-from transformers.hf_argparser import HfArg
 from transformers.training_args import OptimizerNames
 
 from ..optim.rcd.config import RCDConfig
@@ -16,6 +16,16 @@ Sparsifier = Literal["topk", "rcd", "none"]
 SPARSIFIERS: tuple[str, ...] = get_args(Sparsifier)
 
 
+def with_help(cls: type) -> type:
+    """Give the fields of a dataclass, as help on a command line, what its docstring says."""
+    entries = re.findall(r"^ +(\w+) \(.*?\): (.+(?:\n {12}.+)*)", cls.__doc__ or "", re.MULTILINE)
+    for name, text in entries:
+        help = " ".join(text.replace("`", "").replace("%", "%%").split())
+        cls.__dataclass_fields__[name].metadata = {"help": help}
+    return cls
+
+
+@with_help
 @dataclass
 class SparseTrainingArguments(TrainingArguments):
     """Arguments of [`SparseTrainer`]: those of `TrainingArguments`, and what is listed here.
@@ -32,20 +42,23 @@ class SparseTrainingArguments(TrainingArguments):
         target_density (`float`, defaults to 1/64): share of each sparse matrix that is nonzero at
             the end, in (0, 1].
         anneal_start (`float`, defaults to 0.01): fraction of the steps after which the density
-            falls from 1. Without effect with `"rcd"`.
+            falls from 1; without effect with `"rcd"`.
         anneal_end (`float`, defaults to 0.5): fraction of the steps after which the density is at
             its target.
         min_nonzeros (`int`, defaults to 4): nonzeros that each neuron or attention channel keeps.
-        rcd_config ([`RCDConfig`], `dict` or JSON): settings of `"rcd"`.
+        rcd_config ([`RCDConfig`], `dict` or `str`): settings of `"rcd"`; a dict of the fields of
+            `RCDConfig`, also as JSON, for example `{"block_fraction": 0.25}`.
 
     > Which parameters are sparse
 
     Args:
-        sparse_embeddings (`bool`, defaults to `True`): embeddings and the unembedding.
-        sparse_biases (`bool`, defaults to `True`): biases of linear layers.
-        exclude_parameters (`list[str]`): shell-style patterns of parameters to keep dense.
-        include_parameters (`list[str]`): shell-style patterns of parameters to make sparse although
-            they belong to no linear layer or embedding.
+        sparse_embeddings (`bool`, defaults to `True`): whether embeddings and the unembedding are
+            sparse.
+        sparse_biases (`bool`, defaults to `True`): whether biases of linear layers are sparse.
+        exclude_parameters (`list[str]`): shell-style patterns of full names of parameters to keep
+            dense, for example `*.mlp.*`.
+        include_parameters (`list[str]`): shell-style patterns of full names of parameters to make
+            sparse although they belong to no linear layer or embedding.
 
     > How it is computed
 
@@ -59,98 +72,40 @@ class SparseTrainingArguments(TrainingArguments):
     > Defaults that differ from `TrainingArguments`
 
     Args:
-        learning_rate (`float`, defaults to 1e-2): peak, before the sharkfin factor.
-        warmup_steps (`float`, defaults to 0.01): below 1 a fraction of the training steps.
-        weight_decay (`float`, defaults to 0.1): of matrices; vectors have none.
+        learning_rate (`float`, defaults to 1e-2): peak learning rate, before the sharkfin factor.
+        warmup_steps (`float`, defaults to 0.01): of warm-up; below 1 a fraction of the steps.
+        weight_decay (`float`, defaults to 0.1): decoupled, of matrices; vectors have none.
         adam_beta2 (`float`, defaults to 0.95): decay rate of the second moment.
-        adam_epsilon (`float`, defaults to 0.1): large, because gradients have root-mean-square 1.
-        max_grad_norm (`float`, defaults to 0): no clipping, as gradients are normalized.
+        adam_epsilon (`float`, defaults to 0.1): large, as gradients have root-mean-square 1.
+        max_grad_norm (`float`, defaults to 0): above which to clip; 0 for no clipping.
 
     Raises:
         ValueError: a value is unknown or out of range.
     """
 
-    # --- How the weights become sparse ---
-    sparsifier: Sparsifier = HfArg(
-        default="topk",
-        help="'topk' keeps the largest weights after every AdamW step, 'rcd' starts sparse and "
-        "stays so by random coordinate descent (see rcd_config; anneal_start does not apply), "
-        "'none' trains a dense model by the same recipe, for comparison.",
-    )
-    target_density: float = HfArg(
-        default=1 / 64, help="Share of each sparse matrix that is nonzero at the end, in (0, 1]."
-    )
-    anneal_start: float = HfArg(
-        default=0.01, help="Where the density leaves 1, as a fraction of the training steps."
-    )
-    anneal_end: float = HfArg(
-        default=0.5, help="Where the density reaches its target, as a fraction of the steps."
-    )
-    min_nonzeros: int = HfArg(
-        default=4, help="Nonzeros that each neuron or attention channel keeps in any case."
-    )
-
+    sparsifier: Sparsifier = "topk"
+    target_density: float = 1 / 64
+    anneal_start: float = 0.01
+    anneal_end: float = 0.5
+    min_nonzeros: int = 4
     # The annotation begins with types that HfArgumentParser can read from a command line.
-    rcd_config: RCDConfig | str | dict | None = HfArg(
-        default=None,
-        help="Settings of sparsifier='rcd': an RCDConfig, a dict of its fields, or the dict "
-        "as JSON, for example '{\"block_fraction\": 0.25}'.",
-    )
+    rcd_config: RCDConfig | str | dict | None = None
 
-    # --- Which parameters are sparse ---
-    sparse_embeddings: bool = HfArg(
-        default=True, help="Whether embeddings and the unembedding are sparse."
-    )
-    sparse_biases: bool = HfArg(
-        default=True, help="Whether the biases of linear layers are sparse."
-    )
-    exclude_parameters: list[str] | None = HfArg(
-        default=None,
-        help="Shell-style patterns of full parameter names to keep dense, for example '*.mlp.*'.",
-    )
-    include_parameters: list[str] | None = HfArg(
-        default=None,
-        help="Shell-style patterns of full parameter names to make sparse although they are "
-        "not weights or biases of linear layers or embeddings.",
-    )
+    sparse_embeddings: bool = True
+    sparse_biases: bool = True
+    exclude_parameters: list[str] | None = None
+    include_parameters: list[str] | None = None
 
-    # --- How it is computed ---
-    compute_on_nonzeros: bool = HfArg(
-        default=True,
-        help="Whether linear layers multiply only their nonzeros, forward and for the "
-        "gradient of their input, once they are sparse enough for that to be faster (CPU, "
-        "float32). The results are the same to rounding.",
-    )
+    compute_on_nonzeros: bool = True
+    normalize_gradients: Normalization = "always"
+    sharkfin: bool = True
 
-    # --- How the optimizer compensates ---
-    normalize_gradients: Normalization = HfArg(
-        default="always",
-        help="Bring the root-mean-square of the gradients to 1 before each step: 'always', "
-        "'clip' (only where it is above 1) or 'off'.",
-    )
-    sharkfin: bool = HfArg(
-        default=True, help="Whether to multiply the learning rate by 1/sqrt(density)."
-    )
-
-    # --- Other defaults than in TrainingArguments ---
-    learning_rate: float = HfArg(
-        default=1e-2, help="Peak learning rate, before the factor 1/sqrt(density)."
-    )
-    warmup_steps: float = HfArg(
-        default=0.01, help="Steps of linear warm-up; below 1, a fraction of the training steps."
-    )
-    weight_decay: float = HfArg(
-        default=0.1, help="Decoupled weight decay of matrices; vectors have none."
-    )
-    adam_beta2: float = HfArg(default=0.95, help="Decay rate of the second moment in AdamW.")
-    adam_epsilon: float = HfArg(
-        default=0.1, help="Epsilon of AdamW. Large because gradients have root-mean-square 1."
-    )
-    max_grad_norm: float = HfArg(
-        default=0.0,
-        help="Maximum gradient norm for clipping; 0 for none, as the optimizer normalizes "
-        "the gradients itself (see normalize_gradients).",
-    )
+    learning_rate: float = 1e-2
+    warmup_steps: float = 0.01
+    weight_decay: float = 0.1
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 0.1
+    max_grad_norm: float = 0.0
 
     def __post_init__(self) -> None:
         if self.sparsifier not in SPARSIFIERS:
