@@ -37,6 +37,18 @@ def node_sites(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in eval mode; then every module is in the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def hooked_sites(model: nn.Module, hooks: Mapping[str, object]) -> Iterator[None]:
     """Attach forward hooks to node sites (or the token embedding) by name, and take them off."""
     sites = {**node_sites(model), TOKENS: model.get_input_embeddings()}
@@ -48,14 +60,8 @@ def hooked_sites(model: nn.Module, hooks: Mapping[str, object]) -> Iterator[None
 def recorded_sites(model: nn.Module, sites: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
     """Yields a dictionary in which every forward pass leaves what the sites put out."""
     recorded: dict[str, torch.Tensor] = {}
-
-    def recorder(site: str) -> Callable:
-        def hook(module, args, output):
-            recorded[site] = output
-
-        return hook
-
-    with hooked_sites(model, {site: recorder(site) for site in sites}):
+    hooks = {s: lambda module, args, output, s=s: recorded.update({s: output}) for s in sites}
+    with hooked_sites(model, hooks):
         yield recorded
 
 
@@ -95,12 +101,12 @@ def reference_means(
         input_ids: `(n, length)` token ids, a sample of the pretraining distribution, unpadded.
         batch_size: sequences per forward pass.
     """
-    sums: dict[tuple[str, str], torch.Tensor] = {}
+    sums: dict[str, dict[str, torch.Tensor]] = {"nodes": {}, "attended": {}, "token": {}}
 
     def adder(kind: str, name: str) -> Callable:
         def hook(module, args, output):
             activations = args[0] if kind == "attended" else output
-            sums[kind, name] = sums.get((kind, name), 0) + activations.double().sum(dim=(0, 1))
+            sums[kind][name] = sums[kind].get(name, 0) + activations.double().sum(dim=(0, 1))
 
         return hook
 
@@ -112,20 +118,14 @@ def reference_means(
     ]
     hooks.append((model.get_input_embeddings(), adder("token", TOKENS)))
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        with hooked(hooks):
-            for batch in input_ids.split(batch_size):
-                model(batch.to(device), use_cache=False, logits_to_keep=1)
-    finally:
-        model.train(was_training)
-    means = {key: (total / input_ids.numel()).float() for key, total in sums.items()}
-
-    def of_kind(kind: str) -> dict[str, torch.Tensor]:
-        return {name: mean for (k, name), mean in means.items() if k == kind}
-
-    return ReferenceMeans(of_kind("nodes"), of_kind("attended"), means["token", TOKENS])
+    with in_eval_mode(model), hooked(hooks):
+        for batch in input_ids.split(batch_size):
+            model(batch.to(device), use_cache=False, logits_to_keep=1)
+    means = {
+        kind: {name: (s / input_ids.numel()).float() for name, s in by_name.items()}
+        for kind, by_name in sums.items()
+    }
+    return ReferenceMeans(means["nodes"], means["attended"], means["token"][TOKENS])
 
 
 def means_over(

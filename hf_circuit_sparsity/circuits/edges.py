@@ -77,15 +77,7 @@ def embedding_edges(
     Returns:
         Triples of token id, residual channel, weight.
     """
-    embedding = model.get_input_embeddings().weight.detach()
-    width = embedding.shape[1]  # channels past it are concatenated positions
-    read = {c for site, ids in nodes.items() if site.endswith("act_in") for c in ids if c < width}
-    return [
-        (token, channel, embedding[token, channel].item())
-        for token in sorted(set(token_ids))
-        for channel in sorted(read)
-        if embedding[token, channel] != 0
-    ]
+    return _nonzeros(model.get_input_embeddings(), nodes, "act_in", token_ids)
 
 
 def unembedding_edges(
@@ -96,14 +88,19 @@ def unembedding_edges(
     Returns:
         Triples of residual channel, token id, weight.
     """
-    unembedding = model.get_output_embeddings().weight.detach()
-    written = {c for site, ids in nodes.items() if site.endswith("resid_delta") for c in ids}
-    return [
-        (channel, token, unembedding[token, channel].item())
-        for channel in sorted(written)
-        for token in sorted(set(token_ids))
-        if unembedding[token, channel] != 0
-    ]
+    edges = _nonzeros(model.get_output_embeddings(), nodes, "resid_delta", token_ids)
+    return sorted((channel, token, weight) for token, channel, weight in edges)
+
+
+def _nonzeros(
+    table: nn.Module, nodes: Mapping[str, Sequence[int]], ending: str, token_ids: Sequence[int]
+) -> list[tuple[int, int, float]]:
+    """Token id, channel and weight of a table's nonzeros on the channels of some sites' nodes."""
+    channels = {c for site, ids in nodes.items() if site.endswith(ending) for c in ids}
+    tokens, width = sorted(set(token_ids)), table.weight.shape[1]
+    columns = sorted(c for c in channels if c < width)  # past it are concatenated positions
+    block = table.weight.detach()[tokens][:, columns].cpu()
+    return [(tokens[t], columns[c], block[t, c].item()) for t, c in block.nonzero().tolist()]
 
 
 EdgeName = tuple[str, int, str, int]

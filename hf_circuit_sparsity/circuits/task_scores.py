@@ -4,9 +4,9 @@ A task asks for one of two tokens at the last position of a left-padded prompt. 
 the pair of their logits, `(n, 2)`: the right token's first, the other's second.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..metrics.task_loss.pair_loss import task_accuracy
 from ..tasks.binary_task import TaskNotExpressibleError, TaskTooLongError
 from ..tasks.load import list_tasks, load_task
+from .ablation import in_eval_mode
 
 TaskTensors = Mapping[str, torch.Tensor]
 
@@ -55,6 +56,11 @@ def next_token_logits(model: nn.Module, tensors: TaskTensors) -> torch.Tensor:
     return output.logits[:, -1].float()
 
 
+def task_rows(tensors: TaskTensors, rows: Any) -> dict[str, torch.Tensor]:
+    """Some rows of a task's tensors, by anything that indexes the first dimension."""
+    return {name: tensor[rows] for name, tensor in tensors.items()}
+
+
 def trimmed(tensors: TaskTensors) -> dict[str, torch.Tensor]:
     """Without the columns that are padding in every row of left-padded prompts."""
     first = int(tensors["attention_mask"].any(0).int().argmax())
@@ -62,14 +68,20 @@ def trimmed(tensors: TaskTensors) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def all_pair_logits(model: nn.Module, tensors: TaskTensors, batch_size: int = 128) -> torch.Tensor:
-    """As [`pair_logits`], in batches and without gradients, on the CPU."""
+def all_pair_logits(
+    model: nn.Module,
+    tensors: TaskTensors,
+    batch_size: int = 128,
+    logits: Callable[[nn.Module, TaskTensors], torch.Tensor] = pair_logits,
+) -> torch.Tensor:
+    """As [`pair_logits`] or, if that is passed, [`next_token_logits`]: in batches, without
+    gradients, on the CPU."""
     # Prompts of like length together: nothing is computed for padding.
     order = tensors["attention_mask"].sum(1).argsort(stable=True)
-    pairs = torch.empty(len(order), 2)
-    for rows in order.split(batch_size):
-        pairs[rows] = pair_logits(model, trimmed({k: v[rows] for k, v in tensors.items()})).cpu()
-    return pairs
+    parts = [
+        logits(model, trimmed(task_rows(tensors, rows))).cpu() for rows in order.split(batch_size)
+    ]
+    return torch.cat(parts)[order.argsort()]
 
 
 def binary_loss(pairs: torch.Tensor) -> torch.Tensor:
@@ -218,26 +230,19 @@ def evaluate_tasks(
     Raises:
         ValueError: an unknown task, or numbers of prompts that `load_task` refuses.
     """
-    was_training = model.training
-    model.eval()
+    settings: dict[str, Any] = {"n_train": n_train, "n_test": n_test, "seed": seed}
+    settings["max_length"] = getattr(model.config, "max_position_embeddings", None)
     scores = []
     names = list_tasks() if names is None else list(names)
-    try:
+    with in_eval_mode(model):
         for name in tqdm(names, desc="tasks", disable=not progress, leave=False):
             try:
-                task = load_task(
-                    name,
-                    tokenizer,
-                    n_train=n_train,
-                    n_test=n_test,
-                    seed=seed,
-                    max_length=getattr(model.config, "max_position_embeddings", None),
-                )
+                task = load_task(name, tokenizer, **settings)
             except (TaskNotExpressibleError, TaskTooLongError) as error:
                 scores.append(TaskScore(name, problem=str(error)))
                 continue
-            train, test = task.tensors("train"), task.tensors("test")
-            whole = model_scores(model, train, test)
+            test = task.tensors("test")
+            whole = model_scores(model, task.tensors("train"), test)
             calibrated = whole.calibration.pairs(whole.test, test)
             scores.append(
                 TaskScore(
@@ -248,6 +253,4 @@ def evaluate_tasks(
                     prompts=len(whole.test),
                 )
             )
-    finally:
-        model.train(was_training)
     return scores

@@ -6,6 +6,7 @@ from ...metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
 from ...metrics.circuit_size.geometric_mean import shares
 from ...metrics.task_loss.pair_loss import task_accuracy, task_loss
 from ...tasks.binary_task import BinaryTask
+from ..ablation import in_eval_mode
 from ..circuit import Circuit
 from ..edges import embedding_edges, site_weights
 from ..task_scores import ModelScores, all_pair_logits, model_scores
@@ -42,16 +43,12 @@ def evaluate_circuit(
         ValueError: the circuit was made for another model.
     """
     test, train = task.tensors("test"), task.tensors("train")
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         with circuit.apply(model):
             alone, alone_train = all_pair_logits(model, test), all_pair_logits(model, train)
         with circuit.apply(model, inverse=True):
             without = all_pair_logits(model, test)
         whole = whole or model_scores(model, train, test)
-    finally:
-        model.train(was_training)
     calibrated = whole.calibration.pairs(whole.test, test).numpy()
     nodes, edges = len(circuit), len(circuit.split_edges(model)[0])
     all_nodes = sum(len(mean) for mean in circuit.means.values())

@@ -16,7 +16,13 @@ from tqdm.auto import tqdm
 from ...metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
 from ...tasks.adversarial import load_adversarial_tasks
 from ...tasks.binary_task import BinaryTask
-from ..ablation import ReferenceTokens, hooked_sites, mean_ablated, recorded_sites
+from ..ablation import (
+    ReferenceTokens,
+    hooked_sites,
+    in_eval_mode,
+    mean_ablated,
+    recorded_sites,
+)
 from ..circuit import Circuit
 from ..pruning.config import PruningConfig
 from ..pruning.find import (
@@ -36,6 +42,7 @@ from ..task_scores import (
     model_scores,
     next_token_logits,
     pair_logits,
+    task_rows,
 )
 from .checks import Check, Verification
 
@@ -94,9 +101,7 @@ def verify_circuit(
         )
     circuit.check_model(model)
     check_prompts_fit(model, task)
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         if others is None:
             others = _other_seeds(circuit, model, task, stability_seeds, reference, progress)
         if adversarial is None:
@@ -119,8 +124,6 @@ def verify_circuit(
             suite.measure(candidate, real=candidate is circuit)
             for candidate in tqdm(candidates, "verifying", disable=not progress, leave=False)
         ]
-    finally:
-        model.train(was_training)
     checks = []
     for name, value in measured[0].items():
         control = sum(m[name] for m in measured[1:]) / max(1, random_circuits)
@@ -218,7 +221,7 @@ class _Suite:
                 f"{self.model_accuracy:.1%} on the task {task.name!r}, hardly more than "
                 "guessing, so no circuit of it can be checked; train the model longer."
             )
-        self.vocabulary = _next_token(model, self.test)
+        self.vocabulary = all_pair_logits(model, self.test, logits=next_token_logits)
         self.adversarial: dict[str, tuple[TaskTensors, torch.Tensor]] = {}
         for kind, adverse in adversarial.items():
             tensors = adverse.tensors("test")
@@ -237,7 +240,7 @@ class _Suite:
         with circuit.apply(model, calibrated=False):
             calibration = circuit.calibration if real else self._calibration()
             pairs = all_pair_logits(model, test)
-            next_token = _next_token(model, test, calibration)
+            next_token = all_pair_logits(model, test, logits=next_token_logits)
             adverse = {k: all_pair_logits(model, t) for k, (t, _) in self.adversarial.items()}
         with circuit.apply(model, inverse=True):
             # Calibrated anew: that the answers are merely shifted is not a loss of skill.
@@ -250,7 +253,7 @@ class _Suite:
             "completeness": self._incompleteness(circuit),
             "transfer": (binary_accuracy(alone) - 0.5) / (self.model_accuracy - 0.5),
             "pair KL": pair_kl(alone.numpy(), whole.numpy()),
-            "vocabulary KL": _kl(self.vocabulary, next_token),
+            "vocabulary KL": _kl(self.vocabulary, calibration.logits(next_token)),
         }
         if self.swaps is not None:
             numbers["interchange"] = self._interchange(circuit)
@@ -292,7 +295,7 @@ class _Suite:
         """
         swapped = []
         for rows in torch.arange(len(self.swaps[0]["target_ids"])).split(128):
-            base, source = ({k: v[rows] for k, v in part.items()} for part in self.swaps)
+            base, source = (task_rows(part, rows) for part in self.swaps)
             with recorded_sites(self.model, circuit.nodes) as activations:
                 pair_logits(self.model, source)
             swap = {s: _swapper(activations[s], ids) for s, ids in circuit.nodes.items()}
@@ -309,7 +312,7 @@ class _Suite:
 
 def _some(tensors: TaskTensors, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     rows = torch.randperm(len(tensors["target_ids"]), generator=generator)[:count]
-    return {k: v[rows] for k, v in tensors.items()}
+    return task_rows(tensors, rows)
 
 
 def _equally_long(task: BinaryTask, count: int) -> tuple[TaskTensors, TaskTensors] | None:
@@ -320,7 +323,7 @@ def _equally_long(task: BinaryTask, count: int) -> tuple[TaskTensors, TaskTensor
     rows = (lengths == lengths[other]).nonzero()[:, 0][:count]
     if not len(rows):
         return None
-    return {k: v[rows] for k, v in tensors.items()}, {k: v[other[rows]] for k, v in tensors.items()}
+    return task_rows(tensors, rows), task_rows(tensors, other[rows])
 
 
 def _swapper(activations: torch.Tensor, ids: Sequence[int]) -> Callable:
@@ -329,18 +332,6 @@ def _swapper(activations: torch.Tensor, ids: Sequence[int]) -> Callable:
         return output.index_copy(-1, indices, activations[..., ids])
 
     return hook
-
-
-@torch.no_grad()
-def _next_token(
-    model: nn.Module, tensors: TaskTensors, calibration: Calibration | None = None
-) -> torch.Tensor:
-    """Logits `(n, vocabulary)` after each prompt."""
-    parts = []
-    for rows in torch.arange(len(tensors["input_ids"])).split(128):
-        logits = next_token_logits(model, {k: v[rows] for k, v in tensors.items()}).cpu()
-        parts.append(logits if calibration is None else calibration.logits(logits))
-    return torch.cat(parts)
 
 
 def _kl(model: torch.Tensor, circuit: torch.Tensor) -> float:

@@ -17,12 +17,19 @@ from torch import nn
 
 from ...modeling.fingerprint import model_fingerprint
 from ...tasks.binary_task import BinaryTask
-from ..ablation import TOKENS, ReferenceMeans, ReferenceTokens, means_over, node_sites
+from ..ablation import (
+    TOKENS,
+    ReferenceMeans,
+    ReferenceTokens,
+    in_eval_mode,
+    means_over,
+    node_sites,
+)
 from ..circuit import Circuit
 from ..circuit_file import model_source
 from ..edges import circuit_edges, cut_offsets, edge_name
 from ..evaluation.faithfulness import evaluate_circuit
-from ..task_scores import TaskTensors, binary_loss, fit_calibration, model_scores
+from ..task_scores import TaskTensors, binary_loss, fit_calibration, model_scores, task_rows
 from .config import PruningConfig
 from .masks import Masks, learn_masks
 from .shrink import Selector, bisect, drop_edges, drop_unconnected, drop_unneeded
@@ -99,17 +106,15 @@ def find_circuits(
         raise ValueError(f"targets={targets} was passed, expected ascending losses.")
     configs = [replace(config, target_loss=target) for target in targets]
     node_sites(model)  # fails early on models that have none
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         check_prompts_fit(model, task)
         train = task.tensors("train")
         whole = model_scores(model, train, task.tensors("test"))
         # In a seeded order, so that any prefix is a fair sample.
         generator = torch.Generator().manual_seed(config.seed)
         order = torch.randperm(len(train["target_ids"]), generator=generator)
-        train = {name: rows[order] for name, rows in train.items()}
-        selection = {name: rows[: config.selection_prompts] for name, rows in train.items()}
+        train = task_rows(train, order)
+        selection = task_rows(train, slice(config.selection_prompts))
         _check_learned(task, whole.train[order[: config.selection_prompts]], selection, configs[0])
         means = means_over(model, task, reference, config.reference_tokens, progress)
         sites = dict(means.nodes)
@@ -131,8 +136,6 @@ def find_circuits(
                 circuit.metrics = evaluate_circuit(circuit, model, task, whole=whole)
                 circuits.append(circuit)
         return [circuit for circuits in by_target for circuit in circuits]
-    finally:
-        model.train(was_training)
 
 
 def smallest(circuits: Sequence[Circuit]) -> Circuit:
@@ -230,21 +233,17 @@ def _circuit(
         model_fingerprint=model_fingerprint(model),
         model_name=model_name,
         model_revision=model_revision,
-        example=_example(task),
+        example=task_example(task),
         **pruned,
     )
 
 
-def _example(task: BinaryTask) -> dict[str, Any]:
-    """The first held-out prompt, for pictures."""
+def task_example(task: BinaryTask) -> dict[str, Any]:
+    """The first held-out prompt and its counterfactual, as of [`Circuit.example`]."""
     row = task.test[0]
-    return {
-        "prompt": row["prompt"],
-        "target": row["target"],
-        "counterfactual_target": row["counterfactual_target"],
-        "counterfactual_prompt": row["counterfactual_prompt"],
-        "token_ids": list(row["input_ids"]),
-        "counterfactual_token_ids": list(row["counterfactual_input_ids"]),
-        "target_id": int(row["target_id"]),
-        "counterfactual_target_id": int(row["counterfactual_target_id"]),
-    }
+    example = {}
+    for side in ("", "counterfactual_"):
+        example |= {f"{side}{name}": row[f"{side}{name}"] for name in ("prompt", "target")}
+        example[f"{side}token_ids"] = list(row[f"{side}input_ids"])
+        example[f"{side}target_id"] = int(row[f"{side}target_id"])
+    return example

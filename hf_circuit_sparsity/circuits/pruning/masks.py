@@ -11,7 +11,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..ablation import TOKENS, hooked_sites
-from ..task_scores import TaskTensors, binary_loss, candidates, pair_logits, trimmed
+from ..task_scores import (
+    TaskTensors,
+    binary_loss,
+    candidates,
+    pair_logits,
+    task_rows,
+    trimmed,
+)
 from .config import PruningConfig
 
 Masks = dict[str, torch.Tensor]
@@ -141,7 +148,7 @@ def _learn_together(
                 rows = torch.cat(
                     [torch.randint(n, (2 * config.batch_size,), generator=g) for g in generators]
                 )
-                batch = trimmed({k: v[rows] for k, v in train.items()})
+                batch = trimmed(task_rows(train, rows))
                 for site, tau in taus.items():
                     gates[site] = Gate.apply(tau, config.temperature)
                 pairs = pair_logits(model, batch).unflatten(0, (len(seeds), -1))

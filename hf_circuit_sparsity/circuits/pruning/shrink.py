@@ -16,6 +16,7 @@ from ..task_scores import (
     binary_loss,
     fit_calibration,
     pair_logits,
+    task_rows,
     trimmed,
 )
 from .config import PruningConfig
@@ -50,7 +51,7 @@ class Selector:
         self.target = config.target_loss * config.selection_margin
         self._all = selection
         few = config.screen_prompts
-        self._few = {k: v[:few] for k, v in selection.items()} if few else None
+        self._few = task_rows(selection, slice(few)) if few else None
 
     def loss(
         self, keep: Masks, cut: Sequence[Edge] = (), few: bool = False

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...files import replacing
+from ...files import write_json
 from ...modeling.fingerprint import model_fingerprint
 from ...tasks.binary_task import BinaryTask
 from ..ablation import ReferenceTokens, means_over, node_sites
@@ -136,8 +136,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
                     "asked for; pass the same, choose another folder, or delete this one."
                 )
         return
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    write_json(path, settings)
 
 
 def _optuna() -> Any:

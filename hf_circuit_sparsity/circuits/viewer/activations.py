@@ -57,12 +57,12 @@ def record_activations(
     with within(), recorded_sites(model, nodes) as recorded:
         for rows in wrap(batches):
             batch = trimmed({"input_ids": ids[rows], "attention_mask": mask[rows]})
-            ids_here, mask_here = (part.to(device) for part in batch.values())
-            mask_here = None if mask_here.all() else mask_here
-            model(ids_here, attention_mask=mask_here, use_cache=False, logits_to_keep=1)
+            input_ids, padding = (part.to(device) for part in batch.values())
+            padding = None if padding.all() else padding
+            model(input_ids, attention_mask=padding, use_cache=False, logits_to_keep=1)
             for site, indices in nodes.items():
-                values_here = recorded[site][..., list(indices)].float().cpu()
-                seen[site][rows, -values_here.shape[1] :] = values_here
+                activations = recorded[site][..., list(indices)].float().cpu()
+                seen[site][rows, -activations.shape[1] :] = activations
     values = {site: activations[mask.bool()] for site, activations in seen.items()}
     starts = [0, *lengths.cumsum(0).tolist()]
     return Activations(list(sequences), values, starts)
@@ -97,7 +97,7 @@ class Example(NamedTuple):
 
 
 def extreme_examples(
-    recorded: Activations, site: str, place: int, mean: float, count: int, sign: int
+    recorded: Activations, site: str, column: int, mean: float, count: int, sign: int
 ) -> list[Example]:
     """The sequences in which a node is highest (`sign` 1) or lowest (-1).
 
@@ -107,20 +107,20 @@ def extreme_examples(
     Args:
         recorded: activations of one distribution.
         site: the node's.
-        place: its place among the nodes recorded there.
+        column: the node's, among those recorded there.
         mean: the node's.
         count: at most so many.
         sign: 1 or -1.
     """
-    column = recorded.values[site][:, place]
+    values = recorded.values[site][:, column]
     examples = []
     taken: set[int] = set()
     seen: set[tuple[int, ...]] = set()
     starts = torch.tensor(recorded.starts)
-    for token in (sign * column).argsort(descending=True, stable=True).tolist():
-        if len(examples) == count or sign * (column[token] - mean) <= 0:
+    for token in (sign * values).argsort(descending=True, stable=True).tolist():
+        if len(examples) == count or sign * (values[token] - mean) <= 0:
             break
-        if column[token] == 0:
+        if values[token] == 0:
             continue
         sequence = int(torch.searchsorted(starts, token, right=True)) - 1
         if sequence in taken:
@@ -133,6 +133,6 @@ def extreme_examples(
         if stretch in seen:  # text repeats itself, licences above all
             continue
         seen.add(stretch)
-        shown = column[first + start : first + stop].tolist()
+        shown = values[first + start : first + stop].tolist()
         examples.append(Example(sequence, start, at, shown))
     return examples

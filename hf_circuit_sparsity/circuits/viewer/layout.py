@@ -98,9 +98,9 @@ def deciding_tokens(circuit: Circuit) -> list[int]:
 
     Where tokens were pruned, only those that are kept.
     """
-    here = circuit.example.get("token_ids", [])
-    there = circuit.example.get("counterfactual_token_ids", [])
-    deciding = (set(here) ^ set(there)) or (set(here) | set(there))
+    prompt = set(circuit.example.get("token_ids", []))
+    counterfactual = set(circuit.example.get("counterfactual_token_ids", []))
+    deciding = (prompt ^ counterfactual) or (prompt | counterfactual)
     return sorted(deciding if circuit.tokens is None else deciding & set(circuit.tokens))
 
 
@@ -172,7 +172,7 @@ def _rows(nodes: dict[Key, GraphNode], links: list[GraphLink]) -> dict[Key, floa
         around = [rows[n] for n in neighbours[key]]
         return sum(around) / len(around) if around else rows[key]
 
-    def place(keys: list[Key], by: Callable[[Key], float]) -> None:
+    def arrange(keys: list[Key], by: Callable[[Key], float]) -> None:
         heads: dict[int | None, list[Key]] = {}
         for key in sorted(keys, key=by, reverse=True):
             heads.setdefault(nodes[key].head, []).append(key)
@@ -187,11 +187,11 @@ def _rows(nodes: dict[Key, GraphNode], links: list[GraphLink]) -> dict[Key, floa
             row -= HEAD_GAP
 
     for keys in columns.values():
-        start = {key: float(-i) for i, key in enumerate(keys)}
-        place(keys, start.__getitem__)
+        order = {key: float(-i) for i, key in enumerate(keys)}
+        arrange(keys, order.__getitem__)
     for sweep in range(8):
         for column in sorted(columns, reverse=bool(sweep % 2)):
             # Measured before any of them moves: a column has no lines of its own.
             centres = {key: centre(key) for key in columns[column]}
-            place(columns[column], centres.__getitem__)
+            arrange(columns[column], centres.__getitem__)
     return rows

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,24 +22,18 @@ from .layout import Key
 TOKENS_SHOWN = 10
 
 
-class LossAndAccuracy(NamedTuple):
-    """Mean cross-entropy on the two candidates in nats, and the share of right answers."""
-
-    loss: float
-    accuracy: float
-
-
 def before_and_after(
     circuit: Circuit, model: nn.Module, tensors: TaskTensors
-) -> dict[str, LossAndAccuracy]:
-    """Loss of the whole `model`, of the `circuit` alone, and of the model `without` it."""
+) -> dict[str, dict[str, float]]:
+    """`loss`, in nats, and `accuracy` of the whole `model`, of the `circuit` alone, and of the
+    model `without` it."""
     runs = {"model": all_pair_logits(model, tensors)}
     with circuit.apply(model):
         runs["circuit"] = all_pair_logits(model, tensors)
     with circuit.apply(model, inverse=True):
         runs["without"] = all_pair_logits(model, tensors)
     return {
-        name: LossAndAccuracy(binary_loss(pairs).item(), binary_accuracy(pairs))
+        name: {"loss": binary_loss(pairs).item(), "accuracy": binary_accuracy(pairs)}
         for name, pairs in runs.items()
     }
 
@@ -67,24 +61,23 @@ def node_effects(
 
 def ranked_nodes(circuit: Circuit, effects: dict[Key, float]) -> list[Key]:
     """The circuit's nodes, highest mask score first; by ablation effect where none was learned."""
+    if circuit.scores:
+        return by_score(circuit, effects)
+    return sorted(effects, key=effects.__getitem__, reverse=True)
 
-    def worth(node: Key) -> float:
-        site, index = node
-        return circuit.scores[site][index].item() if circuit.scores else effects[node]
 
-    return sorted(effects, key=worth, reverse=True)
+def by_score(circuit: Circuit, nodes: Iterable[Key]) -> list[Key]:
+    """Nodes of the model, highest mask score first; as they come where none was learned."""
+    scores = {site: score.tolist() for site, score in circuit.scores.items()}
+    if not scores:
+        return list(nodes)
+    return sorted(nodes, key=lambda node: scores[node[0]][node[1]], reverse=True)
 
 
 def other_nodes(circuit: Circuit) -> list[Key]:
     """The model's nodes outside the circuit, highest mask score first; in order without scores."""
-    masks = circuit.masks()
-    others = [
-        (site, index) for site, mask in masks.items() for index in (~mask).nonzero()[:, 0].tolist()
-    ]
-    if circuit.scores:
-        scores = {site: score.tolist() for site, score in circuit.scores.items()}
-        others.sort(key=lambda node: scores[node[0]][node[1]], reverse=True)
-    return others
+    outside = {site: (~mask).nonzero()[:, 0].tolist() for site, mask in circuit.masks().items()}
+    return by_score(circuit, [(site, index) for site, ids in outside.items() for index in ids])
 
 
 def curve_sizes(circuit_size: int, model_size: int, inside: int = 25, beyond: int = 8) -> list[int]:
@@ -186,10 +179,10 @@ def channel_embeddings(
     reads: dict[int, list[str]] = {}
     writes: dict[int, list[str]] = {}
     for site, ids in nodes.items():
-        for found, ending in ((reads, "act_in"), (writes, "resid_delta")):
+        for sites, ending in ((reads, "act_in"), (writes, "resid_delta")):
             if site.endswith(ending):
                 for channel in ids:
-                    found.setdefault(channel, []).append(site)
+                    sites.setdefault(channel, []).append(site)
     embedding = model.get_input_embeddings().weight.detach().float().cpu()
     unembedding = model.get_output_embeddings().weight.detach().float().cpu()
     positions = model.transformer.wpe.weight.detach().float().cpu()
@@ -219,8 +212,8 @@ def _strongest(column: torch.Tensor) -> dict[str, Any] | None:
     order = column.argsort(descending=True, stable=True).tolist()
 
     def pairs(tokens: list[int], sign: int) -> list[tuple[int, float]]:
-        kept = [(token, column[token].item()) for token in tokens[:TOKENS_SHOWN]]
-        return [(token, weight) for token, weight in kept if sign * weight > 0]
+        strongest = [(token, column[token].item()) for token in tokens[:TOKENS_SHOWN]]
+        return [(token, weight) for token, weight in strongest if sign * weight > 0]
 
     return {
         "positive": pairs(order, 1),

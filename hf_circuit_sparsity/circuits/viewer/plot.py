@@ -92,11 +92,11 @@ def _draw(
     axes.axis("off")
     axes.set_xlim(-0.5, len(graph.columns) - 0.5)
     axes.set_ylim(-tallest / 2, tallest / 2)
-    place = {key: (float(node.column), graph.rows[key]) for key, node in graph.nodes.items()}
-    _draw_heads(axes, graph, place, min(0.47, 0.21 / pitch))
-    _draw_links(axes, graph.links, place, labelled=pitch > 0.6, aspect=pitch / row)
+    centers = {key: (float(node.column), graph.rows[key]) for key, node in graph.nodes.items()}
+    _draw_heads(axes, graph, centers, min(0.47, 0.21 / pitch))
+    _draw_links(axes, graph.links, centers, labelled=pitch > 0.6, aspect=pitch / row)
     for key, node in graph.nodes.items():
-        _draw_node(axes, place[key], node, tokenizer, font)
+        _draw_node(axes, centers[key], node, tokenizer, font)
     for x, heading in enumerate(headings):
         axes.text(
             x, tallest / 2 + 0.08 / row, heading, ha="center", va="bottom", color="#444",
@@ -128,7 +128,7 @@ def _wrapped(text: str, width: float, size: float) -> str:
 
 
 def _draw_heads(
-    axes: Any, graph: LayeredGraph, place: dict[Key, tuple[float, float]], half: float
+    axes: Any, graph: LayeredGraph, centers: dict[Key, tuple[float, float]], half: float
 ) -> None:
     """A frame around the nodes of each attention head, `2 * half` columns wide."""
     from matplotlib.patches import FancyBboxPatch
@@ -136,7 +136,7 @@ def _draw_heads(
     heads: dict[tuple[int, int], list[float]] = {}
     for key, node in graph.nodes.items():
         if node.head is not None:
-            heads.setdefault((node.column, node.head), []).append(place[key][1])
+            heads.setdefault((node.column, node.head), []).append(centers[key][1])
     for (x, head), rows in heads.items():
         low, high = min(rows) - 0.5, max(rows) + 0.5
         axes.add_patch(
@@ -157,7 +157,7 @@ def _draw_heads(
 def _draw_links(
     axes: Any,
     links: list[GraphLink],
-    place: dict[Key, tuple[float, float]],
+    centers: dict[Key, tuple[float, float]],
     *,
     labelled: bool,
     aspect: float,
@@ -169,7 +169,7 @@ def _draw_links(
     labelled = labelled and sum(link.kind != "residual" for link in links) <= MAX_LABELLED_EDGES
     labels: list[tuple[float, float]] = []
     for link in sorted(links, key=lambda link: abs(link.weight)):
-        (x0, y0), (x1, y1) = place[link.source], place[link.target]
+        (x0, y0), (x1, y1) = centers[link.source], centers[link.target]
         middle = (x0 + x1) / 2
         points = [(x0, y0), (middle, y0), (middle, y1), (x1, y1)]
         residual = link.kind == "residual"
@@ -210,14 +210,14 @@ def _on_curve(points: list[tuple[float, float]], t: float) -> tuple[float, float
 
 
 def _draw_node(
-    axes: Any, place: tuple[float, float], node: GraphNode, tokenizer: Any, font: float
+    axes: Any, center: tuple[float, float], node: GraphNode, tokenizer: Any, font: float
 ) -> None:
     token = node.kind == "token"
     label = token_text(tokenizer, node.key[1], 11) if token else str(node.key[1])
     if node.head is not None:
         label = f"{node.kind} {label}"
     axes.text(
-        *place, label, ha="center", va="center", fontsize=font, zorder=5, parse_math=False,
+        *center, label, ha="center", va="center", fontsize=font, zorder=5, parse_math=False,
         family="monospace" if token else None,
         bbox={
             "boxstyle": "round,pad=0.3", "facecolor": SITE_COLOURS[node.kind],

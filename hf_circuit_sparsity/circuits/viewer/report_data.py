@@ -13,13 +13,16 @@ from tqdm.auto import tqdm
 
 from ...tasks.binary_task import BinaryTask
 from ...tasks.load import list_tasks, load_task
-from ..ablation import ReferenceTokens, reference_input_ids
+from ..ablation import ReferenceTokens, in_eval_mode, reference_input_ids
 from ..circuit import Circuit
+from ..pruning.find import task_example
+from ..task_scores import task_rows
 from .activations import Activations, Example, extreme_examples, histogram, record_activations
 from .layout import Key, LayeredGraph, layered_graph
 from .measurements import (
     attention_patterns,
     before_and_after,
+    by_score,
     channel_embeddings,
     curve_sizes,
     nested_losses,
@@ -75,13 +78,9 @@ def report_data(
             f"The circuit for {circuit.task!r} has no nodes, so there is nothing to show; find one "
             "with find_circuit."
         )
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         task = task or _task_of(circuit, model, tokenizer, config.seed)
-        return _Report(circuit, model, tokenizer, task, config, progress).data(reference)
-    finally:
-        model.train(was_training)
+        return _rounded(_Report(circuit, model, tokenizer, task, config, progress).data(reference))
 
 
 def _task_of(circuit: Circuit, model: nn.Module, tokenizer: Any, seed: int) -> BinaryTask:
@@ -104,9 +103,13 @@ def _shortened(text: str, longest: int = LONGEST_TEXT) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
-def _number(value: float) -> float:
-    """Three significant digits: what a person reads, in a third of the bytes."""
-    return float(f"{value:.3g}")
+def _rounded(value: Any) -> Any:
+    """Every number to three significant digits: what a person reads, in a third of the bytes."""
+    if isinstance(value, Mapping):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 class _Report:
@@ -136,7 +139,7 @@ class _Report:
         return order[: self.config.prompts]
 
     def _tensors(self, split: str, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        return {k: v[list(rows)] for k, v in self.task.tensors(split).items()}
+        return task_rows(self.task.tensors(split), list(rows))
 
     def _bar(self, what: str) -> Callable[[Iterable], Iterable]:
         return lambda items: tqdm(
@@ -147,9 +150,9 @@ class _Report:
         circuit, model = self.circuit, self.model
         runs = before_and_after(circuit, model, self.test)
         for name, run in runs.items():
-            if not math.isfinite(run.loss):
+            if not math.isfinite(run["loss"]):
                 raise ValueError(
-                    f"The task loss of the run {name!r} is {run.loss}, so there is nothing to "
+                    f"The task loss of the run {name!r} is {run['loss']}, so there is nothing to "
                     "measure; the model's weights or the circuit's means are damaged."
                 )
         graph = layered_graph(circuit, model)
@@ -157,21 +160,18 @@ class _Report:
         effects = node_effects(circuit, model, self.test, self._bar("ablating nodes")(keys))
         order = ranked_nodes(circuit, effects)
         activations = self._activations(reference)
-        places = {key: place for place, key in enumerate(graph.nodes)}
+        positions = {key: position for position, key in enumerate(graph.nodes)}
         data = {
             **self._facts(graph),
-            "losses": {
-                name: {"loss": _number(run.loss), "accuracy": _number(run.accuracy)}
-                for name, run in runs.items()
-            },
+            "losses": runs,
             "columns": [column._asdict() for column in graph.columns],
             "nodes": [self._node(graph, key, effects, order, activations) for key in graph.nodes],
             "links": [
-                [places[link.source], places[link.target], _number(link.weight), link.kind]
+                [positions[link.source], positions[link.target], link.weight, link.kind]
                 for link in graph.links
             ],
             "heads": self._heads(graph),
-            "curve": self._curve(order, runs["circuit"].loss),
+            "curve": self._curve(order, runs["circuit"]["loss"]),
             "channels": self._channels(),
             "sequences": {
                 name: [activations[name].input_ids[sequence] for sequence in numbers]
@@ -203,31 +203,24 @@ class _Report:
                 "width": self.model.config.d_model,
             },
             "samples": {"prompts": len(self.test_rows), "seed": self.config.seed},
-            "checks": {
-                _shortened(name, 40): {key: _number(value) for key, value in check.items()}
-                for name, check in circuit.verification.items()
-            },
+            "checks": {_shortened(name, 40): check for name, check in circuit.verification.items()},
             "ranking": "mask score" if circuit.scores else "ablation effect",
         }
 
     def _prompt_pair(self) -> list[dict[str, Any]]:
         """The circuit's own example and its counterfactual; the task's first if it has none."""
+        sides = ("", "counterfactual_")
         example = self.circuit.example
-        names = {
-            f"{prefix}{name}": f"{prefix}{column}"
-            for prefix in ("", "counterfactual_")
-            for name, column in (("token_ids", "input_ids"), ("target_id", "target_id"))
-        }
-        row = self.task.test[0]
-        if set(names) <= set(example) and all(example[n] for n in names if n.endswith("token_ids")):
-            row = {column: example[name] for name, column in names.items()}
+        named = [example.get(f"{side}token_ids") for side in sides]
+        if not all(named) or not all(f"{side}target_id" in example for side in sides):
+            example = task_example(self.task)
         return [
             {
-                "ids": [int(i) for i in row[f"{prefix}input_ids"]],
-                "target": int(row[f"{prefix}target_id"]),
-                "other": int(row[f"{other}target_id"]),
+                "ids": example[f"{side}token_ids"],
+                "target": example[f"{side}target_id"],
+                "other": example[f"{other}target_id"],
             }
-            for prefix, other in (("", "counterfactual_"), ("counterfactual_", ""))
+            for side, other in (sides, sides[::-1])
         ]
 
     def _activations(self, reference: ReferenceTokens) -> dict[str, Activations]:
@@ -265,7 +258,7 @@ class _Report:
             "index": index,
             "kind": node.kind,
             "column": node.column,
-            "row": _number(graph.rows[key]),
+            "row": graph.rows[key],
         }
         if node.kind == "token":
             self.token_ids.add(index)
@@ -273,25 +266,25 @@ class _Report:
         if node.head is not None:
             shown["head"] = node.head
         if self.circuit.scores:
-            shown["score"] = _number(self.circuit.scores[site][index].item())
-        place = self.circuit.nodes[site].index(index)
-        columns = {name: a.values[site][:, place] for name, a in activations.items()}
-        low = min(column.min().item() for column in columns.values())
-        high = max(column.max().item() for column in columns.values())
+            shown["score"] = self.circuit.scores[site][index].item()
+        column = self.circuit.nodes[site].index(index)
+        columns = {name: a.values[site][:, column] for name, a in activations.items()}
+        low = min(c.min().item() for c in columns.values())
+        high = max(c.max().item() for c in columns.values())
         mean = self.circuit.means[site][index].item()
         return shown | {
-            "effect": _number(effects[key]),
+            "effect": effects[key],
             "rank": order.index(key),
-            "mean": _number(mean),
-            "low": _number(low),
-            "high": _number(high),
+            "mean": mean,
+            "low": low,
+            "high": high,
             "histograms": {name: histogram(c, low, high) for name, c in columns.items()},
             "examples": {
                 name: {
                     end: [
                         self._example(name, recorded, example)
                         for example in extreme_examples(
-                            recorded, site, place, mean, self.config.examples, sign
+                            recorded, site, column, mean, self.config.examples, sign
                         )
                     ]
                     for end, sign in (("top", 1), ("bottom", -1))
@@ -305,7 +298,7 @@ class _Report:
         number = numbers.setdefault(example.sequence, len(numbers))
         stop = example.start + len(example.values)
         self.token_ids.update(recorded.input_ids[example.sequence][example.start : stop])
-        return [number, example.start, example.at, [_number(v) for v in example.values]]
+        return [number, example.start, example.at, example.values]
 
     def _heads(self, graph: LayeredGraph) -> dict[str, Any]:
         """Patterns of every head with a node in the circuit, on two pairs of prompts."""
@@ -354,8 +347,7 @@ class _Report:
 
         def losses(nodes: list[Key], at: list[int], what: str) -> list[float]:
             bar = self._bar(what)(at)
-            measured = nested_losses(self.circuit, self.model, nodes, bar, train, self.test)
-            return [_number(loss) for loss in measured]
+            return nested_losses(self.circuit, self.model, nodes, bar, train, self.test)
 
         curve = {
             "sizes": sizes,
@@ -363,12 +355,9 @@ class _Report:
             "order": [list(key) for key in order],
         }
         # The circuit itself has a calibration of its own.
-        curve["losses"][sizes.index(len(order))] = _number(circuit_loss)
+        curve["losses"][sizes.index(len(order))] = circuit_loss
         if self.circuit.scores:
-            scores = {site: score.tolist() for site, score in self.circuit.scores.items()}
-            ranked = sorted(
-                [*order, *others], key=lambda node: scores[node[0]][node[1]], reverse=True
-            )
+            ranked = by_score(self.circuit, [*order, *others])
             larger = [size for size in sizes if size >= len(order)]
             curve["byScore"] = losses(ranked, larger, "circuits by mask score alone")
             curve["byScoreSizes"] = larger
@@ -377,12 +366,7 @@ class _Report:
     def _channels(self) -> list[dict[str, Any]]:
         channels = channel_embeddings(self.model, self.circuit.nodes)
         for entry in channels:
-            for table in ("embed", "unembed"):
+            for table in (entry.get("embed", {}), entry.get("unembed", {})):
                 for end in ("positive", "negative"):
-                    pairs = entry.get(table, {}).get(end, [])
-                    self.token_ids.update(token for token, _ in pairs)
-                    if pairs:
-                        entry[table][end] = [[token, _number(w)] for token, w in pairs]
-            if "position" in entry:
-                entry["position"] = [_number(w) for w in entry["position"]]
+                    self.token_ids.update(token for token, _ in table.get(end, []))
         return channels
