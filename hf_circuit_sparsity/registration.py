@@ -53,6 +53,12 @@ def _extend_transformers(module: ModuleType) -> None:
     mapping._extra_content = LazyTable(mapping._extra_content, MODEL_TYPES)
 
 
+def _extend_trainer(module: ModuleType) -> None:
+    # By these names a `Trainer` knows whose labels to shift before it smooths them.
+    names = {**module.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "circuitgpt": "CircuitGPTForCausalLM"}
+    module.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = names
+
+
 def _extend_peft(module: ModuleType) -> None:
     table = LazyTable(module.PEFT_TYPE_TO_CONFIG_MAPPING, ADAPTER_TYPES)
     module.PEFT_TYPE_TO_CONFIG_MAPPING = table
@@ -84,11 +90,14 @@ class _Hook(MetaPathFinder):
 
 def register_lazily() -> None:
     """Make our types known now or, to libraries not yet imported, when they are."""
-    configurations = "transformers.models.auto.configuration_auto"
-    if configurations in sys.modules:
-        _extend_transformers(sys.modules[configurations])
-    else:
-        sys.meta_path.insert(0, _Hook(configurations, _extend_transformers))
+    for name, extend in (
+        ("transformers.models.auto.configuration_auto", _extend_transformers),
+        ("transformers.trainer", _extend_trainer),
+    ):
+        if name in sys.modules:
+            extend(sys.modules[name])
+        else:
+            sys.meta_path.insert(0, _Hook(name, extend))
     if "peft" in sys.modules:
         # Modules of PEFT hold the table itself by now, so that it can no longer be replaced.
         with suppress(ImportError):  # PEFT is too old

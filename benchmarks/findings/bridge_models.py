@@ -82,8 +82,8 @@ def train(
         processing_class=tokenizer,
     )
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    figures, metrics = fit(trainer, BLOCK_SIZE, last)
-    return {**metrics, "steps": arguments.max_steps, "seconds": figures["train_seconds"]}
+    figures, log = fit(trainer, BLOCK_SIZE, last)
+    return {**log, "steps": arguments.max_steps, "seconds": figures["train_seconds"]}
 
 
 def train_dense(

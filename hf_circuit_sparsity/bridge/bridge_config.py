@@ -53,11 +53,19 @@ class BridgeTrainingArguments(SparseTrainingArguments):
         count = self.hybrid_locations
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(f"hybrid_locations={count!r} was passed, expected an integer >= 0.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} was passed, but the terms "
+                "of a bridge's loss are not smoothed: leave it at 0."
+            )
         super().__post_init__()
         if not self.sparse_bridges:
             dense = list(self.exclude_parameters or [])
             if BRIDGE_PARAMETERS not in dense:
                 self.exclude_parameters = [*dense, BRIDGE_PARAMETERS]
+
+    def _less_is_better(self) -> bool:
+        return True  # losses, errors and divergences
 
     def loss_weights(self) -> dict[str, float]:
         """The weight of every term, by its name."""

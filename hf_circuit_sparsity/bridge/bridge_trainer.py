@@ -37,8 +37,8 @@ class BridgeTrainer(SparseTrainer):
     Beside what [`SparseTrainer`] logs there are the terms of the loss without their weights, means
     since the last log (`lm`, `kl`, `nmse`, `dense_to_sparse`, `sparse_to_dense`), and `encode_nmse`
     and `decode_nmse`, means over locations. Evaluation runs the hybrids at all locations; it adds
-    the terms and, by location, `eval_encode_nmse_0` and so on. `eval_perplexity` is the sparse
-    model's.
+    the terms and, by location, `eval_encode_nmse_0` and so on. The logged `eval_perplexity` is the
+    sparse model's.
 
     Args:
         model: a [`BridgedCausalLM`].
@@ -52,6 +52,7 @@ class BridgeTrainer(SparseTrainer):
 
     args: BridgeTrainingArguments
     loss_is_scaled_for_ga = False
+    _cross_entropy = "lm"
 
     def __init__(
         self,
@@ -176,9 +177,8 @@ class BridgeTrainer(SparseTrainer):
         )
         means = self._take_means()
         self._sums, self._batches = training
-        if "lm" in means:
-            means["perplexity"] = torch.tensor(means["lm"], dtype=torch.float64).exp().item()
         output.metrics.update({f"{metric_key_prefix}_{n}": value for n, value in means.items()})
+        self._add_perplexity(output.metrics, metric_key_prefix)
         return output
 
     def _card(self, **fields: Any) -> ModelCard:

@@ -93,7 +93,7 @@ def run_bridge(model_arguments: BridgeModelArguments, args: BridgeTrainingArgume
         log = trainer.state.log_history[-1]
         return {name: f"{log[key]:.3f}" for name, key in SHOWN_TERMS.items() if key in log}
 
-    figures, metrics = fit(trainer, block_size, resume, newest_terms)
+    figures, log = fit(trainer, block_size, resume, newest_terms)
     folder = Path(args.output_dir)
     bridged.sparse.save_pretrained(folder / "sparse")
     tokenizer.save_pretrained(folder / "sparse")
@@ -101,7 +101,7 @@ def run_bridge(model_arguments: BridgeModelArguments, args: BridgeTrainingArgume
         "bridge": str(folder),
         "dense_model": model_arguments.dense_model,
         **figures,
-        **{name.removeprefix("eval_"): v for name, v in metrics.items() if name != "epoch"},
+        **{n.removeprefix("eval_"): v for n, v in log.items() if n.startswith("eval_")},
     }
     write_json(folder / SUMMARY_NAME, done)
     _print_summary(done)

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..files import write_json
+from ..hub_cards.markdown import number
 from ..modeling.configuration_circuitgpt import CircuitGPTConfig
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..tasks.packing import pack_dataset, spread_sample
@@ -91,18 +92,18 @@ def train_model(
         processing_class=tokenizer,
     )
     of_model = None if measure is None else lambda: measure(model)
-    figures, metrics = fit(trainer, config.block_size, resume_from_checkpoint, of_model, callbacks)
+    figures, log = fit(trainer, config.block_size, resume_from_checkpoint, of_model, callbacks)
     folder = Path(args.output_dir)
     # Pictures are an extra, and a short run may have logged nothing to draw.
     with suppress(ImportError, ValueError):
         plot_training_curves(folder, folder / "training.png")
-    last = next((log for log in reversed(trainer.state.log_history) if "nonzeros" in log), {})
+    counts = trainer.count_nonzeros()
     done = {
         "parameters": model.num_parameters(),
-        "loss": metrics["eval_loss"],
-        "perplexity": metrics["eval_perplexity"],
-        "density": last.get("nonzero_fraction", 1.0),
-        "nonzeros": last.get("nonzeros", model.num_parameters()),
+        "loss": log["eval_loss"],
+        "perplexity": log.get("eval_perplexity"),  # there is none where labels are smoothed
+        "density": counts["nonzero_fraction"],
+        "nonzeros": counts["nonzeros"],
         **figures,
         "model": str(args.output_dir),
     }
@@ -122,12 +123,11 @@ def fit(
     Args:
         trainer: of any model that reads tokens.
         block_size: tokens of a row.
-        resume_from_checkpoint: folder of a checkpoint.
+        resume_from_checkpoint, callbacks: as for [`train_model`].
         measure: called at every log; returns cells for the progress table.
-        callbacks: more callbacks for the `Trainer`.
 
     Returns:
-        The training's `steps`, `tokens` and `train_seconds`, and the metrics of the evaluation.
+        The training's `steps`, `tokens` and `train_seconds`, and the log of the evaluation.
 
     Raises:
         Interrupted: after Ctrl-C.
@@ -148,18 +148,19 @@ def fit(
     seconds, steps = time.perf_counter() - started, trainer.state.global_step
     if interrupt.interrupted:
         raise Interrupted(f"at step {steps}; the checkpoint is saved", checkpoint=True)
-    metrics = trainer.evaluate()
+    trainer.evaluate()
+    log = trainer.state.log_history[-1]
     trainer.save_model()
     trainer.save_state()
     figures = {"steps": steps, "tokens": steps * tokens_per_step, "train_seconds": seconds}
-    return figures, metrics
+    return figures, log
 
 
 def training_rows(done: dict[str, Any]) -> list[tuple[str, str]]:
     """The summary table's rows about training."""
     return [
         ("validation loss", f"{done['loss']:.3f} nats per token"),
-        ("perplexity", f"{done['perplexity']:.2f}"),
+        ("perplexity", number(done["perplexity"], ".2f")),
         ("density", f"{done['density']:.4f} of the sparse weights"),
         ("nonzeros", f"{done['nonzeros']:,} of {done['parameters']:,} parameters"),
         ("tokens seen", f"{done['tokens']:,} in {done['steps']:,} steps"),

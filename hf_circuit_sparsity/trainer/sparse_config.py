@@ -129,6 +129,8 @@ class SparseTrainingArguments(TrainingArguments):
                 )
         self.rcd_config = _as_rcd_config(self.rcd_config)
         self.rcd_config.check_run(self.target_density, self.anneal_end, 1)
+        if self.greater_is_better is None and self._less_is_better():
+            self.greater_is_better = False
         super().__post_init__()
         if self.sparsifier == "rcd":
             self._check_rcd()
@@ -141,6 +143,10 @@ class SparseTrainingArguments(TrainingArguments):
     def to_dict(self) -> dict[str, Any]:
         """All values as plain types; see `TrainingArguments`."""
         return {**super().to_dict(), "rcd_config": asdict(self.rcd_config)}
+
+    def _less_is_better(self) -> bool:
+        """Whether `metric_for_best_model` is better when smaller though no "loss" says so."""
+        return (self.metric_for_best_model or "").endswith("perplexity")
 
     def _check_rcd(self) -> None:
         if self.fp16:

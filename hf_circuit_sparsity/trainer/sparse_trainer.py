@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from huggingface_hub import ModelCard
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
+from torch.utils.data import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalPrediction, TrainOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..hub_cards.card import MARK
@@ -29,13 +30,14 @@ from ..optim.sparse_compute import MAX_DENSITY, on_nonzeros
 from ..optim.sparse_init import sparsify_initialization_
 from ..optim.topk_adamw import TopKAdamW
 from .callbacks import SparsityMonitor
+from .language_model_trainer import LanguageModelTrainer
 from .model_card import model_card, numbers_of_run
 from .sparse_config import SparseTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
-class SparseTrainer(Trainer):
+class SparseTrainer(LanguageModelTrainer):
     """`Trainer` whose optimizer keeps the weights sparse.
 
     Trains any model with `nn.Linear`, `Conv1D` or `nn.Embedding` layers. The optimizer's own step
@@ -57,8 +59,9 @@ class SparseTrainer(Trainer):
     - `effective_lr`: the learning rate with the sharkfin factor,
     - `block_number`, with "rcd": blocks drawn so far; `skipped_steps`, once there are some.
 
-    Evaluation adds `eval_perplexity`. The best model is looked for only at the target density,
-    since the densest would be the best before.
+    The log of an evaluation gets `eval_perplexity`, unless labels are smoothed; what `evaluate`
+    returns has it only for `metric_for_best_model="perplexity"`. The best model is looked for only
+    at the target density, since the densest would be the best before.
 
     Args:
         model: the model to train, if there is no `model_init`.
@@ -176,10 +179,7 @@ class SparseTrainer(Trainer):
             for group in self._built.param_groups:
                 group["total_steps"] = self._training_steps()
         if self._monitor is None:
-            groups = [g for g in self._param_groups(opt_model) if g["sparse"]]
-            owners = {id(layer.values): layer for layer in sparse_layers(opt_model).values()}
-            watched = [owners.get(id(p), p) for g in groups for _, p in g["params"]]
-            self._monitor = SparsityMonitor(watched)
+            self._monitor = self._new_monitor(opt_model)
         if isinstance(self._built, RCDSparseOptimizer) and self._partial is None:
             self._partial = PartialGradients(
                 opt_model,
@@ -244,6 +244,16 @@ class SparseTrainer(Trainer):
         args = self.args
         return sparse_param_groups(model, weight_decay=args.weight_decay, **_group_settings(args))
 
+    def _new_monitor(self, model: nn.Module) -> SparsityMonitor:
+        groups = [g for g in self._param_groups(model) if g["sparse"]]
+        owners = {id(layer.values): layer for layer in sparse_layers(model).values()}
+        return SparsityMonitor(owners.get(id(p), p) for g in groups for _, p in g["params"])
+
+    def count_nonzeros(self) -> dict[str, float]:
+        """`nonzeros` and `nonzero_fraction` of the sparse weights as they are now."""
+        counts = self._new_monitor(self.accelerator.unwrap_model(self.model)).measure()
+        return {name: counts[name] for name in ("nonzeros", "nonzero_fraction")}
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # What is held as nonzeros is also written as such: it would not fit into memory otherwise.
         if state_dict is not None or not self._holds_nonzeros():
@@ -286,7 +296,7 @@ class SparseTrainer(Trainer):
 
     def _training_steps(self) -> int:
         # Trainer has counted them by the time it builds the optimizer for train().
-        steps = self.state.max_steps or self._planned_steps
+        steps = self.state.max_steps or self._planned_steps or self.args.max_steps
         if steps <= 0:
             steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
         return steps
@@ -309,30 +319,22 @@ class SparseTrainer(Trainer):
                     logs[name] = value
         super().log(logs, start_time)
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `README.md`; see `Trainer`. A CircuitGPT's has the numbers of this run."""
         readme = Path(self.args.output_dir) / "README.md"
         existing = readme.read_text(encoding="utf-8") if readme.is_file() else MARK
         if MARK not in existing and "generated_from_trainer" not in existing:
             return  # a person's own
+        given = signature(super().create_model_card).bind(*args, **kwargs).arguments
+        name, tags = given.get("model_name"), given.get("tags") or []
         card = self._card(
-            repo_id=self.hub_model_id or model_name or Path(self.args.output_dir).name,
-            base_model=finetuned_from,
-            tags=[tags] if isinstance(tags, str) else tags or [],
-            **({"license": license} if license else {}),
+            repo_id=self.hub_model_id or name or Path(self.args.output_dir).name,
+            base_model=given.get("finetuned_from"),
+            tags=[tags] if isinstance(tags, str) else tags,
+            **({"license": given["license"]} if given.get("license") else {}),
         )
         if card is None:
-            names = (language, license, tags, model_name, finetuned_from)
-            super().create_model_card(*names, *args, **kwargs)
+            super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             card.save(readme)
 
@@ -341,31 +343,12 @@ class SparseTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if getattr(model.config, "model_type", None) != "circuitgpt":
             return None
-        return model_card(
-            model,
-            summary=numbers_of_run(self.state),
-            tokenizer=self.processing_class is not None,
-            mark=True,
-            **fields,
-        )
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As `Trainer`'s, with `{prefix}_perplexity` = exp(loss) added to the metrics."""
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        loss = (output.metrics or {}).get(f"{metric_key_prefix}_loss")
-        if loss is not None:
-            perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
-            output.metrics[f"{metric_key_prefix}_perplexity"] = perplexity
-        return output
+        summary = {
+            **numbers_of_run(self.state),
+            "density": self.count_nonzeros()["nonzero_fraction"],
+        }
+        has_tokenizer = self.processing_class is not None
+        return model_card(model, summary=summary, tokenizer=has_tokenizer, mark=True, **fields)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         inner = self._inner_optimizer

@@ -29,9 +29,10 @@ def train(corpus, output, *more):
 
 
 def test_train_writes_a_model_that_loads(corpus, tmp_path, capsys):
-    assert train(corpus, tmp_path / "run", "--max_steps", "20") == 0
+    # Fewer steps than it takes to log anything.
+    assert train(corpus, tmp_path / "run", "--max_steps", "20", "--logging-steps", "500") == 0
     printed = capsys.readouterr().out
-    for expected in ("validation loss", "perplexity", "density", "nonzeros", "tokens/s", "Next:"):
+    for expected in ("validation loss", "perplexity", "0.2", "nonzeros", "tokens/s", "Next:"):
         assert expected in printed
     model = CircuitGPTForCausalLM.from_pretrained(tmp_path / "run")
     assert model.config.d_model == 32
@@ -40,6 +41,8 @@ def test_train_writes_a_model_that_loads(corpus, tmp_path, capsys):
         assert (weight != 0).sum() == round(0.2 * weight.numel())
     summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
     assert summary["steps"] == 20 and summary["tokens"] == 20 * 4 * 128
+    assert summary["density"] == pytest.approx(0.2, abs=0.01)
+    assert summary["nonzeros"] < 0.5 * summary["parameters"]
 
 
 def test_prune_says_when_the_task_is_not_learned(corpus, tmp_path, capsys):

@@ -5,6 +5,7 @@ quote or a square bracket, so that the code around a prompt never decides the an
 """
 
 import random
+from pathlib import Path
 from typing import NamedTuple
 
 from .base import Split
@@ -98,59 +99,9 @@ CALLABLES = _bank("func fn callback fun meth", "function method wrapped coro dec
 STARRED = _bank("args vals values items", "argv parts fields rest bits")
 DOUBLE_STARRED = _bank("kwargs options params config", "kwds kws attrs defaults meta")
 
-# What stands inside string literals. Lower-case words of letters only: what follows the last one
-# then starts a token of its own.
-WORDS = _bank(
-    """ability account action active actual advance advice agent agree allow almost alone among
-    animal answer appear apply area argue arrive article artist assume attack author avoid balance
-    bank basic battle beautiful become before behind believe benefit better beyond board branch
-    break bright bring brother budget business camera campaign cancer capital career carry catch
-    central certain challenge chance change chapter character charge choice church citizen claim
-    clear coach collection college color common community company compare computer concern
-    condition conference consider consumer contain control corner country couple course court cover
-    culture customer daughter debate decade decide defense degree demand design despite detail
-    develop difference difficult dinner direction discover discussion disease doctor dream drive
-    early economy education effect effort eight election employee energy enjoy enough environment
-    especially evening event evidence example executive exist expect experience expert explain
-    family father feeling field fight figure final finger finish fire floor focus follow force
-    foreign forget former forward friend front full fund future garden general generation glass
-    government great ground growth guess happen hard health heart heavy himself history hospital
-    hotel hundred husband idea identify image imagine impact important improve include increase
-    indicate individual industry instead institution interest interview investment involve issue
-    itself kitchen knowledge language large later laugh lawyer leader learn leave legal letter
-    likely listen little local machine magazine maintain major majority manage market marriage
-    material matter maybe measure media medical meeting member memory mention military million
-    minute mission modern moment money month morning mother mouth movement movie music myself
-    nation natural nature nearly necessary network never newspaper night notice occur offer office
-    officer often operation opportunity organization others outside painting paper participant
-    particular partner party patient pattern peace people performance perhaps period person phone
-    physical picture piece plant player point police policy political popular population position
-    possible power practice present president pressure pretty prevent private probably problem
-    produce product professor program project property protect prove provide public purpose quality
-    question quickly race radio raise range rather reality realize reason recent recognize reduce
-    reflect region relate relationship religious remain remember represent require research
-    resource respond return reveal rock role rule safe scene school science season second section
-    security senior sense series serious serve service seven several shake share shoot short should
-    shoulder sign significant similar simple single sister situation skill small social society
-    soldier somebody something song sound speak special specific spend sport spring staff stage
-    stand standard statement station still stock story strategy street strong structure student
-    study stuff style subject success suddenly suffer suggest summer support surface system task
-    teacher team technology television thank theory thing third those though thought thousand
-    threat through throughout together tonight tough toward town trade traditional training travel
-    treatment trial trouble truth turn under understand unit until usually various victim violence
-    visit voice vote wait walk watch water weapon western whatever whether which whole whose wife
-    wish within without woman wonder work worry wrong yard young yourself hello world not found
-    invalid argument expected got the from with and for to of in is are was must be have an unknown
-    option type error while reading too many few missing required bytes object integer format codec
-    utf ascii win linux default true false none yes no on off red blue green north south user group
-    admin root host path file name value key item line can cannot could help about usage version
-    date time day content length""",
-    """bad request response server client connection closed refused reset by peer unable because at
-    least most one two three only this that it has been already defined method class function
-    module package import failed during loading saving open permission denied black white yellow up
-    down center top bottom stop pause plain html xml table row column title label button menu
-    window frame""",
-)
+# What stands inside string literals: first for train, then for test. Lower-case words of letters
+# only: what follows the last one then starts a token of its own.
+WORDS = _bank(*Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split("\n\n"))
 
 # Where code can stand, and what must surround it: a `return` needs a function, `self` a method.
 _ANYWHERE, _IN_FUNCTION, _IN_METHOD = 0, 1, 2
