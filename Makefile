@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: quickstart test test-slow benchmark lint format
+.PHONY: quickstart test test-slow benchmark gpu lint format
 
 quickstart: $(INSTALLED)
 	$(BIN)/hf-circuit-sparsity quickstart $(ARGS)
@@ -31,3 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.speed $(ARGS)
+
+# With the Python of the machine that has the GPU; see benchmarks/README.md for what it must hold.
+gpu:
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh runs/gpu $(ARGS)

@@ -21,7 +21,7 @@ from .timing import Timing, interleaved, main, now, ratio, settings
 PARTS = ("forward", "backward", "AdamW", "projection")
 
 
-class _Step:
+class TrainingStep:
     """One step of training, with the time each part takes."""
 
     def __init__(
@@ -106,12 +106,16 @@ def run(experiment: Experiment) -> str:
     for density, label in ((0.5, "1/2 (annealing)"), (1 / 64, "1/64")):
         model = random_sparse_model(config, density, device, dtype)
         sides = {
-            "plain": _Step(copy.deepcopy(model), tokens, density, plain=True, nonzeros=False),
-            "ours, every product dense": _Step(
+            "plain": TrainingStep(
+                copy.deepcopy(model), tokens, density, plain=True, nonzeros=False
+            ),
+            "ours, every product dense": TrainingStep(
                 copy.deepcopy(model), tokens, density, nonzeros=False
             ),
-            "ours": _Step(copy.deepcopy(model), tokens, density),
-            "ours without kernels": _Step(copy.deepcopy(model), tokens, density, kernels=False),
+            "ours": TrainingStep(copy.deepcopy(model), tokens, density),
+            "ours without kernels": TrainingStep(
+                copy.deepcopy(model), tokens, density, kernels=False
+            ),
         }
         times = interleaved(sides, rounds=3, device=device)
         for name, step in sides.items():

@@ -50,7 +50,7 @@ def test_all_ways_to_train_take_the_same_step():
         with plainly(model):
             torch.testing.assert_close(model(batch).logits, expected, atol=1e-5, rtol=0)
     steps = [
-        training_step._Step(copy.deepcopy(model), batch, 1.0, plain, nonzeros)
+        training_step.TrainingStep(copy.deepcopy(model), batch, 1.0, plain, nonzeros)
         for plain, nonzeros in ((True, False), (False, False), (False, True))
     ]
     for step in steps:
