@@ -1,7 +1,7 @@
 """A sparse model beside a frozen dense one, and the bridges between them (Gao et al. 2025).
 
 The dense model is anybody's; the sparse one is a [`CircuitGPTForCausalLM`] of the same depth whose
-circuits can be read. At every residual location (see `decoders/residual_stream.py`) an encoder,
+circuits can be read. At every residual location (see `decoders/decoder.py`) an encoder,
 linear with AbsTopK behind it, maps the dense stream to the sparse one, and a linear decoder back.
 
 Shapes in comments: B batch, T tokens, V vocabulary, 2L + 1 locations.
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..decoders.residual_stream import ResidualStream, residual_stream
+from ..decoders.decoder import Decoder, decoder_of
 from ..modeling.configuration_circuitgpt import CircuitGPTConfig
 from ..modeling.fingerprint import model_fingerprint
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
@@ -115,14 +115,14 @@ class BridgedCausalLM(BridgePreTrainedModel):
         return self
 
     @property
-    def dense_stream(self) -> ResidualStream:
+    def dense_stream(self) -> Decoder:
         """The dense model's residual stream."""
-        return residual_stream(self.dense)
+        return decoder_of(self.dense)
 
     @property
-    def sparse_stream(self) -> ResidualStream:
+    def sparse_stream(self) -> Decoder:
         """The sparse model's residual stream."""
-        return residual_stream(self.sparse)
+        return decoder_of(self.sparse)
 
     @property
     def n_locations(self) -> int:
@@ -313,7 +313,7 @@ def default_sparse_config(dense: PreTrainedModel, **fields: Any) -> CircuitGPTCo
     """
     config, same = dense.config, ("vocab_size", "eos_token_id", "bos_token_id", "pad_token_id")
     sizes = {
-        "n_layer": residual_stream(dense).depth,
+        "n_layer": decoder_of(dense).depth,
         "d_model": config.hidden_size,
         "block_size": config.max_position_embeddings,
     }
@@ -322,7 +322,7 @@ def default_sparse_config(dense: PreTrainedModel, **fields: Any) -> CircuitGPTCo
 
 def check_pair(dense: PreTrainedModel, sparse: CircuitGPTConfig) -> None:
     """Raise a `ValueError` if no bridges can be built between the two."""
-    depth = residual_stream(dense).depth
+    depth = decoder_of(dense).depth
     if depth != sparse.n_layer:
         raise ValueError(
             f"The dense model has {depth} layers and the sparse one {sparse.n_layer}, but bridges "

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..circuits.circuit import Circuit
 from ..circuits.task_scores import TaskTensors, trimmed
-from ..decoders.residual_stream import position_ids
+from ..decoders.decoder import position_ids
 from ..files import save_figure
 from ..tasks.binary_task import BinaryTask
 from .intervention import RESIDUAL_SITES, steering_point
@@ -29,7 +29,7 @@ class SteeringCandidate(NamedTuple):
     """A sparse channel that tells a task's two answers apart.
 
     Attributes:
-        location: of the residual stream; see `decoders/residual_stream.py`.
+        location: of the residual stream; see `decoders/decoder.py`.
         channel: its index there.
         difference: its mean value, at the answer's position, where the other answer is right minus
             where the first one is. Moving the channel by it should turn the one answer into the

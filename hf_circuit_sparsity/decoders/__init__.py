@@ -1,18 +1,35 @@
-"""Where each architecture keeps its residual stream, one file per architecture.
+"""Where each architecture keeps its nodes, weights and residual stream, one file per architecture.
 
-Importing this registers every architecture; [`register_residual_stream`] adds another.
+Importing this registers every architecture; [`register_decoder`] adds another.
 """
 
-from .circuitgpt import CircuitGPTStream
-from .gpt2 import GPT2Stream
-from .llama import LlamaStream
-from .residual_stream import ResidualStream, register_residual_stream, residual_stream
+from .circuitgpt import CircuitGPTDecoder
+from .decoder import (
+    Decoder,
+    Layer,
+    Part,
+    Projection,
+    Site,
+    Target,
+    decoder_of,
+    register_decoder,
+)
+from .gpt2 import GPT2Decoder
+from .gpt_neox import GPTNeoXDecoder
+from .llama import GemmaDecoder, LlamaDecoder
 
 __all__ = [
-    "CircuitGPTStream",
-    "GPT2Stream",
-    "LlamaStream",
-    "ResidualStream",
-    "register_residual_stream",
-    "residual_stream",
+    "CircuitGPTDecoder",
+    "Decoder",
+    "GPT2Decoder",
+    "GPTNeoXDecoder",
+    "GemmaDecoder",
+    "Layer",
+    "LlamaDecoder",
+    "Part",
+    "Projection",
+    "Site",
+    "Target",
+    "decoder_of",
+    "register_decoder",
 ]

@@ -1,12 +1,13 @@
-"""GPT-2's residual stream."""
+"""GPT-2."""
 
+import torch
 from torch import nn
 
-from .residual_stream import ResidualStream, causal_mask, position_ids, register_residual_stream
+from .decoder import Decoder, Layer, Part, register_decoder
 
 
-class GPT2Stream(ResidualStream):
-    """See [`ResidualStream`].
+class GPT2Decoder(Decoder):
+    """See [`Decoder`]; queries, keys and values are one matrix.
 
     Raises:
         ValueError: the model has cross-attention.
@@ -15,19 +16,25 @@ class GPT2Stream(ResidualStream):
     def __init__(self, model: nn.Module):
         if getattr(model.config, "add_cross_attention", False):
             raise ValueError(
-                "The GPT-2 model has add_cross_attention=True, but the 2L + 1 locations have no "
+                "The GPT-2 model has add_cross_attention=True, but circuits and bridges have no "
                 "place for cross-attention; pass a decoder without it."
             )
         super().__init__(model, model.transformer.h, model.transformer.ln_f)
 
-    def parts(self, block):
-        return block.ln_1, block.attn, block.ln_2, block.mlp
+    def layer(self, block: nn.Module) -> Layer:
+        query, key, value = torch.arange(3 * self.n_heads * self.head_dim).chunk(3)
+        return Layer(
+            attn_norm=block.ln_1,
+            attention=block.attn,
+            query=Part(block.attn.c_attn, query),
+            key=Part(block.attn.c_attn, key),
+            value=Part(block.attn.c_attn, value),
+            attn_out=block.attn.c_proj,
+            mlp_norm=block.ln_2,
+            mlp=block.mlp,
+            up=Part(block.mlp.c_fc),
+            down=block.mlp.c_proj,
+        )
 
-    def embed(self, input_ids, attention_mask):
-        body = self.model.transformer
-        positions = position_ids(input_ids, attention_mask)
-        x = body.drop(body.wte(input_ids) + body.wpe(positions))
-        return x, {"attention_mask": causal_mask(self.model, x, attention_mask, positions)}
 
-
-register_residual_stream("gpt2", GPT2Stream)
+register_decoder("gpt2", GPT2Decoder)

@@ -3,21 +3,20 @@
 import pytest
 import torch
 
-from hf_circuit_sparsity.decoders.llama import LlamaStream
-from hf_circuit_sparsity.decoders.residual_stream import register_residual_stream, residual_stream
-from tests.decoders.dense_models import circuitgpt, gpt2, llama
+from hf_circuit_sparsity.decoders.decoder import decoder_of, register_decoder
+from hf_circuit_sparsity.decoders.llama import LlamaDecoder
+from tests.decoders.dense_models import DENSE, PARALLEL, PHI3, circuitgpt, gpt2, llama
 
 IDS = torch.arange(24).reshape(2, 12) % 60
 
 
 MODELS = {
-    "circuitgpt": circuitgpt,
+    **DENSE,
+    **PHI3,
     "circuitgpt with concatenated positions": lambda: circuitgpt(d_pos_emb=8),
     "circuitgpt with a nonlinear stream": lambda: circuitgpt(
         residual_activation_type="relu", afrac_loctypes="attn_in,resid_post_attn,resid_post_mlp"
     ),
-    "gpt2": gpt2,
-    "llama": llama,
 }
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
@@ -34,7 +33,7 @@ def test_the_pieces_give_the_models_own_logits(make, padding):
         mask[1, slice(3) if padding == "left" else slice(-3, None)] = 0
         positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     expected = model(IDS, attention_mask=mask, output_hidden_states=True, **positions)
-    stream = residual_stream(model)
+    stream = decoder_of(model)
     x, context = stream.embed(IDS, mask)
     run = stream.run(x, context)
     assert len(run) == stream.n_locations == 5
@@ -51,7 +50,7 @@ def test_the_pieces_give_the_models_own_logits(make, padding):
 @every_model
 def test_an_edit_changes_the_stream_where_it_says(make):
     model = make()
-    stream = residual_stream(model)
+    stream = decoder_of(model)
     x, context = stream.embed(IDS, None)
     run = stream.run(x, context)
     whole = model(IDS).logits
@@ -80,13 +79,19 @@ def test_an_edit_changes_the_stream_where_it_says(make):
 
 def test_gpt2_with_cross_attention_is_refused():
     with pytest.raises(ValueError, match="add_cross_attention=True"):
-        residual_stream(gpt2(add_cross_attention=True))
+        decoder_of(gpt2(add_cross_attention=True))
+
+
+def test_parallel_layers_have_no_stream_between_attention_and_mlp():
+    (make,) = PARALLEL.values()
+    with pytest.raises(ValueError, match="parallel layers"):
+        decoder_of(make()).embed(IDS, None)
 
 
 def test_an_unknown_architecture_says_what_to_implement_and_can_be_registered():
     model = llama()
     model.config.model_type = "my_llama"
-    with pytest.raises(ValueError, match=r"'my_llama'.*circuitgpt, gpt2, llama.*ResidualStream"):
-        residual_stream(model)
-    register_residual_stream("my_llama", LlamaStream)
-    assert residual_stream(model).depth == 2
+    with pytest.raises(ValueError, match=r"'my_llama'.*circuitgpt, .*gpt2, .*llama.*Decoder"):
+        decoder_of(model)
+    register_decoder("my_llama", LlamaDecoder)
+    assert decoder_of(model).depth == 2
