@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -26,7 +26,7 @@ from .circuit_file import (
     read_circuit,
     write_circuit,
 )
-from .edges import Edge, circuit_edges, edge_hooks, edge_name
+from .edges import Edge, circuit_edges, edge_hooks
 from .push import model_on_hub, upload_circuit
 from .task_scores import Calibration
 
@@ -99,11 +99,7 @@ class Circuit:
 
     def masks(self) -> dict[str, torch.Tensor]:
         """Site → bool `(width,)`, true for the circuit's nodes; every site of the model."""
-        masks = {}
-        for site, mean in self.means.items():
-            masks[site] = torch.zeros(len(mean), dtype=torch.bool)
-            masks[site][self.nodes.get(site, [])] = True
-        return masks
+        return {s: _mask(len(mean), self.nodes.get(s, [])) for s, mean in self.means.items()}
 
     def edges(self, model: nn.Module) -> list[Edge]:
         """The nonzero weights of `model` between the circuit's nodes, without pruned ones."""
@@ -115,9 +111,8 @@ class Circuit:
         edges = circuit_edges(model, self.nodes)
         if self.kept_edges is None:
             return edges, []
-        names = set(self.kept_edges)
-        cut = [edge for edge in edges if edge_name(edge) not in names]
-        return [edge for edge in edges if edge_name(edge) in names], cut
+        kept = set(self.kept_edges)
+        return [e for e in edges if e.name in kept], [e for e in edges if e.name not in kept]
 
     def check_model(self, model: nn.Module) -> None:
         """Raise a `ValueError` if `model` is not the one this circuit was cut out of."""
@@ -177,8 +172,7 @@ class Circuit:
         masks, means = self.masks(), dict(self.means)
         if self.tokens is not None:
             vocabulary = model.get_input_embeddings().num_embeddings
-            masks[TOKENS] = torch.zeros(vocabulary, dtype=torch.bool)
-            masks[TOKENS][self.tokens] = True
+            masks[TOKENS] = _mask(vocabulary, self.tokens)
             means[TOKENS] = self.token_mean
         if inverse:
             masks = {site: ~mask for site, mask in masks.items()}
@@ -269,16 +263,10 @@ class Circuit:
             if picture is not None:
                 shutil.copyfile(picture, Path(folder) / PICTURE_NAME)
             return upload_circuit(
-                Path(folder),
-                circuit.to_dict(),
-                repo_id,
-                subfolder=subfolder,
-                private=private,
-                revision=revision,
-                token=token,
-                commit_message=commit_message,
-                create_pr=create_pr,
-            )
+                Path(folder), circuit.to_dict(), repo_id, subfolder,
+                private=private, revision=revision, token=token, create_pr=create_pr,
+                commit_message=commit_message or f"Upload the circuit for {self.task}",
+            )  # fmt: skip
 
     @classmethod
     def from_pretrained(
@@ -312,13 +300,9 @@ class Circuit:
         from_hub = is_hub_id(name_or_path)
         if from_hub:
             directory = download_circuit(
-                os.fspath(name_or_path),
-                subfolder=subfolder,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-            )
+                os.fspath(name_or_path), subfolder=subfolder, revision=revision, token=token,
+                cache_dir=cache_dir, local_files_only=local_files_only,
+            )  # fmt: skip
         content, tensors = read_circuit(directory, from_hub=from_hub)
         shift = content["calibration"]["shift"]
         calibration = Calibration(
@@ -343,6 +327,12 @@ class Circuit:
             raise ArtifactError(
                 Path(directory) / JSON_NAME, f" does not hold a circuit: {error}"
             ) from error
+
+
+def _mask(width: int, kept: Sequence[int]) -> torch.Tensor:
+    mask = torch.zeros(width, dtype=torch.bool)
+    mask[list(kept)] = True
+    return mask
 
 
 # The fields that are stored in circuit.json as they are.

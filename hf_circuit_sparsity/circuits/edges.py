@@ -13,6 +13,10 @@ from torch import nn
 
 from .ablation import ReferenceMeans
 
+EdgeName = tuple[str, int, str, int]
+"""Source site, index there, target site, index there."""
+Offsets = dict[str, dict[int, float]]
+
 
 class Edge(NamedTuple):
     """One nonzero weight between two nodes."""
@@ -26,6 +30,11 @@ class Edge(NamedTuple):
     target: int
     """Its index there."""
     weight: float
+
+    @property
+    def name(self) -> "EdgeName":
+        """The edge without its weight."""
+        return self[:4]
 
 
 def site_linears(model: nn.Module) -> list[tuple[nn.Module, str, list[tuple[str, slice]]]]:
@@ -101,16 +110,6 @@ def _nonzeros(
     columns = sorted(c for c in channels if c < width)  # past it are concatenated positions
     block = table.weight.detach()[tokens][:, columns].cpu()
     return [(tokens[t], columns[c], block[t, c].item()) for t, c in block.nonzero().tolist()]
-
-
-EdgeName = tuple[str, int, str, int]
-"""Source site, index there, target site, index there."""
-Offsets = dict[str, dict[int, float]]
-
-
-def edge_name(edge: Edge) -> EdgeName:
-    """An edge without its weight."""
-    return (edge.source_site, edge.source, edge.target_site, edge.target)
 
 
 def cut_offsets(cut: Collection[Edge], means: ReferenceMeans) -> Offsets:

@@ -10,13 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..hub_cards.card import MARK
 from .card import circuit_card
-from .circuit_file import (
-    PICTURE_NAME,
-    circuit_folders,
-    download_circuit,
-    is_hub_id,
-    read_circuit,
-)
+from .circuit_file import PICTURE_NAME, circuit_folders, download_circuit, is_hub_id, read_circuit
 
 
 def model_on_hub(
@@ -53,13 +47,12 @@ def upload_circuit(
     folder: Path,
     content: Mapping[str, Any],
     repo_id: str,
-    *,
     subfolder: str,
+    *,
     private: bool,
     revision: str | None,
     token: str | bool | None,
-    commit_message: str | None,
-    create_pr: bool,
+    **commit: Any,
 ) -> CommitInfo:
     """Upload the files of a circuit and, where the repository's card is not a person's, a card.
 
@@ -90,13 +83,7 @@ def upload_circuit(
             mark=True,
         )
         operations.append(CommitOperationAdd("README.md", str(card).encode()))
-    return api.create_commit(
-        repo_id,
-        operations,
-        commit_message=commit_message or f"Upload the circuit for {content['task']}",
-        revision=revision,
-        create_pr=create_pr,
-    )
+    return api.create_commit(repo_id, operations, revision=revision, **commit)
 
 
 def _card_is_ours(repo_id: str, revision: str | None, token: str | bool | None) -> bool:

@@ -16,13 +16,7 @@ from tqdm.auto import tqdm
 from ...metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
 from ...tasks.adversarial import load_adversarial_tasks
 from ...tasks.binary_task import BinaryTask
-from ..ablation import (
-    ReferenceTokens,
-    hooked_sites,
-    in_eval_mode,
-    mean_ablated,
-    recorded_sites,
-)
+from ..ablation import ReferenceTokens, hooked_sites, in_eval_mode, mean_ablated, recorded_sites
 from ..circuit import Circuit
 from ..pruning.config import PruningConfig
 from ..pruning.find import (

@@ -17,17 +17,10 @@ from torch import nn
 
 from ...modeling.fingerprint import model_fingerprint
 from ...tasks.binary_task import BinaryTask
-from ..ablation import (
-    TOKENS,
-    ReferenceMeans,
-    ReferenceTokens,
-    in_eval_mode,
-    means_over,
-    node_sites,
-)
+from ..ablation import TOKENS, ReferenceMeans, ReferenceTokens, in_eval_mode, means_over, node_sites
 from ..circuit import Circuit
 from ..circuit_file import model_source
-from ..edges import circuit_edges, cut_offsets, edge_name
+from ..edges import circuit_edges, cut_offsets
 from ..evaluation.faithfulness import evaluate_circuit
 from ..task_scores import TaskTensors, binary_loss, fit_calibration, model_scores, task_rows
 from .config import PruningConfig
@@ -216,9 +209,8 @@ def _circuit(
     nodes = {s: mask.nonzero()[:, 0].tolist() for s, mask in keep.items() if s != TOKENS}
     pruned: dict[str, Any] = {}
     if config.prune_edges:
-        gone = {edge_name(edge) for edge in cut}
-        names = [edge_name(edge) for edge in circuit_edges(model, nodes)]
-        pruned["kept_edges"] = [name for name in names if name not in gone]
+        gone = set(cut)
+        pruned["kept_edges"] = [e.name for e in circuit_edges(model, nodes) if e not in gone]
         pruned["edge_offsets"] = cut_offsets(cut, selector.means)
     if config.token_nodes:
         pruned["tokens"] = keep[TOKENS].nonzero()[:, 0].tolist()

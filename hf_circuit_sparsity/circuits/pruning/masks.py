@@ -11,14 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..ablation import TOKENS, hooked_sites
-from ..task_scores import (
-    TaskTensors,
-    binary_loss,
-    candidates,
-    pair_logits,
-    task_rows,
-    trimmed,
-)
+from ..task_scores import TaskTensors, binary_loss, candidates, pair_logits, task_rows, trimmed
 from .config import PruningConfig
 
 Masks = dict[str, torch.Tensor]
@@ -98,10 +91,7 @@ def learn_masks(
 
 
 def _bytes_per_seed(
-    model: nn.Module,
-    train: TaskTensors,
-    means: Mapping[str, torch.Tensor],
-    config: PruningConfig,
+    model: nn.Module, train: TaskTensors, means: Mapping[str, torch.Tensor], config: PruningConfig
 ) -> float:
     """Roughly what autograd keeps of one seed's rows."""
     length = train["input_ids"].shape[1]
@@ -165,9 +155,7 @@ def _learn_together(
                         tau.clamp_(-1, 1)
                 bar.update(len(seeds))
                 bar.set_postfix(
-                    loss=f"{losses.mean().item():.3f}",
-                    nodes=int(open_nodes.mean()),
-                    refresh=False,
+                    loss=f"{losses.mean().item():.3f}", nodes=int(open_nodes.mean()), refresh=False
                 )
     finally:
         for p in weights_need_grad:

@@ -8,7 +8,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..ablation import TOKENS, ReferenceMeans, hooked, hooked_sites, mean_ablated
-from ..edges import Edge, EdgeName, circuit_edges, cut_offsets, edge_hooks, edge_name, site_weights
+from ..edges import Edge, circuit_edges, cut_offsets, edge_hooks, site_weights
 from ..task_scores import (
     Calibration,
     TaskTensors,
@@ -39,11 +39,7 @@ class Selector:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        selection: TaskTensors,
-        means: ReferenceMeans,
-        config: PruningConfig,
+        self, model: nn.Module, selection: TaskTensors, means: ReferenceMeans, config: PruningConfig
     ):
         self.model = model
         self.means = means
@@ -251,12 +247,8 @@ def drop_edges(
         The nodes that stay, and the edges between them that are cut.
     """
     nodes = {s: m.nonzero()[:, 0].tolist() for s, m in keep.items() if s != TOKENS}
-    edges = {edge_name(edge): edge for edge in circuit_edges(model, nodes)}
-
-    def without(gone: Collection[EdgeName]) -> tuple[Masks, Sequence[Edge]]:
-        return keep, [edges[name] for name in gone]
-
-    _, cut = without(selector.drop_needless(list(edges), without, "edges", progress))
+    edges = circuit_edges(model, nodes)
+    cut = selector.drop_needless(edges, lambda gone: (keep, gone), "edges", progress)
     keep = drop_unconnected(model, keep, selector, cut)
     return keep, _within(cut, keep)
 

@@ -7,7 +7,6 @@ on where it was stopped, and goes the same way as if it had not been.
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -80,8 +79,21 @@ def search_circuit(
         folder, {"model": model_fingerprint(model), "task": task.name, **asdict(config)}
     )
 
-    def measure(tried: PruningConfig) -> list[Circuit]:
-        return find_circuits(model, task, tried, reference=means, progress=progress)
+    best = folder / BEST_NAME
+
+    def objective(trial: Any) -> float:
+        settings = {n: trial.suggest_float(n, *r, log=True) for n, r in _LOGARITHMIC.items()}
+        settings |= {n: trial.suggest_float(n, *r) for n, r in _LINEAR.items()}
+        circuit = smallest(
+            find_circuits(
+                model, task, replace(config, **settings), reference=means, progress=progress
+            )
+        )
+        # Saved before the trial counts as done, so that no recorded trial is without its circuit.
+        if not best.is_dir() or circuit_size(circuit) < circuit_size(Circuit.from_pretrained(best)):
+            circuit.save_pretrained(best)
+        # One number for optuna: edges, and nodes where edges are equal.
+        return circuit.metrics["edges"] + circuit.metrics["nodes"] / 1e4
 
     storage = optuna.storages.JournalStorage(
         optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL_NAME))
@@ -99,44 +111,23 @@ def search_circuit(
             )
             if number == 0:
                 study.enqueue_trial({name: getattr(config, name) for name in SEARCHED})
-            study.optimize(_objective(measure, config, folder), n_trials=1)
+            study.optimize(objective, n_trials=1)
             bar.update()
             bar.set_postfix_str(f"fewest edges {int(study.best_value)}")
-    return Circuit.from_pretrained(folder / BEST_NAME)
-
-
-def _objective(
-    measure: Callable[[PruningConfig], list[Circuit]], config: PruningConfig, folder: Path
-) -> Callable[[Any], float]:
-    def objective(trial: Any) -> float:
-        settings = {n: trial.suggest_float(n, *r, log=True) for n, r in _LOGARITHMIC.items()}
-        settings |= {n: trial.suggest_float(n, *r) for n, r in _LINEAR.items()}
-        circuits = measure(replace(config, **settings))
-        best = smallest(circuits)
-        # Saved before the trial counts as done, so that no recorded trial is without its circuit.
-        stored = folder / BEST_NAME
-        if not stored.is_dir() or circuit_size(best) < circuit_size(
-            Circuit.from_pretrained(stored)
-        ):
-            best.save_pretrained(stored)
-        # One number for optuna: edges, and nodes where edges are equal.
-        return best.metrics["edges"] + best.metrics["nodes"] / 1e4
-
-    return objective
+    return Circuit.from_pretrained(best)
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS_NAME
-    if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in settings.items():
-            if stored.get(name) != value:
-                raise ValueError(
-                    f"{folder} holds a search with {name}={stored.get(name)!r}, but {value!r} was "
-                    "asked for; pass the same, choose another folder, or delete this one."
-                )
-        return
-    write_json(path, settings)
+    if not path.is_file():
+        return write_json(path, settings)
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if stored.get(name) != value:
+            raise ValueError(
+                f"{folder} holds a search with {name}={stored.get(name)!r}, but {value!r} was "
+                "asked for; pass the same, choose another folder, or delete this one."
+            )
 
 
 def _optuna() -> Any:

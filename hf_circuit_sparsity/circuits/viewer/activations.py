@@ -78,10 +78,7 @@ def histogram(values: torch.Tensor, low: float, high: float) -> dict[str, Any]:
     """
     nonzero = values[values != 0]
     counts = torch.histc(nonzero, BINS, low, high) if high > low else torch.zeros(BINS)
-    return {
-        "counts": counts.long().tolist(),
-        "zero": 1 - len(nonzero) / max(1, len(values)),
-    }
+    return {"counts": counts.long().tolist(), "zero": 1 - len(nonzero) / max(1, len(values))}
 
 
 class Example(NamedTuple):

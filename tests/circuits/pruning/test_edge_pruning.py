@@ -7,7 +7,7 @@ import torch
 
 from hf_circuit_sparsity.circuits.ablation import hooked, mean_ablated, reference_means
 from hf_circuit_sparsity.circuits.circuit import Circuit
-from hf_circuit_sparsity.circuits.edges import circuit_edges, cut_offsets, edge_hooks, edge_name
+from hf_circuit_sparsity.circuits.edges import circuit_edges, cut_offsets, edge_hooks
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import find_circuit
 from hf_circuit_sparsity.circuits.pruning.shrink import Selector, drop_edges
@@ -84,7 +84,7 @@ def test_needless_edges_go_and_take_their_nodes_along(model, means):
     before = circuit_edges(model, nodes)
     keep, cut = drop_edges(model, keep_masks(model, nodes), selector, progress=False)
     kept = {s: m.nonzero()[:, 0].tolist() for s, m in keep.items() if m.any()}
-    left = {edge_name(e) for e in circuit_edges(model, kept)} - {edge_name(e) for e in cut}
+    left = {e.name for e in circuit_edges(model, kept)} - {e.name for e in cut}
     assert len(before) > 8 and left <= set(PLANTED_EDGES)
     assert selector.loss(keep, cut)[0] <= selector.target
 
