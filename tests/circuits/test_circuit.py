@@ -62,10 +62,6 @@ def test_apply_ablates_everything_else_and_restores(model, circuit):
     assert torch.equal(neurons[..., others], mean[others].expand_as(neurons[..., others]))
     assert not torch.allclose(alone, before)
     assert torch.equal(logits(model), before)
-
-
-def test_apply_restores_after_an_error(model, circuit):
-    before = logits(model)
     with pytest.raises(RuntimeError, match="inside"), circuit.apply(model):
         raise RuntimeError("inside")
     assert torch.equal(logits(model), before)
@@ -82,16 +78,10 @@ def test_calibration_scales_and_shifts(model, circuit):
     torch.testing.assert_close(calibrated, expected)
     tensors = on_off_task().tensors("test")
     with circuit.apply(model, calibrated=False):
-        pairs = all_pair_logits(model, tensors)
+        pairs = circuit.calibration.pairs(all_pair_logits(model, tensors), tensors)
     with circuit.apply(model):
-        torch.testing.assert_close(
-            circuit.calibration.pairs(pairs, tensors), all_pair_logits(model, tensors)
-        )
-
-
-def test_inverse_keeps_the_rest(model, circuit):
-    tensors = on_off_task().tensors("test")
-    with circuit.apply(model, inverse=True):
+        torch.testing.assert_close(pairs, all_pair_logits(model, tensors))
+    with circuit.apply(model, inverse=True):  # never calibrated
         assert binary_loss(all_pair_logits(model, tensors)) > 0.6
 
 
@@ -138,18 +128,6 @@ def test_a_circuit_for_another_model_is_refused(circuit):
     assert not any(site._forward_hooks for site in other.node_sites().values())
 
 
-def test_fingerprint_is_the_weights(model):
-    fingerprint = model_fingerprint(model)
-    assert model_fingerprint(planted_model()) == fingerprint
-    assert model_fingerprint(planted_model().to(torch.bfloat16)) == fingerprint
-
-
-def _step(weight):
-    optimizer = torch.optim.AdamW([weight], lr=0.1)
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
-
-
 def _swap_two(weight):
     weight[0, 0], weight[3, 5] = weight[3, 5].clone(), weight[0, 0].clone()
 
@@ -157,22 +135,21 @@ def _swap_two(weight):
 @pytest.mark.parametrize(
     "change",
     [
-        _step,
         _swap_two,
-        lambda w: w.data.add_(0.5),
+        lambda w: torch._foreach_add_([w], 1.0),  # as optimizers write
         lambda w: w.data[3, 3].mul_(2),
         lambda w: w.numpy().__setitem__((2, 2), 7.0),
         lambda w: setattr(w, "data", w.data + 1),
         lambda w: w.set_(torch.zeros_like(w)),
     ],
 )
-def test_fingerprint_notices_every_change_of_the_weights(model, change):
+def test_fingerprint_is_the_weights_and_notices_every_change(model, change):
     fingerprint = model_fingerprint(model)
+    assert model_fingerprint(planted_model().to(torch.bfloat16)) == fingerprint
     before = {name: p.clone() for name, p in model.state_dict().items()}
     with torch.no_grad():
         change(model.lm_head.weight.requires_grad_(False))
-    changed = model_fingerprint(model)
-    assert changed != fingerprint
+    assert model_fingerprint(model) != fingerprint
     model.load_state_dict(before)
     assert model_fingerprint(model) == fingerprint
 
@@ -204,37 +181,20 @@ def test_a_bad_field_is_refused_by_name(model, tmp_path, changes, named):
         Circuit.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["circuit.json", "circuit.safetensors"])
-def test_a_damaged_file_is_refused_by_name(circuit, tmp_path, file):
-    with pytest.raises(FileNotFoundError, match=r"circuit\.json"):
-        Circuit.from_pretrained(tmp_path)
-    circuit.save_pretrained(tmp_path)
-    data = (tmp_path / file).read_bytes()
-    (tmp_path / file).write_bytes(data[: len(data) // 2])
-    with pytest.raises(ArtifactError, match=file):
-        Circuit.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("ending", ["png", "svg"])
-def test_plot(model, circuit, tmp_path, ending):
-    path = plot_circuit(circuit, tmp_path / "pictures" / f"c.{ending}", model, word_tokenizer())
-    assert [p.name for p in path.parent.iterdir()] == [f"c.{ending}"]
-    content = path.read_bytes()
-    if ending == "png":
-        assert content.startswith(b"\x89PNG") and len(content) > 10_000
-    else:
-        # Text stays text: it can be searched and edited.
-        text = "".join(ElementTree.fromstring(content.decode()).itertext())
-        for expected in ("on_off: 6 nodes, 4 edges", "+2.00", "+3.00", "head 1", "yes", "neuron"):
-            assert expected in text
-
-
 @pytest.mark.parametrize(("column", "points"), [("single", 234), ("double", 486)])
 def test_plot_fits_a_paper_column(model, circuit, tmp_path, column, points):
-    path = plot_circuit(circuit, tmp_path / "c.svg", model, column=column)
-    assert ElementTree.parse(path).getroot().get("width") == f"{points}pt"
-    first = path.read_bytes()
-    assert plot_circuit(circuit, tmp_path / "c.svg", model, column=column).read_bytes() == first
+    def plotted():
+        path = tmp_path / "pictures" / "c.svg"
+        return plot_circuit(circuit, path, model, word_tokenizer(), column=column).read_bytes()
+
+    root = ElementTree.fromstring(plotted().decode())
+    assert root.get("width") == f"{points}pt" and plotted() == plotted()
+    # Text stays text: it can be searched and edited.
+    text = "".join(root.itertext())
+    for expected in ("on_off: 6 nodes, 4 edges", "head 1", "yes", "neuron"):
+        assert expected in text
+    assert column == "single" or ("+2.00" in text and "+3.00" in text)
+    assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["c.svg"]
 
 
 def test_plot_takes_any_text_and_refuses_unknown_columns(model, circuit, tmp_path):
@@ -252,7 +212,8 @@ def test_an_empty_circuit_is_a_circuit(model, circuit, tmp_path):
     assert len(empty) == 0 and empty.edges(model) == []
     empty.save_pretrained(tmp_path)
     assert len(Circuit.from_pretrained(tmp_path)) == 0
-    plot_circuit(empty, tmp_path / "empty.png", model)
+    picture = plot_circuit(empty, tmp_path / "empty.png", model)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

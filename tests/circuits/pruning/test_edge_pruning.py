@@ -9,7 +9,6 @@ from hf_circuit_sparsity.circuits.ablation import hooked, mean_ablated, referenc
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.edges import circuit_edges, cut_offsets, edge_hooks
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
-from hf_circuit_sparsity.circuits.pruning.find import find_circuit
 from hf_circuit_sparsity.circuits.pruning.shrink import Selector, drop_edges
 from tests.circuits.planted import (
     OFF,
@@ -17,9 +16,11 @@ from tests.circuits.planted import (
     PLANTED_EDGES,
     PLANTED_NODES,
     on_off_task,
+    planted_circuit,
     planted_model,
     reference_ids,
 )
+from tests.circuits.pruning.conftest import find
 
 CONFIG = PruningConfig(
     max_steps=60, batch_size=16, learning_rate=1e-2, selection_prompts=100, screen_prompts=40
@@ -37,11 +38,7 @@ def means(model):
 
 
 def keep_masks(model, nodes):
-    masks = {}
-    for site, module in model.node_sites().items():
-        masks[site] = torch.zeros(module.width, dtype=torch.bool)
-        masks[site][nodes.get(site, [])] = True
-    return masks
+    return planted_circuit(model, nodes=nodes).masks()
 
 
 @torch.no_grad()
@@ -91,8 +88,7 @@ def test_needless_edges_go_and_take_their_nodes_along(model, means):
 
 @pytest.fixture(scope="module")
 def pruned(model):
-    config = PruningConfig(**{**CONFIG.__dict__, "prune_edges": True, "token_nodes": True})
-    return find_circuit(model, on_off_task(), config, reference=reference_ids(), progress=False)
+    return find(model, CONFIG, prune_edges=True, token_nodes=True)
 
 
 def test_only_the_tokens_that_decide_are_kept(model, pruned):

@@ -3,10 +3,15 @@ import math
 import pytest
 import torch
 
-from hf_circuit_sparsity.circuits.ablation import mean_activations
+from hf_circuit_sparsity.circuits.ablation import TOKENS, mean_activations, reference_means
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
-from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError, find_circuit
-from hf_circuit_sparsity.circuits.pruning.masks import Gate
+from hf_circuit_sparsity.circuits.pruning.find import (
+    TaskNotLearnedError,
+    find_circuit,
+    jaccard,
+    mean_jaccard,
+)
+from hf_circuit_sparsity.circuits.pruning.masks import Gate, learn_masks
 from hf_circuit_sparsity.circuits.pruning.shrink import bisect
 from hf_circuit_sparsity.tasks.binary_task import BinaryTask
 from tests.circuits.planted import (
@@ -18,31 +23,24 @@ from tests.circuits.planted import (
     unable_model,
     word_tokenizer,
 )
-
-QUICK = PruningConfig(max_steps=200, batch_size=32, selection_prompts=200)
-
-
-def find(model=None, task=None, config=QUICK):
-    return find_circuit(
-        model or planted_model(),
-        task or on_off_task(),
-        config,
-        reference=reference_ids(),
-        progress=False,
-    )
+from tests.circuits.pruning.conftest import QUICK, QUICKER, find, find_all
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_planted_circuit_is_found(seed):
     model = planted_model(seed=seed)
-    circuit = find(model, config=PruningConfig(**{**QUICK.__dict__, "seed": seed}))
+    circuit = find(model, seed=seed)
     assert circuit.nodes == PLANTED_NODES
-    edges = {e[:4]: e.weight for e in circuit.edges(model)}
+    edges = {e.name: e.weight for e in circuit.edges(model)}
     assert edges == pytest.approx(PLANTED_EDGES)
     metrics = circuit.metrics
     assert metrics["nodes"] == 6 and metrics["edges"] == 4
     assert metrics["circuit_loss"] <= 0.15 and metrics["circuit_accuracy"] == 1
     assert metrics["ablated_loss"] >= 0.6
+    # The masks alone open the planted nodes and hardly another.
+    scores, planted = (torch.cat(list(v.values())) for v in (circuit.scores, circuit.masks()))
+    assert (scores[planted] > 0).all() and (scores[~planted] > 0).sum() <= 2
+    assert scores.abs().max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -67,17 +65,6 @@ def test_bisection_goes_on_below_the_nodes_left_open(reached_by, found):
     assert kept[:found].all() and kept.sum() == found
 
 
-def test_masks_alone_open_the_planted_nodes_and_hardly_another():
-    circuit = find()
-    scores = torch.cat(list(circuit.scores.values()))
-    planted = torch.cat([
-        torch.isin(torch.arange(len(s)), torch.tensor(PLANTED_NODES.get(site, [-1])))
-        for site, s in circuit.scores.items()
-    ])  # fmt: skip
-    assert (scores[planted] > 0).all() and (scores[~planted] > 0).sum() <= 2
-    assert scores.abs().max() <= 1
-
-
 def test_gate_is_a_step_forward_and_a_sigmoid_backward():
     tau = torch.tensor([-1.0, -0.1, 0.0, 0.1, 1.0], requires_grad=True)
     gate = Gate.apply(tau, 0.5)
@@ -90,9 +77,11 @@ def test_gate_is_a_step_forward_and_a_sigmoid_backward():
 
 def test_model_is_left_as_it_was():
     model = planted_model().train()
+    model.transformer.h[0].eval()  # a part that somebody froze
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    find(model, config=PruningConfig(**{**QUICK.__dict__, "max_steps": 5}))
-    assert model.training
+    modes = [module.training for module in model.modules()]
+    find(model, max_steps=5)
+    assert [module.training for module in model.modules()] == modes
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(site._forward_hooks for site in model.node_sites().values())
@@ -117,12 +106,40 @@ def test_mean_activations_are_means():
     assert set(means) == set(model.node_sites())
 
 
+def test_seeds_learned_together_are_seeds_learned_one_by_one():
+    model = planted_model()
+    means = reference_means(model, reference_ids())
+    tensors = on_off_task().tensors("train")
+    everything = {**means.nodes, TOKENS: means.token}
+    alone = PruningConfig(**{**QUICKER.__dict__, "memory_gb": 1e-9})
+    together, one_by_one = (
+        learn_masks(model, tensors, everything, config, [3, 4, 5], progress=False)
+        for config in (QUICKER, alone)
+    )
+    for masks, others in zip(together, one_by_one, strict=True):
+        for site, tau in masks.items():
+            torch.testing.assert_close(tau, others[site], atol=1e-5, rtol=0)
+    site = "h.0.attn.v"
+    assert not torch.allclose(together[0][site], together[1][site])
+
+
+def test_screening_leads_to_circuits_that_cannot_lose_a_node_either():
+    assert find(config=QUICKER).nodes == find(config=QUICKER, screen_prompts=0).nodes
+
+
+def test_every_seed_has_its_circuit_and_says_so():
+    circuits = find_all(config=QUICKER, num_seeds=2, seed=7)
+    assert [c.config["seed"] for c in circuits] == [7, 8]
+    assert jaccard(circuits[0], circuits[0]) == 1
+    assert 0 < mean_jaccard(circuits) <= 1
+
+
 def test_a_task_the_model_has_not_learned_says_what_it_can_reach():
     model = unable_model()
     with pytest.raises(TaskNotLearnedError, match=r"0\.693.*'on_off'"):
         find(model)
     # Asked for no more than guessing, it finds the circuit of guessing: hardly anything.
-    circuit = find(model, config=PruningConfig(max_steps=5, target_loss=1.0, selection_prompts=100))
+    circuit = find(model, max_steps=5, target_loss=1.0, selection_prompts=100)
     assert len(circuit) == 0
     assert circuit.metrics["circuit_loss"] == pytest.approx(math.log(2), abs=0.02)
 
