@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..decoders.decoder import Decoder, decoder_of
+from ..decoders.hooks import temporary_hooks
 from ..modeling.configuration_circuitgpt import CircuitGPTConfig
 from ..modeling.fingerprint import model_fingerprint
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
@@ -296,12 +297,8 @@ class BridgedCausalLM(BridgePreTrainedModel):
             x[:, chosen] += delta[:, chosen]
             return x
 
-        handles = self.dense_stream.add_edit(point.location, edit)
-        try:
+        with temporary_hooks(self.dense_stream.add_edit(point.location, edit)):
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def default_sparse_config(dense: PreTrainedModel, **fields: Any) -> CircuitGPTConfig:

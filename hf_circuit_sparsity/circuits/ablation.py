@@ -13,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..decoders.hooks import temporary_hooks
 from ..tasks.binary_task import BinaryTask
 from ..tasks.corpus import build_corpus
 from ..tasks.packing import pack_dataset
@@ -25,15 +26,29 @@ TOKENS = "wte"
 mean is the mean embedding, `(d_model,)`. It is no node site."""
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile`, data parallelism and PEFT put around it."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
 def node_sites(model: nn.Module) -> dict[str, nn.Module]:
     """The model's node sites by name, or a clear error where a model has none."""
-    sites = getattr(model, "node_sites", None)
+    sites = getattr(unwrapped(model), "node_sites", None)
     if sites is None:
         raise TypeError(
             f"{type(model).__name__} has no node_sites(), so there is nowhere to cut a circuit; "
             "pass a CircuitGPTForCausalLM."
         )
-    return sites()
+    # Where torch.compile was put around a part, its name stands in between.
+    return {name.replace("_orig_mod.", ""): site for name, site in sites().items()}
 
 
 @contextmanager
@@ -51,7 +66,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def hooked_sites(model: nn.Module, hooks: Mapping[str, object]) -> Iterator[None]:
     """Attach forward hooks to node sites (or the token embedding) by name, and take them off."""
-    sites = {**node_sites(model), TOKENS: model.get_input_embeddings()}
+    sites = {**node_sites(model), TOKENS: unwrapped(model).get_input_embeddings()}
     with hooked([(sites[name], hook) for name, hook in hooks.items()]):
         yield
 
@@ -68,14 +83,8 @@ def recorded_sites(model: nn.Module, sites: Iterable[str]) -> Iterator[dict[str,
 @contextmanager
 def hooked(hooks: list[tuple[nn.Module, Callable]]) -> Iterator[None]:
     """Attach forward hooks to modules, and take them off again."""
-    handles = []
-    try:
-        for module, hook in hooks:
-            handles.append(module.register_forward_hook(hook))
+    with temporary_hooks(module.register_forward_hook(hook) for module, hook in hooks):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class ReferenceMeans(NamedTuple):
@@ -101,6 +110,7 @@ def reference_means(
         input_ids: `(n, length)` token ids, a sample of the pretraining distribution, unpadded.
         batch_size: sequences per forward pass.
     """
+    model = unwrapped(model)
     sums: dict[str, dict[str, torch.Tensor]] = {"nodes": {}, "attended": {}, "token": {}}
 
     def adder(kind: str, name: str) -> Callable:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from torch import nn
 
 from ..modeling.configuration_circuitgpt import ArtifactError
 from ..modeling.fingerprint import model_fingerprint
-from .ablation import TOKENS, hooked, mean_ablated, node_sites
+from .ablation import TOKENS, hooked, mean_ablated, node_sites, unwrapped
 from .circuit_file import (
     JSON_NAME,
     PICTURE_NAME,
@@ -108,21 +109,41 @@ class Circuit:
 
     def split_edges(self, model: nn.Module) -> tuple[list[Edge], list[Edge]]:
         """The circuit's edges, and those between its nodes that were pruned."""
-        edges = circuit_edges(model, self.nodes)
+        edges = circuit_edges(unwrapped(model), self.nodes)
         if self.kept_edges is None:
             return edges, []
         kept = set(self.kept_edges)
         return [e for e in edges if e.name in kept], [e for e in edges if e.name not in kept]
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise a `ValueError` if `model` is not the one this circuit was cut out of."""
+        """Raise a `ValueError` if `model` is not the one this circuit was cut out of.
+
+        What `torch.compile`, data parallelism or PEFT put around the model does not count. In
+        float16 weights are no longer those that were fingerprinted, so there is a warning, and only
+        the shapes are compared.
+        """
+        model = unwrapped(model)
         fingerprint = model_fingerprint(model)
-        if fingerprint != self.model_fingerprint:
+        if any(weight.dtype == torch.float16 for weight in model.parameters()):
+            warnings.warn(
+                "The model is in float16, so whether it is the one this circuit was cut out of "
+                "cannot be told from its weights; load it in float32 or bfloat16 to be sure.",
+                stacklevel=3,
+            )
+        elif fingerprint != self.model_fingerprint:
             expected = model_text(self.model_fingerprint, self.model_name, self.model_revision)
             passed = model_text(fingerprint, *model_source(model))
             raise ValueError(
                 f"This circuit for {self.task!r} was cut out of the model {expected}, but the "
                 f"model passed is {passed}; load that model, or find the circuit anew in this one."
+            )
+        adapters = {a for module in model.modules() for a in _active_adapters(module)}
+        if adapters:
+            warnings.warn(
+                f"The adapter {', '.join(sorted(adapters))} changes what the model computes, and "
+                "the circuit was cut out of the model without it; leave it out by "
+                "`with model.disable_adapter():` if that is what you mean to run.",
+                stacklevel=3,
             )
         self._check_fits(model)
 
@@ -160,7 +181,8 @@ class Circuit:
         """Within the block, `model` runs on this circuit alone: all other nodes are mean-ablated.
 
         Args:
-            model: the model this circuit was cut out of.
+            model: the model this circuit was cut out of, also compiled, data-parallel or with a
+                PEFT adapter.
             calibrated: also scale and shift the logits as fitted. Never done for the inverse.
             inverse: ablate the circuit instead, and keep everything else (a test of necessity):
                 its nodes, and its tokens' embeddings where it names any.
@@ -169,22 +191,19 @@ class Circuit:
             ValueError: the circuit was made for another model.
         """
         self.check_model(model)
+        inner = unwrapped(model)
         masks, means = self.masks(), dict(self.means)
         if self.tokens is not None:
-            vocabulary = model.get_input_embeddings().num_embeddings
+            vocabulary = inner.get_input_embeddings().num_embeddings
             masks[TOKENS] = _mask(vocabulary, self.tokens)
             means[TOKENS] = self.token_mean
         if inverse:
             masks = {site: ~mask for site, mask in masks.items()}
-        hooks = [] if inverse else edge_hooks(model, self.split_edges(model)[1], self.edge_offsets)
-
-        def calibrate(module, args, output):
-            output.logits = self.calibration.logits(output.logits)
-            return output
-
+        hooks = [] if inverse else edge_hooks(inner, self.split_edges(inner)[1], self.edge_offsets)
         if calibrated and not inverse:
-            hooks.append((model, calibrate))
-        with mean_ablated(model, masks, means), hooked(hooks):
+            calibrate = self.calibration.logits
+            hooks.append((inner.final_logits, lambda module, args, logits: calibrate(logits)))
+        with mean_ablated(inner, masks, means), hooked(hooks):
             yield model
 
     def to_dict(self) -> dict[str, Any]:
@@ -327,6 +346,13 @@ class Circuit:
             raise ArtifactError(
                 Path(directory) / JSON_NAME, f" does not hold a circuit: {error}"
             ) from error
+
+
+def _active_adapters(module: nn.Module) -> Sequence[str]:
+    """Of a layer that PEFT put around another."""
+    if not hasattr(module, "base_layer") or module.disable_adapters or module.merged:
+        return ()
+    return module.active_adapters
 
 
 def _mask(width: int, kept: Sequence[int]) -> torch.Tensor:

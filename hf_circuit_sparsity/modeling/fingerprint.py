@@ -17,14 +17,36 @@ def model_fingerprint(model: nn.Module) -> str:
     is loaded in float32 or in bfloat16. The sign of a zero does not count: where only the nonzeros
     are stored, zeros have none.
 
+    Layers that PEFT put around others and `torch.compile` do not count either: the fingerprint is
+    that of the model inside.
+
     Hashing is slow, so it is done once per version of the weights. Every call compares checksums of
     all of them, however they were changed.
     """
-    weights = sorted(model.state_dict().items())
+    weights = sorted(_own_weights(model).items())
     version = tuple((name, tensor.dtype, *_checksum(tensor)) for name, tensor in weights)
     if model not in _known or _known[model][0] != version:
         _known[model] = version, _digest(weights)
     return _known[model][1]
+
+
+def _own_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """By name, as if nothing had been put around any part of the model."""
+    inside = ("base_layer", "original_module")  # where PEFT keeps what it replaced
+    wrapped = {
+        f"{name}.": f"{name}.{part}."
+        for name, module in model.named_modules()
+        for part in inside
+        if part in module._modules
+    }
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        for prefix, kept in wrapped.items():
+            if name.startswith(prefix):
+                name = prefix + name.removeprefix(kept) if name.startswith(kept) else ""
+        if name:
+            weights[name.replace("_orig_mod.", "")] = tensor
+    return weights
 
 
 def _checksum(tensor: torch.Tensor) -> tuple[tuple[int, ...], int]:

@@ -255,8 +255,7 @@ class CircuitGPTPreTrainedModel(SparsePreTrainedModel):
         Keys: `h.{i}.attn.act_in, .q, .k, .v, .resid_delta` and `h.{i}.mlp.act_in, .post_act,
         .resid_delta`.
         """
-        sites = {n: m for n, m in self.named_modules() if isinstance(m, NodeSite)}
-        return {name[name.index("h.") :]: site for name, site in sites.items()}
+        return {n[n.index("h.") :]: m for n, m in self.named_modules() if isinstance(m, NodeSite)}
 
 
 class CircuitGPTModel(CircuitGPTPreTrainedModel):
@@ -381,6 +380,7 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
             self.bigram_table = nn.Parameter(table)
         else:
             self.register_buffer("bigram_table", table)
+        self.final_logits = nn.Identity()  # for hooks: the logits before the loss
         self.post_init()
 
     @classmethod
@@ -424,7 +424,7 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
         if self.bigram_table is not None:
             bigrams = F.embedding(input_ids.to(self.bigram_table.device), self.bigram_table)
             logits = logits + bigrams.to(device=logits.device, dtype=logits.dtype)
-        return logits
+        return self.final_logits(logits)
 
     @can_return_tuple
     def forward(

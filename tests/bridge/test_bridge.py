@@ -179,6 +179,11 @@ def test_steering_adds_the_decoded_difference(make, location):
         logits = bridged.dense(IDS).logits
     torch.testing.assert_close(logits, go_on(last, location), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[:, :-1], whole[:, :-1])
+    torch._dynamo.reset()
+    bridged.dense.compile(backend="eager")
+    bridged.dense(IDS)
+    with bridged.steer(location, 5, 2.5, positions=-1):
+        torch.testing.assert_close(bridged.dense(IDS).logits, logits)
 
 
 @torch.no_grad()

@@ -47,7 +47,8 @@ class Verification:
         for check in self.checks:
             if check.name == name:
                 return check
-        raise KeyError(name)
+        names = ", ".join(check.name for check in self.checks)
+        raise KeyError(f"There is no check {name!r}; there are {names}.")
 
     def table(self) -> str:
         """All checks as a Markdown table."""

@@ -6,7 +6,7 @@ from ...metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
 from ...metrics.circuit_size.geometric_mean import shares
 from ...metrics.task_loss.pair_loss import task_accuracy, task_loss
 from ...tasks.binary_task import BinaryTask
-from ..ablation import in_eval_mode
+from ..ablation import in_eval_mode, unwrapped
 from ..circuit import Circuit
 from ..edges import embedding_edges, site_weights
 from ..task_scores import ModelScores, all_pair_logits, model_scores
@@ -42,6 +42,7 @@ def evaluate_circuit(
     Raises:
         ValueError: the circuit was made for another model.
     """
+    model = unwrapped(model)
     test, train = task.tensors("test"), task.tensors("train")
     with in_eval_mode(model):
         with circuit.apply(model):

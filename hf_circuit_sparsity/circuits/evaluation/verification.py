@@ -16,7 +16,14 @@ from tqdm.auto import tqdm
 from ...metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
 from ...tasks.adversarial import load_adversarial_tasks
 from ...tasks.binary_task import BinaryTask
-from ..ablation import ReferenceTokens, hooked_sites, in_eval_mode, mean_ablated, recorded_sites
+from ..ablation import (
+    ReferenceTokens,
+    hooked_sites,
+    in_eval_mode,
+    mean_ablated,
+    recorded_sites,
+    unwrapped,
+)
 from ..circuit import Circuit
 from ..pruning.config import PruningConfig
 from ..pruning.find import (
@@ -94,6 +101,7 @@ def verify_circuit(
             "one with a lower target_loss."
         )
     circuit.check_model(model)
+    model = unwrapped(model)
     check_prompts_fit(model, task)
     with in_eval_mode(model):
         if others is None:

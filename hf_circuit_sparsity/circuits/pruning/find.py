@@ -17,7 +17,15 @@ from torch import nn
 
 from ...modeling.fingerprint import model_fingerprint
 from ...tasks.binary_task import BinaryTask
-from ..ablation import TOKENS, ReferenceMeans, ReferenceTokens, in_eval_mode, means_over, node_sites
+from ..ablation import (
+    TOKENS,
+    ReferenceMeans,
+    ReferenceTokens,
+    in_eval_mode,
+    means_over,
+    node_sites,
+    unwrapped,
+)
 from ..circuit import Circuit
 from ..circuit_file import model_source
 from ..edges import circuit_edges, cut_offsets
@@ -99,6 +107,7 @@ def find_circuits(
         raise ValueError(f"targets={targets} was passed, expected ascending losses.")
     configs = [replace(config, target_loss=target) for target in targets]
     node_sites(model)  # fails early on models that have none
+    model = unwrapped(model)
     with in_eval_mode(model):
         check_prompts_fit(model, task)
         train = task.tensors("train")

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ...files import write_json
 from ...modeling.fingerprint import model_fingerprint
 from ...tasks.binary_task import BinaryTask
-from ..ablation import ReferenceTokens, means_over, node_sites
+from ..ablation import ReferenceTokens, means_over, node_sites, unwrapped
 from ..circuit import Circuit
 from .config import PruningConfig
 from .find import circuit_size, find_circuits, smallest
@@ -73,6 +73,7 @@ def search_circuit(
     if trials < 1:
         raise ValueError(f"trials={trials} was passed, but it must be ≥ 1.")
     node_sites(model)
+    model = unwrapped(model)
     folder = Path(folder)
     means = means_over(model, task, reference, config.reference_tokens, progress)
     _check_settings(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..ablation import node_sites
+from ..ablation import node_sites, unwrapped
 from ..circuit import Circuit
 from ..edges import Edge, embedding_edges, unembedding_edges
 
@@ -79,6 +79,7 @@ def layered_graph(circuit: Circuit, model: nn.Module) -> LayeredGraph:
         ValueError: the circuit was made for another model.
     """
     circuit.check_model(model)
+    model = unwrapped(model)
     edges, cut = circuit.split_edges(model)
     embedded = embedding_edges(model, circuit.nodes, deciding_tokens(circuit))
     unembedded = unembedding_edges(model, circuit.nodes, answer_tokens(circuit))

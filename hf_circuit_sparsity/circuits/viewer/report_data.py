@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ...tasks.binary_task import BinaryTask
 from ...tasks.load import list_tasks, load_task
-from ..ablation import ReferenceTokens, in_eval_mode, reference_input_ids
+from ..ablation import ReferenceTokens, in_eval_mode, reference_input_ids, unwrapped
 from ..circuit import Circuit
 from ..pruning.find import task_example
 from ..task_scores import task_rows
@@ -73,6 +73,7 @@ def report_data(
     """All that the page of a circuit shows, as plain values; arguments as of [`write_report`]."""
     config = config or ReportConfig()
     circuit.check_model(model)
+    model = unwrapped(model)
     if not len(circuit):
         raise ValueError(
             f"The circuit for {circuit.task!r} has no nodes, so there is nothing to show; find one "

@@ -22,6 +22,6 @@ def find(model: Any = None, config: PruningConfig = QUICK, task: Any = None, **s
 def find_all(
     model: Any = None, config: PruningConfig = QUICK, task: Any = None, **settings: Any
 ) -> list[Circuit]:
-    model, task = model or planted_model(), task or on_off_task()
+    model, task = planted_model() if model is None else model, task or on_off_task()
     config = replace(config, **settings)
     return find_circuits(model, task, config, reference=reference_ids(), progress=False)
