@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
+from .hooks import temporary_hooks
+
 Edit = Callable[[Tensor], Tensor]
 Context = dict[str, Any]
 
@@ -293,13 +295,11 @@ class Decoder:
             raise _Reached(args[0])
 
         _, args, kwargs = context["given"][i]
-        handle = self.layers[i].mlp_norm.register_forward_pre_hook(reached)
         try:
-            self.blocks[i](x, *args, **kwargs)
+            with temporary_hooks([self.layers[i].mlp_norm.register_forward_pre_hook(reached)]):
+                self.blocks[i](x, *args, **kwargs)
         except _Reached as end:
             return end.stream
-        finally:
-            handle.remove()
         raise RuntimeError(f"Layer {i} never called its mlp_norm; see {type(self).__name__}.layer.")
 
     def mlp(self, i: int, x: Tensor, context: Context) -> Tensor:
@@ -396,7 +396,8 @@ def _passed_over(blocks: nn.ModuleList) -> Iterator[list[tuple[Tensor, tuple, di
     try:
         for block in blocks:
             block.forward = forward
-        yield given
+        with temporary_hooks([]):  # a compiled forward pass would not know it either
+            yield given
     finally:
         for block, own in zip(blocks, before, strict=True):
             del block.forward
