@@ -1,31 +1,11 @@
 """CircuitGPT."""
 
-import torch
-from torch import nn
-
-from .decoder import Decoder, Layer, Part, Site, register_decoder
+from .decoder import Site, register_decoder
+from .gpt2 import GPT2Decoder
 
 
-class CircuitGPTDecoder(Decoder):
-    """See [`Decoder`]; node sites, positions and AbsTopK are the model's own."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__(model, model.transformer.h, model.transformer.ln_f)
-
-    def layer(self, block: nn.Module) -> Layer:
-        query, key, value = torch.arange(3 * self.n_heads * self.head_dim).chunk(3)
-        return Layer(
-            attn_norm=block.ln_1,
-            attention=block.attn,
-            query=Part(block.attn.c_attn, query),
-            key=Part(block.attn.c_attn, key),
-            value=Part(block.attn.c_attn, value),
-            attn_out=block.attn.c_proj,
-            mlp_norm=block.ln_2,
-            mlp=block.mlp,
-            up=Part(block.mlp.c_fc),
-            down=block.mlp.c_proj,
-        )
+class CircuitGPTDecoder(GPT2Decoder):
+    """See [`Decoder`]; parts are named as GPT-2's; sites, positions and AbsTopK are the model's."""
 
     def node_sites(self) -> dict[str, Site]:
         return self.model.node_sites()
