@@ -43,7 +43,9 @@ BY_FIELDS = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
 
-Circuit = Annotated[str, Argument(help="Folder or Hub id of a circuit.", show_default=False)]
+Circuit = Annotated[
+    str, Argument(help="Folder of a circuit or run, or Hub id.", show_default=False)
+]
 Corpus = Annotated[
     str | None, Option(help="Folder of Python files; the standard library if not given.")
 ]

@@ -15,10 +15,9 @@ from ..bridge.intervention import location_name
 from ..bridge.losses import BY_LOCATION
 from ..bridge.modeling_bridge import BridgedCausalLM, default_sparse_config
 from ..files import write_json
-from ..tasks.corpus import build_corpus
 from ..tasks.packing import pack_dataset, spread_sample
 from .console import columns, quiet_libraries, say, table
-from .loading import load_model
+from .loading import load_model, model_at, read_corpus
 from .training import checkpoint_to_resume, fit, speed_row
 
 SUMMARY_NAME = "bridge_summary.json"
@@ -67,7 +66,6 @@ def run_bridge(model_arguments: BridgeModelArguments, args: BridgeTrainingArgume
         ValueError, OSError: models that do not exist or do not fit, or a bad corpus.
     """
     quiet_libraries()
-    corpus = build_corpus(model_arguments.corpus)
     resume = checkpoint_to_resume(args)
     set_seed(args.seed)
     bridged, tokenizer = build_bridge(model_arguments)
@@ -77,7 +75,7 @@ def run_bridge(model_arguments: BridgeModelArguments, args: BridgeTrainingArgume
         raise ValueError(
             f"block_size={block_size} was passed, but the two models read at most {longest} tokens."
         )
-    blocks = pack_dataset(corpus, tokenizer, block_size)
+    blocks = pack_dataset(read_corpus(model_arguments.corpus), tokenizer, block_size)
     if model_arguments.ridge_start and resume is None:
         sample = spread_sample(blocks["train"], RIDGE_BLOCKS)
         ridge_bridges_(bridged, torch.tensor(sample["input_ids"][:]))
@@ -112,9 +110,10 @@ def build_bridge(
     arguments: BridgeModelArguments,
 ) -> tuple[BridgedCausalLM, PreTrainedTokenizerBase]:
     """Fresh bridges between the models asked for, and the dense one's tokenizer."""
-    dense = load_dense(arguments.dense_model)
+    name = model_at(arguments.dense_model)
+    dense = load_dense(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.dense_model)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except OSError as error:
         raise OSError(
             f"{arguments.dense_model} has no tokenizer, which the sparse model needs too; "

@@ -41,7 +41,8 @@ def run_evaluate(
     loaded, tokenizer = load_model(model)
     scores = evaluate_tasks(loaded, tokenizer, tasks, n_train=prompts, n_test=prompts, seed=seed)
     say(scores_table(scores))
-    folder = output_dir or (model if Path(model).is_dir() else None)
+    saved = loaded.name_or_path
+    folder = output_dir or (saved if Path(saved).is_dir() else None)
     if folder is not None:
         content = {
             "model": model,

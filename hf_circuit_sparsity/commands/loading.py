@@ -1,8 +1,13 @@
-"""What commands read: a saved model with its tokenizer, and text for it."""
+"""What commands read: a saved model with its tokenizer, circuits of it, and text for it."""
 
+import warnings
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -10,14 +15,87 @@ from ..circuits.circuit import Circuit
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..tasks.corpus import build_corpus
 from ..tasks.packing import pack_dataset
+from .console import say
+
+
+def model_at(name: str) -> str:
+    """Where a model is: in a folder, in that of a run, or on the Hub; see [`_locate`]."""
+    return _locate(name, "model", "config.json", ("model",))
+
+
+def tokenizer_at(name: str) -> str:
+    """Where a tokenizer is, likewise."""
+    return _locate(name, "tokenizer", "tokenizer_config.json", ("model", "tokenizer"))
+
+
+def circuit_at(name: str) -> str:
+    """Where a circuit is, likewise; a run with several does not say which.
+
+    Raises:
+        ValueError: it is nowhere, or there are several.
+    """
+    inside = sorted(path.parent.name for path in Path(name).glob("circuits/*/circuit.json"))
+    if len(inside) > 1 and not (Path(name) / "circuit.json").is_file():
+        raise ValueError(
+            f"{name} is a run with the circuits {', '.join(inside)}; pass the folder of one, as "
+            f"{Path(name) / 'circuits' / inside[0]}."
+        )
+    return _locate(name, "circuit", "circuit.json", ("circuit", *(f"circuits/{n}" for n in inside)))
+
+
+def _locate(name: str, what: str, file: str, inside: Sequence[str]) -> str:
+    """The folder or Hub id that an argument of a command means.
+
+    Only what can be no folder here is asked for on the Hub, and once.
+
+    Args:
+        name: a folder, the output folder of a command, or `user/name`.
+        what: that is looked for.
+        file: that shows that it is there.
+        inside: where it may be within the output folder of a command.
+
+    Raises:
+        ValueError: it is in neither.
+    """
+    folder = Path(name).expanduser()
+    for path in (folder, *(folder / part for part in inside)):
+        if (path / file).is_file():
+            return str(path)
+    if folder.exists():
+        raise ValueError(f"{name} holds no {what}: there is no {file} in it, nor in {inside[0]}/.")
+    if folder.parents[-2:-1] and folder.parents[-2].exists():
+        beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+        close = get_close_matches(folder.name, [path.name for path in beside], 1)
+        meant = f"did you mean {str(folder.parent / close[0])!r}?" if close else "check its name."
+        raise ValueError(f"There is no folder {name!r} to take a {what} from; {meant}")
+    try:
+        hf_hub_download(name, file)
+    except RemoteEntryNotFoundError:
+        return name  # something is there; what reads it knows more of what it may be
+    except (HFValidationError, OSError) as error:
+        raise ValueError(
+            f"{name!r} is neither a folder with a {what} nor the name of a repository with one; "
+            "check its name."
+        ) from error
+    return name
+
+
+def read_corpus(folder: str | None) -> DatasetDict:
+    """[`build_corpus`], but says which files are not UTF-8 and leaves them out."""
+    with warnings.catch_warnings(record=True) as caught:
+        corpus = build_corpus(folder, on_bad_encoding="skip")
+    for warning in caught:
+        say(f"  {warning.message}")
+    return corpus
 
 
 def load_model(model: str) -> tuple[CircuitGPTForCausalLM, PreTrainedTokenizerBase]:
-    """A saved model and its tokenizer.
+    """A saved model, by any name that [`model_at`] knows, and its tokenizer.
 
     Raises:
         ValueError: it is damaged, or neither a folder nor a repository with both.
     """
+    model = model_at(model)
     try:
         loaded = CircuitGPTForCausalLM.from_pretrained(model).eval()
         return loaded, _tokenizer_beside(model)
@@ -48,7 +126,7 @@ def reference_blocks(
     """The Python files of a folder in blocks as long as the model's context; None for None."""
     if corpus is None:
         return None
-    return pack_dataset(build_corpus(corpus)["train"], tokenizer, model.config.block_size)
+    return pack_dataset(read_corpus(corpus)["train"], tokenizer, model.config.block_size)
 
 
 def load_circuit(
@@ -63,7 +141,7 @@ def load_circuit(
 
 def _model_of(circuit: Circuit, folder: Path) -> str:
     """The model of a circuit: what it says itself, or beside it as our commands lay them out."""
-    beside = [folder.parent / "model", folder.parent.parent]
+    beside = [folder.parent / "model", folder.parent.parent, folder.parent.parent / "model"]
     for candidate in (Path(circuit.model_name or folder), *beside):
         if (candidate / "config.json").is_file():
             return str(candidate)

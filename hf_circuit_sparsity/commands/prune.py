@@ -48,7 +48,7 @@ def run_prune(arguments: PruneArguments, config: PruningConfig) -> Circuit:
     check_task_names([arguments.task])
     model, tokenizer = load_model(arguments.model)
     reference = reference_blocks(arguments.corpus, model, tokenizer)
-    default = Path(arguments.model) / "circuits" / arguments.task
+    default = Path(model.name_or_path) / "circuits" / arguments.task
     folder = Path(arguments.output_dir or default)
     circuit = prune_model(
         model, tokenizer, arguments.task, folder, config, reference, arguments.trials

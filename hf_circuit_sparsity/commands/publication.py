@@ -77,14 +77,10 @@ def read_run(run_dir: str) -> Run:
         ValueError: there is no model, or a circuit is damaged or of another model.
     """
     folder = Path(run_dir)
-    candidates = (folder / "model", folder)
-    saved = next((path for path in candidates if (path / "config.json").is_file()), None)
-    if saved is None:
-        raise ValueError(
-            f"{folder} holds no model (no config.json in it or in its folder model/); pass the "
-            "output folder of quickstart or train."
-        )
-    model, tokenizer = load_model(str(saved))
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {run_dir!r}; pass that of quickstart or train.")
+    model, tokenizer = load_model(run_dir)
+    saved = Path(model.name_or_path)
     circuits: dict[str, Circuit] = {}
     for path in sorted(folder.rglob("circuit.json")):
         if any(part.startswith((".", "checkpoint-")) for part in path.relative_to(folder).parts):

@@ -22,10 +22,10 @@ from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..optim.param_groups import sparse_param_groups
 from ..optim.topk_adamw import TopKAdamW
 from ..tasks.binary_task import BinaryTask
-from ..tasks.corpus import build_corpus
 from ..tasks.load import check_task_names, load_task
 from ..trainer.sparse_config import SparseTrainingArguments
 from .console import quiet_libraries, say, table
+from .loading import read_corpus
 from .prune import circuit_rows, prune_model
 from .training import SUMMARY_NAME, prepare_data, train_model, training_rows
 
@@ -87,7 +87,7 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
     stored = _stored_settings(folder, settings)
 
     say("1/4  Reading Python and learning its tokens")
-    corpus = build_corpus(settings.corpus)
+    corpus = read_corpus(settings.corpus)
     model_folder = folder / "model"
     saved_tokenizer = str(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
     tokenizer, blocks = prepare_data(corpus, BLOCK_SIZE, saved_tokenizer)

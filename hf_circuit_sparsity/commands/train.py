@@ -6,9 +6,9 @@ from typing import Any
 from transformers import set_seed
 
 from ..modeling.configuration_circuitgpt import CircuitGPTConfig
-from ..tasks.corpus import build_corpus
 from ..trainer.sparse_config import SparseTrainingArguments
 from .console import quiet_libraries, say, table
+from .loading import read_corpus, tokenizer_at
 from .training import checkpoint_to_resume, prepare_data, train_model, training_rows
 
 
@@ -55,11 +55,10 @@ def run_train(
         ValueError, OSError: a bad corpus, or no such checkpoint or tokenizer.
     """
     quiet_libraries()
-    corpus = build_corpus(data.corpus)
     resume = checkpoint_to_resume(args)
-    tokenizer, blocks = prepare_data(
-        corpus, model_arguments.block_size, data.tokenizer, data.vocab_size
-    )
+    name = data.tokenizer and tokenizer_at(data.tokenizer)
+    corpus = read_corpus(data.corpus)
+    tokenizer, blocks = prepare_data(corpus, model_arguments.block_size, name, data.vocab_size)
     set_seed(args.seed)
     config = CircuitGPTConfig(
         **vars(model_arguments), vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id

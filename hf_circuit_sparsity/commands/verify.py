@@ -6,7 +6,7 @@ from ..circuits.evaluation.checks import Verification
 from ..circuits.evaluation.verification import verify_circuit
 from ..tasks.load import load_task
 from .console import quiet_libraries, say
-from .loading import load_circuit
+from .loading import circuit_at, load_circuit
 
 
 def run_verify(
@@ -33,6 +33,7 @@ def run_verify(
         ValueError, OSError: no such circuit or model, or a circuit of another one.
     """
     quiet_libraries()
+    name = circuit_at(name)
     circuit, loaded, tokenizer, reference = load_circuit(name, model, corpus)
     longest = loaded.config.max_position_embeddings
     seed = circuit.config.get("seed", 0)

@@ -5,7 +5,7 @@ from pathlib import Path
 from ..circuits.viewer.report import write_report
 from ..circuits.viewer.report_data import ReportConfig
 from .console import quiet_libraries, say, table
-from .loading import load_circuit
+from .loading import circuit_at, load_circuit
 
 
 def run_view(
@@ -27,6 +27,7 @@ def run_view(
         config: how much to measure.
     """
     quiet_libraries()
+    name = circuit_at(name)
     circuit, loaded, tokenizer, reference = load_circuit(name, model, corpus)
     folder = Path(output_dir or (name if Path(name).is_dir() else "."))
     path = folder / "index.html"

@@ -1,15 +1,16 @@
-"""Turn a folder of Python into a dataset of documents, one row per file."""
+"""Documents: of a folder of Python, which becomes one row per file, and of a dataset."""
 
 import hashlib
 import io
 import os
 import sysconfig
+import warnings
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 # What the standard library folder holds besides the library: its tests, what people installed
 # into it, and what the build wrote there (compiled files and this machine's build settings).
@@ -32,10 +33,10 @@ def build_corpus(
     """Read every `.py` file below a folder into a `DatasetDict` with `train` and `validation`.
 
     One row is one file: `text` (string, line ends as `\\n`, without a byte-order mark) and `path`
-    (string, relative to the folder, with forward slashes). Files that hold nothing but white space
-    are left out. Rows are sorted by path, and a file is wholly in one split, chosen by a hash of
-    seed and path: the same folder and seed always give the same two splits. Nothing is written to
-    disk.
+    (string, relative to the folder, with forward slashes; bytes that are not UTF-8 as `\\xe9`).
+    Files that hold nothing but white space are left out, as is what is no file: pipes, links to
+    nothing. Rows are sorted by path, and a file is wholly in one split, chosen by a hash of seed
+    and path: the same folder and seed always give the same two splits. Nothing is written to disk.
 
     Args:
         folder: the folder to read. Default: the running interpreter's standard library.
@@ -46,8 +47,8 @@ def build_corpus(
             `STDLIB_EXCLUDE` (tests, installed packages, build output) for the standard library,
             `FOLDER_EXCLUDE` (hidden, compiled and installed files) for a folder of your own.
         on_bad_encoding: what a file that is not UTF-8 does: `"error"` raises, `"skip"` leaves it
-            out. A PEP 263 coding line is not followed. (The standard library is UTF-8 outside its
-            tests, by PEP 8.)
+            out, with a warning. A PEP 263 coding line is not followed. (The standard library is
+            UTF-8 outside its tests, by PEP 8.)
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -75,10 +76,28 @@ def build_corpus(
         )
 
     documents: dict[str, str] = {}
+    skipped = []
     for path in _python_files(root, exclude):
-        text = _read(path, on_bad_encoding)
-        if text is not None and text.strip():
-            documents[path.relative_to(root).as_posix()] = text
+        # No text can hold a name as the file system has it where that is not UTF-8.
+        name = os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
+        data = path.read_bytes()
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            if on_bad_encoding == "error":
+                raise ValueError(
+                    f"The file {name!r} in {str(root)!r} is not UTF-8 (byte {error.start} cannot "
+                    'be read); save it as UTF-8, or pass on_bad_encoding="skip" to leave such '
+                    "files out."
+                ) from None
+            skipped.append(name)
+            continue
+        if text.strip():
+            plain = io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
+            documents[name] = plain
+    if skipped:
+        message = f"Left out {len(skipped)} file(s) that are not UTF-8, the first is {skipped[0]!r}"
+        warnings.warn(message, stacklevel=2)
     if len(documents) < 2:
         raise ValueError(
             f"The corpus folder {str(root)!r} holds {len(documents)} readable .py file(s) with "
@@ -105,19 +124,36 @@ def _python_files(root: Path, exclude: Sequence[str]) -> Iterator[Path]:
         # In place, so that os.walk does not descend: site-packages may hold gigabytes.
         subfolders[:] = [name for name in subfolders if kept(name)]
         for name in files:
-            if name.endswith(".py") and kept(name):
-                yield Path(folder, name)
+            path = Path(folder, name)
+            if name.endswith(".py") and kept(name) and path.is_file():
+                yield path
 
 
-def _read(path: Path, on_bad_encoding: Literal["error", "skip"]) -> str | None:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if on_bad_encoding == "skip":
-            return None
-        raise ValueError(
-            f"The file {str(path)!r} is not UTF-8 (byte {error.start} cannot be read); save it as "
-            'UTF-8, or pass on_bad_encoding="skip" to leave such files out.'
-        ) from None
-    return io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
+def documents_of(
+    dataset: Dataset | IterableDataset, column: str = "text", name: str = "dataset"
+) -> Iterator[str]:
+    """The texts in a column, one by one.
+
+    Args:
+        dataset: also one that is streamed, with or without known columns.
+        column: of the texts.
+        name: what the dataset is called in errors.
+
+    Raises:
+        ValueError: there is no such column, or a row has no text in it.
+    """
+    row = 0
+    for batch in dataset.with_format(None).iter(batch_size=64):
+        if column not in batch:
+            raise ValueError(
+                f"The {name} has the columns {sorted(batch)}, but not {column!r}, which holds the "
+                "documents; pass its name, or rename it."
+            )
+        for text in batch[column]:
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"Row {row} of the {name} has {text!r:.80} in {column!r}, expected a string; "
+                    "leave such rows out."
+                )
+            yield text
+            row += 1

@@ -1,25 +1,25 @@
 """Pack documents into blocks of equal length for language-model training."""
 
-from typing import TypeVar
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
-AnyDataset = TypeVar("AnyDataset", Dataset, DatasetDict)
+from .corpus import documents_of
 
 # Enough documents to keep the tokenizer's threads busy, few enough to hold in memory at once.
 _DOCUMENTS_PER_BATCH = 64
 
 
 def pack_dataset(
-    dataset: AnyDataset,
+    dataset: Dataset | DatasetDict | IterableDataset | IterableDatasetDict,
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
     *,
     text_column: str = "text",
-) -> AnyDataset:
+) -> Dataset | DatasetDict:
     """Tokenize documents and cut them into blocks of `block_size` tokens.
 
     The documents follow each other in the order of the rows, each ended by the end-of-text token.
@@ -35,7 +35,7 @@ def pack_dataset(
 
     Raises:
         ValueError: `block_size` below 2, a tokenizer without end-of-text token, a missing text
-            column, or documents too short to fill one block.
+            column or a row without text, or documents too short to fill one block.
     """
     if block_size < 2:
         raise ValueError(f"block_size is {block_size}, but must be at least 2.")
@@ -44,34 +44,34 @@ def pack_dataset(
             "The tokenizer has no eos_token, but documents are joined by it; set "
             "tokenizer.eos_token."
         )
-    if isinstance(dataset, DatasetDict):
+    if isinstance(dataset, dict):
         packed = DatasetDict()
         for split, rows in dataset.items():
-            packed[split] = _pack_split(rows, tokenizer, block_size, text_column, split)
+            packed[split] = _pack_split(rows, tokenizer, block_size, text_column, f"{split} split")
         return packed
     return _pack_split(dataset, tokenizer, block_size, text_column, "dataset")
 
 
 def _pack_split(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, column: str, name: str
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    column: str,
+    name: str,
 ) -> Dataset:
-    if column not in dataset.column_names:
-        raise ValueError(
-            f"The {name} split has the columns {dataset.column_names}, but not {column!r}; "
-            "pass text_column."
-        )
     stream = [np.empty(0, dtype=np.int32)]
-    for batch in dataset.iter(batch_size=_DOCUMENTS_PER_BATCH):
-        documents = tokenizer(
-            batch[column], add_special_tokens=False, split_special_tokens=True,
+    documents = documents_of(dataset, column, name)
+    while batch := list(islice(documents, _DOCUMENTS_PER_BATCH)):
+        encoded = tokenizer(
+            batch, add_special_tokens=False, split_special_tokens=True,
             return_attention_mask=False, return_token_type_ids=False, verbose=False,
         )["input_ids"]  # fmt: skip
-        stream += [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in documents]
+        stream += [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded]
     tokens = np.concatenate(stream)
     n_blocks = len(tokens) // block_size
     if n_blocks == 0:
         raise ValueError(
-            f"The {name} split has {len(tokens)} tokens in all, fewer than one block of "
+            f"The {name} has {len(tokens)} tokens in all, fewer than one block of "
             f"{block_size}; pass more text or a smaller block_size."
         )
     blocks = pa.FixedSizeListArray.from_arrays(

@@ -10,9 +10,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from .corpus import documents_of
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -31,7 +33,7 @@ SPLIT_PATTERN = (
 
 
 def train_tokenizer(
-    texts: Iterable[str] | Dataset | DatasetDict,
+    texts: Iterable[str] | Dataset | IterableDataset | DatasetDict | IterableDatasetDict,
     vocab_size: int = 2048,
     *,
     model_max_length: int | None = None,
@@ -43,15 +45,15 @@ def train_tokenizer(
     The same texts always give the same tokenizer. The standard library takes about two seconds.
 
     Args:
-        texts: strings, a `Dataset` with a `text` column, or a `DatasetDict` of such, of which
-            only `train` is read.
+        texts: strings, a dataset with a `text` column, which may be streamed, or a `DatasetDict`
+            of such, of which only `train` is read.
         vocab_size: entries in all. A corpus too small for that many merges gives fewer.
         model_max_length: stored in the tokenizer, which then warns about longer texts.
 
     Raises:
         ValueError: `vocab_size` below 257 (the bytes and `<|endoftext|>`), no text, or a dataset
             without the column or split.
-        TypeError: `texts` is a single string.
+        TypeError: `texts` is a single string, or holds something else than strings.
     """
     if vocab_size < 257:
         raise ValueError(
@@ -63,6 +65,8 @@ def train_tokenizer(
     def counted() -> Iterator[str]:
         nonlocal seen_characters
         for text in _texts(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"texts holds a {type(text).__name__}, expected strings.")
             seen_characters += len(text)
             yield text
 
@@ -157,27 +161,20 @@ def _wrap(tokenizer: Tokenizer, model_max_length: int | None) -> PreTrainedToken
     )
 
 
-def _texts(texts: Iterable[str] | Dataset | DatasetDict) -> Iterable[str]:
+def _texts(texts: Iterable[str] | dict[str, Dataset | IterableDataset]) -> Iterable[str]:
     if isinstance(texts, str):
         raise TypeError(
             "texts is one string, but must be a dataset or a list of strings; put the string into "
             "a list."
         )
-    if isinstance(texts, DatasetDict):
+    if isinstance(texts, dict):
         if "train" not in texts:
             raise ValueError(
                 f"The DatasetDict has the splits {sorted(texts)}, but 'train' is needed: the "
                 "tokenizer is trained on it alone."
             )
         texts = texts["train"]
-    if isinstance(texts, Dataset):
-        if "text" not in texts.column_names:
-            raise ValueError(
-                f"The dataset has the columns {texts.column_names}, but 'text' is needed; rename "
-                "the column that holds the documents."
-            )
-        return texts["text"]
-    return texts
+    return documents_of(texts) if isinstance(texts, (Dataset, IterableDataset)) else texts
 
 
 def _read_encoder(file: Path) -> dict[str, int]:

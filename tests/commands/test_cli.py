@@ -1,6 +1,7 @@
 """The commands as a person calls them, at the size of a test."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from hf_circuit_sparsity import Circuit, CircuitGPTForCausalLM, PruningConfig
 from hf_circuit_sparsity.cli import main
 from hf_circuit_sparsity.commands import quickstart
+from hf_circuit_sparsity.commands.loading import circuit_at, model_at
 
 TINY = ["--d-model", "32", "--n-layer", "1", "--d-mlp", "32", "--block-size", "128"]
 TRAINING = [
@@ -132,6 +134,58 @@ def test_bad_input_is_named_and_leaves_nothing(
     error = capsys.readouterr().err
     assert named in error and "Traceback" not in error
     assert not output.exists() or not any(output.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "requests"),
+    [
+        ("prune --model ada/nowhere --task single_double_quote", 1),
+        ("evaluate --model nowhere", 1),
+        ("view ada/nowhere", 1),
+        ("bridge --dense-model ada/nowhere --output-dir out", 1),
+        ("train --tokenizer ada/nowhere --output-dir out", 1),
+        ("verify {run}/circiut", 0),
+        ("prune --model runs/modle --task single_double_quote", 0),
+        ("publish runs/modle --repo ada/x", 0),
+    ],
+)
+def test_a_mistyped_name_is_looked_up_once_at_most(
+    command, requests, hub_server, saved_circuit, monkeypatch, capsys
+):
+    run = saved_circuit.parent
+    (run / "runs").mkdir()
+    (run / "runs" / "model").symlink_to(run / "model")
+    monkeypatch.chdir(run)
+    arguments = command.format(run=run).split()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert len(hub_server.log) == requests
+    if "modle" in command and "publish" not in command:
+        assert "'runs/model'" in error
+    if "circiut" in command:
+        assert str(saved_circuit) in error
+    assert not (run / "out").exists()
+
+
+def test_a_runs_folder_stands_for_its_model_and_its_circuit(saved_circuit, saved, tmp_path):
+    run = saved_circuit.parent
+    assert circuit_at(str(run)) == str(saved_circuit)
+    assert (model_at(str(run)), model_at(str(saved))) == (str(run / "model"), str(saved))
+    shutil.move(saved_circuit, run / "circuits" / "one")
+    assert circuit_at(str(run)) == str(run / "circuits" / "one")
+    shutil.copytree(run / "circuits" / "one", run / "circuits" / "two")
+    with pytest.raises(ValueError, match="one, two"):
+        circuit_at(str(run))
+    assert main(["evaluate", "--model", str(run), "--task", "with_as", "--prompts", "8"]) == 0
+    assert (saved / "task_evaluation.json").is_file()
+
+
+def test_a_file_that_is_not_utf8_is_left_out_and_named(corpus, tmp_path, capsys):
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus, folder)
+    (folder / "latin.py").write_bytes(b"s = '\xe9'\n")
+    assert train(folder, tmp_path / "run", "--max-steps", "1") == 0
+    assert "'latin.py'" in capsys.readouterr().out
 
 
 def weights_of(folder):

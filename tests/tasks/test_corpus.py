@@ -1,3 +1,4 @@
+import os
 import sysconfig
 from pathlib import Path
 
@@ -76,7 +77,17 @@ def test_a_file_that_is_not_utf8_is_named_or_skipped(folder):
     (folder / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\ns = '\xe9'\n")
     with pytest.raises(ValueError, match=r"latin\.py.* 31 .*on_bad_encoding"):
         build_corpus(folder)
-    assert paths(build_corpus(folder, on_bad_encoding="skip")) == kept
+    with pytest.warns(UserWarning, match=r"1 file.*latin\.py"):
+        assert paths(build_corpus(folder, on_bad_encoding="skip")) == kept
+
+
+def test_names_that_are_no_text_and_what_is_no_file(folder):
+    kept = paths(build_corpus(folder))
+    with open(os.fsencode(folder) + b"/caf\xe9.py", "w") as file:
+        file.write("y = 1\n")
+    os.mkfifo(folder / "pipe.py")
+    (folder / "link.py").symlink_to("nothing")
+    assert paths(build_corpus(folder)) == sorted([*kept, "caf\\xe9.py"])
 
 
 def test_bad_folders_and_arguments(tmp_path, folder):

@@ -1,6 +1,13 @@
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+)  # fmt: skip
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers import default_data_collator as collate
 
@@ -57,6 +64,15 @@ def test_splits_and_columns(openai):
     assert packed["train"].cache_files == []
 
 
+@pytest.mark.parametrize("features", [None, Features({"text": Value("string")})])
+def test_a_stream_is_packed_as_a_dataset(openai, features):
+    stream = IterableDataset.from_generator(lambda: ({"text": t} for t in TEXTS), features=features)
+    expected = pack_dataset(Dataset.from_dict({"text": TEXTS}), openai, 4).to_dict()
+    assert pack_dataset(stream, openai, 4).to_dict() == expected
+    splits = pack_dataset(IterableDatasetDict({"train": stream}), openai, 4)
+    assert splits["train"].to_dict() == expected
+
+
 def test_trainer_takes_the_blocks_as_they_are(openai, tmp_path):
     blocks = pack_dataset(Dataset.from_dict({"text": TEXTS * 20}), openai, 16)
     batch = collate([blocks[0], blocks[1]])
@@ -81,7 +97,9 @@ def test_errors(openai):
     for arguments, options, argument in (
         ((dataset, openai, 1), {}, "block_size"),
         ((dataset, openai, 1000), {}, "block_size"),
-        ((dataset, openai, 4), {"text_column": "nothing"}, "text_column"),
+        ((dataset, openai, 4), {"text_column": "nothing"}, "nothing"),
+        ((dataset.to_iterable_dataset(), openai, 4), {"text_column": "nothing"}, "nothing"),
+        ((Dataset.from_dict({"text": ["x", None]}), openai, 4), {}, "Row 1"),
         ((one_is_empty, openai, 4), {}, "validation"),
         ((dataset, without_end, 4), {}, "eos_token"),
     ):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoTokenizer
 
 from hf_circuit_sparsity.tasks.tokenizer import (
@@ -127,7 +127,9 @@ def test_what_train_tokenizer_reads():
     dataset = Dataset.from_dict({"text": texts})
     other = Dataset.from_dict({"text": ["zz qq zz qq"]})
     from_splits = train_tokenizer(DatasetDict({"train": dataset, "validation": other}), 300)
-    for tokenizer in (train_tokenizer(dataset, 300), from_splits):
+    unknown = IterableDataset.from_generator(lambda: iter([{"text": t, "n": 1} for t in texts]))
+    streams = (train_tokenizer(stream, 300) for stream in (dataset.to_iterable_dataset(), unknown))
+    for tokenizer in (train_tokenizer(dataset, 300), from_splits, *streams):
         assert tokenizer.get_vocab() == from_list.get_vocab()
     assert train_tokenizer(texts, 300, model_max_length=64).model_max_length == 64
     # Spelled out in a document, the special token is text like any other.
@@ -143,7 +145,9 @@ def test_what_train_tokenizer_reads():
         ([], 300, ValueError, "no text"),
         ([""], 300, ValueError, "no text"),
         ("x = 1", 300, TypeError, "texts"),
+        ([{"text": "x = 1"}], 300, TypeError, "texts"),
         (Dataset.from_dict({"code": ["x"]}), 300, ValueError, "'text'"),
+        (Dataset.from_dict({"code": ["x"]}).to_iterable_dataset(), 300, ValueError, "'text'"),
         (DatasetDict({"all": Dataset.from_dict({"text": ["x"]})}), 300, ValueError, "'train'"),
     ],
 )
