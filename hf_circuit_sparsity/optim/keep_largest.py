@@ -42,10 +42,11 @@ def keep_largest(
     Returns:
         `(n,)` bool. Values of zero are never kept.
     """
-    if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
+    if values.device.type != "cpu":
         return keep_largest_reference(values, k, rows, min_nonzeros)
     rows_of = rows.numpy() if min_nonzeros and rows is not None else None
-    return torch.from_numpy(largest_mask(values.abs().numpy(), k, rows_of, min_nonzeros))
+    bits = values.abs().view(INTEGER_VIEW[values.dtype]).numpy()
+    return torch.from_numpy(largest_mask(bits, k, rows_of, min_nonzeros))
 
 
 def keep_largest_reference(
@@ -76,7 +77,7 @@ def largest_mask(
     min_nonzeros: int = 0,
     held: np.ndarray | int = 0,
 ) -> np.ndarray:
-    """[`keep_largest`] for magnitudes in numpy, or for their bit patterns.
+    """[`keep_largest`] in numpy, for the bit patterns of magnitudes.
 
     Args:
         rows: None for no row minimum.
@@ -130,21 +131,27 @@ def _enforce_minimum(
         if evicted.size >= added.size or look >= kept.size:
             break
         look *= 4
-    evicted = evicted[np.argsort(magnitude[evicted], kind="stable")]
+    evicted = evicted[_stable_order(magnitude[evicted])]
     keep[added] = True
     keep[evicted[: added.size]] = False
 
 
 def _rank_in_row(rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """0 for the smallest key of each row, 1 for the next, and so on; equals in their order."""
-    order = np.argsort(keys, kind="stable")
+    order = _stable_order(keys)
+    order = order[_stable_order(rows[order].astype(np.int32))]
     sorted_rows = rows[order]
-    if rows.max(initial=0) < 1 << 16:  # which numpy sorts in a fraction of the time
-        sorted_rows = sorted_rows.astype(np.uint16)
-    by_row = np.argsort(sorted_rows, kind="stable")
-    order, sorted_rows = order[by_row], rows[order[by_row]]
     first = np.flatnonzero(np.diff(sorted_rows, prepend=-1))
     lengths = np.diff(np.append(first, rows.size))
     rank = np.empty(rows.size, np.int64)
     rank[order] = np.arange(rows.size) - np.repeat(first, lengths)
     return rank
+
+
+def _stable_order(keys: np.ndarray) -> np.ndarray:
+    """`keys.argsort(kind="stable")` of integers, in a fraction of the time up to 32 bits."""
+    if keys.dtype.itemsize > 4:
+        return keys.argsort(kind="stable")
+    packed = (keys.astype(np.int64) << 32) | np.arange(keys.size)
+    packed.sort()
+    return packed & 0xFFFFFFFF
