@@ -8,14 +8,15 @@
 # nonzeros) in gpu.tar.gz.aa, .ab, ...: cat OUT/gpu.tar.gz.* | tar xzf - -C FOLDER
 # It is packed anew after every stage, so that a run that is cut off keeps what it has.
 # --smoke does everything in about a minute; --rehearsal on the CPU with a small model.
-# PYTHON, GPU_DATA, GPU_DEVICE and GPU_SECONDS (in all) change the defaults.
+# PYTHON, GPU_DATA, GPU_DEVICE, GPU_SECONDS (in all) and GPU_STAGES (names, as below) change the
+# defaults.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:?usage: bash benchmarks/gpu.sh OUT [--smoke | --rehearsal]}; shift
 SIZE=full
 case ${1:-} in --smoke | --rehearsal) SIZE=${1#--}; shift ;; esac
 PYTHON=${PYTHON:-python3}
-[ "$SIZE" = smoke ] && SECONDS_IN_ALL=${GPU_SECONDS:-150} || SECONDS_IN_ALL=${GPU_SECONDS:-470}
+[ "$SIZE" = smoke ] && SECONDS_IN_ALL=${GPU_SECONDS:-150} || SECONDS_IN_ALL=${GPU_SECONDS:-475}
 WORK=$(mktemp -d)
 mkdir -p "$OUT" "$WORK/logs"
 # What the machine's Python lacks comes from wheels that were carried along (see the README beside).
@@ -39,24 +40,29 @@ pack() {
 stage() {
   local name=$1 limit=$2 left=$((SECONDS_IN_ALL - SECONDS)); shift 2
   [ "$left" -lt "$limit" ] && limit=$left
-  [ "$limit" -lt 5 ] && { echo "- $name: no time left" >> "$WORK/9-failures.md"; return; }
+  [ "$limit" -lt 5 ] && { echo "- $name: no time left" >> "$WORK/9-failures.md"; return 0; }
   timeout --kill-after=5 "$limit" "$@" > "$WORK/logs/$name.log" 2>&1
   local code=$?
   echo "$name: exit code $code after $SECONDS s"
-  [ "$code" -eq 0 ] && return
+  [ "$code" -eq 0 ] && return 0
   echo "- $name: exit code $code (124 is its limit of $limit s)" >> "$WORK/9-failures.md"
   tail -n 25 "$WORK/logs/$name.log"
+  return 0
 }
 
-stage train 345 "$PYTHON" -m benchmarks.gpu.train "${COMMON[@]}" "$@"; pack
-stage tasks 60 "$PYTHON" -m benchmarks.gpu.evaluate "${COMMON[@]}"; pack
-for number in $([ "$SIZE" = full ] && echo 0 1 2 || echo 0); do
-  # At once: they wait for the device's launches, not for the device.
-  stage "circuit-$number" 70 "$PYTHON" -m benchmarks.gpu.evaluate "${COMMON[@]}" --circuit "$number" &
-done
-wait; pack
-stage speed 85 "$PYTHON" -m benchmarks.gpu.speed "${COMMON[@]}"; pack
-if [ "$SIZE" != rehearsal ] && [ -e benchmarks/speed/gpu_kernels.py ]; then
+wanted() { [[ " ${GPU_STAGES:-train tasks circuits speed kernels} " == *" $1 "* ]]; }
+
+wanted train && stage train 335 "$PYTHON" -m benchmarks.gpu.train "${COMMON[@]}" "$@" && pack
+wanted tasks && stage tasks 60 "$PYTHON" -m benchmarks.gpu.evaluate "${COMMON[@]}" && pack
+if wanted circuits; then
+  # At once: they wait for their launches, not for the device.
+  for number in $([ "$SIZE" = full ] && echo 0 1 2 || echo 0); do
+    stage "circuit-$number" 62 "$PYTHON" -m benchmarks.gpu.evaluate "${COMMON[@]}" --circuit "$number" &
+  done
+  wait; pack
+fi
+wanted speed && stage speed 55 "$PYTHON" -m benchmarks.gpu.speed "${COMMON[@]}" && pack
+if wanted kernels && [ "$SIZE" != rehearsal ] && [ -e benchmarks/speed/gpu_kernels.py ]; then
   stage kernels 45 "$PYTHON" -m benchmarks.speed.gpu_kernels --results "$WORK/kernels" --name 6-kernels
   cp "$WORK"/kernels/*.md "$WORK" 2>/dev/null
 fi

@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hf_circuit_sparsity.circuits.ablation import reference_means
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
-from hf_circuit_sparsity.circuits.pruning.find import find_circuit
+from hf_circuit_sparsity.circuits.pruning.find import find_circuits
 from hf_circuit_sparsity.circuits.task_scores import evaluate_tasks
 from hf_circuit_sparsity.commands.console import quiet_libraries
 from hf_circuit_sparsity.files import write_json
@@ -65,6 +66,7 @@ def cut_circuit(
     size = SIZES[args.size]
     score = json.loads((args.work / "tasks.json").read_text())[args.circuit]
     blocks = TokenBlocks(args.data / "train.bin", size.block_size)
+    means = reference_means(model, blocks.spread(256))
     task = load_task(score["task"], tokenizer, n_train=max(64, 2 * size.task_prompts),
                      n_test=size.task_prompts, max_length=size.block_size)  # fmt: skip
     # The paper's target, or what the model itself reaches with some room.
@@ -77,8 +79,7 @@ def cut_circuit(
             selection_prompts=size.task_prompts,
             cleanup=cleanup,
         )
-        reference = blocks.spread(256)
-        circuit = find_circuit(model, task, config, reference=reference, progress=False)
+        (circuit,) = find_circuits(model, task, config, reference=means, progress=False)
         circuit.save_pretrained(args.work / "circuits" / task.name)
         report(args.work, args.circuit, circuit, target, time.perf_counter() - started)
 

@@ -21,13 +21,13 @@ class Size:
     block_size: int = 256
     batch_size: int = 64
     timed_steps: int = 40
-    train_seconds: float = 290
+    train_seconds: float = 280
     validation_blocks: int = 2048
     task_prompts: int = 512
     circuit_tasks: int = 3
     mask_steps: int = 200
     speed_widths: tuple[int, ...] = (1024, 2048)
-    speed_seconds: float = 60
+    speed_seconds: float = 40
 
     def config(self, vocab_size: int, eos_token_id: int | None = None) -> CircuitGPTConfig:
         """The model's."""

@@ -106,6 +106,7 @@ def prepared(
         for block in model.transformer.h:
             block.compile(dynamic=False)
     if what == "training step":
+        model.config.use_cache = False  # as in a Trainer
         step = TrainingStep(model, tokens, DENSITY, plain, nonzeros=False)
         if dtype == "bfloat16":
             step.around = functools.partial(torch.autocast, args.device, torch.bfloat16)

@@ -14,7 +14,9 @@ from transformers import AutoTokenizer, TrainerCallback, default_data_collator, 
 
 from hf_circuit_sparsity.commands.console import quiet_libraries
 from hf_circuit_sparsity.files import replacing, write_json
+from hf_circuit_sparsity.modeling.functional import abs_topk, abs_topk_reference
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from hf_circuit_sparsity.optim.projection import project_topk_, project_topk_reference_
 from hf_circuit_sparsity.trainer.bigram_init import initialize_bigram_table_
 from hf_circuit_sparsity.trainer.sparse_config import SparseTrainingArguments
 from hf_circuit_sparsity.trainer.sparse_trainer import SparseTrainer
@@ -87,7 +89,6 @@ class Run:
             seconds: after which it stops, done or not.
             logs: how many; each counts all nonzeros, which takes longer than a step.
         """
-        on_cpu = self.args.device == "cpu"
         model = self.model()
         if self.args.compile:
             for block in model.transformer.h:
@@ -99,9 +100,9 @@ class Run:
             per_device_eval_batch_size=self.size.batch_size,
             learning_rate=rate,
             target_density=DENSITY,
-            bf16=not on_cpu,
-            use_cpu=on_cpu,
-            compute_on_nonzeros=on_cpu,
+            bf16=True,
+            use_cpu=self.args.device == "cpu",
+            compute_on_nonzeros=False,
             dataloader_drop_last=True,
             logging_strategy="steps" if logs else "no",
             logging_steps=max(1, steps // max(1, logs)),
@@ -141,8 +142,25 @@ def main() -> None:
     train(parser.parse_args())
 
 
+@torch.no_grad()
+def check_device(device: str) -> None:
+    """Hold what computes fast on a device against the plain paths, before time is spent on it."""
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(512, 1024, device=device).to(dtype)
+        fast, plain = (f(x, 256).abs().sort(-1).values for f in (abs_topk, abs_topk_reference))
+        assert torch.equal(fast, plain), f"AbsTopK is wrong on {device} in {dtype}"
+    for shape, minimum in (((3072, 1024), 4), ((1024, 4096), 4), ((2048, 1024), 0), ((4096,), 0)):
+        fast = torch.randn(shape, device=device)
+        plain = fast.clone()
+        project_topk_(fast, fast.numel() // 64, minimum)
+        project_topk_reference_(plain, plain.numel() // 64, minimum)
+        assert torch.equal(fast, plain), f"the projection of {shape} is wrong on {device}"
+
+
 def train(args: Any) -> None:
     """Time a step, try the learning rates if there are several, train, save, report."""
+    check_device(args.device)
     run, size = Run(args), SIZES[args.size]
     try:
         per_step, per_log = run.time_step()
