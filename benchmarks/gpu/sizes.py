@@ -27,6 +27,7 @@ class Size:
     circuit_tasks: int = 3
     mask_steps: int = 200
     speed_widths: tuple[int, ...] = (1024, 2048)
+    speed_batch: int = 16
     speed_seconds: float = 40
 
     def config(self, vocab_size: int, eos_token_id: int | None = None) -> CircuitGPTConfig:
@@ -67,7 +68,8 @@ SIZES = {
         circuit_tasks=1,
         mask_steps=3,
         speed_widths=(64,),
-        speed_seconds=5,
+        speed_batch=2,
+        speed_seconds=10,
     ),
 }
 

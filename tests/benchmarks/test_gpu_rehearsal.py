@@ -80,8 +80,10 @@ def test_one_command_does_everything(data, tmp_path):
     (tmp_path / "all.tar.gz").write_bytes(packed)
     with tarfile.open(tmp_path / "all.tar.gz") as archive:
         archive.extractall(tmp_path / "all", filter="data")
-    rows = json.loads((tmp_path / "all/speed.json").read_text())
-    assert not [row for row in rows if row["problem"] not in ("", "no time left")]
+    problems = {row["problem"] for row in json.loads((tmp_path / "all/speed.json").read_text())}
+    # On a busy machine not all of it is done in time; nothing else may go wrong.
+    late = ("no time left", "not done in", "did not complete within")
+    assert not [p for p in problems if p and not any(reason in p for reason in late)]
     model = CircuitGPTForCausalLM.from_pretrained(tmp_path / "all/model", dtype=torch.float32)
     weight = model.transformer.h[0].mlp.c_fc.weight
     # The row minimum holds more than one in 64 of so narrow a matrix.
