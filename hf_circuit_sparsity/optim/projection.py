@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .keep_largest import INTEGER_VIEW, infinity_bits, keep_largest_reference
 from .projection_cpu import not_finite, project_cpu_
+from .settings import check
 
 
 def nonzero_budget(numel: int, density: float) -> int:
@@ -119,20 +120,12 @@ def _check_arguments(weight: Tensor, k: int, min_nonzeros: int, row_dim: int) ->
         raise TypeError(
             f"weight is {kind}, expected a float16, bfloat16, float32 or float64 tensor."
         )
-    if not 0 <= k <= weight.numel():
-        raise ValueError(
-            f"k={k} is outside [0, {weight.numel()}] for a weight of shape {tuple(weight.shape)}: "
-            "pass the number of entries to keep."
-        )
-    if min_nonzeros < 0:
-        raise ValueError(f"min_nonzeros={min_nonzeros} is negative: pass 0 for no row minimum.")
-    if min_nonzeros and weight.ndim < 2:
-        raise ValueError(
-            f"min_nonzeros={min_nonzeros} needs a weight with rows, got shape "
-            f"{tuple(weight.shape)}: pass min_nonzeros=0 for vectors."
-        )
-    if min_nonzeros and not (row_dim == 0 or (row_dim == 1 and weight.ndim == 2)):
-        raise ValueError(
-            f"row_dim={row_dim} does not fit a weight of shape {tuple(weight.shape)}: pass 0 "
-            "(nn.Linear), or 1 for a two-dimensional weight stored as inputs × outputs (Conv1D)."
-        )
+    shape = tuple(weight.shape)
+    check("k", k, 0 <= k <= weight.numel(), f"0 to {weight.numel()} entries of a weight {shape}")
+    check("min_nonzeros", min_nonzeros, min_nonzeros >= 0, "a number >= 0")
+    if min_nonzeros:
+        holds, expected = weight.ndim > 1, f"0, as a weight of shape {shape} has no rows"
+        check("min_nonzeros", min_nonzeros, holds, expected)
+        holds = row_dim == 0 or (row_dim == 1 and weight.ndim == 2)
+        expected = f"0, or 1 for a matrix stored as inputs × outputs (Conv1D), not {shape}"
+        check("row_dim", row_dim, holds, expected)

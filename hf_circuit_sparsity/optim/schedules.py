@@ -2,6 +2,8 @@
 
 import math
 
+from .settings import check, check_density, is_fraction, is_share, is_whole
+
 
 def linear_density(
     step: int, target_density: float, anneal_start: float, anneal_end: float, total_steps: int
@@ -35,25 +37,16 @@ def check_linear_density(
     Raises:
         ValueError: if a value is outside its range.
     """
-    # `not (a < x)` rather than `x <= a`, so that NaN is refused as well.
-    if not 0.0 < target_density <= 1.0:
-        raise ValueError(
-            f"target_density={target_density} is outside (0, 1]: pass the fraction of weights to "
-            "keep, for example 1/64."
+    check("target_density", target_density, is_share(target_density), "a share in (0, 1]")
+    order = is_fraction(anneal_start) and is_fraction(anneal_end) and anneal_start <= anneal_end
+    expected = f"fractions of the steps, no later than anneal_end={anneal_end!r}, in [0, 1]"
+    check("anneal_start", anneal_start, order, expected)
+    if total_steps is not None or (target_density != 1.0 and anneal_end != 0.0):
+        expected = (
+            f"the optimizer steps of the run, as the density is to fall to {target_density} (or "
+            "pass anneal_start=0 and anneal_end=0 to be sparse from the first step)"
         )
-    if not 0.0 <= anneal_start <= anneal_end <= 1.0:
-        raise ValueError(
-            f"anneal_start={anneal_start} and anneal_end={anneal_end} must satisfy "
-            "0 <= anneal_start <= anneal_end <= 1: pass them as fractions of the training."
-        )
-    if total_steps is None and (target_density == 1.0 or anneal_end == 0.0):
-        return
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-        raise ValueError(
-            f"total_steps={total_steps!r} is not a whole number >= 1, but the density is to fall "
-            f"to {target_density} by {anneal_end} of it: pass the number of optimizer steps of the "
-            "run, or anneal_start=0 and anneal_end=0 to be sparse from the first step."
-        )
+        check("total_steps", total_steps, is_whole(total_steps, 1), expected)
 
 
 def geometric_density(
@@ -77,6 +70,5 @@ def sharkfin(density: float) -> float:
     Raises:
         ValueError: if `density` is outside (0, 1].
     """
-    if not 0.0 < density <= 1.0:
-        raise ValueError(f"density={density} is outside (0, 1]: pass the kept fraction.")
+    check_density(density)
     return 1.0 / math.sqrt(density)

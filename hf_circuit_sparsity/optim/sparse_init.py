@@ -10,8 +10,10 @@ from ..modeling.configuration_circuitgpt import CircuitGPTConfig
 from ..modeling.csr import CSR
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..modeling.sparse_layers import run_on_nonzeros
+from .keep_largest import positions_of
 from .param_groups import sparse_param_groups
 from .projection import nonzero_budget, project_topk_
+from .settings import check, check_density
 
 Support = Literal["random", "magnitude"]
 SUPPORTS: tuple[str, ...] = get_args(Support)
@@ -52,9 +54,8 @@ def sparsify_initialization_(
     Raises:
         ValueError: if a setting is out of range, or nothing would be sparse.
     """
-    _check_density(density)
-    if support not in SUPPORTS:
-        raise ValueError(f"support={support!r} is unknown: expected one of {', '.join(SUPPORTS)}.")
+    check_density(density)
+    check("support", support, support in SUPPORTS, f"one of {', '.join(SUPPORTS)}")
     generator = torch.Generator().manual_seed(seed)
     thinned = {}
     for group in sparse_param_groups(model, min_nonzeros=min_nonzeros, **group_settings):
@@ -71,7 +72,11 @@ def sparsify_initialization_(
             if support == "magnitude":
                 project_topk_(p, budget, minimum, row_dim)
             else:
-                _keep_random_(p.transpose(0, row_dim), budget, generator)
+                pattern = _random_pattern(rows, per_row, budget, generator)
+                dropped = torch.ones(p.numel(), dtype=torch.bool)
+                dropped[pattern.positions] = False
+                by_row = p.transpose(0, row_dim)
+                by_row.masked_fill_(dropped.view(by_row.shape).to(p.device), 0.0)
             after = torch.linalg.vector_norm(p).item()
             if rescale and after > 0.0 and math.isfinite(before):
                 p.mul_(before / after)
@@ -103,7 +108,7 @@ def sparse_from_config(
     Raises:
         ValueError: if a setting is out of range, or the config ties embedding and unembedding.
     """
-    _check_density(density)
+    check_density(density)
     if config.tied_unembed:
         raise ValueError(
             "the config has tied_unembed=True, but a sparse embedding and its unembedding are "
@@ -114,83 +119,35 @@ def sparse_from_config(
         model = CircuitGPTForCausalLM(config)
     groups = sparse_param_groups(model, min_nonzeros=min_nonzeros, **group_settings)
     minima = {name: g["min_nonzeros"] for g in groups if g["sparse"] for name, _ in g["params"]}
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) in (nn.Linear, nn.Embedding) and f"{name}.weight" in minima
-    }
-    thin = {id(module.weight) for module in layers.values()}
+    nonzeros = {}
+    for name, module in model.named_modules():
+        if type(module) not in (nn.Linear, nn.Embedding) or f"{name}.weight" not in minima:
+            continue
+        rows, width = module.weight.shape
+        budget = max(
+            nonzero_budget(rows * width, density), rows * min(minima[f"{name}.weight"], width)
+        )
+        pattern = _random_pattern(rows, width, budget, generator)
+        # The sum of squares of the dense matrix that the config asks for.
+        std = config.initializer_range * math.sqrt(rows * width / budget)
+        nonzeros[name] = pattern.with_values(std * torch.randn(budget, generator=generator))
+    run_on_nonzeros(model, nonzeros)
+    model._apply(lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of what stays dense
         for module in model.modules():
-            for attribute, p in list(module._parameters.items()):
-                if p is not None and id(p) not in thin:
-                    module._parameters[attribute] = nn.Parameter(
-                        torch.empty(p.shape), requires_grad=p.requires_grad
-                    )
-            for attribute, buffer in list(module._buffers.items()):
-                module._buffers[attribute] = torch.zeros(buffer.shape, dtype=buffer.dtype)
-            for p in (p for p in module._parameters.values() if p is not None and not p.is_meta):
-                p.zero_() if p.ndim > 1 else p.fill_(float(not isinstance(module, nn.Linear)))
-            model._init_weights(module)  # does nothing to what is still on the meta device
-    nonzeros = {}
-    for name, module in layers.items():
-        shape = tuple(module.weight.shape)
-        minimum = min(minima[f"{name}.weight"], shape[1])
-        budget = max(nonzero_budget(shape[0] * shape[1], density), shape[0] * minimum)
-        csr = _random_nonzeros(shape, budget, config.initializer_range, generator)
-        nonzeros[name] = csr
-    run_on_nonzeros(model, nonzeros)
+            model._init_weights(module)
     return model
 
 
-def _random_nonzeros(
-    shape: tuple[int, int], budget: int, std: float, generator: torch.Generator
-) -> CSR:
-    """A matrix with `budget` random entries.
-
-    Their sum of squares is about that of a dense matrix with standard deviation `std`.
-    """
-    rows, width = shape
-    counts = _even_counts(rows, budget, generator)
-    row_starts = torch.zeros(rows + 1, dtype=torch.int32)
-    row_starts[1:] = counts.cumsum(0)
-    columns = []
-    step = max(1, _PIECE // width)
-    for start in range(0, rows, step):
-        wanted = counts[start : start + step]
-        order = torch.rand(len(wanted), width, generator=generator).argsort(dim=1)
-        # The first places of each row's order, as many as it has entries.
-        order = order[:, : int(wanted.max())]
-        order[torch.arange(order.shape[1]) >= wanted[:, None]] = width
-        order = order.sort(dim=1).values
-        columns.append(order[order < width].to(torch.int32))
-    values = torch.randn(budget, generator=generator) * (std * math.sqrt(rows * width / budget))
-    return CSR(row_starts, torch.cat(columns), values, width)
-
-
-def _even_counts(rows: int, budget: int, generator: torch.Generator) -> torch.Tensor:
-    counts = torch.full((rows,), budget // rows)
+def _random_pattern(rows: int, width: int, budget: int, generator: torch.Generator) -> CSR:
+    """`budget` random places, as many in every row as in every other, give or take one."""
+    counts = torch.full((rows, 1), budget // rows)
     counts[torch.randperm(rows, generator=generator)[: budget % rows]] += 1
-    return counts
-
-
-def _check_density(density: float) -> None:
-    if not 0.0 < density <= 1.0:
-        raise ValueError(
-            f"density={density} is outside (0, 1]: pass the share of weights to keep, for example "
-            "1/64."
-        )
-
-
-def _keep_random_(matrix: torch.Tensor, budget: int, generator: torch.Generator) -> None:
-    """Keep `budget` entries of a matrix, spread evenly over its rows."""
-    rows, width = len(matrix), matrix[0].numel()
-    counts = _even_counts(rows, budget, generator)
-    step = max(1, _PIECE // width)
+    positions, step = [], max(1, _PIECE // width)
     for start in range(0, rows, step):
-        piece = matrix[start : start + step]
+        piece = counts[start : start + step]
+        # An entry's place in a random order of its row, against the number the row has.
         order = torch.rand(len(piece), width, generator=generator).argsort(dim=1)
-        # An entry's place in a random order of its row, against the number the row keeps.
-        dropped = order >= counts[start : start + step, None]
-        piece.masked_fill_(dropped.view(piece.shape).to(piece.device), 0.0)
+        positions.append(start * width + positions_of((order < piece).flatten()))
+    return CSR.from_positions(torch.cat(positions), (rows, width))

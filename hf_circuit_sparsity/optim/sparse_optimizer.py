@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from .schedules import sharkfin
+from .settings import check, is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +50,9 @@ class SparseOptimizer(torch.optim.Optimizer):
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], normalize_gradients: Normalization
     ) -> None:
-        if normalize_gradients not in NORMALIZATIONS:
-            raise ValueError(
-                f"normalize_gradients={normalize_gradients!r} is unknown: expected one of "
-                f"{', '.join(NORMALIZATIONS)}."
-            )
+        expected = f"one of {', '.join(NORMALIZATIONS)}"
+        known = normalize_gradients in NORMALIZATIONS
+        check("normalize_gradients", normalize_gradients, known, expected)
         # torch adds the last one itself to what it loads.
         own = {"normalize_gradients": normalize_gradients, "differentiable": False}
         super().__init__(params, {**defaults, **own})
@@ -124,15 +123,12 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError if a setting of the group is out of range."""
         for name in ("lr", "eps", "weight_decay"):
-            if not 0.0 <= float(group[name]) < math.inf:
-                raise ValueError(f"{name}={group[name]!r} is not a finite number >= 0.")
-        if not all(0.0 <= beta < 1.0 for beta in group["betas"]):
-            raise ValueError(f"betas={group['betas']!r} are not both in [0, 1).")
+            check(name, group[name], 0.0 <= float(group[name]) < math.inf, "a finite number >= 0")
+        holds = all(0.0 <= beta < 1.0 for beta in group["betas"])
+        check("betas", group["betas"], holds, "two numbers in [0, 1)")
         minimum, row_dim = group["min_nonzeros"], group["row_dim"]
-        if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 0:
-            raise ValueError(f"min_nonzeros={minimum!r} is not a whole number >= 0.")
-        if row_dim not in (0, 1):
-            raise ValueError(f"row_dim={row_dim!r} is neither 0 (nn.Linear) nor 1 (Conv1D).")
+        check("min_nonzeros", minimum, is_whole(minimum, 0), "a whole number >= 0")
+        check("row_dim", row_dim, row_dim in (0, 1), "0 (nn.Linear) or 1 (Conv1D)")
 
     def _scheduled_density(self, group: dict[str, Any]) -> float | None:
         """Share of nonzeros that the current step leaves in a group; None for no such limit."""

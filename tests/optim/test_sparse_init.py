@@ -72,7 +72,7 @@ def test_seeds(make_gpt2):
 
 
 def test_bad_input(make_gpt2):
-    with pytest.raises(ValueError, match=r"density=0 is outside \(0, 1\]"):
+    with pytest.raises(ValueError, match="density"):
         sparsify_initialization_(make_gpt2(), 0)
     with pytest.raises(ValueError, match="support='wheel'"):
         sparsify_initialization_(make_gpt2(), 0.1, support="wheel")

@@ -7,10 +7,12 @@ one costs what the block and the nonzeros cost, never what the matrix costs.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from ...modeling.csr import CSR
 
 Selection = Literal["uniform", "magnitude", "gradient", "cyclic"]
 BlockKind = Literal["rows", "columns", "entries"]
@@ -47,14 +49,7 @@ class Block:
         The order is that of the block cut out of the matrix and flattened; all that is said of a
         block's coordinates one by one follows it.
         """
-        rows, width = self.shape
-        if self.dim is None:
-            return self.ids
-        if self.dim == 0:
-            columns = torch.arange(width, device=self.ids.device)
-            return (self.ids[:, None] * width + columns).flatten()
-        starts = torch.arange(rows, device=self.ids.device) * width
-        return (starts[:, None] + self.ids).flatten()
+        return self.index_at(torch.arange(self.numel, device=self.ids.device))
 
     def index_at(self, at: Tensor) -> Tensor:
         """Flat positions of the coordinates at some positions within the block; see [`index`]."""
@@ -117,18 +112,14 @@ def block_size(size: int, fraction: float) -> int:
 
 
 def draw_block(
-    shape: tuple[int, int],
+    nonzeros: CSR,
     dim: int | None,
     fraction: float,
-    selection: Selection,
+    settings: dict[str, Any],
     number: int,
     generator: torch.Generator,
-    active: Tensor,
-    values: Tensor,
-    power: float = 1.0,
-    floor: float = 0.1,
 ) -> Block:
-    """Draw a block of a matrix.
+    """Draw a block of a matrix, as `settings["selection"]` says; see [`RCDConfig`].
 
     * `"uniform"`: every row, column or entry is as likely as every other.
     * `"magnitude"` (MB-RCD): with a probability of `(1 - floor) * s / sum(s) + floor / size`,
@@ -138,24 +129,24 @@ def draw_block(
       gradients are known.
 
     Args:
-        shape: of the matrix as stored.
+        nonzeros: of the matrix as stored.
         dim: see [`Block`].
         fraction: share of the matrix, in [0, 1]; 0 for an empty block.
         number: how many blocks have been drawn before; places the cyclic ones.
         generator: on the CPU.
-        active, values: flat positions, ascending, and values of the nonzeros.
     """
+    shape, device = nonzeros.shape, nonzeros.positions.device
     size = shape[0] * shape[1] if dim is None else shape[dim]
     count = block_size(size, fraction)
     if count == 0:
-        return Block(shape, dim, active.new_empty(0))
-    if selection == "cyclic":
+        return Block(shape, dim, torch.empty(0, dtype=torch.int64, device=device))
+    if settings["selection"] == "cyclic":
         ids = (number * count + torch.arange(count)) % size
-    elif selection == "magnitude" and len(active):
-        ids = _by_magnitude(shape, dim, size, count, generator, active, values, power, floor)
+    elif settings["selection"] == "magnitude" and len(nonzeros):
+        ids = _by_magnitude(nonzeros, dim, size, count, settings, generator)
     else:
         ids = _uniform(size, count, generator)
-    return Block(shape, dim, ids.sort().values.to(active.device))
+    return Block(shape, dim, ids.sort().values.to(device))
 
 
 def _uniform(size: int, count: int, generator: torch.Generator) -> Tensor:
@@ -170,23 +161,21 @@ def _uniform(size: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _by_magnitude(
-    shape: tuple[int, int],
+    nonzeros: CSR,
     dim: int | None,
     size: int,
     count: int,
+    settings: dict[str, Any],
     generator: torch.Generator,
-    active: Tensor,
-    values: Tensor,
-    power: float,
-    floor: float,
 ) -> Tensor:
-    weight = values.double().abs().pow(power).cpu()
+    floor, width = settings["magnitude_floor"], nonzeros.shape[1]
+    weight = nonzeros.values.double().abs().pow(settings["magnitude_power"]).cpu()
     total = float(weight.sum())
     if total == 0.0 or not math.isfinite(total):
         return _uniform(size, count, generator)
-    active = active.cpu()
+    active = nonzeros.positions.cpu()
     if dim is not None or (count * 4 > size and size <= _MULTINOMIAL_LIMIT):
-        owner = active if dim is None else active // shape[1] if dim == 0 else active % shape[1]
+        owner = active if dim is None else active // width if dim == 0 else active % width
         score = torch.zeros(size, dtype=torch.float64).index_add_(0, owner, weight)
         probability = (1.0 - floor) * score / total + floor / size
         return torch.multinomial(probability, count, generator=generator)

@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from ..settings import check, is_fraction, is_number, is_share, is_whole
 from ..sparse_init import SUPPORTS, Support
 from .blocks import BLOCK_KINDS, SELECTIONS, BlockKind, Selection
 
@@ -70,21 +71,21 @@ class RCDConfig:
             ("init", SUPPORTS),
         ):
             value = getattr(self, name)
-            _check(name, value, value in known, f"one of {', '.join(known)}")
+            check(name, value, value in known, f"one of {', '.join(known)}")
         for name in ("block_fraction", "greedy_fraction", "magnitude_floor"):
             value = getattr(self, name)
-            _check(name, value, _is_share(value), "a share in (0, 1]")
+            check(name, value, is_share(value), "a share in (0, 1]")
         for name in ("clip_threshold", "l1", "magnitude_power"):
             value = getattr(self, name)
-            holds = _is_number(value) and 0 <= value < math.inf
-            _check(name, value, holds, "a finite number >= 0")
+            holds = is_number(value) and 0 <= value < math.inf
+            check(name, value, holds, "a finite number >= 0")
         for name, least in (("block_steps", 1), ("staleness", 0)):
             value = getattr(self, name)
-            _check(name, value, _is_whole(value, least), f"a whole number >= {least}")
-        _check("move_active", self.move_active, isinstance(self.move_active, bool), "True or False")
+            check(name, value, is_whole(value, least), f"a whole number >= {least}")
+        check("move_active", self.move_active, isinstance(self.move_active, bool), "True or False")
         start, end = self.start_density, self.explore_end
-        _check("start_density", start, start is None or _is_share(start), "None or in (0, 1]")
-        _check("explore_end", end, _is_fraction(end), "a fraction of the steps in [0, 1]")
+        check("start_density", start, start is None or is_share(start), "None or in (0, 1]")
+        check("explore_end", end, is_fraction(end), "a fraction of the steps in [0, 1]")
 
     def check_run(
         self, target_density: float | None, anneal_end: float, total_steps: int | None
@@ -95,20 +96,18 @@ class RCDConfig:
             ValueError: if a value is out of range, or does not go with the others.
         """
         target, start = target_density, self.start_density
-        holds = target is None or _is_share(target)
-        _check(
-            "target_density", target, holds, "a share of weights in (0, 1], or None for no limit"
-        )
+        holds = target is None or is_share(target)
+        check("target_density", target, holds, "a share of weights in (0, 1], or None for no limit")
         if start is not None and (target_density is None or start < target_density):
             raise ValueError(
                 f"start_density={start!r} does not go with target_density={target_density!r}: the "
                 "density can only fall; pass a target at or below the start."
             )
-        holds = _is_fraction(anneal_end)
-        _check("anneal_end", anneal_end, holds, "a fraction of the steps in [0, 1]")
+        holds = is_fraction(anneal_end)
+        check("anneal_end", anneal_end, holds, "a fraction of the steps in [0, 1]")
         if start is not None or self.explore_end < 1:
             expected = "the steps of the run, which start_density and explore_end need"
-            _check("total_steps", total_steps, _is_whole(total_steps, 1), expected)
+            check("total_steps", total_steps, is_whole(total_steps, 1), expected)
 
     def group_settings(self) -> dict[str, Any]:
         """The settings that a parameter group may change."""
@@ -118,24 +117,3 @@ class RCDConfig:
     def of_group(cls, group: dict[str, Any]) -> "RCDConfig":
         """The settings of a parameter group."""
         return cls(**{name: group[name] for name in cls().group_settings()})
-
-
-def _check(name: str, value: Any, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}={value!r} was passed: expected {expected}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 < value <= 1
-
-
-def _is_fraction(value: Any) -> bool:
-    return _is_number(value) and 0 <= value <= 1
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -6,6 +6,8 @@ stay equal bit for bit.
 """
 
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +16,16 @@ from torch import Tensor, nn
 
 from ...modeling.sparse_layers import sparse_layers
 
-# Positions, values, and moments by name, of coordinates that may become active.
-Coordinates = tuple[Tensor, Tensor, dict[str, Tensor]]
+Gathering = Callable[[], list[Tensor]]
+
+
+@dataclass
+class Growth:
+    """Zeros of a block that may become active: positions, values, and moments of each."""
+
+    positions: Tensor
+    values: Tensor
+    moments: dict[str, Tensor]
 
 
 def part_of(n: int, rank: int, size: int) -> slice:
@@ -42,25 +52,34 @@ class RCDProcessGroup:
         self.average_dense = average_dense
         self.bytes_sent = 0
 
-    def gather(self, own: Tensor, sizes: list[int]) -> "Gathering":
-        """Begin to collect what every rank has, `(sizes[rank],)` each, in the order of ranks."""
+    def gather(self, own: Tensor, sizes: list[int]) -> Gathering:
+        """Begin to collect what every rank has, `(sizes[rank],)` each.
+
+        Returns:
+            What waits for it and returns it, in the order of ranks.
+        """
         padded = own.new_zeros(max(1, *sizes))
         padded[: len(own)] = own
         received = [torch.empty_like(padded) for _ in sizes]
         work = dist.all_gather(received, padded, group=self.group, async_op=True)
         self.bytes_sent += own.numel() * own.element_size()
-        return Gathering(work, received, sizes)
+
+        def wait() -> list[Tensor]:
+            work.wait()
+            return [x[:n] for x, n in zip(received, sizes, strict=True)]
+
+        return wait
 
     def average(self, gradients: list[Tensor]) -> None:
         """Average gradients over the ranks, in place."""
         if not gradients:
             return
         flat = torch.cat([g.flatten() for g in gradients])
-        total = torch.stack(self.gather(flat, [len(flat)] * self.size).wait()).sum(0) / self.size
+        total = torch.stack(self.gather(flat, [len(flat)] * self.size)()).sum(0) / self.size
         for g, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
             g.copy_(part.view(g.shape))
 
-    def share(self, own: list[Coordinates]) -> list[Coordinates]:
+    def share(self, own: list[Growth]) -> list[Growth]:
         """Put together what every rank found in its part of the blocks, positions ascending.
 
         Args:
@@ -68,42 +87,27 @@ class RCDProcessGroup:
         """
         if not own:
             return []
-        lengths = torch.tensor([len(p) for p, _, _ in own], device=own[0][0].device)
-        all_lengths = self.gather(lengths, [len(own)] * self.size).wait()
+        lengths = torch.tensor([len(g.positions) for g in own], device=own[0].values.device)
+        all_lengths = self.gather(lengths, [len(own)] * self.size)()
         sizes = [int(n.sum()) for n in all_lengths]
-        names = list(own[0][2])
-        columns = [torch.cat([values for _, values, _ in own])]
-        columns += [torch.cat([m[name].to(columns[0].dtype) for _, _, m in own]) for name in names]
-        positions = torch.cat([positions for positions, _, _ in own])
-        gathered = [self.gather(column, sizes) for column in (positions, *columns)]
+        names, dtype = list(own[0].moments), own[0].values.dtype
+        columns = [torch.cat([g.positions for g in own]), torch.cat([g.values for g in own])]
+        columns += [torch.cat([g.moments[name].to(dtype) for g in own]) for name in names]
+        gathered = [self.gather(column, sizes) for column in columns]
         pieces = [
-            [x.split(n.tolist()) for x, n in zip(column.wait(), all_lengths, strict=True)]
+            [x.split(n.tolist()) for x, n in zip(column(), all_lengths, strict=True)]
             for column in gathered
         ]
         shared = []
-        for i, (_, _, dtypes) in enumerate(own):
+        for i, growth in enumerate(own):
             positions, values, *moments = (torch.cat([rank[i] for rank in kind]) for kind in pieces)
             order = positions.argsort()
             by_name = {
-                name: moment[order].to(dtypes[name].dtype)
+                name: moment[order].to(growth.moments[name].dtype)
                 for name, moment in zip(names, moments, strict=True)
             }
-            shared.append((positions[order], values[order], by_name))
+            shared.append(Growth(positions[order], values[order], by_name))
         return shared
-
-
-class Gathering:
-    """A collection in flight."""
-
-    def __init__(self, work: Any, received: list[Tensor], sizes: list[int]) -> None:
-        self._work, self._received, self._sizes = work, received, sizes
-
-    def wait(self) -> list[Tensor]:
-        """What each rank had."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        return [x[:n] for x, n in zip(self._received, self._sizes, strict=True)]
 
 
 class GradientExchange:
@@ -146,8 +150,8 @@ class GradientExchange:
         if len(self._in_flight) <= self.staleness:
             return {}
         arrived, positions = self._in_flight.popleft()
-        if isinstance(arrived, Gathering):
-            arrived = self._by_parameter(arrived.wait(), list(positions.values()))
+        if callable(arrived):
+            arrived = self._by_parameter(arrived(), list(positions.values()))
         return dict(zip(positions, zip(positions.values(), arrived, strict=True), strict=True))
 
     def _by_parameter(self, per_rank: list[Tensor], positions: list[Tensor]) -> list[Tensor]:

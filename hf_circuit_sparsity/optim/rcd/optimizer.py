@@ -15,7 +15,6 @@ from .config import RCDConfig
 from .distributed import GradientExchange, RCDProcessGroup
 from .state import NonzeroState, SparseState
 from .updates import (
-    Growth,
     find_growth,
     gradient_rms,
     grow_and_drop,
@@ -350,8 +349,7 @@ class RCDSparseOptimizer(SparseOptimizer):
                 due.append((group, state))
         growths = [find_growth(state, group) for group, state in due]
         if self.process_group is not None:
-            own = [(g.positions, g.values, g.moments) for g in growths]
-            growths = [Growth(*coordinates) for coordinates in self.process_group.share(own)]
+            growths = self.process_group.share(growths)
         for (group, state), growth in zip(due, growths, strict=True):
             grow_and_drop(state, group, growth)
             self._draw(state, group)

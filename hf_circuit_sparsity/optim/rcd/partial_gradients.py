@@ -16,6 +16,7 @@ from ...kernels.cpu import CpuKernels, compiled_kernels
 from ...modeling.csr import CSR
 from ...modeling.sparse_layers import SparseEmbedding, SparseLinear, SparseWeight
 from ..param_groups import trained_weight
+from ..settings import check, is_fraction
 from ..sparse_compute import MAX_DENSITY, LinearForward, ReplacedForwards, weight_gradient
 from .blocks import Block
 from .optimizer import RCDSparseOptimizer
@@ -80,8 +81,7 @@ class PartialGradients(ReplacedForwards):
                 f"the optimizer is a {type(inner).__name__}, expected RCDSparseOptimizer: others "
                 "need the full gradient."
             )
-        if not 0.0 <= threshold <= 1.0:
-            raise ValueError(f"threshold={threshold} is outside [0, 1]: pass a share of nonzeros.")
+        check("threshold", threshold, is_fraction(threshold), "a share of nonzeros in [0, 1]")
         sparse = {id(p): p for _, p in inner.sparse_parameters()}
         layers = [m for m in model.modules() if _supported(m) and id(trained_weight(m)) in sparse]
         if not layers:

@@ -153,18 +153,9 @@ class SparseState:
 
     def draw(self, group: dict[str, Any], fraction: float, generator: torch.Generator) -> None:
         """Draw the next block, `fraction` of the parameter."""
-        block = draw_block(
-            self.shape,
-            self._block_dim(group),
-            fraction,
-            group["selection"],
-            self.draws,
-            generator,
-            self.active,
-            self.values(),
-            group["magnitude_power"],
-            group["magnitude_floor"],
-        )
+        nonzeros = CSR.from_positions(self.active, self.shape, self.values())
+        dim = self._block_dim(group)
+        block = draw_block(nonzeros, dim, fraction, group, self.draws, generator)
         self._set_block(block)
         self.draws += 1
         self.stayed = self.seen = 0

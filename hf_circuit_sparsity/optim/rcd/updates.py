@@ -4,7 +4,6 @@ Every function costs what the active coordinates and the block of a parameter co
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,17 +12,8 @@ from torch import Tensor
 from ..keep_largest import keep_largest, positions_of
 from ..projection import nonzero_budget
 from ..sparse_optimizer import learning_rate
-from .distributed import RCDProcessGroup
+from .distributed import Growth, RCDProcessGroup
 from .state import MOMENTS, SparseState
-
-
-@dataclass
-class Growth:
-    """Zeros of a block that may become active: positions, values, and moments of each."""
-
-    positions: Tensor
-    values: Tensor
-    moments: dict[str, Tensor]
 
 
 def gradient_rms(
@@ -52,7 +42,7 @@ def gradient_rms(
             sums.append((_square(active), len(active), in_block - _square(block[inside]), zeros))
     if process_group is not None and sums:
         flat = torch.tensor(sums, dtype=torch.float64).flatten()
-        gathered = process_group.gather(flat, [len(flat)] * process_group.size).wait()
+        gathered = process_group.gather(flat, [len(flat)] * process_group.size)()
         sums = torch.stack(gathered).sum(0).view(-1, 4).tolist()
     total, entries = 0.0, 0
     for state, (square, active, zeros_square, zeros) in zip(states, sums, strict=True):

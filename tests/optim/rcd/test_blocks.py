@@ -8,12 +8,11 @@ from hf_circuit_sparsity.optim.rcd.partial_gradients import gradient_at
 SHAPE = (12, 9)
 
 
-def draw(dim, fraction, selection="uniform", number=0, seed=0, matrix=None, **settings):
+def draw(dim, fraction, selection="uniform", number=0, seed=0, matrix=None, power=1.0, floor=0.1):
     matrix = torch.zeros(SHAPE) if matrix is None else matrix
-    live = matrix.flatten().nonzero().flatten()
     generator = torch.Generator().manual_seed(seed)
-    values = matrix.flatten()[live]
-    return draw_block(SHAPE, dim, fraction, selection, number, generator, live, values, **settings)
+    settings = {"selection": selection, "magnitude_power": power, "magnitude_floor": floor}
+    return draw_block(CSR.from_dense(matrix), dim, fraction, settings, number, generator)
 
 
 @pytest.mark.parametrize("dim", [0, 1, None])
@@ -71,22 +70,22 @@ def test_magnitude_fills_its_block_where_nonzeros_are_few():
     for dim in (0, 1, None):
         block = draw(dim, 0.2, "magnitude", matrix=matrix)
         assert len(block.ids.unique()) == block_size({0: 12, 1: 9, None: 108}[dim], 0.2)
-    assert len(draw(None, 0.2, "magnitude").ids) == 22  # nothing is live
+    assert len(draw(None, 0.2, "magnitude").ids) == 22  # nothing is active
 
 
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.6])
 def test_sampled_product_is_the_dense_one_at_the_coordinates(density):
     g = torch.Generator().manual_seed(0)
-    live = (torch.rand(40 * 30, generator=g) < density).nonzero().flatten()
+    active = (torch.rand(40 * 30, generator=g) < density).nonzero().flatten()
     left = torch.randn(17, 40, generator=g)
     right = torch.randn(17, 30, generator=g)
-    pattern = CSR.from_positions(live, (40, 30))
-    expected = (left.T @ right).flatten()[live]
+    pattern = CSR.from_positions(active, (40, 30))
+    expected = (left.T @ right).flatten()[active]
     torch.testing.assert_close(gradient_at(pattern, left, right), expected)
     half = gradient_at(pattern, left.bfloat16(), right.bfloat16())
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, expected, rtol=0.05, atol=0.1)
-    assert len(gradient_at(CSR.from_positions(live[:0], (40, 30)), left, right)) == 0
+    assert len(gradient_at(CSR.from_positions(active[:0], (40, 30)), left, right)) == 0
 
 
 @pytest.mark.parametrize("row_dim", [0, 1])

@@ -76,7 +76,7 @@ def test_a_start_without_matrices_is_as_a_thinned_out_one(tiny_config):
     # Not trained: logits are about as large as with dense weights.
     batch = torch.arange(32)[None]
     assert made(batch, labels=batch).loss.item() == pytest.approx(4.159, abs=0.05)
-    with pytest.raises(ValueError, match=r"density=0 is outside \(0, 1\]"):
+    with pytest.raises(ValueError, match="density"):
         sparse_from_config(tiny_config, 0)
 
 
