@@ -70,22 +70,14 @@ def sparsify(model: nn.Module, density: float = 0.1) -> nn.Module:
 
 @pytest.fixture
 def make_gpt2():
-    def make(dropout=0.0, seed=0):
+    def make(dropout=0.0, seed=0, **fields):
         torch.manual_seed(seed)
-        return GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=61,
-                n_positions=16,
-                n_embd=24,
-                n_layer=2,
-                n_head=2,
-                resid_pdrop=dropout,
-                embd_pdrop=dropout,
-                attn_pdrop=dropout,
-                bos_token_id=0,
-                eos_token_id=0,
-            )
-        )
+        shape = {"vocab_size": 61, "n_positions": 16, "n_embd": 24, "n_layer": 2, "n_head": 2}
+        settings = {
+            "bos_token_id": 0, "eos_token_id": 0, "resid_pdrop": dropout, "embd_pdrop": dropout,
+            "attn_pdrop": dropout,
+        }  # fmt: skip
+        return GPT2LMHeadModel(GPT2Config(**(shape | settings | fields)))
 
     return make
 

@@ -7,8 +7,13 @@ Raises:
     ImportError: PEFT is not installed, or too old.
 """
 
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+try:
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+except ImportError as error:
+    raise ImportError(
+        f"hf_circuit_sparsity.adapters needs PEFT 0.21 or newer ({error}); pip install -U peft."
+    ) from error
 
 from .bridge.config import BridgePeftConfig
 from .bridge.model import BridgeTuner

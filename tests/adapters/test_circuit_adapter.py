@@ -1,5 +1,8 @@
 """Training the weights of one circuit, and no others."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -151,3 +154,11 @@ def test_what_does_not_fit_is_refused(model, config):
     circuit = Circuit({}, planted_circuit(model).means, "on_off", model_fingerprint(model))
     with pytest.raises(ValueError, match="edge"):
         CircuitPeftConfig.from_circuit(circuit, model)
+
+
+def test_without_peft_the_error_says_what_to_install(monkeypatch):
+    for name in [n for n in sys.modules if n.startswith("hf_circuit_sparsity.adapters")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "peft", None)  # as where it is not installed
+    with pytest.raises(ImportError, match="pip install"):
+        importlib.import_module("hf_circuit_sparsity.adapters")
