@@ -126,10 +126,14 @@ class Calibration:
 
 
 def fit_calibration(pairs: torch.Tensor, tensors: TaskTensors, steps: int = 16) -> Calibration:
-    """Fit scale and shift to the task's cross-entropy by L-BFGS.
+    """Fit scale and shift of a whole model to the task's cross-entropy by L-BFGS.
 
     The shift is fitted only for tasks with one pair of candidates throughout; with many, it would
-    learn the answers by heart.
+    learn the answers by heart. The scale lies between 0.1 and 10, so that a model that prefers the
+    wrong answer stays wrong, and the shift between the two candidates between -10 and 10.
+
+    A circuit takes over the calibration of its model. Fitted anew to whatever part of a model is
+    tried, scale and shift would make an answer of what leaks through a normalization.
 
     Args:
         pairs: `(n, 2)` from [`all_pair_logits`].
@@ -142,22 +146,25 @@ def fit_calibration(pairs: torch.Tensor, tensors: TaskTensors, steps: int = 16) 
     if len(distinct) == 2:
         sign = torch.where(tokens[:, 0] == distinct[0], 1.0, -1.0)
     difference = pairs[:, 0] - pairs[:, 1]
-    parameters = torch.tensor([1.0, 0.0], requires_grad=True)  # scale, shift of the difference
+    parameters = torch.zeros(2, requires_grad=True)
     optimizer = torch.optim.LBFGS([parameters], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def scale_and_shift() -> tuple[torch.Tensor, torch.Tensor]:
+        bounded = parameters.tanh()
+        return 10 ** bounded[0], 10 * bounded[1]
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        calibrated = parameters[0] * difference + parameters[1] * sign
-        # The small pull to 1 and 0 keeps a perfectly separated task from an infinite scale.
-        loss = F.softplus(-calibrated).mean() + 1e-4 * (
-            (parameters[0] - 1) ** 2 + parameters[1] ** 2
-        )
+        scale, shift = scale_and_shift()
+        # The small pull to 1 and 0 keeps a perfectly separated task from the bounds.
+        pull = 1e-4 * ((scale - 1) ** 2 + shift**2)
+        loss = F.softplus(-(scale * difference + shift * sign)).mean() + pull
         loss.backward()
         return loss
 
     with torch.enable_grad():
         optimizer.step(closure)
-    scale, shift = parameters.detach().tolist()
+    scale, shift = (value.item() for value in scale_and_shift())
     if len(distinct) == 2:
         return Calibration(scale, {distinct[0]: shift / 2, distinct[1]: -shift / 2})
     return Calibration(scale)
@@ -174,10 +181,12 @@ class ModelScores(NamedTuple):
     """Fitted on the training prompts."""
 
 
-def model_scores(model: nn.Module, train: TaskTensors, test: TaskTensors) -> ModelScores:
-    """Measure a model in eval mode on both splits of a task."""
+def model_scores(
+    model: nn.Module, train: TaskTensors, test: TaskTensors, steps: int = 16
+) -> ModelScores:
+    """Measure a model in eval mode on both splits of a task, with `steps` to calibrate it."""
     pairs = all_pair_logits(model, train)
-    return ModelScores(pairs, all_pair_logits(model, test), fit_calibration(pairs, train))
+    return ModelScores(pairs, all_pair_logits(model, test), fit_calibration(pairs, train, steps))
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,9 @@ def prune_model(
 
 def circuit_rows(circuit: Circuit) -> list[tuple[str, str]]:
     """The summary table's rows about a circuit."""
-    m = circuit.metrics
+    m, calibration = circuit.metrics, circuit.calibration
+    shift = max(calibration.shift.values(), default=0.0)
+    calibrated = f"scale {calibration.scale:.2f}, shift ±{shift:.2f}; the circuit's as well"
     extra = []
     if circuit.tokens is not None:
         extra.append(("its tokens", f"{m['token_nodes']}, {m['token_edges']} edges from them"))
@@ -98,7 +100,7 @@ def circuit_rows(circuit: Circuit) -> list[tuple[str, str]]:
         *extra,
         ("its share", f"{m['node_share']:.2%} of the nodes, {m['edge_share']:.3%} of the edges"),
         ("loss, whole model", f"{m['model_loss']:.3f}, accuracy {m['model_accuracy']:.1%}"),
-        ("  its logits calibrated", f"{m['calibrated_model_loss']:.3f}"),
+        ("  its logits calibrated", f"{m['calibrated_model_loss']:.3f}, {calibrated}"),
         ("loss, circuit alone", f"{m['circuit_loss']:.3f}, accuracy {m['circuit_accuracy']:.1%}"),
         ("loss, circuit removed", f"{m['ablated_loss']:.3f}, accuracy {m['ablated_accuracy']:.1%}"),
     ]

@@ -39,7 +39,7 @@ PARTS = [
     ("space", f"{REPO}-viewer"),
 ]  # fmt: skip
 ROWS = {"n_train": 32, "n_test": 16}
-REPORT = {"prompts": 8, "calibration_prompts": 8, "text_tokens": 256, "examples": 1}
+REPORT = {"prompts": 8, "text_tokens": 256, "examples": 1}
 
 
 @pytest.fixture(autouse=True)

@@ -128,11 +128,12 @@ def test_a_verification_is_shown():
     stored = {
         "sufficiency": {"value": 0.1, "control": 0.8, "threshold": 0.15, "at_least": 0.0,
                         "passed": 1.0},
-        "transfer": {"value": 0.2, "control": 0.9, "at_least": 1.0, "passed": 1.0},
+        "transfer": {"value": 0.2, "control": 0.9, "control_low": 0.8, "control_high": 1.0,
+                     "at_least": 1.0, "passed": 1.0},
     }  # fmt: skip
     card = circuit_card({"": planted_circuit(verification=stored).to_dict()}, repo_id="ada/c")
     assert "| <code>sufficiency</code> | 0.100 | 0.800 | ≤ 0.15 | pass |" in card.text
-    assert "| <code>transfer</code> | 0.200 | 0.900 | – | – |" in card.text
+    assert "| <code>transfer</code> | 0.200 | 0.900 (0.800 to 1.000) | – | – |" in card.text
 
 
 def test_a_dataset_card_keeps_what_the_viewer_needs():

@@ -11,6 +11,7 @@ class Check:
         name: of the check.
         value: the circuit's.
         control: the mean over random circuits of equal size.
+        control_low, control_high: the 95 % interval of that mean.
         threshold: what the value must reach; None for a number that is only reported.
         at_least: whether it must be at least the threshold, or at most.
         meaning: what is measured, in a few words.
@@ -19,17 +20,20 @@ class Check:
     name: str
     value: float
     control: float
+    control_low: float
+    control_high: float
     threshold: float | None
     at_least: bool
     meaning: str
 
     @property
     def passed(self) -> bool:
-        """Whether the value reaches the threshold and is better than the control."""
+        """Whether the value reaches the threshold and is better than the controls' interval."""
         if self.threshold is None:
             return True
-        sign = 1 if self.at_least else -1
-        return sign * (self.value - self.threshold) >= 0 and sign * (self.value - self.control) > 0
+        if self.at_least:
+            return self.value >= self.threshold and self.value > self.control_high
+        return self.value <= self.threshold and self.value < self.control_low
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,16 @@ class Verification:
 
     def table(self) -> str:
         """All checks as a Markdown table."""
-        lines = ["| check | circuit | random | must be | | what it is |", "| --- " * 6 + "|"]
+        lines = ["| check | circuit | random (95 % interval) | must be | | what it is |"]
+        lines.append("| --- " * 6 + "|")
         for c in self.checks:
             bound, verdict = "", "–"
             if c.threshold is not None:
                 bound = f"{'≥' if c.at_least else '≤'} {c.threshold:g}"
                 verdict = "pass" if c.passed else "FAIL"
             lines.append(
-                f"| {c.name} | {c.value:.3f} | {c.control:.3f} | {bound} | {verdict} | "
-                f"{c.meaning} |"
+                f"| {c.name} | {c.value:.3f} | {c.control:.3f} ({c.control_low:.3f} to "
+                f"{c.control_high:.3f}) | {bound} | {verdict} | {c.meaning} |"
             )
         return "\n".join(lines)
 

@@ -39,7 +39,6 @@ from ..task_scores import (
     all_pair_logits,
     binary_accuracy,
     binary_loss,
-    fit_calibration,
     model_scores,
     next_token_logits,
     pair_logits,
@@ -48,6 +47,19 @@ from ..task_scores import (
 from .checks import Check, Verification
 
 GUESSING = 0.6931  # nats; ln 2
+# Threshold (a string is a setting of the search), whether it must be at least that, and meaning.
+_CHECKS: dict[str, tuple[float | str | None, bool, str]] = {
+    "sufficiency": ("target_loss", False, "loss of the circuit alone, nats"),
+    "necessity": (0.5, True, "share of the model's skill that goes with the circuit"),
+    "completeness": (0.2, False, "loss of circuit and model without random parts, difference"),
+    "interchange": (0.75, True, "answers that flip when only its nodes see the other prompt"),
+    "transfer": (0.9, True, "skill on unseen templates, as a share of the model's"),
+    "pair KL": ("target_loss", False, "model's answer against the circuit's, of two candidates"),
+    "vocabulary KL": (None, False, "model's next token against the circuit's"),
+    "stability": (0.5, True, "nodes shared with circuits of other seeds (Jaccard)"),
+    "adversarial": (0.75, True, "agreement with the model where {where}"),
+    "accuracy": (None, True, "right where {where}; the model: {accuracy:.3f}"),
+}
 
 
 def verify_circuit(
@@ -56,7 +68,7 @@ def verify_circuit(
     task: BinaryTask,
     *,
     prompts: int = 256,
-    random_circuits: int = 2,
+    random_circuits: int = 20,
     subsets: int = 6,
     stability_seeds: int = 2,
     reference: ReferenceTokens = None,
@@ -75,7 +87,8 @@ def verify_circuit(
         task: the task it was found for; its test split shares no template and no name with the
             prompts it was found with.
         prompts: held-out prompts, and training prompts for calibrations.
-        random_circuits: of equal size at every site, for the controls.
+        random_circuits: of equal size at every site, for the controls and the interval of their
+            mean; at least 2.
         subsets: random halves of the circuit, for completeness.
         stability_seeds: circuits to find from other seeds, as this one was found.
         reference: see [`find_circuit`]; used for those.
@@ -93,8 +106,13 @@ def verify_circuit(
 
     Raises:
         TaskNotLearnedError: the model does not solve the task, so there is nothing to check.
-        ValueError: an empty circuit, one of another model, or prompts longer than the context.
+        ValueError: an empty circuit, one of another model, prompts longer than the context, or too
+            few random circuits.
     """
+    if random_circuits < 2:
+        raise ValueError(
+            f"random_circuits={random_circuits} was passed, but an interval needs at least 2."
+        )
     if not len(circuit):
         raise ValueError(
             f"The circuit for {circuit.task!r} has no nodes, so there is nothing to verify; find "
@@ -115,24 +133,34 @@ def verify_circuit(
                 max_length=getattr(model.config, "max_position_embeddings", None),
             )
         suite = _Suite(model, task, prompts, subsets, seed, others, adversarial)
-        target = circuit.config.get("target_loss", 0.15)
         generator = torch.Generator().manual_seed(seed)
-        candidates = [circuit]
         vocabulary = model.get_input_embeddings().num_embeddings
-        candidates += [
-            random_circuit(circuit, generator, vocabulary) for _ in range(random_circuits)
-        ]
-        measured = [
-            suite.measure(candidate, real=candidate is circuit)
-            for candidate in tqdm(candidates, "verifying", disable=not progress, leave=False)
-        ]
+        controls = [random_circuit(circuit, generator, vocabulary) for _ in range(random_circuits)]
+        bar = tqdm([circuit, *controls], "verifying", disable=not progress, leave=False)
+        numbers, *of_controls = [suite.measure(c, real=c is circuit) for c in bar]
     checks = []
-    for name, value in measured[0].items():
-        control = sum(m[name] for m in measured[1:]) / max(1, random_circuits)
-        checks.append(Check(name, value, control, *_meaning(name, target, suite)))
+    for name, value in numbers.items():
+        kind, _, detail = name.partition(": ")
+        threshold, at_least, meaning = _CHECKS[kind]
+        if isinstance(threshold, str):
+            threshold = circuit.config.get(threshold, 0.15)
+        if detail:
+            accuracy = binary_accuracy(suite.adversarial[detail][1])
+            meaning = meaning.format(where=detail.replace("_", " "), accuracy=accuracy)
+        control = mean_and_interval([measured[name] for measured in of_controls], seed)
+        checks.append(Check(name, value, *control, threshold, at_least, meaning))
     verification = Verification(tuple(checks))
     circuit.verification = verification.numbers()
     return verification
+
+
+def mean_and_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """The mean, and the ends of its 95 % interval by bootstrap."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    means = numbers[torch.randint(len(numbers), (2000, len(numbers)), generator=generator)].mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return numbers.mean().item(), low, high
 
 
 def random_circuit(circuit: Circuit, generator: torch.Generator, vocabulary: int = 0) -> Circuit:
@@ -168,31 +196,6 @@ def _other_seeds(
     return find_circuits(model, task, config, reference=reference, progress=progress)
 
 
-def _meaning(name: str, target: float, suite: "_Suite") -> tuple[float | None, bool, str]:
-    """Threshold, direction and meaning of a check.
-
-    Args:
-        name: of the check, as `kind: detail`.
-        target: loss that the circuit was found for.
-        suite: knows how the whole model does on adversarial prompts.
-    """
-    kind, _, detail = name.partition(": ")
-    where = detail.replace("_", " ")
-    accuracy = binary_accuracy(suite.adversarial[detail][1]) if detail else 0.0
-    return {
-        "sufficiency": (target, False, "loss of the circuit alone, nats"),
-        "necessity": (0.5, True, "share of the model's skill that goes with the circuit"),
-        "completeness": (0.2, False, "loss of circuit and model without random parts, difference"),
-        "interchange": (0.75, True, "answers that flip when only its nodes see the other prompt"),
-        "transfer": (0.9, True, "skill on unseen templates, as a share of the model's"),
-        "pair KL": (target, False, "model's answer against the circuit's, of the two candidates"),
-        "vocabulary KL": (None, False, "model's next token against the circuit's"),
-        "stability": (0.5, True, "nodes shared with circuits of other seeds (Jaccard)"),
-        "adversarial": (0.75, True, f"agreement with the model where {where}"),
-        "accuracy": (None, True, f"right where {where}; the model: {accuracy:.3f}"),
-    }[kind]
-
-
 class _Suite:
     """What every candidate is measured on; the whole model is measured once."""
 
@@ -206,15 +209,12 @@ class _Suite:
         others: Sequence[Circuit],
         adversarial: dict[str, BinaryTask],
     ):
-        self.model = model
-        self.subsets = subsets
-        self.seed = seed
-        self.others = others
+        self.model, self.subsets, self.seed, self.others = model, subsets, seed, others
         generator = torch.Generator().manual_seed(seed)
-        self.train = _some(task.tensors("train"), prompts, generator)
+        train = _some(task.tensors("train"), prompts, generator)
         self.test = _some(task.tensors("test"), prompts, generator)
         self.swaps = _equally_long(task, prompts)
-        self.whole = model_scores(model, self.train, self.test)
+        self.whole = model_scores(model, train, self.test)
         self.model_loss = self._loss(self.whole.test, self.whole.calibration)
         self.model_accuracy = binary_accuracy(self.whole.test)
         if self.model_loss > 0.9 * GUESSING or self.model_accuracy <= 0.5:
@@ -230,29 +230,27 @@ class _Suite:
             pairs = self.whole.calibration.pairs(all_pair_logits(model, tensors), tensors)
             self.adversarial[kind] = (tensors, pairs)
 
-    def _calibration(self) -> Calibration:
-        return fit_calibration(all_pair_logits(self.model, self.train), self.train)
-
     def _loss(self, pairs: torch.Tensor, calibration: Calibration) -> float:
-        return binary_loss(calibration.pairs(pairs, self.test)).item()
+        """At most that of guessing: who does worse has no skill left to lose."""
+        return min(GUESSING, binary_loss(calibration.pairs(pairs, self.test)).item())
 
     def measure(self, circuit: Circuit, real: bool) -> dict[str, float]:
-        """All numbers of one candidate. Random ones are calibrated here, as found ones were."""
+        """All numbers of one candidate; nothing is calibrated to it. Random circuits, and the model
+        without a part of itself, are calibrated as the whole model is."""
         model, test = self.model, self.test
+        calibration = circuit.calibration if real else self.whole.calibration
         with circuit.apply(model, calibrated=False):
-            calibration = circuit.calibration if real else self._calibration()
             pairs = all_pair_logits(model, test)
             next_token = all_pair_logits(model, test, logits=next_token_logits)
             adverse = {k: all_pair_logits(model, t) for k, (t, _) in self.adversarial.items()}
         with circuit.apply(model, inverse=True):
-            # Calibrated anew: that the answers are merely shifted is not a loss of skill.
-            without = self._loss(all_pair_logits(model, test), self._calibration())
+            without = self._loss(all_pair_logits(model, test), self.whole.calibration)
         alone = calibration.pairs(pairs, test)
         whole = self.whole.calibration.pairs(self.whole.test, test)
         numbers = {
             "sufficiency": binary_loss(alone).item(),
             "necessity": (without - self.model_loss) / (GUESSING - self.model_loss),
-            "completeness": self._incompleteness(circuit),
+            "completeness": self._incompleteness(circuit, calibration),
             "transfer": (binary_accuracy(alone) - 0.5) / (self.model_accuracy - 0.5),
             "pair KL": pair_kl(alone.numpy(), whole.numpy()),
             "vocabulary KL": _kl(self.vocabulary, calibration.logits(next_token)),
@@ -267,7 +265,7 @@ class _Suite:
             numbers[f"accuracy: {kind}"] = binary_accuracy(answers)
         return numbers
 
-    def _incompleteness(self, circuit: Circuit) -> float:
+    def _incompleteness(self, circuit: Circuit, calibration: Calibration) -> float:
         """Mean |loss(circuit without K) − loss(model without K)| over random halves K of it."""
         generator = torch.Generator().manual_seed(self.seed)
         masks = circuit.masks()
@@ -278,14 +276,12 @@ class _Suite:
                 for site, mask in masks.items()
             }
             losses = []
-            for keep in (
-                {site: masks[site] & ~gone for site, gone in removed.items()},
-                {site: ~gone for site, gone in removed.items()},
+            for keep, calibrated in (
+                ({site: masks[site] & ~gone for site, gone in removed.items()}, calibration),
+                ({site: ~gone for site, gone in removed.items()}, self.whole.calibration),
             ):
                 with mean_ablated(self.model, keep, circuit.means):
-                    pairs = all_pair_logits(self.model, self.test)
-                calibration = fit_calibration(pairs, self.test)
-                losses.append(self._loss(pairs, calibration))
+                    losses.append(self._loss(all_pair_logits(self.model, self.test), calibrated))
             gaps.append(abs(losses[0] - losses[1]))
         return sum(gaps) / max(1, len(gaps))
 

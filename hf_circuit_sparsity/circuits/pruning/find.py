@@ -30,7 +30,7 @@ from ..circuit import Circuit
 from ..circuit_file import model_source
 from ..edges import circuit_edges, cut_offsets
 from ..evaluation.faithfulness import evaluate_circuit
-from ..task_scores import TaskTensors, binary_loss, fit_calibration, model_scores, task_rows
+from ..task_scores import binary_loss, model_scores, task_rows
 from .config import PruningConfig
 from .masks import Masks, learn_masks
 from .shrink import Selector, bisect, drop_edges, drop_unconnected, drop_unneeded
@@ -111,13 +111,14 @@ def find_circuits(
     with in_eval_mode(model):
         check_prompts_fit(model, task)
         train = task.tensors("train")
-        whole = model_scores(model, train, task.tensors("test"))
+        whole = model_scores(model, train, task.tensors("test"), config.calibration_steps)
         # In a seeded order, so that any prefix is a fair sample.
         generator = torch.Generator().manual_seed(config.seed)
         order = torch.randperm(len(train["target_ids"]), generator=generator)
         train = task_rows(train, order)
         selection = task_rows(train, slice(config.selection_prompts))
-        _check_learned(task, whole.train[order[: config.selection_prompts]], selection, configs[0])
+        pairs = whole.train[order[: config.selection_prompts]]
+        _check_learned(task, whole.calibration.pairs(pairs, selection), configs[0])
         means = means_over(model, task, reference, config.reference_tokens, progress)
         sites = dict(means.nodes)
         if config.token_nodes:
@@ -128,7 +129,7 @@ def find_circuits(
         for seed, scores in zip(seeds, learned, strict=True):
             keep = None
             for at_target, circuits in zip(configs, by_target, strict=True):
-                selector = Selector(model, selection, means, at_target)
+                selector = Selector(model, selection, means, whole.calibration, at_target)
                 keep = bisect(scores, selector) if keep is None else keep
                 keep = drop_unconnected(model, keep, selector)
                 if config.cleanup:
@@ -178,15 +179,11 @@ def check_prompts_fit(model: nn.Module, task: BinaryTask) -> None:
         )
 
 
-def _check_learned(
-    task: BinaryTask, pairs: torch.Tensor, tensors: TaskTensors, config: PruningConfig
-) -> None:
+def _check_learned(task: BinaryTask, pairs: torch.Tensor, config: PruningConfig) -> None:
     target = config.target_loss * config.selection_margin
-    loss = binary_loss(
-        fit_calibration(pairs, tensors, config.calibration_steps).pairs(pairs, tensors)
-    )
+    loss = binary_loss(pairs)
     if not loss <= target:
-        guessing = ", which is guessing" if loss > 0.95 * math.log(2) else ""
+        guessing = ", no better than guessing" if loss > 0.95 * math.log(2) else ""
         advice = (
             "train the model longer, or see whether the task's prompts decide its answers"
             if guessing
@@ -213,8 +210,6 @@ def _circuit(
     cut = []
     if config.prune_edges:
         keep, cut = drop_edges(model, keep, selector, progress)
-    _, calibration = selector.loss(keep, cut)
-
     nodes = {s: mask.nonzero()[:, 0].tolist() for s, mask in keep.items() if s != TOKENS}
     pruned: dict[str, Any] = {}
     if config.prune_edges:
@@ -229,7 +224,7 @@ def _circuit(
         nodes=nodes,
         means={site: mean.cpu() for site, mean in selector.means.nodes.items()},
         scores={site: score.cpu() for site, score in scores.items() if site != TOKENS},
-        calibration=calibration,
+        calibration=selector.calibration,
         task=task.name,
         model_fingerprint=model_fingerprint(model),
         model_name=model_name,

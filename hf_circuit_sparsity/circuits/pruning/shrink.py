@@ -14,7 +14,6 @@ from ..task_scores import (
     TaskTensors,
     all_pair_logits,
     binary_loss,
-    fit_calibration,
     pair_logits,
     task_rows,
     trimmed,
@@ -29,43 +28,41 @@ _FEW_NODES = 24
 
 
 class Selector:
-    """Measures candidate circuits: their loss after calibration, on training prompts.
+    """Measures candidate circuits: their loss, calibrated as the whole model is, on training rows.
 
     Args:
         model: in eval mode.
         selection: training rows.
         means: of the reference distribution; its `token` is used where masks name `TOKENS`.
+        calibration: the whole model's.
         config: how.
     """
 
     def __init__(
-        self, model: nn.Module, selection: TaskTensors, means: ReferenceMeans, config: PruningConfig
-    ):
-        self.model = model
-        self.means = means
-        self.config = config
+        self, model: nn.Module, selection: TaskTensors, means: ReferenceMeans,
+        calibration: Calibration, config: PruningConfig,
+    ):  # fmt: skip
+        self.model, self.means = model, means
+        self.calibration, self.config = calibration, config
         self.target = config.target_loss * config.selection_margin
         self._all = selection
         few = config.screen_prompts
         self._few = task_rows(selection, slice(few)) if few else None
 
-    def loss(
-        self, keep: Masks, cut: Sequence[Edge] = (), few: bool = False
-    ) -> tuple[float, Calibration]:
-        """Loss and calibration of the model cut down to the kept nodes, without the cut edges."""
+    def loss(self, keep: Masks, cut: Sequence[Edge] = (), few: bool = False) -> float:
+        """Loss of the model cut down to the kept nodes, without the cut edges."""
         rows = self._few if few and self._few is not None else self._all
         means = {**self.means.nodes, TOKENS: self.means.token}
         cut_hooks = edge_hooks(self.model, cut, cut_offsets(cut, self.means)) if cut else []
         with mean_ablated(self.model, keep, means), hooked(cut_hooks):
             pairs = all_pair_logits(self.model, rows)
-        calibration = fit_calibration(pairs, rows, self.config.calibration_steps)
-        return binary_loss(calibration.pairs(pairs, rows)).item(), calibration
+        return binary_loss(self.calibration.pairs(pairs, rows)).item()
 
     def reaches(self, keep: Masks, cut: Sequence[Edge] = ()) -> bool:
         """Whether the target loss is reached; what looks hopeless on a few prompts does not."""
-        if self._few is not None and self.loss(keep, cut, few=True)[0] > _HOPELESS * self.target:
+        if self._few is not None and self.loss(keep, cut, few=True) > _HOPELESS * self.target:
             return False
-        return self.loss(keep, cut)[0] <= self.target
+        return self.loss(keep, cut) <= self.target
 
     def estimates(self, keep: Masks) -> Masks:
         """What dropping each kept node would add to the loss, to first order, in one backward pass.
@@ -74,13 +71,12 @@ class Selector:
         attribution patching, Nanda 2023).
         """
         rows = self._few if self._few is not None else self._all
-        calibration = self.loss(keep, few=True)[1]
         means = {**self.means.nodes, TOKENS: self.means.token}
         gates = {s: mask[None].float().requires_grad_() for s, mask in keep.items()}
         hooks = {site: gate_hook(site, gates, means[site]) for site in keep}
         with torch.enable_grad(), hooked_sites(self.model, hooks):
             pairs = pair_logits(self.model, trimmed(rows)).cpu()
-            loss = binary_loss(calibration.pairs(pairs, rows))
+            loss = binary_loss(self.calibration.pairs(pairs, rows))
             gradients = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
         return {
             site: torch.zeros_like(mask, dtype=torch.float32) if g is None else -g[0]
@@ -107,7 +103,7 @@ class Selector:
         while True:
             left = [item for item in items if item not in gone]
             costs = {
-                item: self.loss(*without([*gone, item]), few=True)[0]
+                item: self.loss(*without([*gone, item]), few=True)
                 for item in tqdm(left, desc=f"dropping {name}", disable=not progress, leave=False)
             }
             # In order of what each costs alone; what it costs beside the others is measured again.

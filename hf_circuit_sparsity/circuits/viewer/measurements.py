@@ -15,7 +15,6 @@ from ..task_scores import (
     all_pair_logits,
     binary_accuracy,
     binary_loss,
-    fit_calibration,
 )
 from .layout import Key
 
@@ -93,13 +92,11 @@ def nested_losses(
     model: nn.Module,
     order: Sequence[Key],
     sizes: Iterable[int],
-    train: TaskTensors,
     test: TaskTensors,
 ) -> list[float]:
     """Task loss in nats of the first `size` nodes of `order` alone, for every size.
 
-    As in the search for a circuit, every size has a scale and shift of its logits fitted, on
-    `train`; the loss is on `test`. Weights and tokens that the circuit does without are cut up to
+    The calibration is the circuit's. Weights and tokens that the circuit does without are cut up to
     its own size, and not beyond.
     """
     losses = []
@@ -110,9 +107,8 @@ def nested_losses(
         within = size <= len(circuit)
         cuts = circuit.apply(model, calibrated=False) if within else nullcontext()
         with cuts, mean_ablated(model, masks, circuit.means):
-            fitted = fit_calibration(all_pair_logits(model, train), train)
-            pairs = all_pair_logits(model, test)
-        losses.append(binary_loss(fitted.pairs(pairs, test)).item())
+            pairs = circuit.calibration.pairs(all_pair_logits(model, test), test)
+        losses.append(binary_loss(pairs).item())
     return losses
 
 

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +44,6 @@ class ReportConfig:
     prompts: int = 512
     """Held-out prompts on which losses, ablation effects and activations are measured; all of a
     built-in task's, so that the losses are those that `find_circuit` reports."""
-    calibration_prompts: int = 256
-    """Training prompts on which the logits of every smaller or larger circuit are calibrated."""
     text_tokens: int = 16384
     """Tokens of pretraining text over which activations are taken."""
     examples: int = 5
@@ -55,7 +53,7 @@ class ReportConfig:
     seed of its own."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "calibration_prompts", "text_tokens", "examples"):
+        for name in ("prompts", "text_tokens", "examples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} was passed, but it must be ≥ 1.")
 
@@ -127,20 +125,13 @@ class _Report:
     ):
         self.circuit, self.model, self.tokenizer = circuit, model, tokenizer
         self.task, self.config, self.progress = task, config, progress
-        self.test_rows = self._sample(len(task.test))
-        self.test = self._tensors("test", self.test_rows)
+        rows = random.Random(config.seed).sample(range(len(task.test)), len(task.test))
+        self.test_rows = rows[: config.prompts]
+        self.test = task_rows(task.tensors("test"), self.test_rows)
         self.prompt_pair = self._prompt_pair()
         self.token_ids: set[int] = set()
         # By distribution: sequences that some example shows → their numbers on the page.
         self.sequences: dict[str, dict[int, int]] = {"task": {}, "text": {}}
-
-    def _sample(self, rows: int) -> list[int]:
-        order = list(range(rows))
-        random.Random(self.config.seed).shuffle(order)
-        return order[: self.config.prompts]
-
-    def _tensors(self, split: str, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        return task_rows(self.task.tensors(split), list(rows))
 
     def _bar(self, what: str) -> Callable[[Iterable], Iterable]:
         return lambda items: tqdm(
@@ -341,14 +332,12 @@ class _Report:
 
     def _curve(self, order: list[Key], circuit_loss: float) -> dict[str, Any]:
         """Loss of the circuit's best nodes, then of more; and of the best of all by score alone."""
-        rows = self._sample(len(self.task.train))[: self.config.calibration_prompts]
-        train = self._tensors("train", rows)
         others = other_nodes(self.circuit)
         sizes = curve_sizes(len(order), len(order) + len(others))
 
         def losses(nodes: list[Key], at: list[int], what: str) -> list[float]:
             bar = self._bar(what)(at)
-            return nested_losses(self.circuit, self.model, nodes, bar, train, self.test)
+            return nested_losses(self.circuit, self.model, nodes, bar, self.test)
 
         curve = {
             "sizes": sizes,

@@ -10,6 +10,7 @@ from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.edges import circuit_edges, cut_offsets, edge_hooks
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.shrink import Selector, drop_edges
+from hf_circuit_sparsity.circuits.task_scores import Calibration, task_rows
 from tests.circuits.planted import (
     OFF,
     ON,
@@ -74,7 +75,7 @@ def test_cutting_is_setting_weights_to_zero_and_adding_to_biases(means):
 
 def test_needless_edges_go_and_take_their_nodes_along(model, means):
     tensors = on_off_task().tensors("train")
-    selector = Selector(model, {k: v[:100] for k, v in tensors.items()}, means, CONFIG)
+    selector = Selector(model, task_rows(tensors, slice(100)), means, Calibration(), CONFIG)
     # Beside the planted nodes, others with small random weights between them and the planted.
     nodes = {site: [*ids, *(i for i in (8 if "mlp" in site else 1,) if i not in ids)]
              for site, ids in PLANTED_NODES.items()}  # fmt: skip
@@ -83,7 +84,7 @@ def test_needless_edges_go_and_take_their_nodes_along(model, means):
     kept = {s: m.nonzero()[:, 0].tolist() for s, m in keep.items() if m.any()}
     left = {e.name for e in circuit_edges(model, kept)} - {e.name for e in cut}
     assert len(before) > 8 and left <= set(PLANTED_EDGES)
-    assert selector.loss(keep, cut)[0] <= selector.target
+    assert selector.loss(keep, cut) <= selector.target
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,13 @@ from hf_circuit_sparsity.circuits.pruning.find import (
 )
 from hf_circuit_sparsity.circuits.pruning.masks import Gate, learn_masks
 from hf_circuit_sparsity.circuits.pruning.shrink import bisect
+from hf_circuit_sparsity.circuits.task_scores import binary_accuracy, binary_loss, model_scores
 from hf_circuit_sparsity.tasks.binary_task import BinaryTask
 from tests.circuits.planted import (
+    NO,
     PLANTED_EDGES,
     PLANTED_NODES,
+    YES,
     on_off_task,
     planted_model,
     reference_ids,
@@ -142,6 +145,30 @@ def test_a_task_the_model_has_not_learned_says_what_it_can_reach():
     circuit = find(model, max_steps=5, target_loss=1.0, selection_prompts=100)
     assert len(circuit) == 0
     assert circuit.metrics["circuit_loss"] == pytest.approx(math.log(2), abs=0.02)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_leaks_through_small_weights_is_no_circuit(seed):
+    """A scale and shift fitted to each candidate found three nodes here, half of the chain."""
+    model, task = planted_model(noise=0.05, seed=seed), on_off_task()
+    circuit = find(model, target_loss=0.65)
+    assert circuit.nodes == PLANTED_NODES and circuit.metrics["circuit_loss"] < 0.01
+    assert (
+        circuit.calibration
+        == model_scores(model, *map(task.tensors, ("train", "test"))).calibration
+    )
+
+
+def test_a_model_that_answers_the_other_way_round_has_not_learned_the_task(model):
+    with torch.no_grad():
+        model.lm_head.weight[[YES, NO]] *= -1
+        model.final_logits_bias *= -1
+    with pytest.raises(TaskNotLearnedError, match="'on_off'"):
+        find(model)
+    train, test = map(on_off_task().tensors, ("train", "test"))
+    whole = model_scores(model, train, test)
+    assert binary_accuracy(whole.test) == 0 and whole.calibration.scale > 0
+    assert binary_loss(whole.calibration.pairs(whole.test, test)) > math.log(2)
 
 
 def test_a_task_without_signal_is_refused():

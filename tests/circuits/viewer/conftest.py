@@ -22,7 +22,7 @@ from tests.circuits.planted import (
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-SMALL = ReportConfig(prompts=64, calibration_prompts=64, text_tokens=768, examples=3)
+SMALL = ReportConfig(prompts=64, text_tokens=768, examples=3)
 
 
 @pytest.fixture(scope="session")

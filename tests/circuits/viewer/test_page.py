@@ -203,7 +203,7 @@ def test_hostile_text_stays_text(open_page, data, label):
     for name in ("task", "description", "model", "fingerprint"):
         hostile[name] = label
     hostile["tokens"] = {token: label for token in hostile["tokens"]}
-    hostile["checks"] = {label: {"value": 1.0, "control": 0.0, "passed": 1.0}}
+    hostile["checks"] = {label: {"value": 1.0, "control": 0.0, "control_low": -1.0, "passed": 1.0}}
     page = open_page(render_page(hostile))
     for selector in (".node.token >> nth=0", ".head", ".node.v"):
         page.locator(selector).click()

@@ -70,11 +70,14 @@ function showChecks() {
     h("table", {},
       h("thead", {}, h("tr", {}, cells("th", ["Check", "Circuit", "Random", "Wanted", ""]))),
       h("tbody", {}, checks.map(([name, check]) => h("tr", {}, cells("td", [
-        clip(visible(name, false), 40), show(check.value), show(check.control),
+        clip(visible(name, false), 40), show(check.value),
+        show(check.control) + (check.control_low === undefined ? ""
+          : ` (${show(check.control_low)} to ${show(check.control_high)})`),
         check.threshold === undefined ? "" : `${check.at_least ? "≥" : "≤"} ${plain(check.threshold)}`,
         check.passed ? "✓" : "✗",
       ]))))),
-    h("p", { class: "note" }, "Random: circuits of equal size, drawn at random.")));
+    h("p", { class: "note" }, "Random: circuits of equal size, drawn at random: "
+      + "their mean and its 95 % interval.")));
 }
 
 function showLegend() {
@@ -108,7 +111,9 @@ const curveView = (() => {
     const x = d3.scaleSymlog([0, d3.max(curve.sizes)], [left, width - right])
       .constant(Math.max(2, measured.length / 2));
     const all = [...curve.losses, ...(curve.byScore ?? []), Math.LN2];
-    const y = d3.scaleLinear([0, d3.max(all) * 1.05], [height - bottom, top]).nice(5);
+    // What is far worse than guessing is drawn at the upper edge.
+    const y = d3.scaleLinear([0, Math.min(2, d3.max(all) * 1.05)], [height - bottom, top]).nice(5)
+      .clamp(true);
     const line = d3.line((_, i) => x(curve.sizes[i]), (loss) => y(loss));
     const ticks = [...new Set([0, measured.length, ...[10, 30, 100, 300, 1000, 3000, 1e4, 1e5]
       .filter((size) => size > measured.length * 1.6 && size < d3.max(curve.sizes) * 0.6),
