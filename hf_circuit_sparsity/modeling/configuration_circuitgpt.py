@@ -117,7 +117,7 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
     ln_bias: bool = True
     activation_type: Literal["gelu", "relu"] = "gelu"
     residual_activation_type: Literal["identity", "relu"] = "identity"
-    afrac: float | int | None = 0.25
+    afrac: float | int | None = within(0, 1, default=0.25)
     afrac_loctypes: str | list[str] | tuple[str, ...] = PAPER_ACTIVATION_SITES
     tied_unembed: bool = False
     sink: bool = True
@@ -137,9 +137,8 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
         if (n_mlp := kwargs.pop("n_mlp", None)) is not None and self.d_mlp is None:
             self.d_mlp = n_mlp
         # The ecosystem's names arrive as extra keywords; the fields below are derived from them.
-        for alias, name in self.attribute_map.items():
-            if alias in kwargs:
-                setattr(self, name, kwargs.pop(alias))
+        for alias in self.attribute_map.keys() & kwargs.keys():
+            setattr(self, alias, kwargs.pop(alias))
         if isinstance(self.afrac_loctypes, (list, tuple)):
             self.afrac_loctypes = ",".join(self.afrac_loctypes)
         if self.d_head is None and self.n_head is None:
@@ -159,8 +158,6 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
         if unknown := set(self.activation_sites) - set(ACTIVATION_SITES):
             names, known = ", ".join(sorted(unknown)), ", ".join(ACTIVATION_SITES)
             raise ValueError(f"afrac_loctypes names {names}, expected sites out of {known}.")
-        if self.afrac is not None and not 0 < self.afrac <= 1:
-            raise ValueError(f"afrac={self.afrac} was passed, expected a share in (0, 1] or None.")
         if narrow := [site for site in self.activation_sites if self.site_k(site) == 0]:
             sites = f"{', '.join(narrow)}, {self.site_width(narrow[0])} wide"
             raise ValueError(f"afrac={self.afrac} keeps no activation at {sites}; raise either.")

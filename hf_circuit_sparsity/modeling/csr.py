@@ -41,26 +41,18 @@ class CSR:
         self._transposed: dict[str, CSR | Tensor] = {}
 
     @classmethod
-    def from_dense(cls, weight: Tensor, max_density: float | None = None) -> "CSR | None":
-        """The nonzeros of a matrix; None if their share is larger than `max_density`."""
+    def from_dense(cls, weight: Tensor) -> "CSR":
+        """The nonzeros of a matrix."""
         weight = weight.detach()
         if kernels := compiled_kernels(weight):
-            room = None if max_density is None else int(max_density * weight.numel())
-            parts = kernels.nonzeros(weight, room)
-            if parts is None:
-                return None
-            row_starts, columns, values = parts
-            if room is None:  # to stay: without the room that the kernel leaves behind them
-                columns, values = columns.clone(), values.clone()
-            return cls(row_starts, columns, values, weight.shape[1])
+            row_starts, columns, values = kernels.nonzeros(weight)
+            # To stay: without the room that the kernel leaves behind them.
+            return cls(row_starts, columns.clone(), values.clone(), weight.shape[1])
         flat = weight.reshape(-1)
-        nonzero = flat != 0
-        if max_density is not None and nonzero.count_nonzero() > max_density * flat.numel():
-            return None
-        if nonzero.device.type == "cpu":  # numpy takes a fraction of torch's time
-            positions = torch.from_numpy(np.flatnonzero(nonzero.numpy()))
+        if flat.device.type == "cpu":  # numpy takes a fraction of torch's time
+            positions = torch.from_numpy(np.flatnonzero((flat != 0).numpy()))
         else:
-            positions = nonzero.nonzero().flatten()
+            positions = flat.nonzero().flatten()
         return cls.from_positions(positions, weight.shape, flat[positions])
 
     @classmethod
@@ -144,18 +136,14 @@ class CSR:
         on_cpu = x.device.type == "cpu"
         if on_cpu and not torch.backends.mkl.is_available():
             return linear_reference(self, x, bias)
-        dtype = x.dtype
-        if on_cpu and dtype in (torch.float16, torch.bfloat16):
+        out = x.new_empty(len(x), rows)
+        if on_cpu and x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
         matrix = self._as_torch(self.values.to(x.dtype))
-        if not on_cpu or len(x) <= 1:
-            y = (matrix @ x.t().contiguous()).t().contiguous().to(dtype)
-            return y if bias is None else y.add_(bias)
-        out = torch.empty(len(x), rows, dtype=dtype)
-        for start in range(0, len(x), _TOKENS):
+        tokens = _TOKENS if on_cpu else max(1, len(x))
+        for part, piece in zip(out.split(tokens), x.split(tokens), strict=True):
             # MKL is many times slower on a transposed view than on a transposed copy.
-            piece = x[start : start + _TOKENS].t().contiguous()
-            part = out[start : start + _TOKENS].copy_((matrix @ piece).t())
+            part.copy_((matrix @ piece.t().contiguous()).t())
             if bias is not None:
                 part.add_(bias)
         return out

@@ -4,10 +4,11 @@
 """
 
 import importlib
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
@@ -74,48 +75,61 @@ def _largest(x: Tensor, k: int, mask_only: bool) -> Tensor | None:
     return torch.from_numpy(out).view(torch.bool if mask_only else x.dtype).view(x.shape)
 
 
+def eager_attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float, dropout: float = 0.0, s_aux: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The readable reference: `(B, H, T, K)` in, `(B, T, H, K)` and the weights out."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    if s_aux is not None:
+        # The sink takes part in the softmax and then drops out: it only adds to the denominator.
+        sink = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = weights[..., : key.shape[-2]]
+    attended = F.dropout(weights, p=dropout, training=module.training) @ value
+    return attended.transpose(1, 2), weights
+
+
 def sdpa_attention_with_sink(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
-    dropout: float, s_aux: Tensor,
-) -> Tensor:  # fmt: skip
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float, dropout: float, s_aux: Tensor, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """Attention with a sink through fused kernels; `(B, H, T, K)` in, `(B, T, H, K)` out.
 
     Args:
         attention_mask: as of `scaled_dot_product_attention`; None is causal.
         s_aux: `(H,)`, the sinks: logits that only enter the softmax denominator.
     """
-    fused_on_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
-    if fused_on_cpu and attention_mask is None and not dropout and query.shape[2]:
-        if query.shape[2] > 1:
-            # A static cache holds more keys than there are queries, none of them filled yet.
-            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        kernels = compiled_kernels(query, key, value, s_aux)
+    batch, heads, queries, width = query.shape
+    is_causal = attention_mask is None and queries > 1
+    if is_causal:
+        # A static cache holds more keys than there are queries, none of them filled yet.
+        key, value = key[:, :, :queries], value[:, :, :queries]
+    if attention_mask is None and not dropout:
+        on_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling() and queries
+        kernels = on_cpu and compiled_kernels(query, key, value, s_aux)
         if kernels and kernels.can_attend(query, key, value):
-            return kernels.differentiable_attention(query, key, value, s_aux, scaling)
-    if query.shape[2] == 1 and attention_mask is None and not dropout:
-        # As when text is generated: keys and values need not be copied.
-        sink = s_aux.to(query.dtype).view(1, -1, 1, 1).expand(len(query), -1, 1, 1)
-        scores = torch.cat([query @ key.transpose(-1, -2) * scaling, sink], dim=-1)
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-        return (weights[..., :-1] @ value).transpose(1, 2)
+            return kernels.differentiable_attention(query, key, value, s_aux, scaling), None
+        if queries == 1:  # as when text is generated: keys and values need not be copied
+            attend = eager_attention_forward
+            return attend(module, query, key, value, None, scaling, s_aux=s_aux)[0], None
     # Else the sink is a first key whose value is zero. One extra channel, 1 in every query and
     # `s_aux / scaling` in that key only, makes the sink's logit its score. So no mask has to carry
     # it, and the causal kernels stay usable.
-    batch, heads, queries, width = query.shape
     sink_key = query.new_zeros(batch, heads, 1, width + 1)
     sink_key[..., -1] = (s_aux / scaling).to(query.dtype).view(1, heads, 1)
     query = torch.cat([query, query.new_ones(batch, heads, queries, 1)], dim=-1)
     key = torch.cat([sink_key, F.pad(key, (0, 1))], dim=2)
     value = F.pad(value, (0, 1, 1, 0))  # a zero row in front; the extra channel keeps widths equal
-    is_causal = attention_mask is None and queries > 1
-    if is_causal:
-        # A query in front of the others keeps the causal diagonal in place; keys as above.
+    if is_causal:  # a query in front of the others keeps the causal diagonal in place
         query = F.pad(query, (0, 0, 1, 0))
-        key, value = key[:, :, : queries + 1], value[:, :, : queries + 1]
     elif attention_mask is not None:
         seen = attention_mask.dtype == torch.bool  # in a boolean mask 1 is seen, in a float one 0
         attention_mask = F.pad(attention_mask, (1, 0), value=1 if seen else 0)
     attended = F.scaled_dot_product_attention(
         query, key, value, attention_mask, dropout, is_causal=is_causal, scale=scaling
     )
-    return attended[:, :, int(is_causal) :, :width].transpose(1, 2)
+    return attended[:, :, int(is_causal) :, :width].transpose(1, 2), None

@@ -17,16 +17,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_circuitgpt import CircuitGPTConfig
-from .functional import abs_topk, sdpa_attention_with_sink
+from .functional import abs_topk, eager_attention_forward, sdpa_attention_with_sink
 from .sparse_checkpoint import SparsePreTrainedModel
+
+logger = logging.get_logger(__name__)
 
 # torch's RMSNorm derives its epsilon from the dtype; OpenAI's models were trained in float32, and
 # the epsilon must not change when their weights are loaded in bfloat16.
@@ -60,30 +64,15 @@ def make_norm(config: CircuitGPTConfig, width: int) -> nn.Module:
     return nn.LayerNorm(width, eps=1e-5, bias=config.ln_bias)
 
 
-def eager_attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float, dropout: float = 0.0, s_aux: Tensor | None = None, **kwargs: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The readable reference: `(B, H, T, K)` in, `(B, T, H, K)` and the weights out."""
-    scores = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    if s_aux is not None:
-        # The sink takes part in the softmax and then drops out: it only adds to the denominator.
-        sink = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, sink], dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = weights[..., : key.shape[-2]]
-    attended = F.dropout(weights, p=dropout, training=module.training) @ value
-    return attended.transpose(1, 2), weights
-
-
 class AttentionSink(nn.Module):
     """The per-head logit, `(H,)`, that only enters the softmax denominator."""
 
     def __init__(self, n_head: int):
         super().__init__()
         self.sink_logit = nn.Parameter(torch.zeros(n_head))
+
+    def forward(self) -> Tensor:
+        return self.sink_logit
 
 
 class CircuitGPTAttention(nn.Module):
@@ -115,19 +104,15 @@ class CircuitGPTAttention(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
 
-        implementation = self.config._attn_implementation
+        name = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        if self.attn_imp is not None:
+            kwargs["s_aux"] = self.attn_imp()  # transformers' name for attention sinks
+            attend = sdpa_attention_with_sink if name == "sdpa" else attend
         dropout = self.config.dropout if self.training else 0.0
-        s_aux = None if self.attn_imp is None else self.attn_imp.sink_logit
-        weights = None
-        if implementation == "sdpa" and s_aux is not None:
-            y = sdpa_attention_with_sink(q, k, v, attention_mask, self.scaling, dropout, s_aux)
-        else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-            if s_aux is not None:
-                kwargs["s_aux"] = s_aux  # transformers' name for attention sinks
-            y, weights = attend(
-                self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
-            )
+        y, weights = attend(
+            self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
+        )
         y = self.c_proj(y.reshape(*x.shape[:-1], -1))
         return self.resid_delta(self.resid_dropout(y)), weights
 
@@ -187,15 +172,18 @@ class CircuitGPTBlock(GradientCheckpointingLayer):
         return self.resid_post_mlp(self.residual_act(x + self.mlp(read)))
 
 
-class SinusoidalPositions(nn.Embedding):
+class SinusoidalPositions(nn.Module):
     """Frozen positions `(block_size, width)`: sines, then cosines, of log-spaced periods.
 
     The periods run from 4 tokens to `block_size` tokens, as in OpenAI's model.
     """
 
     def __init__(self, block_size: int, width: int):
-        super().__init__(block_size, width)
-        self.weight.requires_grad_(False)
+        super().__init__()
+        self.register_buffer("weight", torch.empty(block_size, width))
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        return F.embedding(position_ids, self.weight)
 
     def table(self) -> Tensor:
         length, width = self.weight.shape
@@ -216,6 +204,9 @@ class CircuitGPTPreTrainedModel(SparsePreTrainedModel):
     _supports_flex_attn = False  # that of transformers refuses sinks (s_aux) on the CPU
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": CircuitGPTBlock, "attentions": CircuitGPTAttention,
+    }  # fmt: skip
     # Older releases lack the first; the others are causal or pruning masks stored as buffers.
     _keys_to_ignore_on_load_missing = [r"^final_logits_bias$"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$", r"(^|[._])mask$"]  # noqa: RUF012
@@ -223,18 +214,6 @@ class CircuitGPTPreTrainedModel(SparsePreTrainedModel):
     def __init__(self, config: CircuitGPTConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.model_tags = ["circuitgpt", "weight-sparse"]  # for the card that push_to_hub writes
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any):
-        """As every `from_pretrained`; also reads OpenAI's Hub layout (`circuit_model.` keys)."""
-        kwargs.setdefault("key_mapping", {r"^circuit_model\.": ""})
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._weight_conversions = None  # save in our own layout, whichever was read
-        for module in model.modules():
-            if isinstance(module, SinusoidalPositions):
-                module.weight.requires_grad_(False)  # loading makes every parameter trainable
-        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -277,19 +256,23 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
     ) -> Tensor:
         """Positions `(B or 1, T)` of the tokens embedded in `x`; padding does not count."""
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        length, positions = x.shape[1], None
-        needed = past + length
+        needed = past + x.shape[1]
+        positions = torch.arange(past, needed, device=x.device)[None]
         if attention_mask is not None and attention_mask.dim() == 2:
-            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-            if needed > self.config.block_size:  # rarely; padding may be all that is too long
-                needed = int(positions.max()) + 1
-        if needed > self.config.block_size:
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1] :]
+        if needed > self.config.block_size:  # rarely; padding may be all that is too long
+            self.check_positions(positions)
+        return positions
+
+    def check_positions(self, position_ids: Tensor) -> None:
+        if (
+            position_ids.numel()
+            and (needed := int(position_ids.max()) + 1) > self.config.block_size
+        ):
             raise ValueError(
                 f"The sequence has {needed} tokens, but this model reads at most "
                 f"block_size={self.config.block_size}; shorten it."
             )
-        after_past = torch.arange(past, past + length, device=x.device)[None]
-        return after_past if positions is None else positions
 
     def embedded(
         self, x: Tensor, attention_mask: Tensor | None = None,
@@ -304,6 +287,8 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
         config = self.config
         if position_ids is None:
             position_ids = self.position_ids_for(x, attention_mask, past_key_values)
+        elif x.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.check_positions(position_ids)  # elsewhere that would wait for the device
         positions = self.wpe(position_ids).to(x.device)
         if config.d_pos_emb is None:
             x, positions = x + positions, None
@@ -316,13 +301,12 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
         )  # fmt: skip
         return x, positions, mask
 
-    @can_return_tuple
+    @merge_with_config_defaults
+    @capture_outputs
     def forward(
         self, input_ids: torch.LongTensor | None = None, attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None, past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
-        output_hidden_states: bool | None = None, output_attentions: bool | None = None,
-        **kwargs: Any,
+        inputs_embeds: Tensor | None = None, use_cache: bool | None = None, **kwargs: Any,
     ) -> BaseModelOutputWithPast:  # fmt: skip
         """
         Args:
@@ -338,29 +322,13 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             passed = "neither" if input_ids is None else "both"
             raise ValueError(f"Expected one of input_ids and inputs_embeds; {passed} was passed.")
-        config = self.config
-        use_cache = config.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:
-            use_cache = False
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        if output_attentions is None:
-            output_attentions = config.output_attentions
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
+            past_key_values = DynamicCache(config=self.config)
         x, positions, mask = self.embedded(x, attention_mask, position_ids, past_key_values)
-        hidden_states, attentions = [], []
         for block in self.h:
-            hidden_states.append(x)
-            x, weights = block(x, positions, mask, past_key_values, **kwargs)
-            attentions.append(weights)
-        x = self.ln_f(x)
-        return BaseModelOutputWithPast(
-            last_hidden_state=x, past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*hidden_states, x) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-        )  # fmt: skip
+            x, _ = block(x, positions, mask, past_key_values, **kwargs)
+        return BaseModelOutputWithPast(self.ln_f(x), past_key_values if use_cache else None)
 
 
 class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
@@ -418,6 +386,16 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
             self.bigram_table = resized(self.bigram_table)
         return embedding
 
+    def _prepare_generated_length(self, generation_config: GenerationConfig, **kwargs: Any):
+        config = super()._prepare_generated_length(generation_config, **kwargs)
+        # Embeddings without ids do not count as the beginning of the text.
+        longest = self.config.block_size - kwargs["inputs_tensor"].shape[1]
+        longest += kwargs["input_ids_length"]
+        if config.max_length > longest:
+            logger.warning_once(f"Text is generated up to block_size={self.config.block_size}.")
+            config.max_length = longest
+        return config
+
     def unembed(self, hidden: Tensor, input_ids: torch.LongTensor | None) -> Tensor:
         """Logits `(B, T, V)` from the output of the final norm, `(B, T, D)`, and its tokens."""
         logits = self.lm_head(hidden) + self.final_logits_bias.to(hidden.dtype)
@@ -446,13 +424,11 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
         """
         if self.bigram_table is not None and input_ids is None:
             raise ValueError("The bigram table needs token ids, got inputs_embeds; pass input_ids.")
-        of_loss = ("num_items_in_batch", "shift_labels")
         outputs = self.transformer(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            return_dict=True, **{k: v for k, v in kwargs.items() if k not in of_loss},
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
+            use_cache=use_cache, return_dict=True, **kwargs,
         )  # fmt: skip
-        keep = logits_to_keep
-        keep = slice(-keep if keep else None, None) if isinstance(keep, int) else keep
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, keep]
         logits = self.unembed(hidden, None if input_ids is None else input_ids[:, keep])
 

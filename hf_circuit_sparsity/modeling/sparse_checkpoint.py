@@ -51,7 +51,7 @@ class SparsePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, sparse: bool = False, **kwargs):
-        """As every `from_pretrained`, from dense and from sparse weights alike.
+        """As every `from_pretrained`, from dense weights, sparse ones and OpenAI's Hub layout.
 
         `config._commit_hash` names the commit of a model from the Hub whose weights are one file.
 
@@ -64,12 +64,14 @@ class SparsePreTrainedModel(PreTrainedModel):
         """
         if sparse and kwargs.get("quantization_config") is not None:
             raise ValueError("quantization_config and sparse=True were passed; pass only one.")
+        kwargs.setdefault("key_mapping", {r"^circuit_model\.": ""})  # OpenAI's names of weights
         asked = _AS_NONZEROS.set(sparse)
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         finally:
             _AS_NONZEROS.reset(asked)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._weight_conversions = None  # save in our own layout, whichever was read
         nonzeros = model.__dict__.pop("_nonzeros", None)
         if nonzeros is not None:
             device = next(p.device for p in model.parameters() if p.device.type != "meta")
@@ -98,8 +100,8 @@ class SparsePreTrainedModel(PreTrainedModel):
             # `from_pretrained` replaces these layers at its end.
             model._nonzeros = {n.rpartition(".")[0]: w for n, w in nonzeros.items()}
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        rest = {n: w for n, w in weights.items() if n not in nonzeros and n not in tied}
-        rest = {n: w.to_dense() if isinstance(w, CSR) else w for n, w in rest.items()}
+        rest = weights.keys() - nonzeros.keys() - tied.keys()
+        rest = {n: _dense(w) for n, w in weights.items() if n in rest}
         info, offloaded = load(model, rest, None, load_config, expected_keys=list(rest))
         info.missing_keys -= nonzeros.keys()  # so that they stay on the meta device
         return info, offloaded
@@ -114,13 +116,15 @@ class SparsePreTrainedModel(PreTrainedModel):
         Args:
             sparse: write only the nonzeros, as this file describes; `from_pretrained` reads both.
         """
-        if self._saves_sparse if sparse is None else sparse:
-            state_dict = sparse_state_dict(self, state_dict)
+        sparse = self._saves_sparse if sparse is None else sparse
+        if state_dict is None and (sparse or sparse_layers(self)):
+            tied = self.all_tied_weights_keys or {}  # is written once
+            state_dict = {n: w for n, w in named_weights(self) if n not in tied}
+        if sparse:
+            state_dict = sparse_state_dict(state_dict)
             kwargs["max_shard_size"] = 1 << 62  # what belongs together stays in one file
-        elif state_dict is None and sparse_layers(self):
-            # Tied layers share their nonzeros, but the dense matrices made here are two.
-            tied = self.all_tied_weights_keys or {}
-            state_dict = {n: t for n, t in self.state_dict().items() if tied.get(n) is None}
+        elif state_dict is not None:
+            state_dict = {n: _dense(w) for n, w in state_dict.items()}
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
     def push_to_hub(self, repo_id: str, *args: Any, sparse: bool = True, **kwargs: Any) -> str:
@@ -148,27 +152,16 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | CSR]]:
             module._save_to_state_dict(own, prefix, True)
         else:
             own[f"{prefix}weight"] = module.csr
-            if getattr(module, "bias", None) is not None:
+            if module.bias is not None:
                 own[f"{prefix}bias"] = module.bias
         yield from own.items()
 
 
 @torch.no_grad()
-def sparse_state_dict(
-    model: nn.Module, state_dict: dict[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The weights in the layout above, on the CPU; layers run sparsely are never made dense.
-
-    Args:
-        state_dict: what to encode instead of the model's own weights.
-    """
+def sparse_state_dict(weights: dict[str, Tensor | CSR]) -> dict[str, Tensor]:
+    """The weights in the layout above, on the CPU; those given as [`CSR`] are never made dense."""
     encoded: dict[str, Tensor] = {}
-    written: set[int] = set()
-    for name, weight in named_weights(model) if state_dict is None else state_dict.items():
-        identity = id(weight.values if isinstance(weight, CSR) else weight)
-        if identity in written and state_dict is None:
-            continue  # tied layers are written once, as ever
-        written.add(identity)
+    for name, weight in weights.items():
         if not isinstance(weight, CSR) and _is_smaller_sparse(weight):
             weight = CSR.from_dense(weight)
         if not isinstance(weight, CSR):
@@ -181,6 +174,10 @@ def sparse_state_dict(
         counts = counts.astype(np.min_scalar_type(counts.max(initial=0)))
         encoded[name + ROW_COUNTS] = torch.from_numpy(counts)
     return encoded
+
+
+def _dense(weight: Tensor | CSR) -> Tensor:
+    return weight.to_dense() if isinstance(weight, CSR) else weight
 
 
 def _index_dtype(width: int) -> np.dtype:

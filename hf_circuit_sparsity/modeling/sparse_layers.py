@@ -34,9 +34,10 @@ class SparseWeight(nn.Module):
         row_starts, columns: as of [`CSR`].
     """
 
-    def __init__(self, csr: CSR) -> None:
+    def __init__(self, csr: CSR, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.shape = csr.shape
+        self.register_parameter("bias", bias)
         values = csr.values
         self.values = values if isinstance(values, nn.Parameter) else nn.Parameter(values)
         self.register_buffer("columns", csr.columns, persistent=False)
@@ -69,24 +70,22 @@ class SparseWeight(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         for name in ("weight", "bias"):
-            tensor = getattr(self, name, None)
-            if tensor is not None:
+            if (tensor := getattr(self, name)) is not None:
                 destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
     @torch.no_grad()
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
     ) -> None:
-        bias = getattr(self, "bias", None)
-        for name in ("weight",) if bias is None else ("weight", "bias"):
+        for name in ("weight",) if self.bias is None else ("weight", "bias"):
             tensor = state_dict.get(prefix + name)
-            shape = self.shape if name == "weight" else tuple(bias.shape)
+            shape = self.shape if name == "weight" else tuple(self.bias.shape)
             if tensor is None:
                 missing_keys.append(prefix + name)
             elif tuple(tensor.shape) != shape:
                 errors.append(f"{prefix}{name} has shape {tuple(tensor.shape)}, expected {shape}.")
             elif name == "bias":
-                bias.copy_(tensor)
+                self.bias.copy_(tensor)
             else:
                 self.assign(CSR.from_dense(tensor.detach().to(self.values)))
 
@@ -99,9 +98,8 @@ class SparseLinear(SparseWeight):
     """`nn.Linear` on the nonzeros of its weight: `(..., in_features)` to `(..., out_features)`."""
 
     def __init__(self, csr: CSR, bias: nn.Parameter | None = None) -> None:
-        super().__init__(csr)
+        super().__init__(csr, bias)
         self.out_features, self.in_features = self.shape
-        self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
@@ -168,25 +166,20 @@ def to_sparse(model: Model, threshold: float = MAX_DENSITY) -> Model:
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold} was passed, expected a share from 0 to 1.")
-    modules = {n: m for n, m in model.named_modules() if type(m) in (nn.Linear, nn.Embedding)}
-    nonzeros: dict[int, CSR] = {}  # by weight, as layers may be tied
-    layers: dict[str, CSR] = {}
-    smallest = 1.0
-    for name, module in modules.items():
-        weight = module.weight
+    kinds = (nn.Linear, nn.Embedding)
+    weights = {n: m.weight for n, m in model.named_modules() if type(m) in kinds}
+    densities, nonzeros = [1.0], {}  # the latter by weight, as layers may be tied
+    for name, weight in weights.items():
         if weight.is_meta:
             raise ValueError(f"{name}.weight is not in memory (offloaded); load it into memory.")
-        density = float(torch.count_nonzero(weight)) / max(1, weight.numel())
-        smallest = min(smallest, density)
-        if density <= threshold:
-            if id(weight) not in nonzeros:
-                nonzeros[id(weight)] = CSR.from_dense(weight)
-            layers[name] = nonzeros[id(weight)]
-    run_on_nonzeros(model, layers)
-    if modules and not layers:
+        densities.append(float(torch.count_nonzero(weight)) / max(1, weight.numel()))
+        if densities[-1] <= threshold and id(weight) not in nonzeros:
+            nonzeros[id(weight)] = CSR.from_dense(weight)
+    run_on_nonzeros(model, {n: nonzeros[id(w)] for n, w in weights.items() if id(w) in nonzeros})
+    if weights and not nonzeros:
         logger.warning(
-            f"{type(model).__name__} is not sparse: its sparsest layer has {smallest:.1%} nonzeros,"
-            f" more than the {threshold:.1%} up to which running on them pays. It stays dense."
+            f"{type(model).__name__} is not sparse: its sparsest layer has {min(densities):.1%} "
+            f"nonzeros, running on them pays up to {threshold:.1%}. It stays dense."
         )
     return model
 
@@ -196,14 +189,11 @@ def run_on_nonzeros(model: nn.Module, nonzeros: dict[str, CSR]) -> None:
 
     Layers with the same nonzeros, such as a tied embedding and unembedding, share them.
     """
-    shared: dict[int, CSR] = {}
     for name, csr in nonzeros.items():
         module = model.get_submodule(name)
-        if id(csr) not in shared:
+        if not isinstance(csr.values, nn.Parameter):
             values = csr.values.to(module.weight.dtype)
-            values = nn.Parameter(values, requires_grad=module.weight.requires_grad)
-            shared[id(csr)] = csr.with_values(values)
-        csr = shared[id(csr)]
+            csr.values = nn.Parameter(values, module.weight.requires_grad)
         is_table = isinstance(module, nn.Embedding)
         layer = SparseEmbedding(csr) if is_table else SparseLinear(csr, module.bias)
         model.set_submodule(name, layer.train(module.training))

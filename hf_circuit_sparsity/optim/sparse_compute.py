@@ -150,7 +150,7 @@ class NonzeroForward(LinearForward):
         weight, bias = self.layer.weight, self.layer.bias
         kernels = compiled_kernels(x, weight)
         if self._pays(x, kernels):
-            nonzeros = CSR.from_dense(weight, MAX_DENSITY)
+            nonzeros = few_nonzeros(weight)
             if nonzeros is not None or kernels is not None:
                 return self.linear(x, weight, bias, nonzeros)
         return F.linear(x, weight, bias)
@@ -170,6 +170,15 @@ class NonzeroForward(LinearForward):
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
         )
+
+
+def few_nonzeros(weight: Tensor) -> CSR | None:
+    """The nonzeros of a matrix; None if they are more than pays to multiply alone."""
+    if kernels := compiled_kernels(weight):
+        parts = kernels.nonzeros(weight.detach(), int(MAX_DENSITY * weight.numel()))
+        return None if parts is None else CSR(*parts, weight.shape[1])
+    few = torch.count_nonzero(weight) <= MAX_DENSITY * weight.numel()
+    return CSR.from_dense(weight) if few else None
 
 
 def product(

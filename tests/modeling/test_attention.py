@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from hf_circuit_sparsity.modeling.functional import sdpa_attention_with_sink
-from hf_circuit_sparsity.modeling.modeling_circuitgpt import eager_attention_forward
+from hf_circuit_sparsity.modeling.functional import (
+    eager_attention_forward,
+    sdpa_attention_with_sink,
+)
+
+
+def attend(*args):
+    return sdpa_attention_with_sink(nn.Module(), *args)[0]
 
 
 def reference(query, key, value, scaling, s_aux):
@@ -30,7 +36,7 @@ def test_equals_the_reference_forward_and_backward(queries, keys):
     up = torch.randn(2, queries, 3, 8, generator=generator, dtype=torch.float64)
     by_head = [t.transpose(1, 2) for t in inputs[:3]]
 
-    ours = sdpa_attention_with_sink(*by_head, None, 0.3, 0.0, sink)
+    ours = attend(*by_head, None, 0.3, 0.0, sink)
     expected = reference(*by_head, 0.3, sink)
     close = dict(atol=1e-6, rtol=1e-5)  # the reference's softmax is in float32
     torch.testing.assert_close(ours, expected, **close)
@@ -46,7 +52,7 @@ def test_bfloat16_stays_bfloat16():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 9, 8, generator=generator) for _ in range(3))
     sink = torch.randn(2, generator=generator)
-    half = sdpa_attention_with_sink(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, 0.3, 0.0, sink)
+    half = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, 0.3, 0.0, sink)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), reference(q, k, v, 0.3, sink), atol=0.05, rtol=0.05)
 
@@ -63,7 +69,7 @@ def test_float32_equals_the_reference_in_double_precision(width, queries, keys, 
     sink, up = random(3), torch.randn(2, queries, 3, width, generator=generator)
     inputs = [query, key, value, sink]
     by_head = [t.transpose(1, 2) for t in inputs[:3]]
-    ours = sdpa_attention_with_sink(*by_head, None, 0.5, 0.0, sink)
+    ours = attend(*by_head, None, 0.5, 0.0, sink)
     assert ("ByKernels" in ours.grad_fn.next_functions[0][0].name()) == (either_path == "kernels")
     got = torch.autograd.grad((ours * up).sum(), inputs)
 
@@ -79,9 +85,9 @@ def test_float32_equals_the_reference_in_double_precision(width, queries, keys, 
 def test_scores_of_any_size_and_nan(either_path):
     q, k, v = (torch.randn(1, 1, 20, 16) for _ in range(3))
     for size, sink in ((1e4, 0.0), (1e-4, 80.0), (1.0, -1e4), (30.0, 300.0)):
-        ours = sdpa_attention_with_sink(size * q, k, v, None, 1.0, 0.0, torch.tensor([sink]))
+        ours = attend(size * q, k, v, None, 1.0, 0.0, torch.tensor([sink]))
         expected = reference(size * q, k, v, 1.0, torch.tensor([sink]))
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
     q[0, 0, 5, 3] = torch.nan
-    ours = sdpa_attention_with_sink(q, k, v, None, 1.0, 0.0, torch.zeros(1))
+    ours = attend(q, k, v, None, 1.0, 0.0, torch.zeros(1))
     assert ours[0, 5].isnan().all() and not ours[0, :5].isnan().any()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...modeling.modeling_circuitgpt import eager_attention_forward
+from ...modeling.functional import eager_attention_forward
 from ..ablation import ablation_hook, hooked_sites, mean_ablated, recorded_sites
 from ..circuit import Circuit
 from ..task_scores import (
