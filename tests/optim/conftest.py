@@ -5,6 +5,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
+from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
+from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
+
 
 def random_parameters(dtype=torch.float32):
     """Two matrices, a tensor of three dimensions, and two vectors."""
@@ -26,6 +30,21 @@ def set_gradients(params, step):
     g = torch.Generator().manual_seed(100 + step)
     for p in params:
         p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
+
+
+def train(model, batches, process_group=None, **settings):
+    """Random coordinate descent with partial gradients: losses, and the optimizer."""
+    groups = sparse_param_groups(model)
+    optimizer = RCDSparseOptimizer(groups, process_group=process_group, **settings)
+    losses = []
+    with PartialGradients(model, optimizer):
+        for batch in batches:
+            loss = model(batch, labels=batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses, optimizer
 
 
 class Largest(TorchDispatchMode):

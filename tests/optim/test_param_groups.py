@@ -15,49 +15,51 @@ def rule_of(groups):
     }
 
 
-def test_gpt2(make_gpt2):
-    model = make_gpt2()
-    rules = rule_of(sparse_param_groups(model))
-    assert rules.keys() == dict(model.named_parameters()).keys()  # each once, the tied one too
-    assert rules["transformer.wte.weight"] == (True, 0, 0, 0.1)
-    assert rules["transformer.wpe.weight"] == (True, 0, 0, 0.1)
-    assert rules["transformer.h.1.attn.c_attn.weight"] == (True, 4, 1, 0.1)  # Conv1D
-    assert rules["transformer.h.1.mlp.c_proj.bias"] == (True, 0, 0, 0.0)
-    assert rules["transformer.h.0.ln_1.weight"] == (False, 0, 0, 0.0)
-    assert rules["transformer.ln_f.bias"] == (False, 0, 0, 0.0)
-    rules = rule_of(sparse_param_groups(model, sparse_embeddings=False, sparse_biases=False))
-    assert not rules["transformer.wte.weight"][0]
-    assert not rules["transformer.h.0.mlp.c_fc.bias"][0]
-    assert rules["transformer.h.0.mlp.c_fc.weight"][0]
+# Settings of the groups, and the rules of some parameters under them.
+RULES = {
+    "gpt2": ({}, {
+        "transformer.wte.weight": (True, 0, 0, 0.1),
+        "transformer.wpe.weight": (True, 0, 0, 0.1),
+        "transformer.h.1.attn.c_attn.weight": (True, 4, 1, 0.1),  # Conv1D
+        "transformer.h.1.mlp.c_proj.bias": (True, 0, 0, 0.0),
+        "transformer.h.0.ln_1.weight": (False, 0, 0, 0.0),
+        "transformer.ln_f.bias": (False, 0, 0, 0.0),
+    }),
+    "gpt2, weights alone": ({"sparse_embeddings": False, "sparse_biases": False}, {
+        "transformer.wte.weight": (False, 0, 0, 0.1),
+        "transformer.h.0.mlp.c_fc.bias": (False, 0, 0, 0.0),
+        "transformer.h.0.mlp.c_fc.weight": (True, 4, 1, 0.1),
+    }),
+    "gpt2, by name": (
+        {"exclude_parameters": ["*.mlp.*"],
+         "include_parameters": ["*.ln_?.weight", "*.mlp.c_fc.*"]}, {
+        "transformer.h.0.ln_1.weight": (True, 0, 0, 0.0),
+        "transformer.h.0.mlp.c_fc.weight": (False, 0, 0, 0.1),  # exclude wins
+        "transformer.h.0.attn.c_proj.weight": (True, 4, 1, 0.1),
+    }),
+    "llama": ({"weight_decay": 0.3, "min_nonzeros": 2}, {
+        "model.embed_tokens.weight": (True, 0, 0, 0.3),
+        "lm_head.weight": (True, 0, 0, 0.3),  # the unembedding has no row minimum
+        "model.layers.0.self_attn.q_proj.weight": (True, 2, 0, 0.3),
+        "model.layers.0.input_layernorm.weight": (False, 0, 0, 0.0),
+        "model.norm.weight": (False, 0, 0, 0.0),
+    }),
+}  # fmt: skip
 
 
-def test_llama(make_llama):
-    model = make_llama()
-    rules = rule_of(sparse_param_groups(model, weight_decay=0.3, min_nonzeros=2))
-    assert rules.keys() == dict(model.named_parameters()).keys()
-    assert rules["model.embed_tokens.weight"] == (True, 0, 0, 0.3)
-    assert rules["lm_head.weight"] == (True, 0, 0, 0.3)  # the unembedding has no row minimum
-    assert rules["model.layers.0.self_attn.q_proj.weight"] == (True, 2, 0, 0.3)
-    assert rules["model.layers.0.input_layernorm.weight"] == (False, 0, 0, 0.0)
-    assert rules["model.norm.weight"] == (False, 0, 0, 0.0)
+@pytest.mark.parametrize("case", RULES)
+def test_rules_of_models(case, make_gpt2, make_llama):
+    model = make_gpt2() if case.startswith("gpt2") else make_llama()
+    settings, expected = RULES[case]
+    rules = rule_of(sparse_param_groups(model, **settings))
+    assert rules.keys() == dict(model.named_parameters()).keys()  # each once, a tied one too
+    assert {name: rules[name] for name in expected} == expected
 
 
-def test_patterns(make_gpt2):
-    model = make_gpt2()
-    rules = rule_of(
-        sparse_param_groups(
-            model,
-            exclude_parameters=["*.mlp.*"],
-            include_parameters=["*.ln_?.weight", "*.mlp.c_fc.*"],
-        )
-    )
-    assert rules["transformer.h.0.ln_1.weight"] == (True, 0, 0, 0.0)
-    assert not rules["transformer.h.0.mlp.c_fc.weight"][0]  # exclude wins
-    assert rules["transformer.h.0.attn.c_proj.weight"][0]
-    with pytest.raises(ValueError, match=r"'\*\.mpl\.\*' in exclude"):
-        sparse_param_groups(model, exclude_parameters=["*.mpl.*"])
-    with pytest.raises(ValueError, match="'nothing' in include"):
-        sparse_param_groups(model, include_parameters=["nothing"])
+@pytest.mark.parametrize("argument", ["exclude_parameters", "include_parameters"])
+def test_a_pattern_that_matches_nothing_is_named(argument, make_gpt2):
+    with pytest.raises(ValueError, match=rf"'\*\.mpl\.\*' in {argument}"):
+        sparse_param_groups(make_gpt2(), **{argument: ["*.mpl.*"]})
 
 
 class Odd(nn.Module):
@@ -85,11 +87,10 @@ def test_own_parameters_stay_dense_and_frozen_ones_are_left_out():
     assert rules["experts"] == (True, 4, 0, 0.1)
 
 
-def test_nothing_to_make_sparse():
-    with pytest.raises(ValueError, match="LayerNorm has no trainable parameter to make sparse"):
-        sparse_param_groups(nn.LayerNorm(4))
-    with pytest.raises(ValueError, match="no trainable parameter"):
-        sparse_param_groups(nn.Linear(4, 4).requires_grad_(False))
+@pytest.mark.parametrize("model", [nn.LayerNorm(4), nn.Linear(4, 4).requires_grad_(False)])
+def test_nothing_to_make_sparse(model):
+    with pytest.raises(ValueError, match=type(model).__name__):
+        sparse_param_groups(model)
 
 
 def test_groups_fit_the_optimizer_and_any_other(make_llama):

@@ -14,14 +14,14 @@ from hf_circuit_sparsity.optim.projection import (
 pytestmark = pytest.mark.usefixtures("either_path")
 
 
-def matrices(dtype=torch.float32):
-    """Matrices that are awkward, each in its way, as (name, tensor)."""
+def matrices():
+    """Matrices that are awkward, each in its way, by name."""
     g = torch.Generator().manual_seed(0)
     normal = torch.randn(90, 70, generator=g)
     heavy = normal**5
     heavy[7] = 0
     heavy[:, 3] = 0
-    found = {
+    return {
         "normal": normal,
         "ties": torch.randint(-3, 4, (90, 70), generator=g).float(),
         "constant": torch.full((90, 70), -0.5),
@@ -34,43 +34,48 @@ def matrices(dtype=torch.float32):
         "one column": normal[:, :1],
         "one entry": normal[:1, :1],
     }
-    return [(name, matrix.to(dtype).contiguous()) for name, matrix in found.items()]
 
 
-def test_reference_on_a_case_worked_out_by_hand():
-    w = torch.tensor([[9.0, -8.0, 7.0], [1.0, -3.0, 2.0], [0.5, 0.0, 0.0]])
-    project_topk_reference_(w, k=4)
-    assert w.tolist() == [[9, -8, 7], [0, -3, 0], [0, 0, 0]]
+MATRICES = matrices()
 
-    # Two per row are safe (the last row has only one nonzero): 9 8, 3 2, 0.5. One place is left.
-    w = torch.tensor([[9.0, -8.0, 7.0], [1.0, -3.0, 2.0], [0.5, 0.0, 0.0]])
-    project_topk_reference_(w, k=6, min_nonzeros=2)
-    assert w.tolist() == [[9, -8, 7], [0, -3, 2], [0.5, 0, 0]]
 
-    # Stored inputs × outputs, the rows are the columns: 9, 8, 7 and nothing else fits.
-    w = torch.tensor([[9.0, -8.0, 7.0], [1.0, -3.0, 2.0], [0.5, 0.0, 0.0]])
-    project_topk_reference_(w, k=1, min_nonzeros=1, row_dim=1)
-    assert w.tolist() == [[9, -8, 7], [0, 0, 0], [0, 0, 0]]
+def assert_as_defined(weight, k, min_nonzeros=0, row_dim=0):
+    expected = weight.clone()
+    project_topk_reference_(expected, k, min_nonzeros, row_dim)
+    for project in (project_topk_, project_bisection_)[: weight.ndim]:
+        got = weight.clone()
+        project(got, k, min_nonzeros, row_dim)
+        assert torch.equal(got, expected), (project.__name__, k, min_nonzeros, row_dim)
+    return expected
 
-    # Of equal magnitudes the lowest flat index wins, whatever the sign.
-    w = torch.tensor([[1.0, -2.0], [2.0, -2.0]])
-    project_topk_reference_(w, k=2)
-    assert w.tolist() == [[0, -2], [2, 0]]
+
+THREE = [[9.0, -8.0, 7.0], [1.0, -3.0, 2.0], [0.5, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("weight", "settings", "expected"),
+    [
+        (THREE, {"k": 4}, [[9, -8, 7], [0, -3, 0], [0, 0, 0]]),
+        # Two per row are safe (the last row has only one): 9 8, 3 2, 0.5. One place is left.
+        (THREE, {"k": 6, "min_nonzeros": 2}, [[9, -8, 7], [0, -3, 2], [0.5, 0, 0]]),
+        # Stored inputs × outputs, the rows are the columns: 9, 8, 7 and nothing else fits.
+        (THREE, {"k": 1, "min_nonzeros": 1, "row_dim": 1}, [[9, -8, 7], [0, 0, 0], [0, 0, 0]]),
+        # Of equal magnitudes the lowest flat index wins, whatever the sign.
+        ([[1.0, -2.0], [2.0, -2.0]], {"k": 2}, [[0, -2], [2, 0]]),
+    ],
+)
+def test_reference_on_cases_worked_out_by_hand(weight, settings, expected):
+    assert assert_as_defined(torch.tensor(weight), **settings).tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_fast_paths_agree_with_the_reference(dtype):
-    for name, matrix in matrices(dtype):
-        n = matrix.numel()
-        for k in sorted({0, 1, n // 64, n // 10, min(n, 250), n // 2, n}):
-            for min_nonzeros, row_dim in ((0, 0), (1, 1), (4, 0), (4, 1), (1000, 0)):
-                expected, got, bisected = matrix.clone(), matrix.clone(), matrix.clone()
-                project_topk_reference_(expected, k, min_nonzeros, row_dim)
-                project_topk_(got, k, min_nonzeros, row_dim)
-                project_bisection_(bisected, k, min_nonzeros, row_dim)
-                case = (name, k, min_nonzeros, row_dim)
-                assert torch.equal(got, expected), case
-                assert torch.equal(bisected, expected), case
+@pytest.mark.parametrize("name", MATRICES)
+def test_fast_paths_agree_with_the_reference(name, dtype):
+    matrix = MATRICES[name].to(dtype).contiguous()
+    n = matrix.numel()
+    for k in sorted({0, 1, n // 64, n // 10, min(n, 250), n // 2, n}):
+        for min_nonzeros, row_dim in ((0, 0), (1, 1), (4, 0), (4, 1), (1000, 0)):
+            assert_as_defined(matrix, k, min_nonzeros, row_dim)
 
 
 @pytest.mark.parametrize("row_dim", [0, 1])
@@ -79,15 +84,10 @@ def test_large_matrices_and_threads(density, row_dim):
     weight = torch.randn(1024, 700, generator=torch.Generator().manual_seed(1))
     k = nonzero_budget(weight.numel(), density)
     for min_nonzeros in (0, 4):
-        expected = weight.clone()
-        project_topk_reference_(expected, k, min_nonzeros, row_dim)
-        rows = weight.shape[row_dim]
-        assert torch.count_nonzero(expected) == max(k, min_nonzeros * rows)
         for threads in (3, 1):
             torch.set_num_threads(threads)
-            got = weight.clone()
-            project_topk_(got, k, min_nonzeros, row_dim)
-            assert torch.equal(got, expected), (min_nonzeros, threads)
+            expected = assert_as_defined(weight, k, min_nonzeros, row_dim)
+        assert torch.count_nonzero(expected) == max(k, min_nonzeros * weight.shape[row_dim])
 
 
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
@@ -99,23 +99,16 @@ def test_entries_at_even_distances_may_be_unlike_the_others(factor):
         odd.view(-1)[::stride] *= factor
         for k in (50, 3000, 6000):
             for min_nonzeros in (0, 4):
-                got, expected = odd.clone(), odd.clone()
-                project_topk_(got, k, min_nonzeros)
-                project_topk_reference_(expected, k, min_nonzeros)
-                assert torch.equal(got, expected), (stride, k, min_nonzeros)
+                assert_as_defined(odd, k, min_nonzeros)
 
 
 def test_other_shapes_and_layouts():
     g = torch.Generator().manual_seed(4)
-    vector = torch.randn(200, generator=g)
-    project_topk_(vector, 7)
-    assert int((vector != 0).sum()) == 7
-
-    cube, expected = torch.randn(2, 5, 6, 7, generator=g)
-    cube, expected = cube.clone(), cube.clone()
+    assert int((assert_as_defined(torch.randn(200, generator=g), 7) != 0).sum()) == 7
+    cube = torch.randn(5, 6, 7, generator=g)
+    expected = assert_as_defined(cube.view(5, 42), 20, 3)
     project_topk_(cube, 20, min_nonzeros=3)
-    project_topk_reference_(expected, 20, min_nonzeros=3)
-    assert torch.equal(cube, expected)
+    assert torch.equal(cube.view(5, 42), expected)
 
     storage = torch.randn(40, 60, generator=g)
     transposed = storage.T  # not contiguous: the result must land in the storage all the same
@@ -123,9 +116,7 @@ def test_other_shapes_and_layouts():
     project_topk_(transposed, 100, min_nonzeros=2)
     project_topk_reference_(expected, 100, min_nonzeros=2)
     assert torch.equal(storage, expected.T)
-
-    empty = torch.zeros(0, 4)
-    project_topk_(empty, 0)
+    project_topk_(torch.zeros(0, 4), 0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -191,10 +182,7 @@ def test_rows_of_every_kind_get_their_minimum(row_dim):
     weight = rows if row_dim == 0 else rows.T.contiguous()
     for k in (96, 500, 2000, 9000):
         for minimum in (1, 4, 9):
-            fast, reference = weight.clone(), weight.clone()
-            project_topk_(fast, k, minimum, row_dim)
-            project_topk_reference_(reference, k, minimum, row_dim)
-            assert torch.equal(fast, reference), (k, minimum)
+            assert_as_defined(weight, k, minimum, row_dim)
 
 
 def test_keep_largest_is_its_reference():

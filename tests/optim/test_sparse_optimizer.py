@@ -163,42 +163,22 @@ def test_copies_work(make):
     assert (twin.steps_taken, optimizer.steps_taken) == (2, 1)
 
 
-# The last argument of each is at fault.
-BAD = [
-    {"lr": -1.0},
-    {"betas": (0.9, 1.0)},
-    {"min_nonzeros": -1},
-    {"min_nonzeros": 1.5},
-    {"row_dim": 2},
-    {"normalize_gradients": "sometimes"},
-    {"target_density": 0.0},
-    {"target_density": 1.5},
-]
-BAD_FOR_TOPK = [
-    {"target_density": 0.5, "total_steps": None},
-    {"target_density": 0.5, "total_steps": 0},
-    {"anneal_start": 0.7},
-]
-BAD_FOR_RCD = [
-    {"block_fraction": 0.0},
-    {"block_fraction": 1.5},
-    {"block_fraction": float("nan")},
-    {"greedy_fraction": 2},
-    {"magnitude_floor": 0.0},
-    {"selection": "lucky"},
-    {"block": "tiles"},
-    {"update": "newton"},
-    {"block_steps": 0},
-    {"clip_threshold": -1.0},
-    {"l1": float("inf")},
+BAD = {
+    "lr": [-1.0], "betas": [(0.9, 1.0)], "min_nonzeros": [-1, 1.5], "row_dim": [2],
+    "normalize_gradients": ["sometimes"], "target_density": [0.0, 1.5],
+}  # fmt: skip
+BAD_FOR_TOPK = {**BAD, "total_steps": [None, 0], "anneal_start": [0.7]}
+BAD_FOR_RCD = {
+    **BAD, "block_fraction": [0.0, 1.5, float("nan")], "greedy_fraction": [2],
+    "magnitude_floor": [0.0], "selection": ["lucky"], "block": ["tiles"], "update": ["newton"],
+    "block_steps": [0], "clip_threshold": [-1.0], "l1": [float("inf")], "start_density": [0.1],
+    "explore_end": [1.5, False], "anneal_end": [False], "staleness": [-1],
+}  # fmt: skip
+# The last argument of each is at fault, given the others.
+BAD_TOGETHER = [
     {"target_density": None, "start_density": 0.5},
-    {"target_density": 0.2, "start_density": 0.1},
-    {"explore_end": 1.5},
-    {"explore_end": False},
-    {"anneal_end": False},
     {"explore_end": 0.5, "total_steps": None},
-    {"start_density": 0.5, "target_density": 0.1, "total_steps": 0},
-    {"staleness": -1},
+    {"start_density": 0.5, "total_steps": 0},
     {"staleness": 1, "move_active": False},
 ]
 
@@ -206,8 +186,9 @@ BAD_FOR_RCD = [
 @pytest.mark.parametrize(
     ("make", "arguments"),
     [
-        *((topk, arguments) for arguments in BAD + BAD_FOR_TOPK),
-        *((rcd, arguments) for arguments in BAD + BAD_FOR_RCD),
+        *((topk, {name: value}) for name, values in BAD_FOR_TOPK.items() for value in values),
+        *((rcd, {name: value}) for name, values in BAD_FOR_RCD.items() for value in values),
+        *((rcd, arguments) for arguments in BAD_TOGETHER),
     ],
 )
 def test_bad_arguments_are_named(make, arguments):

@@ -9,10 +9,9 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
 from hf_circuit_sparsity.optim.rcd.distributed import RCDProcessGroup, part_of
-from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
-from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
 from hf_circuit_sparsity.optim.sparse_init import sparse_from_config
 from tests.conftest import random_model
+from tests.optim.conftest import train
 from tests.two_processes import launch
 
 SETTINGS = {
@@ -27,21 +26,6 @@ def config():
     return CircuitGPTConfig(
         n_layer=1, n_head=2, d_head=8, d_model=16, d_mlp=32, block_size=16, vocab_size=32
     )
-
-
-def train(model, process_group, batches, **settings):
-    optimizer = RCDSparseOptimizer(
-        sparse_param_groups(model), process_group=process_group, **{**SETTINGS, **settings}
-    )
-    losses = []
-    with PartialGradients(model, optimizer):
-        for batch in batches:
-            loss = model(batch, labels=batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-    return losses
 
 
 def batches(rank, steps, same=False):
@@ -64,10 +48,11 @@ def work(rank, size, folder):
     for name, own in settings.items():
         model = sparse_from_config(config(), 1 / 8)
         group = RCDProcessGroup(average_dense=True)
-        losses = train(model, group, batches(rank, 8), **own)
+        losses, _ = train(model, batches(rank, 8), group, **{**SETTINGS, **own})
         results[name] = (model.state_dict(), losses, group.bytes_sent)
     model = sparse_from_config(config(), 1 / 8)
-    losses = train(model, RCDProcessGroup(average_dense=True), batches(rank, 6, same=True))
+    group = RCDProcessGroup(average_dense=True)
+    losses, _ = train(model, batches(rank, 6, same=True), group, **SETTINGS)
     results["same data"] = (model.state_dict(), losses, 0)
     # What DDP hands over for the same model, counted by its own hook.
     ddp = DistributedDataParallel(random_model(config()))
@@ -106,7 +91,7 @@ def test_ranks_stay_bitwise_equal_on_different_data(ranks, name):
 
 def test_on_the_same_data_two_ranks_are_one(ranks):
     alone = sparse_from_config(config(), 1 / 8)
-    losses = train(alone, None, batches(0, 6, same=True))
+    losses, _ = train(alone, batches(0, 6, same=True), **SETTINGS)
     together, others, _ = ranks[0]["same data"]
     assert losses == pytest.approx(others, rel=1e-4)
     for key, value in alone.state_dict().items():
@@ -120,7 +105,7 @@ def test_only_own_changes_are_shipped(ranks):
                 for _, p in g["params"])  # fmt: skip
     sparse = sum(p.numel() for p in model.parameters()) - dense
     assert ddp == 4 * (dense + sparse)
-    # Half of an eighth of the sparse parameters, in four bytes each, the births, and bookkeeping.
+    # Half of an eighth of the sparse parameters, in four bytes each, what grows, and bookkeeping.
     assert sent - 4 * dense < 4 * sparse / 2
     assert sent < ddp
 

@@ -13,26 +13,12 @@ from hf_circuit_sparsity.modeling.sparse_layers import sparse_layers
 from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
 from hf_circuit_sparsity.optim.rcd.config import RCDConfig
 from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
-from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
 from hf_circuit_sparsity.optim.sparse_init import sparse_from_config, sparsify_initialization_
 from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
-from tests.optim.conftest import Largest
+from tests.optim.conftest import Largest, train
 
 SETTINGS = {"lr": 0.1, "target_density": 1 / 8, "block_fraction": 1 / 4, "selection": "gradient",
             "normalize_gradients": "always"}  # fmt: skip
-
-
-def train(model, batch, steps, **settings):
-    optimizer = RCDSparseOptimizer(sparse_param_groups(model), **{**SETTINGS, **settings})
-    losses = []
-    with PartialGradients(model, optimizer):
-        for _ in range(steps):
-            loss = model(batch, labels=batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-    return losses, optimizer
 
 
 @pytest.mark.parametrize(
@@ -44,9 +30,9 @@ def train(model, batch, steps, **settings):
 def test_training_the_nonzeros_is_training_the_matrices(tiny_config, settings, either_path):
     sparse = sparse_from_config(tiny_config, settings.get("start_density", 1 / 8), seed=3)
     dense = copy.deepcopy(sparse).to_dense()
-    batch = torch.arange(64).reshape(4, 16)
-    ours, optimizer = train(sparse, batch, 8, **settings)
-    theirs, _ = train(dense, batch, 8, **settings)
+    batches = [torch.arange(64).reshape(4, 16)] * 8
+    ours, optimizer = train(sparse, batches, **{**SETTINGS, **settings})
+    theirs, _ = train(dense, batches, **{**SETTINGS, **settings})
     assert ours == pytest.approx(theirs, rel=1e-4)
     assert ours[-1] < ours[0]
     for name, value in dense.state_dict().items():
@@ -87,16 +73,8 @@ def test_nothing_of_a_matrix_size_is_ever_made():
     batch = torch.arange(16)[None]
     with Largest() as made:
         model = sparse_from_config(config, 1 / 64, min_nonzeros=2)
-        started = made.entries
-        optimizer = RCDSparseOptimizer(
-            sparse_param_groups(model, min_nonzeros=2), lr=0.01, target_density=1 / 64
-        )
-        made.entries = 0
-        with PartialGradients(model, optimizer):
-            for _ in range(3):
-                model(batch, labels=batch).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+        started, made.entries = made.entries, 0
+        train(model, [batch] * 3, lr=0.01, target_density=1 / 64)
         model(batch)
     # Places are drawn for a piece of rows at a time; training stays below the smallest matrix.
     assert started <= 1 << 20

@@ -27,7 +27,7 @@ def optimizer_for(model, **settings):
 
 
 def gradients_of(model, optimizer, run):
-    """Name → (gradient at the live coordinates, at the block) as the optimizer would get them."""
+    """Name → (gradient at the active coordinates, at the block) as the optimizer would get them."""
     names = {p: name for name, p in model.named_parameters()}
     with PartialGradients(model, optimizer, min_entries=0):  # small ones too, as these are
         run(model)
@@ -37,22 +37,24 @@ def gradients_of(model, optimizer, run):
     return found
 
 
-def assert_slices_of_the_full_gradient(model, optimizer, run, rtol=1e-4, atol=1e-6):
+def assert_slices_of_the_full_gradient(
+    model, optimizer, run, rtol=1e-4, atol=1e-6, assert_close=torch.testing.assert_close
+):
     twin = copy.deepcopy(model)
     run(twin)
     found = gradients_of(model, optimizer, run)
     full = {name: p.grad for name, p in twin.named_parameters()}
     for name, p in model.named_parameters():
         if name not in found:
-            torch.testing.assert_close(p.grad, full[name], rtol=rtol, atol=atol)
+            assert_close(p.grad, full[name], rtol=rtol, atol=atol)
             continue
         assert p.grad is None
-        state, (live, block) = optimizer.sparse_state(p), found[name]
+        state, (active, block) = optimizer.sparse_state(p), found[name]
         assert block.any() or not full[name].any()
         block_expected = state.own_block.take(full[name])
-        torch.testing.assert_close(block.float(), block_expected.float(), rtol=rtol, atol=atol)
-        live_expected = full[name].flatten()[state.active]
-        torch.testing.assert_close(live, live_expected.float(), rtol=rtol, atol=atol)
+        assert_close(block.float(), block_expected.float(), rtol=rtol, atol=atol)
+        active_expected = full[name].flatten()[state.active]
+        assert_close(active, active_expected.float(), rtol=rtol, atol=atol)
 
 
 def backward(model):
@@ -94,22 +96,17 @@ def test_autocast(tiny_config):
             loss = model(input_ids=TOKENS, labels=TOKENS).loss
         loss.backward()
 
+    def assert_alike(got, expected, **tolerances):
+        similarity = torch.cosine_similarity(got.float().flatten(), expected.flatten(), dim=0)
+        assert similarity > 0.98 or not expected.any()
+
     # Dense, as AbsTopK may fall either way for numbers of eight bits.
     tiny_config.afrac = None
     model = sparsify(random_model(tiny_config)).train()
-    twin = copy.deepcopy(model)
-    run(twin)
-    found = gradients_of(model, optimizer := optimizer_for(model), run)
-    for name, (live, block) in found.items():
-        p = model.get_parameter(name)
-        full = twin.get_parameter(name).grad
-        assert live.dtype == torch.float32
-        for got, expected in (
-            (live, full.flatten()[optimizer.sparse_state(p).active]),
-            (block, optimizer.sparse_state(p).own_block.take(full)),
-        ):
-            similarity = torch.cosine_similarity(got.float(), expected, dim=0)
-            assert similarity > 0.98 or not expected.any(), name
+    optimizer = optimizer_for(model)
+    assert_slices_of_the_full_gradient(model, optimizer, run, assert_close=assert_alike)
+    states = [optimizer.sparse_state(p) for _, p in optimizer.sparse_parameters() if p.ndim > 1]
+    assert {state.gradient[0].dtype for state in states} == {torch.float32}
 
 
 def test_half_precision_weights():
@@ -197,11 +194,11 @@ def test_weight_gradient_flops_are_the_blocks_share(layer, block, fraction):
     full = count(module)
     assert full == 2 * tokens * inputs * outputs
     assert count(module, move_active=False) == pytest.approx(fraction * full, rel=0.02)
-    # With the live coordinates, their share is added.
+    # With the active coordinates, their share is added.
     with torch.no_grad():
         module.weight.zero_().view(-1)[::50] = 1.0
-    live = int(torch.count_nonzero(module.weight)) / module.weight.numel()
-    assert count(module, move_active=True) == pytest.approx((fraction + live) * full, rel=0.02)
+    active = int(torch.count_nonzero(module.weight)) / module.weight.numel()
+    assert count(module, move_active=True) == pytest.approx((fraction + active) * full, rel=0.02)
 
 
 def test_nothing_of_the_weights_size_is_made():
@@ -217,10 +214,10 @@ def test_nothing_of_the_weights_size_is_made():
             with made if step else nullcontext():  # the first reads what is active
                 model(torch.ones(8, 300)).square().sum().backward()
                 optimizer.step()
-    # The largest are positions (int64) of the block and of what is live, or the activations, which
-    # the kernels pad to 64 tokens.
-    block, live = 400 * 300 / 16, 0.02 * 400 * 300
-    assert 0 < made.bytes <= max(8 * (block + 1.2 * live), 4 * 64 * 400)
+    # The largest are positions (int64) of the block and of what is active, or the activations,
+    # which the kernels pad to 64 tokens.
+    block, active = 400 * 300 / 16, 0.02 * 400 * 300
+    assert 0 < made.bytes <= max(8 * (block + 1.2 * active), 4 * 64 * 400)
     assert made.bytes < 4 * 400 * 300 / 4
 
 
