@@ -30,13 +30,10 @@ class _Group(TyperGroup):
 
 
 app = Typer(
-    cls=_Group,
-    help="Train weight-sparse transformers and cut circuits out of them.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+    cls=_Group, help="Train weight-sparse transformers and cut circuits out of them.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode=None,
-)
+)  # fmt: skip
 # Commands whose options are the fields of dataclasses, which HfArgumentParser reads.
 BY_FIELDS = {
     "add_help_option": False,

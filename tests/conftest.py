@@ -86,20 +86,12 @@ def make_gpt2():
 def make_llama():
     def make(seed=0):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=61,
-                hidden_size=24,
-                intermediate_size=40,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                max_position_embeddings=16,
-                bos_token_id=0,
-                eos_token_id=0,
-                tie_word_embeddings=False,
-            )
-        )
+        config = LlamaConfig(
+            vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
+            bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
+        )  # fmt: skip
+        return LlamaForCausalLM(config)
 
     return make
 
@@ -139,12 +131,9 @@ def make_trainer(tmp_path, dataset):
             "seed": 3,
         }
         return trainer_class(
-            model,
-            arguments_class(**{**settings, **arguments}),
-            train_dataset=dataset,
-            eval_dataset=dataset.select(range(16)),
-            callbacks=callbacks,
+            model, arguments_class(**{**settings, **arguments}), train_dataset=dataset,
+            eval_dataset=dataset.select(range(16)), callbacks=callbacks,
             **({} if model_init is None else {"model_init": model_init}),
-        )
+        )  # fmt: skip
 
     return make

@@ -80,12 +80,9 @@ def run_bridge(model_arguments: BridgeModelArguments, args: BridgeTrainingArgume
         sample = spread_sample(blocks["train"], RIDGE_BLOCKS)
         ridge_bridges_(bridged, torch.tensor(sample["input_ids"][:]))
     trainer = BridgeTrainer(
-        bridged,
-        args,
-        train_dataset=blocks["train"],
-        eval_dataset=spread_sample(blocks["validation"], 256),
-        processing_class=tokenizer,
-    )
+        bridged, args, train_dataset=blocks["train"],
+        eval_dataset=spread_sample(blocks["validation"], 256), processing_class=tokenizer,
+    )  # fmt: skip
 
     def newest_terms() -> dict[str, str]:
         log = trainer.state.log_history[-1]

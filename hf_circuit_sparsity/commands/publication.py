@@ -124,13 +124,10 @@ def parts_of(run: Run, repo: str, *, tasks: Sequence[str] | None, reference: Any
         run.model.save_pretrained(folder, sparse=True)
         run.tokenizer.save_pretrained(folder)
         card = model_card(
-            run.model,
-            repo_id=repo,
-            summary=run.summary,
-            task_scores=list(map(asdict, run.scores)),
+            run.model, repo_id=repo, summary=run.summary, task_scores=list(map(asdict, run.scores)),
             circuits={f"{repo}-circuits/{n}": c.to_dict() for n, c in run.circuits.items()},
             datasets=datasets,
-        )
+        )  # fmt: skip
         card.save(folder / "README.md")
 
     def circuits(folder: Path, commit: str) -> None:
@@ -197,13 +194,9 @@ def _lay_out_viewer(
         pages = dict.fromkeys(pages, "index.html")
     for name, page in pages.items():
         write_report(
-            circuits[name],
-            folder / page,
-            run.model,
-            run.tokenizer,
-            reference=reference,
+            circuits[name], folder / page, run.model, run.tokenizer, reference=reference,
             config=REPORT,
-        )
+        )  # fmt: skip
     if len(pages) > 1:
         template = files("hf_circuit_sparsity.circuits.viewer") / "assets" / "circuits.html"
         environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -212,15 +205,9 @@ def _lay_out_viewer(
         )
         (folder / "index.html").write_text(page, encoding="utf-8")
     data = SpaceCardData(
-        title=f"{repo}-viewer".split("/")[1],
-        emoji="🔌",
-        colorFrom="gray",
-        colorTo="green",
-        sdk="static",
-        app_file="index.html",
-        license="apache-2.0",
-        models=[repo, f"{repo}-circuits"],
-        tags=["circuit", "hf-circuit-sparsity"],
-    )
+        title=f"{repo}-viewer".split("/")[1], emoji="🔌", colorFrom="gray", colorTo="green",
+        sdk="static", app_file="index.html", license="apache-2.0",
+        models=[repo, f"{repo}-circuits"], tags=["circuit", "hf-circuit-sparsity"],
+    )  # fmt: skip
     text = f"# Circuits of {repo}\n\nWhat each does, on a page that needs no server.\n"
     SpaceCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")

@@ -89,12 +89,9 @@ def _upload(parts: Sequence[Part], staging: Path, public: bool) -> dict[str, str
     for number, part in enumerate(parts, 1):
         say(f"{number}/{len(parts) + 1}  {part.what} → {part.kind} {part.repo_id}")
         address = api.create_repo(
-            part.repo_id,
-            repo_type=part.kind,
-            private=not public,
-            space_sdk="static" if part.kind == "space" else None,
-            exist_ok=True,
-        )
+            part.repo_id, repo_type=part.kind, private=not public,
+            space_sdk="static" if part.kind == "space" else None, exist_ok=True,
+        )  # fmt: skip
         info = api.repo_info(part.repo_id, repo_type=part.kind)
         if info.private == public:
             say(f"     was there before, and stays {'private' if info.private else 'public'}")

@@ -95,12 +95,9 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
     tokenizer.save_pretrained(folder / "tokenizer")
 
     config = CircuitGPTConfig(
-        d_model=D_MODEL,
-        n_layer=N_LAYER,
-        block_size=BLOCK_SIZE,
-        vocab_size=len(tokenizer),
+        d_model=D_MODEL, n_layer=N_LAYER, block_size=BLOCK_SIZE, vocab_size=len(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
-    )
+    )  # fmt: skip
     if (model_folder / SUMMARY_NAME).is_file():
         say("2/4  Training: done before")
         trained = json.loads((model_folder / SUMMARY_NAME).read_text())
@@ -196,18 +193,11 @@ def _seconds_per_step(config: CircuitGPTConfig, train: Dataset, timed: int = 12)
 
 def _training_arguments(folder: Path, steps: int, seed: int) -> SparseTrainingArguments:
     return SparseTrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=BATCH_SIZE,
-        per_device_eval_batch_size=32,
-        target_density=DENSITY,
-        learning_rate=LEARNING_RATE,
-        logging_steps=max(1, steps // 20),
-        save_steps=max(1, steps // 4),
-        save_total_limit=1,
-        report_to="none",
-        seed=seed,
-    )
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=BATCH_SIZE,
+        per_device_eval_batch_size=32, target_density=DENSITY, learning_rate=LEARNING_RATE,
+        logging_steps=max(1, steps // 20), save_steps=max(1, steps // 4), save_total_limit=1,
+        report_to="none", seed=seed,
+    )  # fmt: skip
 
 
 def _task_accuracy(task: BinaryTask) -> Callable[[CircuitGPTForCausalLM], dict[str, str]]:

@@ -85,12 +85,9 @@ def train_model(
     if start_at_bigrams and resume_from_checkpoint is None:
         initialize_bigram_table_(model, blocks["train"])
     trainer = SparseTrainer(
-        model=model,
-        args=args,
-        train_dataset=blocks["train"],
-        eval_dataset=spread_sample(blocks["validation"], 512),
-        processing_class=tokenizer,
-    )
+        model=model, args=args, train_dataset=blocks["train"],
+        eval_dataset=spread_sample(blocks["validation"], 512), processing_class=tokenizer,
+    )  # fmt: skip
     of_model = None if measure is None else lambda: measure(model)
     figures, log = fit(trainer, config.block_size, resume_from_checkpoint, of_model, callbacks)
     folder = Path(args.output_dir)

@@ -77,15 +77,11 @@ def model_metadata(
         fields: further ones, as `license` and `base_model`.
     """
     return ModelCardData(
-        library_name=library,
-        pipeline_tag="text-generation",
-        tags=all_tags(tags),
-        datasets=list(datasets) or None,
-        metrics=sorted({r.metric_type for r in results}) or None,
-        model_name=repo_title(repo_id) if results else None,
-        eval_results=list(results) or None,
+        library_name=library, pipeline_tag="text-generation", tags=all_tags(tags),
+        datasets=list(datasets) or None, metrics=sorted({r.metric_type for r in results}) or None,
+        model_name=repo_title(repo_id) if results else None, eval_results=list(results) or None,
         **fields,
-    )
+    )  # fmt: skip
 
 
 def all_tags(tags: Iterable[str]) -> list[str]:

@@ -43,14 +43,11 @@ def task_dataset_card(
     before = existing.data.to_dict() if existing is not None else {}
     fields: dict[str, Any] = {n: before[n] for n in ("configs", "dataset_info") if n in before}
     data = DatasetCardData(
-        license=license,
-        language=["en"],
-        task_categories=["text-generation"],
+        license=license, language=["en"], task_categories=["text-generation"],
         size_categories=next((name for most, name in _SIZES if rows < most), "1M<n<10M"),
-        pretty_name=repo_title(repo_id),
-        tags=all_tags(["code", "python", "counterfactual", *tags]),
+        pretty_name=repo_title(repo_id), tags=all_tags(["code", "python", "counterfactual", *tags]),
         **fields,
-    )
+    )  # fmt: skip
     shown = "single_double_quote" if "single_double_quote" in tasks else next(iter(tasks))
     lines = [
         {

@@ -92,27 +92,12 @@ def model_card(
     for circuit in circuits.values():
         results += circuit_results(circuit, dataset)
     data = model_metadata(
-        repo_id,
-        results,
-        tags=["circuitgpt", "weight-sparse", "custom_code", *tags],
-        datasets=datasets,
-        library="transformers",
-        license=license,
-        base_model=base_model,
-    )
+        repo_id, results, tags=["circuitgpt", "weight-sparse", "custom_code", *tags],
+        datasets=datasets, library="transformers", license=license, base_model=base_model,
+    )  # fmt: skip
     total, nonzeros = weight_counts(model)
     return render(
-        "model.md",
-        data,
-        repo_id,
-        mark=mark,
-        config=model.config,
-        total=total,
-        nonzeros=nonzeros,
-        picture=picture,
-        tokenizer=tokenizer,
-        corpus=corpus,
-        summary=summary,
-        task_scores=task_scores,
-        circuits=circuits,
-    )
+        "model.md", data, repo_id, mark=mark, config=model.config, total=total, nonzeros=nonzeros,
+        picture=picture, tokenizer=tokenizer, corpus=corpus, summary=summary,
+        task_scores=task_scores, circuits=circuits,
+    )  # fmt: skip

@@ -110,20 +110,13 @@ class SparseTrainer(LanguageModelTrainer):
         self._planned_steps = 0
         self._training: ExitStack | None = None
         super().__init__(
-            model,
-            args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            model_init=model_init,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
+            model, args, data_collator=data_collator, train_dataset=train_dataset,
+            eval_dataset=eval_dataset, processing_class=processing_class, model_init=model_init,
+            compute_loss_func=compute_loss_func, compute_metrics=compute_metrics,
+            callbacks=callbacks, optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
+        )  # fmt: skip
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 "training is sharded (FSDP or DeepSpeed), but the largest weights of a matrix can "
@@ -219,13 +212,10 @@ class SparseTrainer(LanguageModelTrainer):
         args = self.args
         # A checkpoint, which is sparse already, goes through unchanged.
         sparsify_initialization_(
-            model,
-            args.rcd_config.start_density or args.target_density,
-            support=args.rcd_config.init,
-            rescale=args.rcd_config.init == "random",
-            seed=args.seed,
+            model, args.rcd_config.start_density or args.target_density,
+            support=args.rcd_config.init, rescale=args.rcd_config.init == "random", seed=args.seed,
             **_group_settings(args),
-        )
+        )  # fmt: skip
         groups = self._param_groups(model)
         process_group = None
         if args.world_size > 1:
@@ -233,12 +223,9 @@ class SparseTrainer(LanguageModelTrainer):
             sparse = {name for g in groups if g["sparse"] for name, _ in g["params"]}
             leave_to_process_group(model, sparse)
         return RCDSparseOptimizer(
-            groups,
-            config=args.rcd_config,
-            seed=args.seed,
-            process_group=process_group,
+            groups, config=args.rcd_config, seed=args.seed, process_group=process_group,
             **self._recipe(),
-        )
+        )  # fmt: skip
 
     def _param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         args = self.args

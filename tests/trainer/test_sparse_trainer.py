@@ -117,16 +117,10 @@ def test_logs_tell_all_there_is_to_know(make_gpt2, make_trainer):
 
 def test_arguments_reach_the_optimizer(make_gpt2, make_trainer):
     trainer = make_trainer(
-        make_gpt2(),
-        min_nonzeros=3,
-        sparse_embeddings=False,
-        exclude_parameters=["*.mlp.c_proj.*"],
-        include_parameters=["transformer.ln_f.weight"],
-        normalize_gradients="clip",
-        sharkfin=False,
-        weight_decay=0.02,
-        adam_beta2=0.97,
-    )
+        make_gpt2(), min_nonzeros=3, sparse_embeddings=False, exclude_parameters=["*.mlp.c_proj.*"],
+        include_parameters=["transformer.ln_f.weight"], normalize_gradients="clip", sharkfin=False,
+        weight_decay=0.02, adam_beta2=0.97,
+    )  # fmt: skip
     groups = trainer.create_optimizer().param_groups
     rule = {name: group for group in groups for name in group["param_names"]}
     assert not rule["transformer.wte.weight"]["sparse"]
