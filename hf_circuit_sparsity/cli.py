@@ -141,7 +141,7 @@ def evaluate(
 @app.command()
 def publish(
     run_dir: Annotated[str, Argument(help="Output folder of quickstart or train.")],
-    repo: Annotated[str, Option(help="user/name of the model on the Hub.")],
+    repo: Annotated[str, Option(help="user/name of the model; other names begin so.")],
     dry_run: Annotated[bool, Option("--dry-run", help="List what would go where.")] = False,
     public: Annotated[bool, Option("--public", help="New repositories are private else.")] = False,
     task: Annotated[

@@ -26,6 +26,7 @@ PREFIX = "base_model.bridge_parts."
 _HUB_OPTIONS = (
     "cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder",
 )  # fmt: skip
+_DENSE_OPTIONS = ("dtype", "torch_dtype", "device_map", "trust_remote_code")
 # What the Auto classes pass along although it concerns only them.
 _AUTO_OPTIONS = (
     "adapter_kwargs", "code_revision", "_from_auto", "_commit_hash", "attn_implementation",
@@ -186,16 +187,12 @@ class BridgePreTrainedModel(PreTrainedModel):
         """
         source = pretrained_model_name_or_path
         hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-        for name in _AUTO_OPTIONS:
-            kwargs.pop(name, None)
-        options = {n: kwargs.pop(n) for n in ("dtype", "torch_dtype", "device_map") if n in kwargs}
-        has_dtype = "dtype" in options or "torch_dtype" in options
-        options["trust_remote_code"] = kwargs.pop("trust_remote_code", None)
-        if kwargs:
+        options = {name: kwargs.pop(name) for name in _DENSE_OPTIONS if name in kwargs}
+        if unknown := kwargs.keys() - {*_AUTO_OPTIONS}:
+            expected = ("dense", "config", "check_base_model", *_DENSE_OPTIONS, *_HUB_OPTIONS)
             raise TypeError(
-                f"from_pretrained got {', '.join(map(repr, sorted(kwargs)))}, expected only dense, "
-                "config, check_base_model, dtype, device_map, trust_remote_code or "
-                f"{', '.join(_HUB_OPTIONS)}."
+                f"from_pretrained got {', '.join(map(repr, sorted(unknown)))}, expected only "
+                f"{', '.join(expected)}."
             )
         config_file = f"{source}/config.json"
         if config is None:
@@ -232,5 +229,6 @@ class BridgePreTrainedModel(PreTrainedModel):
         bridged.name_or_path = bridged.config.name_or_path = str(source)
         parameter = next(dense.parameters())
         for part in (bridged.sparse, bridged.bridges):
+            has_dtype = "dtype" in options or "torch_dtype" in options
             part.to(device=parameter.device, dtype=parameter.dtype if has_dtype else None)
         return bridged.eval()

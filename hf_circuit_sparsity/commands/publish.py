@@ -26,15 +26,7 @@ def run_publish(
     tasks: Sequence[str] | None = None,
     corpus: str | None = None,
 ) -> dict[str, str]:
-    """Publish the folder of a run.
-
-    Args:
-        run_dir: output folder of `quickstart` or `train`.
-        repo: `user/name` of the model; the other names begin with it.
-        dry_run: list what would go where, and its size, without any request to the Hub.
-        public: whether new repositories are public.
-        tasks: to publish as datasets; those of the circuits if not given.
-        corpus: folder of Python for the viewer's examples; the standard library if not given.
+    """Publish the folder of a run; the arguments are the command's.
 
     Returns:
         Web address of each part and of the collection, by what it is; empty in a dry run.

@@ -273,31 +273,21 @@ def check_expressible(
         pair: any pair.
         single_tokens: whether each answer must also be no more than one token.
     """
-    for side in pair:
-        if single_tokens and len(side.continuation_ids) > 1:
-            raise TaskNotExpressibleError(
-                f"Task {name!r}: a candidate must be one token, but after {side.prompt!r} "
-                f"{_spell(tokenizer, side)}; use a candidate that is a single token, such as its "
-                "first, or another tokenizer."
-            )
-        if not side.continuation_ids:
-            raise TaskNotExpressibleError(
-                f"Task {name!r}: this tokenizer fuses the end of the prompt {side.prompt!r} with "
-                f"the candidate {side.continuation!r}, so the answer is not a token of its own; "
-                "use a prompt that ends where a token ends, or another tokenizer."
-            )
-    if not pair.is_expressible:
+    for side, other in (pair, pair[::-1]):
+        ids = side.continuation_ids
+        if not ids:
+            problem = "is fused with the prompt's end, so that the answer is no token of its own"
+        elif single_tokens and len(ids) > 1:
+            problem = "must be a single token, such as its first"
+        elif ids[0] == next(iter(other.continuation_ids), None):
+            problem = f"begins with the same token as {other.continuation!r}"
+        else:
+            continue
+        tokens = ", ".join(repr(tokenizer.decode([index])) for index in ids)
         raise TaskNotExpressibleError(
-            f"Task {name!r}: its candidates are not single tokens under this tokenizer: after "
-            f"{pair.first.prompt!r}, {_spell(tokenizer, pair.first)}, and "
-            f"{_spell(tokenizer, pair.second)}, which begin with the same token; use a tokenizer "
-            "with more entries or another task."
+            f"Task {name!r}: after {side.prompt!r} the candidate {side.continuation!r} (tokens: "
+            f"{tokens or 'none'}) {problem}; use another candidate or tokenizer."
         )
-
-
-def _spell(tokenizer: PreTrainedTokenizerBase, side: EncodedExample) -> str:
-    tokens = ", ".join(repr(tokenizer.decode([index])) for index in side.continuation_ids)
-    return f"{side.continuation!r} is {len(side.continuation_ids)} token(s) ({tokens})"
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -22,9 +22,6 @@ from transformers import (
 
 from ..modeling.sparse_layers import SparseWeight
 
-# Number of set bits of every byte.
-_BITS_SET = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)
-
 
 class InterruptCallback(TrainerCallback):
     """Makes Ctrl-C stop any `Trainer` after the current step, with a checkpoint to resume from.
@@ -209,4 +206,4 @@ def _mask(parameter: Tensor | SparseWeight) -> np.ndarray:
 
 
 def _count(mask: np.ndarray) -> int:
-    return int(_BITS_SET[mask].sum(dtype=np.int64))
+    return int.from_bytes(mask.tobytes(), "little").bit_count()
