@@ -33,12 +33,14 @@ def declare(function: Callable, arguments: str, result: type | None = None) -> C
     return function
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether kernels take these tensors: plain float32 on the CPU, and nothing is compiling."""
+def takes(
+    *tensors: Tensor, device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+) -> bool:
+    """Whether kernels take these: plain tensors of a device and a dtype, and nothing compiles."""
     if torch.compiler.is_compiling():
         return False
     for x in tensors:
-        if x.dtype != torch.float32 or x.device.type != "cpu":
+        if x.dtype not in dtypes or x.device.type != device:
             return False
         if type(x) not in (torch.Tensor, torch.nn.Parameter):  # fake or distributed
             return False

@@ -51,6 +51,8 @@ class SelectionKernels(Library):
 
     def masked(self, x: Tensor, mask: Tensor) -> Tensor:
         """`x` where the bool `mask` of its shape is true, else 0."""
+        if (x.requires_grad and torch.is_grad_enabled()) or not takes(x):
+            return torch.where(mask, x, 0)
         x = x.contiguous()
         out = torch.empty(x.shape)
 
@@ -105,7 +107,7 @@ class SelectionKernels(Library):
 
 class _AbsTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, k: int, kernels: SelectionKernels) -> Tensor:
+    def forward(ctx: Any, x: Tensor, k: int, kernels: Any) -> Tensor:
         ctx.kernels = kernels
         out, mask = kernels.abs_topk(x, k, want_mask=True)
         ctx.save_for_backward(mask)
@@ -114,6 +116,4 @@ class _AbsTopK(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or not takes(grad):  # grad is to be differentiated
-            return grad * mask, None, None
         return ctx.kernels.masked(grad, mask), None, None

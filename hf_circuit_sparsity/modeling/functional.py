@@ -13,11 +13,14 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 try:  # not there beside a copy of this file that came from the Hub with a model
-    compiled_kernels = importlib.import_module("..kernels.cpu", __package__).compiled_kernels
+    _kernels = importlib.import_module("..kernels.cpu", __package__)
+    compiled_kernels, selection_kernels = _kernels.compiled_kernels, _kernels.selection_kernels
 except ImportError:
 
     def compiled_kernels(*tensors: Tensor) -> None:
         """The compiled kernels: there are none."""
+
+    selection_kernels = compiled_kernels
 
 
 def abs_topk_reference(x: Tensor, k: int) -> Tensor:
@@ -40,10 +43,10 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
         return x
     # In forward-mode AD and torch.func kernels and numpy would lose the derivative.
     special = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)
-    special = special or forward_ad._current_level >= 0
-    if not special and k > 0 and x.numel() and x.device.type == "cpu":
-        if kernels := compiled_kernels(x):
-            return kernels.differentiable_abs_topk(x, k)
+    special = special or forward_ad._current_level >= 0 or not k or not x.numel()
+    if not special and (kernels := selection_kernels(x)):
+        return kernels.differentiable_abs_topk(x, k)
+    if not special and x.device.type == "cpu":
         if not (torch.is_grad_enabled() and x.requires_grad):
             return _largest(x.detach(), k, mask_only=False)
         # A product with bytes takes an eighth of the time of one with booleans, or of a choice.

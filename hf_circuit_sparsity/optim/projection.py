@@ -2,12 +2,13 @@
 
 The definition is [`project_topk_reference_`], which sorts. Training calls
 [`project_topk_`], which gives the same result entry for entry without sorting the matrix: in
-`projection_cpu.py` on the CPU, by bisection elsewhere.
+`projection_cpu.py` on the CPU, by Triton on CUDA, by bisection elsewhere.
 """
 
 import torch
 from torch import Tensor
 
+from ..kernels.cpu import selection_kernels
 from .keep_largest import INTEGER_VIEW, infinity_bits, keep_largest_reference
 from .projection_cpu import not_finite, project_cpu_
 from .settings import check
@@ -37,14 +38,15 @@ def project_topk_(weight: Tensor, k: int, min_nonzeros: int = 0, row_dim: int = 
 
     Raises:
         ValueError: if an argument is out of range, or `weight` holds NaN or infinity (nothing has
-            been changed then).
+            been changed then). On CUDA, where the host does not wait for the device, what is not
+            finite is left alone and a later call raises this.
         TypeError: if `weight` is not a floating-point tensor of a supported dtype.
     """
     _check_arguments(weight, k, min_nonzeros, row_dim)
     if weight.numel() == 0:
         return
     matrix = _as_matrix(weight)
-    project = project_cpu_ if weight.device.type == "cpu" else project_bisection_
+    project = project_cpu_ if weight.device.type == "cpu" else _project_on_device_
     with torch.no_grad():
         project(matrix, k, min_nonzeros, row_dim)
         if matrix.data_ptr() != weight.data_ptr():  # a non-contiguous weight had to be copied
@@ -70,8 +72,18 @@ def project_topk_reference_(
         weight.masked_fill_(~keep.view(weight.shape), 0.0)
 
 
+def _project_on_device_(matrix: Tensor, k: int, min_nonzeros: int, row_dim: int) -> None:
+    kernels = selection_kernels(matrix)
+    if kernels is None or not kernels.can_project(matrix, min_nonzeros, row_dim):
+        return project_bisection_(matrix, k, min_nonzeros, row_dim)
+    try:
+        kernels.project_(matrix, k, min_nonzeros, row_dim)
+    except FloatingPointError as error:
+        raise not_finite(error.args[0], "in an earlier call") from None
+
+
 def project_bisection_(matrix: Tensor, k: int, min_nonzeros: int, row_dim: int) -> None:
-    """[`project_topk_`] for a contiguous 2-D tensor on any device.
+    """[`project_topk_`] for a contiguous 2-D tensor on any device, without compiled kernels.
 
     The bits of a non-negative float, read as an integer, sort like the float. The threshold is
     therefore an integer that as many halvings as it has bits find exactly; each halving is one
