@@ -55,8 +55,9 @@ def _extend_transformers(module: ModuleType) -> None:
 
 def _extend_trainer(module: ModuleType) -> None:
     # By these names a `Trainer` knows whose labels to shift before it smooths them.
-    names = {**module.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "circuitgpt": "CircuitGPTForCausalLM"}
-    module.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = names
+    names = getattr(module, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", {})
+    ours = {"circuitgpt": "CircuitGPTForCausalLM"}
+    module.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = {**names, **ours}
 
 
 def _extend_peft(module: ModuleType) -> None:

@@ -23,6 +23,7 @@ def initialize_bigram_table_(
 
     Raises:
         ValueError: the model has no bigram table, or a token is not in its vocabulary.
+        TypeError: `blocks` is something else.
     """
     table = getattr(model, "bigram_table", None)
     if not isinstance(table, Tensor):
@@ -34,6 +35,11 @@ def initialize_bigram_table_(
     if isinstance(blocks, Dataset):
         blocks = blocks.with_format("numpy")["input_ids"][:]
     tokens = np.asarray(blocks)
+    if tokens.ndim != 2:
+        raise TypeError(
+            f"blocks is a {type(blocks).__name__}, expected a tensor of shape (n, context) or a "
+            "datasets.Dataset; of a stream take some rows."
+        )
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
         raise ValueError(
             f"blocks hold tokens from {tokens.min()} to {tokens.max()}, expected 0 to "

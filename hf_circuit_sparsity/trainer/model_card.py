@@ -34,7 +34,6 @@ def numbers_of_run(state: TrainerState) -> dict[str, float]:
     names = {
         "eval_loss": "loss",
         "eval_perplexity": "perplexity",
-        "nonzero_fraction": "density",
         "train_runtime": "train_seconds",
     }
     found: dict[str, float] = {"steps": state.global_step}

@@ -145,15 +145,6 @@ def test_padding_counts_in_no_term():
     torch.testing.assert_close(kept, (p.exp() * (p - q)).sum(-1).mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_only_the_sparse_model_and_the_bridges_are_trained():
-    bridged = bridged_pair().train()
-    assert not bridged.dense.training and bridged.sparse.training
-    bridged(IDS, labels=IDS, enter_at=[1], leave_at=[1]).loss.backward()
-    for name, parameter in bridged.named_parameters():
-        assert parameter.requires_grad is not name.startswith("dense."), name
-        assert (parameter.grad is None) is name.startswith("dense."), name
-
-
 @torch.no_grad()
 @every_dense
 @pytest.mark.parametrize("location", range(5))

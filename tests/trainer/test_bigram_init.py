@@ -37,5 +37,7 @@ def test_says_what_does_not_fit():
     blocks = torch.tensor([[0, 1, 4]])
     with pytest.raises(ValueError, match="blocks"):
         initialize_bigram_table_(model(enable_bigram_table=True), blocks)
+    with pytest.raises(TypeError, match="blocks"):
+        initialize_bigram_table_(model(enable_bigram_table=True), iter(blocks))
     with pytest.raises(ValueError, match="enable_bigram_table"):
         initialize_bigram_table_(model(enable_bigram_table=False), blocks)

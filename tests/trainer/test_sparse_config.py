@@ -22,12 +22,6 @@ def test_defaults_are_the_recipe(build, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_explicit_values_win(build):
-    args = build(learning_rate=5e-5, adam_epsilon=1e-8, max_grad_norm=1.0, warmup_steps=7)
-    assert (args.learning_rate, args.adam_epsilon, args.max_grad_norm) == (5e-5, 1e-8, 1.0)
-    assert args.get_warmup_steps(1000) == 7
-
-
 def test_command_line(tmp_path):
     parser = HfArgumentParser(SparseTrainingArguments)
     line = (
