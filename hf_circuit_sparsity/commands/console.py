@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -34,6 +35,19 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|torch|accelerate)\.")
+
+
+def check_can_draw() -> None:
+    """Before the work of a command that draws its outcome: is there what draws?
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            "This command draws circuits with matplotlib, which is not installed; "
+            "pip install 'hf-circuit-sparsity[viz]'."
+        )
 
 
 def table(rows: Iterable[tuple[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from ..circuits.pruning.tune import search_circuit
 from ..circuits.viewer.plot import plot_circuit
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..tasks.load import check_task_names, load_task
-from .console import quiet_libraries, say, table
+from .console import check_can_draw, quiet_libraries, say, table
 from .loading import load_model, reference_blocks
 
 
@@ -45,6 +45,7 @@ def run_prune(arguments: PruneArguments, config: PruningConfig) -> Circuit:
         ValueError, OSError: no such model or task, or a bad corpus.
     """
     quiet_libraries()
+    check_can_draw()
     check_task_names([arguments.task])
     model, tokenizer = load_model(arguments.model)
     reference = reference_blocks(arguments.corpus, model, tokenizer)

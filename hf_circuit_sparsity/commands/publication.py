@@ -23,6 +23,7 @@ from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..tasks.card import task_dataset_card
 from ..tasks.load import build_task_datasets, list_tasks
 from ..trainer.model_card import model_card
+from .console import check_can_draw
 from .evaluate import FILE_NAME as SCORES_NAME
 from .loading import load_model
 from .training import SUMMARY_NAME
@@ -151,6 +152,8 @@ def parts_of(run: Run, repo: str, *, tasks: Sequence[str] | None, reference: Any
         circuits = {name: _of_model(run.circuits[name], repo, commit) for name in shown}
         _lay_out_viewer(folder, run, repo, circuits, reference)
 
+    if run.circuits:
+        check_can_draw()
     shown = [name for name, circuit in run.circuits.items() if len(circuit)]
     parts = [Part("model", "model", repo, model)]
     if run.circuits:

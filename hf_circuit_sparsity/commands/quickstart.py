@@ -24,7 +24,7 @@ from ..optim.topk_adamw import TopKAdamW
 from ..tasks.binary_task import BinaryTask
 from ..tasks.load import check_task_names, load_task
 from ..trainer.sparse_config import SparseTrainingArguments
-from .console import quiet_libraries, say, table
+from .console import check_can_draw, quiet_libraries, say, table
 from .loading import read_corpus
 from .prune import circuit_rows, prune_model
 from .training import SUMMARY_NAME, prepare_data, train_model, training_rows
@@ -79,6 +79,7 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
         Interrupted: after Ctrl-C; the folder can be resumed.
     """
     quiet_libraries()
+    check_can_draw()
     if settings.minutes is not None and not settings.minutes > 0:
         raise ValueError(f"minutes={settings.minutes:g} was passed, but it must be above 0.")
     started = time.perf_counter()

@@ -1,6 +1,9 @@
 """`hf-circuit-sparsity prune`, its search and its switches, and `verify`."""
 
 import json
+import sys
+
+import pytest
 
 from hf_circuit_sparsity import Circuit
 from hf_circuit_sparsity.cli import main
@@ -29,6 +32,18 @@ def test_search_with_every_switch_and_again(saved, corpus, tmp_path, capsys):
     assert again.count("param_name") == journal.count("param_name") == 2 * 7
     assert main([*arguments, "--seed", "5"]) == 2
     assert "seed=0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["quickstart"], ["prune", *GUESSING, "--model"]])
+def test_without_matplotlib_it_says_so_before_the_work(
+    saved, command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    model = [str(saved)] if command[0] == "prune" else []
+    assert main([*command, *model, "--output-dir", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "hf-circuit-sparsity[viz]" in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_verify_refuses_what_the_model_has_not_learned(saved, corpus, tmp_path, capsys):

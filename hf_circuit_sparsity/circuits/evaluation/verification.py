@@ -39,6 +39,7 @@ from ..task_scores import (
     all_pair_logits,
     binary_accuracy,
     binary_loss,
+    candidates,
     model_scores,
     next_token_logits,
     pair_logits,
@@ -89,7 +90,7 @@ def verify_circuit(
         prompts: held-out prompts, and training prompts for calibrations.
         random_circuits: of equal size at every site, for the controls and the interval of their
             mean; at least 2.
-        subsets: random halves of the circuit, for completeness.
+        subsets: random halves of the circuit, for completeness; of a random circuit one.
         stability_seeds: circuits to find from other seeds, as this one was found.
         reference: see [`find_circuit`]; used for those.
         others: circuits of other seeds, if they exist already; none are searched then.
@@ -122,8 +123,12 @@ def verify_circuit(
     model = unwrapped(model)
     check_prompts_fit(model, task)
     with in_eval_mode(model):
-        if others is None:
-            others = _other_seeds(circuit, model, task, stability_seeds, reference, progress)
+        if others is None and stability_seeds > 0:
+            seed_of_others = int(circuit.config.get("seed", 0)) + 1000
+            config = PruningConfig.from_stored(
+                circuit.config, num_seeds=stability_seeds, seed=seed_of_others
+            )
+            others = find_circuits(model, task, config, reference=reference, progress=progress)
         if adversarial is None:
             adversarial = load_adversarial_tasks(
                 task.name,
@@ -132,7 +137,7 @@ def verify_circuit(
                 seed=seed,
                 max_length=getattr(model.config, "max_position_embeddings", None),
             )
-        suite = _Suite(model, task, prompts, subsets, seed, others, adversarial)
+        suite = _Suite(model, task, prompts, subsets, seed, others or (), adversarial)
         generator = torch.Generator().manual_seed(seed)
         vocabulary = model.get_input_embeddings().num_embeddings
         controls = [random_circuit(circuit, generator, vocabulary) for _ in range(random_circuits)]
@@ -180,22 +185,6 @@ def random_circuit(circuit: Circuit, generator: torch.Generator, vocabulary: int
     )  # fmt: skip
 
 
-def _other_seeds(
-    circuit: Circuit,
-    model: nn.Module,
-    task: BinaryTask,
-    count: int,
-    reference: ReferenceTokens,
-    progress: bool,
-) -> list[Circuit]:
-    """Circuits found as this one was, from other seeds."""
-    if count < 1:
-        return []
-    seed = int(circuit.config.get("seed", 0)) + 1000
-    config = PruningConfig.from_stored(circuit.config, num_seeds=count, seed=seed)
-    return find_circuits(model, task, config, reference=reference, progress=progress)
-
-
 class _Suite:
     """What every candidate is measured on; the whole model is measured once."""
 
@@ -240,17 +229,16 @@ class _Suite:
         model, test = self.model, self.test
         calibration = circuit.calibration if real else self.whole.calibration
         with circuit.apply(model, calibrated=False):
-            pairs = all_pair_logits(model, test)
             next_token = all_pair_logits(model, test, logits=next_token_logits)
             adverse = {k: all_pair_logits(model, t) for k, (t, _) in self.adversarial.items()}
         with circuit.apply(model, inverse=True):
             without = self._loss(all_pair_logits(model, test), self.whole.calibration)
-        alone = calibration.pairs(pairs, test)
+        alone = calibration.pairs(next_token.gather(1, candidates(test)), test)
         whole = self.whole.calibration.pairs(self.whole.test, test)
         numbers = {
             "sufficiency": binary_loss(alone).item(),
             "necessity": (without - self.model_loss) / (GUESSING - self.model_loss),
-            "completeness": self._incompleteness(circuit, calibration),
+            "completeness": self._incompleteness(circuit, calibration, self.subsets if real else 1),
             "transfer": (binary_accuracy(alone) - 0.5) / (self.model_accuracy - 0.5),
             "pair KL": pair_kl(alone.numpy(), whole.numpy()),
             "vocabulary KL": _kl(self.vocabulary, calibration.logits(next_token)),
@@ -265,12 +253,12 @@ class _Suite:
             numbers[f"accuracy: {kind}"] = binary_accuracy(answers)
         return numbers
 
-    def _incompleteness(self, circuit: Circuit, calibration: Calibration) -> float:
+    def _incompleteness(self, circuit: Circuit, calibration: Calibration, halves: int) -> float:
         """Mean |loss(circuit without K) − loss(model without K)| over random halves K of it."""
         generator = torch.Generator().manual_seed(self.seed)
         masks = circuit.masks()
         gaps = []
-        for _ in range(self.subsets):
+        for _ in range(halves):
             removed = {
                 site: mask & (torch.rand(len(mask), generator=generator) < 0.5)
                 for site, mask in masks.items()
