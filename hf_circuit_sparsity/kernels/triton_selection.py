@@ -228,7 +228,7 @@ def _row_limits(
         last = tl.max(tl.where(first, column, -1), 0)
     tl.store(limits + row, threshold)
     tl.store(limits + rows + row, last)
-    tl.atomic_add(state + _IN_ROWS, kept)
+    tl.atomic_add(state + _IN_ROWS, kept, sem="relaxed")
 
 
 @triton.jit
@@ -308,8 +308,8 @@ def _list(
         count = tl.sum(within, 0)
         tl.store(counts + block, count)
         over = tl.sum((a >= high).to(tl.int32), 0)
-        tl.atomic_add(state + (_ABOVE_2 if AGAIN else _ABOVE), over)
-        tl.atomic_add(state + (_LISTED_2 if AGAIN else _LISTED), count)
+        tl.atomic_add(state + (_ABOVE_2 if AGAIN else _ABOVE), over, sem="relaxed")
+        tl.atomic_add(state + (_LISTED_2 if AGAIN else _LISTED), count, sem="relaxed")
 
 
 @triton.jit
@@ -352,7 +352,8 @@ def _count_digit(
         while start < count:
             i = start + tl.arange(0, CHUNK)
             a = tl.load(listed + block * BLOCK + i, mask=i < count, other=0).to(tl.int32)
-            tl.atomic_add(bins + ((a - base) >> shift), 1, mask=(a >= base) & (a < high))
+            fits = (a >= base) & (a < high)
+            tl.atomic_add(bins + ((a - base) >> shift), 1, mask=fits, sem="relaxed")
             start += CHUNK
         if _is_last(state, DIGIT, blocks):
             bin_ = tl.arange(0, _BINS)
