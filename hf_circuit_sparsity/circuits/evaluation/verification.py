@@ -5,7 +5,7 @@ that of Wang et al. 2022 (arXiv 2211.00593, section 4); interchange is the inter
 al. 2021 (arXiv 2106.02997).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -18,6 +18,7 @@ from ...tasks.adversarial import load_adversarial_tasks
 from ...tasks.binary_task import BinaryTask
 from ..ablation import (
     ReferenceTokens,
+    ablation_hook,
     hooked_sites,
     in_eval_mode,
     mean_ablated,
@@ -241,12 +242,20 @@ class _Suite:
             "completeness": self._incompleteness(circuit, calibration, self.subsets if real else 1),
             "transfer": (binary_accuracy(alone) - 0.5) / (self.model_accuracy - 0.5),
             "pair KL": pair_kl(alone.numpy(), whole.numpy()),
-            "vocabulary KL": _kl(self.vocabulary, calibration.logits(next_token)),
+            "vocabulary KL": F.kl_div(
+                calibration.logits(next_token).log_softmax(-1),
+                self.vocabulary.log_softmax(-1),
+                reduction="batchmean",
+                log_target=True,
+            ).item(),
         }
         if self.swaps is not None:
             numbers["interchange"] = self._interchange(circuit)
         if self.others:
-            numbers["stability"] = self._stability(circuit, real)
+            shared = [jaccard(circuit, other) for other in self.others]
+            numbers["stability"] = (
+                mean_jaccard([circuit, *self.others]) if real else sum(shared) / len(shared)
+            )
         for kind, (tensors, whole_pairs) in self.adversarial.items():
             answers = calibration.pairs(adverse[kind], tensors)
             numbers[f"adversarial: {kind}"] = agreement(answers.numpy(), whole_pairs.numpy())
@@ -279,21 +288,16 @@ class _Suite:
 
         The prompts of a pair are equally long; everything outside the circuit sees its own prompt.
         """
-        swapped = []
+        swapped, masks = [], circuit.masks()
         for rows in torch.arange(len(self.swaps[0]["target_ids"])).split(128):
             base, source = (task_rows(part, rows) for part in self.swaps)
             with recorded_sites(self.model, circuit.nodes) as activations:
                 pair_logits(self.model, source)
-            swap = {s: _swapper(activations[s], ids) for s, ids in circuit.nodes.items()}
+            swap = {s: ablation_hook(~masks[s], theirs) for s, theirs in activations.items()}
             with hooked_sites(self.model, swap):
                 pairs = pair_logits(self.model, base).cpu()
             swapped.append(self.whole.calibration.pairs(pairs, base))
         return binary_accuracy(torch.cat(swapped).flip(1))
-
-    def _stability(self, circuit: Circuit, real: bool) -> float:
-        if real:
-            return mean_jaccard([circuit, *self.others])
-        return sum(jaccard(circuit, other) for other in self.others) / len(self.others)
 
 
 def _some(tensors: TaskTensors, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -310,18 +314,3 @@ def _equally_long(task: BinaryTask, count: int) -> tuple[TaskTensors, TaskTensor
     if not len(rows):
         return None
     return task_rows(tensors, rows), task_rows(tensors, other[rows])
-
-
-def _swapper(activations: torch.Tensor, ids: Sequence[int]) -> Callable:
-    def hook(module, args, output):
-        indices = torch.tensor(ids, device=output.device)
-        return output.index_copy(-1, indices, activations[..., ids])
-
-    return hook
-
-
-def _kl(model: torch.Tensor, circuit: torch.Tensor) -> float:
-    """Mean KL(model ‖ circuit) of the distributions that rows of logits give, in nats."""
-    return F.kl_div(
-        circuit.log_softmax(-1), model.log_softmax(-1), log_target=True, reduction="batchmean"
-    ).item()

@@ -10,12 +10,7 @@ from torch import nn
 from ...modeling.functional import eager_attention_forward
 from ..ablation import ablation_hook, hooked_sites, mean_ablated, recorded_sites
 from ..circuit import Circuit
-from ..task_scores import (
-    TaskTensors,
-    all_pair_logits,
-    binary_accuracy,
-    binary_loss,
-)
+from ..task_scores import TaskTensors, all_pair_logits, binary_accuracy, binary_loss
 from .layout import Key
 
 TOKENS_SHOWN = 10

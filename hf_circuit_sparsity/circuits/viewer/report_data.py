@@ -111,23 +111,22 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
+@dataclass
 class _Report:
     """One report in the making: its samples, and the tokens and sequences it shows."""
 
-    def __init__(
-        self,
-        circuit: Circuit,
-        model: nn.Module,
-        tokenizer: Any,
-        task: BinaryTask,
-        config: ReportConfig,
-        progress: bool,
-    ):
-        self.circuit, self.model, self.tokenizer = circuit, model, tokenizer
-        self.task, self.config, self.progress = task, config, progress
-        rows = random.Random(config.seed).sample(range(len(task.test)), len(task.test))
-        self.test_rows = rows[: config.prompts]
-        self.test = task_rows(task.tensors("test"), self.test_rows)
+    circuit: Circuit
+    model: nn.Module
+    tokenizer: Any
+    task: BinaryTask
+    config: ReportConfig
+    progress: bool
+
+    def __post_init__(self) -> None:
+        rows = list(range(len(self.task.test)))
+        random.Random(self.config.seed).shuffle(rows)
+        self.test_rows = rows[: self.config.prompts]
+        self.test = task_rows(self.task.tensors("test"), self.test_rows)
         self.prompt_pair = self._prompt_pair()
         self.token_ids: set[int] = set()
         # By distribution: sequences that some example shows → their numbers on the page.
