@@ -97,6 +97,17 @@ class AttentionKernels(Library):
         return *grads, grad_sink.sum(0)
 
 
+def attend_reference(
+    query: Tensor, key: Tensor, value: Tensor, sink: Tensor, scale: float
+) -> Tensor:
+    """The first of what [`AttentionKernels.attend`] returns, written plainly."""
+    tokens = query.shape[2]
+    future = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).triu(1)
+    scores = (query @ key.mT * scale).masked_fill(future, -torch.inf)
+    sinks = sink.view(1, -1, 1, 1).expand(len(query), -1, tokens, 1)
+    return torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1] @ value
+
+
 class _AttentionByKernels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query, key, value, sink, scale: float, kernels: Any) -> Tensor:
@@ -106,9 +117,14 @@ class _AttentionByKernels(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sink, out, log_sum = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again, which kernels cannot be
+            inputs = (query, key, value, sink)
+            needed = [x for x in inputs if x.requires_grad]
+            again = attend_reference(*inputs, ctx.scale)
+            found = iter(torch.autograd.grad(again, needed, grad, create_graph=True))
+            return *(next(found) if x.requires_grad else None for x in inputs), None, None
         grads = ctx.kernels.attend_back(query, key, value, sink, ctx.scale, out, log_sum, grad)
         return *grads, None, None
 

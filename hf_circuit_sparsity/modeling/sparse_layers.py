@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .csr import CSR
+from .csr import CSR, sampled_reference
 
 logger = logging.get_logger(__name__)
 
@@ -117,15 +117,19 @@ class _LinearFunction(torch.autograd.Function):
         return csr.linear(x, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values = ctx.saved_tensors
         grad = grad.contiguous()
         grad_x = grad_values = grad_bias = None
+        again = torch.is_grad_enabled()  # to be differentiated again, which a CSR's products cannot
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.csr.with_values(values).transposed().linear(grad)
+            weight = ctx.csr.with_values(values)
+            grad_x = (
+                grad @ weight.to_dense().to(grad) if again else weight.transposed().linear(grad)
+            )
         if ctx.needs_input_grad[1]:
-            grad_values = ctx.csr.sampled(grad, x).to(values.dtype)
+            sampled = sampled_reference(ctx.csr, grad, x) if again else ctx.csr.sampled(grad, x)
+            grad_values = sampled.to(values.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0)
         return grad_x, grad_values, grad_bias, None

@@ -91,6 +91,12 @@ class LinearForward:
         """What becomes of the weight's gradient, `left.T @ right`."""
         raise NotImplementedError
 
+    def differentiable_gradients(
+        self, x: Tensor, weight: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of input and weight by torch's own products."""
+        raise NotImplementedError
+
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, nonzeros: CSR | None
     ) -> Tensor:
@@ -118,9 +124,10 @@ class _LinearFunction(torch.autograd.Function):
             return _multiply(ctx, x, weight, transpose=not use.transposed)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            return *ctx.use.differentiable_gradients(x, weight, grad), None, None
         use, grad_x, grad_weight = ctx.use, None, None
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
@@ -157,6 +164,11 @@ class NonzeroForward(LinearForward):
 
     def weight_gradient(self, left: Tensor, right: Tensor) -> Tensor:
         return weight_gradient(left, right, compiled_kernels(left, right))
+
+    def differentiable_gradients(
+        self, x: Tensor, weight: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return grad @ weight, grad.t() @ x
 
     def _pays(self, x: Tensor, kernels: CpuKernels | None) -> bool:
         weight = self.layer.weight

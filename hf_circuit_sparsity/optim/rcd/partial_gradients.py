@@ -5,7 +5,7 @@
 a sampled product; none needs the rest. `y` and `dX` need the nonzeros of `W` only.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -173,6 +173,14 @@ def _supported(module: nn.Module) -> bool:
     return isinstance(module, Conv1D) and own is Conv1D.forward
 
 
+def refuse_second_derivatives() -> NoReturn:
+    """Raise RuntimeError: a gradient that is known in part cannot be differentiated."""
+    raise RuntimeError(
+        "create_graph=True was passed within PartialGradients, which compute first derivatives of "
+        "some coordinates: leave its `with` block, or close() it, for second derivatives."
+    )
+
+
 class _PartialForward(LinearForward):
     """The forward pass of a linear layer whose weight's gradient is computed in part."""
 
@@ -205,6 +213,9 @@ class _PartialForward(LinearForward):
         active = gradient_at(state.own_pattern, left, right) if state.move_active else None
         state.add_gradient(active, block_gradient(state.own_block, left, right))
 
+    def differentiable_gradients(self, x: Tensor, weight: Tensor, grad: Tensor) -> NoReturn:
+        refuse_second_derivatives()
+
     def _state(self) -> SparseState:
         # By the layer's own parameter: what autograd saved is another object under checkpointing.
         return self.optimizer.sparse_state(trained_weight(self.layer))
@@ -233,8 +244,9 @@ class _EmbeddingFunction(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        if torch.is_grad_enabled():
+            refuse_second_derivatives()
         if ctx.needs_input_grad[1]:
             (ids,) = ctx.saved_tensors
             layer = ctx.use.layer
