@@ -193,6 +193,7 @@ class BridgeTrainer(SparseTrainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
+        self._check_sparsifier_of(resume_from_checkpoint)
         path = Path(resume_from_checkpoint) / WEIGHTS_NAME
         if not path.is_file():
             raise ValueError(

@@ -15,8 +15,8 @@ from .settings import check
 
 
 def nonzero_budget(numel: int, density: float) -> int:
-    """How many of `numel` entries a parameter keeps at `density`: at least one."""
-    return max(1, round(numel * density))
+    """How many of `numel` entries a parameter keeps at `density`: at least one, if any."""
+    return min(numel, max(1, round(numel * density)))
 
 
 def project_topk_(weight: Tensor, k: int, min_nonzeros: int = 0, row_dim: int = 0) -> None:

@@ -10,6 +10,7 @@ Within [`on_nonzeros`] every `nn.Linear` runs that way where it pays.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ _MIN_WORK_WITHOUT_KERNELS = 1 << 26
 class ReplacedForwards:
     """Layers whose forward pass is another one until `close()`, or within a `with` block.
 
-    Layers keep their identity, class, parameters, names and hooks.
+    Layers keep their identity, class, parameters, names and hooks. Copies and pickles of a layer
+    have its own forward pass.
 
     Args:
         layers: a layer that has another forward pass already keeps that.
@@ -47,11 +49,13 @@ class ReplacedForwards:
         self.layers = [layer for layer in layers if "forward" not in layer.__dict__]
         for layer in self.layers:
             layer.forward = make(layer)
+            layer.__dict__["__reduce_ex__"] = partial(_reduce_to_itself, layer)
 
     def close(self) -> None:
         """Give the layers back their own forward and backward passes. Idempotent."""
         for layer in self.layers:
-            layer.__dict__.pop("forward", None)
+            for name in _REPLACED:
+                layer.__dict__.pop(name, None)
         self.layers = []
 
     def __enter__(self) -> "ReplacedForwards":
@@ -59,6 +63,16 @@ class ReplacedForwards:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+_REPLACED = ("forward", "__reduce_ex__")
+
+
+def _reduce_to_itself(layer: nn.Module, protocol: int) -> tuple:
+    """What copies and pickles a layer, without the forward pass that was put into it."""
+    make, arguments, state, *others = type(layer).__reduce_ex__(layer, protocol)
+    state = {name: value for name, value in state.items() if name not in _REPLACED}
+    return make, arguments, state, *others
 
 
 def on_nonzeros(model: nn.Module) -> ReplacedForwards:

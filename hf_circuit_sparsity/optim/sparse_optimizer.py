@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
+from .keep_largest import INTEGER_VIEW
 from .schedules import sharkfin
 from .settings import check, is_whole
 
@@ -60,7 +61,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # saved by an earlier release, or by a plain AdamW
+        for group in self.param_groups:  # saved by an earlier release
             if "grad_rms_mode" in group:
                 group["normalize_gradients"] = group.pop("grad_rms_mode")
             for name, default in self.defaults.items():
@@ -80,10 +81,54 @@ class SparseOptimizer(torch.optim.Optimizer):
             raise
         _choose_fused(group)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; see [`torch.optim.Optimizer`]. What a plain AdamW lacks stays as it is.
+
+        Raises:
+            ValueError: if the state is of another kind of optimizer; nothing has been changed then.
+        """
+        # Behind the hooks of users, which may match parameters by name.
+        hook = self.register_load_state_dict_pre_hook(type(self)._adapted)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What torch is to load in place of a state, whose parameters are matched by position."""
+        saved_groups = state_dict["param_groups"]
+        if len(saved_groups) != len(self.param_groups):
+            return state_dict  # which torch refuses
+        groups = []
+        for own, saved in zip(self.param_groups, saved_groups, strict=True):
+            group = {name: own[name] for name in self.defaults} | saved
+            # As the fused kernel wants its step counters beside the parameters.
+            group["fused"] = own["fused"] if group["fused"] is None else group["fused"]
+            groups.append(group)
+            expected = self._state_names(group)
+            for number in saved["params"]:
+                state = state_dict["state"].get(number)
+                if state and not expected <= state.keys():
+                    names = ", ".join(sorted(expected))
+                    raise ValueError(
+                        f"a state with {', '.join(map(str, state))} was passed, expected "
+                        f"{names}, as {type(self).__name__} saves them: load it with the optimizer "
+                        "(sparsifier) that made it, or go on from the weights alone."
+                    )
+        return {**state_dict, "param_groups": groups}
+
+    def _state_names(self, group: dict[str, Any]) -> set[str]:
+        """What a saved state of a parameter of the group holds at least."""
+        return {"step", "exp_avg", "exp_avg_sq"}
+
     @property
     def steps_taken(self) -> int:
-        """Steps taken so far, skipped ones included."""
+        """Steps taken so far, skipped ones included. Set it to go on within a schedule."""
         return self.param_groups[0]["steps_taken"]
+
+    @steps_taken.setter
+    def steps_taken(self, steps: int) -> None:
+        self.param_groups[0]["steps_taken"] = steps
 
     @property
     def skipped_steps(self) -> int:
@@ -129,6 +174,24 @@ class SparseOptimizer(torch.optim.Optimizer):
         minimum, row_dim = group["min_nonzeros"], group["row_dim"]
         check("min_nonzeros", minimum, is_whole(minimum, 0), "a whole number >= 0")
         check("row_dim", row_dim, row_dim in (0, 1), "0 (nn.Linear) or 1 (Conv1D)")
+        names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+        for name, p in zip(names, group["params"], strict=True):
+            rule = self._unmet_rule(group, p)
+            if rule is not None:
+                raise ValueError(
+                    f"{name} ({p.dtype}, shape {tuple(p.shape)}) cannot be sparse, expected {rule}:"
+                    " leave it out, or put it into a group with sparse=False."
+                )
+
+    def _unmet_rule(self, group: dict[str, Any], p: Tensor) -> str | None:
+        """What a parameter would have to be for its group; None if it is."""
+        if not group["sparse"]:
+            return None
+        if p.dtype not in INTEGER_VIEW:
+            return "float16, bfloat16, float32 or float64"
+        if group["row_dim"] == 1 and p.ndim > 2:
+            return "a matrix, as row_dim=1 is for those stored as inputs × outputs (Conv1D)"
+        return None
 
     def _scheduled_density(self, group: dict[str, Any]) -> float | None:
         """Share of nonzeros that the current step leaves in a group; None for no such limit."""

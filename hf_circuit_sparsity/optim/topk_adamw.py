@@ -122,7 +122,7 @@ class TopKAdamW(SparseOptimizer):
             for g in gradients
         ]
         norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-        return norm.item() / math.sqrt(sum(g.numel() for g in gradients))
+        return norm.item() / math.sqrt(max(1, sum(g.numel() for g in gradients)))
 
     def _update(self, scale: float) -> None:
         gradients = self._gradients()

@@ -14,7 +14,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+)
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -28,6 +34,7 @@ from ..optim.rcd.optimizer import RCDSparseOptimizer
 from ..optim.rcd.partial_gradients import PartialGradients
 from ..optim.sparse_compute import MAX_DENSITY, on_nonzeros
 from ..optim.sparse_init import sparsify_initialization_
+from ..optim.sparse_optimizer import SparseOptimizer
 from ..optim.topk_adamw import TopKAdamW
 from .callbacks import SparsityMonitor
 from .language_model_trainer import LanguageModelTrainer
@@ -254,10 +261,25 @@ class SparseTrainer(LanguageModelTrainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
+        self._check_sparsifier_of(resume_from_checkpoint)
         if model is None and self._holds_nonzeros():
             self._load_nonzeros(resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _check_sparsifier_of(self, checkpoint: str) -> None:
+        """Raise ValueError if it was trained with another sparsifier, before anything is loaded."""
+        path = Path(checkpoint) / OPTIMIZER_NAME
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs or not path.is_file():
+            return
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        is_rcd, asked = "block_fraction" in state["param_groups"][0], self.args.sparsifier
+        if is_rcd != (asked == "rcd"):
+            raise ValueError(
+                f"{checkpoint} was trained {'with' if is_rcd else 'without'} sparsifier='rcd', this"
+                f" run asks for {asked!r}: resume with that of the checkpoint, or start a run from "
+                "its weights."
+            )
 
     def _load_best_model(self) -> None:
         if self._holds_nonzeros():
@@ -357,6 +379,13 @@ class SparseTrainer(LanguageModelTrainer):
                     f"The checkpoint was trained with {name}={stored}, this run asks for {value}: "
                     "the checkpoint's density schedule is continued."
                 )
+        path = Path(checkpoint or "") / TRAINER_STATE_NAME
+        if isinstance(inner, SparseOptimizer) and not inner.steps_taken and path.is_file():
+            inner.steps_taken = TrainerState.load_from_json(str(path)).global_step
+            logger.warning(
+                f"{checkpoint} holds no state of the optimizer: moments and learning-rate schedule "
+                f"begin anew, the density schedule goes on from step {inner.steps_taken}."
+            )
 
 
 def _group_settings(args: SparseTrainingArguments) -> dict[str, Any]:

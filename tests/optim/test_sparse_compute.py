@@ -1,6 +1,7 @@
 """Training on the nonzeros gives what training on the dense matrices gives."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -137,6 +138,19 @@ def test_every_way_to_change_a_weight_is_noticed():
             expected = nn.functional.linear(x, module.weight, module.bias)
             torch.testing.assert_close(after, expected)
             assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_have_their_own_forward_pass(copied):
+    """As those of an exponential moving average: they outlive the training."""
+    module = nn.Sequential(layer(0.05))
+    with on_nonzeros(module):
+        twin = copied(module)
+        again = copied(twin)
+        assert isinstance(module[0].forward, NonzeroForward)
+    for model in (module, twin, again):
+        assert not {"forward", "__reduce_ex__"} & model[0].__dict__.keys()
+        assert torch.equal(model[0].weight, module[0].weight)
 
 
 def test_restored_after_an_error():

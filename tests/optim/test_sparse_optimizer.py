@@ -3,13 +3,16 @@
 import copy
 import io
 import logging
+import pickle
 from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from hf_circuit_sparsity.optim.projection import nonzero_budget
+from hf_circuit_sparsity.optim.rcd.distributed import RCDProcessGroup
 from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
 from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
 from tests.optim.conftest import groups_of, random_parameters, set_gradients
@@ -151,16 +154,138 @@ def test_step_hooks_run_once(make):
 
 
 @both
-def test_copies_work(make):
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_work(make, copied):
     params = random_parameters()
-    optimizer = make(groups_of(params))
+    settings = {"staleness": 1} if make is rcd else {}
+    optimizer = make(groups_of(params), **settings)
     set_gradients(params, 0)
     optimizer.step()
-    twin = copy.deepcopy(optimizer)
+    twin = copied(optimizer)
     twin.add_param_group({"params": [nn.Parameter(torch.ones(8, 8))]})
     assert twin.param_groups[-1]["target_density"] == make.keywords["target_density"]
     twin.step()
     assert (twin.steps_taken, optimizer.steps_taken) == (2, 1)
+    if make is rcd:
+        assert twin._exchange.staleness == 1
+
+
+def test_a_copy_keeps_its_processes_and_a_pickle_says_why_it_cannot(tmp_path):
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        optimizer = rcd(random_parameters(), process_group=RCDProcessGroup())
+        assert copy.deepcopy(optimizer)._exchange.process_group is optimizer.process_group
+        with pytest.raises(TypeError, match="state_dict"):
+            pickle.dumps(optimizer)
+    finally:
+        dist.destroy_process_group()
+
+
+def by_name(optimizer, saved):
+    """The pre-hook of torch's documentation: states follow the names of their parameters."""
+    number_of = {
+        name: number
+        for group in saved["param_groups"]
+        for name, number in zip(group["param_names"], group["params"], strict=True)
+    }
+    state, groups = {}, []
+    for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        names = own["param_names"]
+        groups.append({**group, "param_names": names, "params": [number_of[n] for n in names]})
+    state = {number: saved["state"][number] for number in number_of.values()}
+    return {"state": state, "param_groups": groups}
+
+
+@both
+def test_a_state_may_be_loaded_by_name(make):
+    params = random_parameters()
+    named = [(f"layers.{i}", p) for i, p in enumerate(params)]
+    optimizer = make(named)
+    for step in range(3):
+        set_gradients(params, step)
+        optimizer.step()
+    seen = []
+    optimizer.register_state_dict_post_hook(lambda _, saved: seen.extend(saved["state"].values()))
+    saved = optimizer.state_dict()
+    assert all(isinstance(state, dict) for state in seen)
+    copies = [(name, nn.Parameter(p.detach().clone())) for name, p in named]
+    again = make(copies[::-1])
+    again.register_load_state_dict_pre_hook(by_name)
+    again.load_state_dict(saved)
+    of_again = again.state_dict()["state"]
+    for number, values in saved["state"].items():
+        for name, value in values.items():
+            other = of_again[len(params) - 1 - number][name]
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other)), name
+    set_gradients([p for _, p in copies], 3)
+    again.step()
+    for _, p in copies:
+        assert int(torch.count_nonzero(p)) <= nonzero_budget(p.numel(), again.density) + 40
+
+
+@pytest.mark.parametrize(
+    ("make", "other"),
+    [(topk, rcd), (rcd, topk), (rcd, torch.optim.AdamW), (topk, torch.optim.RMSprop)],
+)
+def test_the_state_of_another_kind_is_refused_and_nothing_is_changed(make, other):
+    params, others = random_parameters(), random_parameters()
+    optimizer, foreign = make(params), other(others)
+    for o, ps in ((optimizer, params), (foreign, others)):
+        set_gradients(ps, 0)
+        o.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=type(optimizer).__name__):
+        optimizer.load_state_dict(foreign.state_dict())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert after["state"].keys() == before["state"].keys()
+    set_gradients(params, 1)
+    optimizer.step()
+
+
+@both
+def test_what_a_plain_adamw_does_not_save_stays_as_it_is(make):
+    params = random_parameters()
+    optimizer = make(groups_of(params))
+    optimizer.load_state_dict(torch.optim.AdamW(groups_of(random_parameters())).state_dict())
+    assert [group["sparse"] for group in optimizer.param_groups] == [True, True, False]
+    set_gradients(params, 0)
+    optimizer.step()
+    assert int(torch.count_nonzero(params[-1])) == params[-1].numel()
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_state_may_be_loaded_into_another_dtype(make, dtype):
+    params, others = random_parameters(), random_parameters(dtype)
+    optimizer, again = make(groups_of(params)), make(groups_of(others))
+    set_gradients(params, 0)
+    optimizer.step()
+    again.load_state_dict(optimizer.state_dict())
+    set_gradients(others, 1)
+    again.step()
+    assert again.steps_taken == 2
+
+
+@both
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize(
+    "weight",
+    [torch.tensor(1.0), torch.empty(0, 4), torch.randn(4, 4, dtype=torch.complex64)],
+    ids=["scalar", "empty", "complex"],
+)
+def test_odd_parameters_are_trained_or_refused_at_the_start(make, weight, sparse):
+    p = nn.Parameter(weight.clone())
+    if sparse and (p.is_complex() or (make is rcd and not p.numel())):
+        with pytest.raises(ValueError, match="parameter 0"):
+            make([p])
+        return
+    optimizer = make([p], sparse=sparse)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert p.numel() == 0 or not torch.equal(p, weight)
 
 
 BAD = {

@@ -1,3 +1,4 @@
+import copy
 import logging
 import math
 from inspect import signature
@@ -7,11 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from hf_circuit_sparsity.modeling.sparse_layers import sparse_layers, to_sparse
 from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
 from hf_circuit_sparsity.optim.projection import nonzero_budget
 from hf_circuit_sparsity.optim.schedules import linear_density
 from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
 from hf_circuit_sparsity.trainer.sparse_trainer import SparseTrainer
+from tests.conftest import random_model
 from tests.trainer.runs import expected_nonzeros, nonzeros, training_logs
 
 RCD = {
@@ -169,6 +172,61 @@ def test_resuming_with_another_schedule_says_that_the_old_one_is_kept(
         again.train(resume_from_checkpoint=True)
     assert "target_density=0.125" in caplog.text and "total_steps=10" in caplog.text
     assert training_logs(again)[-1]["density"] == 1 / 8
+
+
+FALLING = {"sparsifier": "rcd", "rcd_config": {"start_density": 0.5, "block_fraction": 0.25}}
+
+
+@pytest.mark.parametrize("settings", [{}, FALLING], ids=["topk", "rcd"])
+def test_a_checkpoint_without_optimizer_is_resumed_to_the_target_density(
+    settings, make_gpt2, make_trainer
+):
+    settings = {"anneal_end": 0.9, "min_nonzeros": 0, "save_steps": 6, **settings}
+    first = make_trainer(
+        make_gpt2(), name="first", save_strategy="steps", save_only_model=True, **settings
+    )
+    first.train()
+    second = make_trainer(make_gpt2(seed=9), name="second", **settings)
+    second.train(resume_from_checkpoint=str(Path(first.args.output_dir) / "checkpoint-6"))
+    whole, resumed = ([log["density"] for log in training_logs(run)] for run in (first, second))
+    assert resumed[-6:] == pytest.approx(whole[-6:], abs=0.02)
+    assert second.count_nonzeros()["nonzero_fraction"] == pytest.approx(1 / 8, abs=0.01)
+
+
+@pytest.mark.parametrize(("first", "second"), [({}, RCD), (RCD, {})], ids=["topk", "rcd"])
+def test_a_checkpoint_of_the_other_sparsifier_is_refused_before_it_is_loaded(
+    first, second, make_gpt2, make_trainer
+):
+    trainer = make_trainer(make_gpt2(), save_strategy="steps", save_steps=2, max_steps=2, **first)
+    trainer.train()
+    model = make_gpt2(seed=9)
+    before = model.transformer.wte.weight.detach().clone()
+    with pytest.raises(ValueError, match="sparsifier"):
+        make_trainer(model, **second).train(resume_from_checkpoint=True)
+    assert torch.equal(model.transformer.wte.weight, before)
+
+
+@pytest.mark.parametrize("settings", [{}, RCD], ids=["topk", "rcd"])
+def test_a_copy_taken_while_the_model_trains_is_a_model_of_its_own(
+    settings, tiny_config, make_trainer
+):
+    """As that of an exponential moving average: nothing of the training is left in it."""
+    copies = []
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            copies.append(copy.deepcopy(model))
+
+    settings = {"target_density": 0.02, "min_nonzeros": 1, **settings}
+    trainer = make_trainer(random_model(tiny_config), callbacks=[Keep()], **settings)
+    trainer.train()
+    model = copies[-1].eval()
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    ids = torch.arange(8)[None]
+    assert torch.equal(model(ids).logits, trainer.model.eval()(ids).logits)
+    expected = sparse_layers(to_sparse(trainer.model)).keys()
+    assert sparse_layers(to_sparse(model)).keys() == expected
+    assert len(expected) > 5
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ stay equal bit for bit.
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,15 @@ class RCDProcessGroup:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.average_dense = average_dense
         self.bytes_sent = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RCDProcessGroup":
+        return self  # a copy of an optimizer works with the same processes
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an optimizer that works with several processes was pickled, but what connects them "
+            "exists in this one only: save its state_dict() and build it anew."
+        )
 
     def gather(self, own: Tensor, sizes: list[int]) -> Gathering:
         """Begin to collect what every rank has, `(sizes[rank],)` each.

@@ -23,6 +23,19 @@ from .updates import (
 )
 
 
+class _Uncast:
+    """A saved state on its way through torch, which would cast it and so round positions."""
+
+    def __init__(self, saved: dict[str, Any]) -> None:
+        self.saved = saved
+
+    def copy(self) -> dict[str, Any]:
+        return {
+            name: value.detach().clone() if isinstance(value, Tensor) else value
+            for name, value in self.saved.items()
+        }
+
+
 class RCDSparseOptimizer(SparseOptimizer):
     """Random coordinate descent that starts sparse and stays sparse.
 
@@ -76,6 +89,7 @@ class RCDSparseOptimizer(SparseOptimizer):
     # On the class, so that they also exist on a copy, for which torch calls no __init__.
     process_group: RCDProcessGroup | None = None
     _exchange: GradientExchange | None = None
+    _staleness = 0
 
     def __init__(
         self,
@@ -107,48 +121,57 @@ class RCDSparseOptimizer(SparseOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults, normalize_gradients)
         self.param_groups[0]["seed"] = seed
-        self.process_group = process_group
-        if process_group is not None or config.staleness:
-            if not all(g["move_active"] for g in self.param_groups if g["sparse"]):
-                raise ValueError(
-                    "move_active=False was passed with several processes or staleness: leave it "
-                    "True."
-                )
-            self._exchange = GradientExchange(process_group, config.staleness)
+        self.process_group, self._staleness = process_group, config.staleness
+        self._start_exchange()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch copies and pickles no more than parameters, state and settings.
+        own = ("process_group", "_staleness", "_layers_of")
+        return super().__getstate__() | {n: self.__dict__[n] for n in own if n in self.__dict__}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for group in state.get("param_groups", ()):
             if "move_live" in group:  # its name in earlier releases
                 group["move_active"] = group.pop("move_live")
         super().__setstate__(state)
+        for p, saved in self.state.items():
+            if isinstance(saved, _Uncast):
+                self.state[p] = saved.copy()
+        self._start_exchange()  # what was in flight is not saved
+
+    def _start_exchange(self) -> None:
+        if self.process_group is not None or self._staleness:
+            if not all(g["move_active"] for g in self.param_groups if g["sparse"]):
+                raise ValueError(
+                    "move_active=False was passed with several processes or staleness: leave it "
+                    "True."
+                )
+            self._exchange = GradientExchange(self.process_group, self._staleness)
 
     def state_dict(self) -> dict[str, Any]:
         """The state; see [`torch.optim.Optimizer`]. That of sparse parameters is in dicts as well.
 
         In-flight gradients are not saved.
         """
-        saved = super().state_dict()
+        # Before the hooks of users.
+        hook = self.register_state_dict_post_hook(type(self)._with_plain_states, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def _with_plain_states(self, saved: dict[str, Any]) -> None:
         for number, state in saved["state"].items():
             if isinstance(state, SparseState):
                 saved["state"][number] = state.to_dict()
-        return saved
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; see [`torch.optim.Optimizer`]."""
-        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
-        # torch casts all state to the dtype of its parameter, which would round positions.
-        sparse = {i: s for i, s in state_dict["state"].items() if "live" in s}
-        dense = {i: s for i, s in state_dict["state"].items() if i not in sparse}
-        super().load_state_dict({**state_dict, "state": dense})
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for number, p in zip(numbers, parameters, strict=True):
-            if number in sparse:
-                self.state[p] = {
-                    name: value.detach().clone() if isinstance(value, Tensor) else value
-                    for name, value in sparse[number].items()
-                }
-        if self._exchange is not None:
-            self._exchange.clear()
+    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        adapted = super()._adapted(state_dict)
+        state = {n: _Uncast(s) if "live" in s else s for n, s in adapted["state"].items()}
+        return {**adapted, "state": state}
+
+    def _state_names(self, group: dict[str, Any]) -> set[str]:
+        return {"live", "block"} if group["sparse"] else super()._state_names(group)
 
     @property
     def density(self) -> float:
@@ -209,23 +232,11 @@ class RCDSparseOptimizer(SparseOptimizer):
         super()._check_group(group)
         config = RCDConfig.of_group(group)
         config.check_run(group["target_density"], group["anneal_end"], group["total_steps"])
-        names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
-        for name, p in zip(names, group["params"], strict=True):
-            described = f"{name} ({p.dtype}, shape {tuple(p.shape)})"
-            if not p.is_floating_point():
-                raise ValueError(f"{described} is not a floating-point tensor: leave it out.")
-            if not group["sparse"]:
-                continue
-            if not p.is_contiguous() or p.numel() == 0:
-                raise ValueError(
-                    f"{described} is {'empty' if p.numel() == 0 else 'not contiguous'}, so it "
-                    "cannot be sparse: leave it out, or put it into a group with sparse=False."
-                )
-            if group["row_dim"] == 1 and p.ndim > 2:
-                raise ValueError(
-                    f"{described} has no rule: row_dim=1 is for matrices stored as inputs × "
-                    "outputs (Conv1D); pass row_dim=0 or put it into a group with sparse=False."
-                )
+
+    def _unmet_rule(self, group: dict[str, Any], p: Tensor) -> str | None:
+        if group["sparse"] and (p.numel() == 0 or not p.is_contiguous()):
+            return "entries, and all of them contiguous"
+        return super()._unmet_rule(group, p)
 
     def _scheduled_density(self, group: dict[str, Any]) -> float | None:
         target, start = group["target_density"], group["start_density"]

@@ -177,7 +177,12 @@ class SparseState:
 
     def _restore(self, saved: dict[str, Any], group: dict[str, Any]) -> None:
         device = self.parameter.device
-        saved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in saved.items()}
+        saved = {
+            n: v.to(device, self.dtype if v.is_floating_point() else v.dtype)
+            if isinstance(v, Tensor)
+            else v
+            for n, v in saved.items()
+        }
         self.moments = {name: saved[name] for name in MOMENTS if name in saved}
         self._adopt(saved["live"])
         self._set_block(Block(self.shape, self._block_dim(group), saved["block"]))
@@ -213,8 +218,8 @@ class SparseState:
 
     def _attach(self) -> None:
         self.is_matrix = self.parameter.ndim > 1
-        width = self.parameter[0].numel() if self.is_matrix else 1
-        self.shape = (self.parameter.shape[0], width)
+        rows = self.parameter.shape[0] if self.is_matrix else self.parameter.numel()
+        self.shape = (rows, self.parameter.numel() // rows)
 
     def _find(self) -> CSR:
         return CSR.from_positions(positions_of(self.parameter.detach().view(-1) != 0), self.shape)
