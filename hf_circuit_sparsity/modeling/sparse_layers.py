@@ -37,9 +37,9 @@ class SparseWeight(nn.Module):
     def __init__(self, csr: CSR, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.shape = csr.shape
-        self.register_parameter("bias", bias)
         values = csr.values
         self.values = values if isinstance(values, nn.Parameter) else nn.Parameter(values)
+        self.register_parameter("bias", bias)  # behind the weight, as in nn.Linear
         self.register_buffer("columns", csr.columns, persistent=False)
         self.register_buffer("row_starts", csr.row_starts, persistent=False)
         self._pattern: CSR | None = None
