@@ -94,7 +94,7 @@ class CircuitGPTAttention(nn.Module):
 
     def forward(
         self, x: Tensor, attention_mask: Tensor | None = None, past_key_values: Cache | None = None,
-        **kwargs: Any,
+        cache: Any = None, **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         q, k, v = self.c_attn(self.act_in(x)).chunk(3, dim=-1)
         by_head = (*x.shape[:-1], -1, self.head_dim)
@@ -103,8 +103,10 @@ class CircuitGPTAttention(nn.Module):
         v = self.v(v).view(by_head).transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:  # of continuous batching; transformers' attention for it has no sinks
+            k, v = cache.update(k, v, self.layer_idx, kwargs)
 
-        name = self.config._attn_implementation
+        name = self.config._attn_implementation.removeprefix("paged|")
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         if self.attn_imp is not None:
             kwargs["s_aux"] = self.attn_imp()  # transformers' name for attention sinks
@@ -322,6 +324,11 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             passed = "neither" if input_ids is None else "both"
             raise ValueError(f"Expected one of input_ids and inputs_embeds; {passed} was passed.")
+        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
+            given = self.config._attn_implementation
+            raise ValueError(
+                f"output_attentions=True needs 'eager' attention, but it is {given!r}."
+            )
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -386,6 +393,18 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
             self.bigram_table = resized(self.bigram_table)
         return embedding
 
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, *args: Any, inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        """As ever; where embeddings come with ids, these are passed on too, for the bigrams."""
+        kwargs["inputs_embeds"] = inputs_embeds  # named, as transformers looks for it
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        embeds = inputs.get("inputs_embeds")
+        if self.bigram_table is not None and embeds is not None and input_ids.shape[1]:
+            inputs["input_ids"] = input_ids
+        return inputs
+
     def _prepare_generated_length(self, generation_config: GenerationConfig, **kwargs: Any):
         config = super()._prepare_generated_length(generation_config, **kwargs)
         # Embeddings without ids do not count as the beginning of the text.
@@ -413,6 +432,8 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """
         Args:
+            input_ids: as of [`CircuitGPTModel.forward`]; a bigram table needs them in any case, and
+                then `inputs_embeds` may be passed beside them.
             labels: `(B, T)` token ids, shifted inside the model, -100 where no loss is wanted.
                 `shift_labels`, already shifted, is taken as well.
             logits_to_keep: compute only the last so many positions' logits (0: all), or the
@@ -422,10 +443,16 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
             loss (scalar, mean cross-entropy in nats), logits `(B, T, V)`, the cache, and hidden
             states and attentions as of [`CircuitGPTModel.forward`].
         """
-        if self.bigram_table is not None and input_ids is None:
-            raise ValueError("The bigram table needs token ids, got inputs_embeds; pass input_ids.")
+        stream_ids = input_ids
+        if self.bigram_table is not None and inputs_embeds is not None:
+            if input_ids is None:
+                raise ValueError(
+                    "inputs_embeds was passed without input_ids, but the bigram table needs ids; "
+                    "pass both of equal length, or take a model with enable_bigram_table=False."
+                )
+            stream_ids = None
         outputs = self.transformer(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
+            stream_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
             use_cache=use_cache, return_dict=True, **kwargs,
         )  # fmt: skip
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -86,6 +86,11 @@ class SparsePreTrainedModel(PreTrainedModel):
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         # Where `from_pretrained` of transformers fills the model, which is on the meta device.
         load = PreTrainedModel._load_pretrained_model
+        for name, device in (device_map := load_config.device_map or {}).items():
+            if device == "disk" and name in model._parameters.keys() | model._buffers.keys():
+                device_map[name] = (
+                    "cpu"  # accelerate loads only what modules inside have, on demand
+                )
         path = "" if state_dict is not None or not checkpoint_files else checkpoint_files[0]
         commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)  # in the Hub's cache
         model.config._commit_hash = commit and commit[1]
@@ -94,7 +99,7 @@ class SparsePreTrainedModel(PreTrainedModel):
             return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         weights, nonzeros = read_weights(path, model), {}
         if _AS_NONZEROS.get():
-            if len(set((load_config.device_map or {}).values())) > 1:
+            if len(set(device_map.values())) > 1:
                 raise ValueError("sparse=True was passed with a device_map over several devices.")
             nonzeros = {n: w for n, w in weights.items() if _runs_sparsely(model, n, w)}
             # `from_pretrained` replaces these layers at its end.

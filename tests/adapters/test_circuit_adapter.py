@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -137,6 +137,19 @@ def test_two_adapters(model, config, tmp_path):
         peft_model.load_adapter(str(tmp_path), "third")
         peft_model.set_adapter("third")
         assert torch.equal(peft_model(IDS).logits, first)
+
+
+def test_it_is_one_of_pefts_methods(model, config):
+    assert config.peft_type is PeftType["CIRCUIT_EDGES"] is PeftType("CIRCUIT_EDGES")
+    with pytest.raises(ValueError, match="CIRCUIT_EDGES"):
+        get_peft_model(model, config, mixed=True)
+
+
+@pytest.mark.parametrize(("autocast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_precision_of_the_values(model, config, autocast, dtype):
+    config.base_model_fingerprint = ""
+    peft_model = get_peft_model(model.bfloat16(), config, autocast_adapter_dtype=autocast)
+    assert {p.dtype for p in peft_model.parameters() if p.requires_grad} == {dtype}
 
 
 def test_what_does_not_fit_is_refused(model, config):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, pipeline
+from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
@@ -185,10 +185,16 @@ def test_compiles_without_a_graph_break(tiny_model):
         torch.testing.assert_close(logits, tiny_model(IDS).logits)
 
 
-def test_device_map(tiny_model, tmp_path):
+@torch.no_grad()
+@pytest.mark.parametrize("offloaded", ["transformer.h.1", "bigram_table", "lm_head"])
+def test_device_map(tiny_model, tmp_path, offloaded):
     tiny_model.save_pretrained(tmp_path)
-    model = CircuitGPTForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
-    with torch.no_grad():
+    parts = [n for n, _ in tiny_model.transformer.named_children() if n != "h"] + ["h.0", "h.1"]
+    parts = [f"transformer.{n}" for n in parts] + ["lm_head", "final_logits_bias", "bigram_table"]
+    for places in ({"": "cpu"}, {**dict.fromkeys(parts, "cpu"), offloaded: "disk"}):
+        model = CircuitGPTForCausalLM.from_pretrained(
+            tmp_path, device_map=places, offload_folder=tmp_path / "offload"
+        )
         torch.testing.assert_close(model(IDS).logits, tiny_model(IDS).logits)
 
 
@@ -213,6 +219,49 @@ def test_node_sites_are_named_and_hooked_in_order(tiny_model):
     assert called == [(name, site.width) for name, site in sites.items()]
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("sink", [True, False])
+def test_continuous_batching_equals_generate(tiny_config, attention, sink):
+    model = random_model(CircuitGPTConfig(**{**tiny_config.to_dict(), "sink": sink}))
+    model.set_attn_implementation(attention)
+    greedy = GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    batch = model.generate_batch([[5, 6, 7, 8], [9, 1]], generation_config=greedy)
+    for request in batch.values():
+        alone = model.generate(torch.tensor([request.prompt_ids]), generation_config=greedy)
+        assert request.generated_tokens == alone[0, len(request.prompt_ids) :].tolist()
+
+
+@torch.no_grad()
+def test_embeddings_beside_the_ids_that_the_bigram_table_needs(tiny_model, tiny_config):
+    embeds = tiny_model.get_input_embeddings()(IDS)
+    both = dict(input_ids=IDS, inputs_embeds=embeds)
+    torch.testing.assert_close(tiny_model(**both).logits, tiny_model(IDS).logits)
+    assert not torch.equal(tiny_model(IDS, inputs_embeds=2 * embeds).logits, tiny_model(IDS).logits)
+    greedy = dict(max_new_tokens=4, do_sample=False, pad_token_id=63)
+    generated = tiny_model.generate(IDS, **greedy)
+    assert torch.equal(tiny_model.generate(**both, **greedy), generated)
+    for call in (tiny_model, tiny_model.generate):
+        with pytest.raises(ValueError, match="input_ids"):
+            call(inputs_embeds=embeds)
+    plain = random_model(
+        CircuitGPTConfig(**{**tiny_config.to_dict(), "enable_bigram_table": False})
+    )
+    embeds = plain.get_input_embeddings()(IDS)
+    torch.testing.assert_close(plain(inputs_embeds=embeds).logits, plain(IDS).logits)
+
+
+def test_text_ends_at_block_size(tiny_model):
+    for limit in (dict(max_new_tokens=40), dict(max_length=50)):
+        text = tiny_model.generate(IDS, min_new_tokens=20, pad_token_id=63, **limit)
+        assert text.shape == (2, 32)
+    static = tiny_model.generate(
+        IDS, max_new_tokens=40, pad_token_id=63, do_sample=False, cache_implementation="static"
+    )
+    assert static.shape == (2, 32)
+    with pytest.raises(ValueError, match="block_size"):
+        tiny_model(IDS, position_ids=torch.arange(12)[None] + 21)
+
+
 def test_bad_input(tiny_model):
     ids, mask = torch.zeros(1, 40, dtype=torch.long), torch.ones(1, 40, dtype=torch.long)
     for given in (None, mask):
@@ -220,7 +269,7 @@ def test_bad_input(tiny_model):
             tiny_model(ids, attention_mask=given)
     mask[:, :10] = 0  # the tokens themselves fit
     assert tiny_model(ids, attention_mask=mask).logits.shape == (1, 40, 64)
-    with pytest.raises(ValueError, match="input_ids"):
-        tiny_model(inputs_embeds=torch.zeros(1, 4, 32))
+    with pytest.raises(ValueError, match="output_attentions"):
+        tiny_model(IDS, output_attentions=True)
     with pytest.raises(ValueError, match="inputs_embeds"):
         tiny_model.transformer()

@@ -43,7 +43,10 @@ def test_round_trip(tiny_config, tmp_path, switches, runs_sparse):
         assert torch.equal(logits_of(dense), expected)
         assert model_fingerprint(dense) == fingerprint
 
-        run = CircuitGPTForCausalLM.from_pretrained(folder, sparse=True)
+        run, info = CircuitGPTForCausalLM.from_pretrained(
+            folder, sparse=True, output_loading_info=True
+        )
+        assert not info["missing_keys"] and not info["unexpected_keys"]
         assert isinstance(run.transformer.h[0].mlp.c_fc, type(model.to_sparse().lm_head))
         assert not run.training
         torch.testing.assert_close(logits_of(run), expected, atol=1e-5, rtol=0)

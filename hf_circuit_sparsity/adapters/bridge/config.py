@@ -6,6 +6,7 @@ from typing import Any
 from peft import PeftConfig
 
 from ...bridge.checkpoint import PEFT_TYPE
+from ..peft_types import peft_type
 
 
 @dataclass
@@ -16,7 +17,7 @@ class BridgePeftConfig(PeftConfig):
         bridge: the fields of its [`BridgeConfig`].
     """
 
-    PEFT_TYPE = PEFT_TYPE
+    PEFT_TYPE = peft_type(PEFT_TYPE)
 
     bridge: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "The fields of the BridgeConfig."}
@@ -24,4 +25,4 @@ class BridgePeftConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PEFT_TYPE
+        self.peft_type = self.PEFT_TYPE

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...circuits.circuit import Circuit
 from ...circuits.edges import Edge
+from ..peft_types import peft_type
 
 UNEMBEDDING = "lm_head"
 
@@ -26,7 +27,7 @@ class CircuitPeftConfig(PeftConfig):
         ValueError: an edge that is no `[row, column]`, or is given twice.
     """
 
-    PEFT_TYPE = "CIRCUIT_EDGES"
+    PEFT_TYPE = peft_type("CIRCUIT_EDGES")
 
     edges: dict[str, list[list[int]]] = field(
         default_factory=dict, metadata={"help": "Layer name to [row, column] of its weights."}

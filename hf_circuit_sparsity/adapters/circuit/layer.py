@@ -37,9 +37,9 @@ class CircuitLayer(nn.Module, BaseTunerLayer):
             positions: `[row, column]` of each value.
             inference: whether its values stay frozen.
         """
-        device = self.get_base_layer().weight.device
+        weight = self.get_base_layer().weight
         self.positions[adapter_name] = torch.tensor(list(positions), dtype=torch.long).T
-        values = torch.zeros(self.positions[adapter_name].shape[1], device=device)
+        values = weight.new_zeros(self.positions[adapter_name].shape[1])  # PEFT casts them
         self.circuit_values[adapter_name] = nn.Parameter(values, requires_grad=not inference)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
