@@ -3,6 +3,7 @@
 import torch
 from accelerate import Accelerator
 
+from ..circuits.ablation import in_eval_mode
 from .modeling_bridge import BridgedCausalLM
 
 
@@ -38,19 +39,18 @@ def ridge_bridges_(
             f"input_ids has {input_ids.numel()} tokens, expected more than the {max(widths)} "
             "channels of a stream."
         )
-    was_training = bridged.training
-    bridged.eval()
     # Second moments of both streams with a constant beside them, summed over all tokens.
     size = sum(widths) + 1
     moments = [torch.zeros(size, size, dtype=torch.float64) for _ in bridged.bridges]
     device = next(bridged.parameters()).device
-    for batch in input_ids.split(batch_size):
-        streams = (bridged.dense_stream, bridged.sparse_stream)
-        runs = [stream.run(*stream.embed(batch.to(device), None)) for stream in streams]
-        for moment, *both in zip(moments, *runs, strict=True):
-            columns = [x.flatten(0, 1).double().cpu() for x in both]
-            rows = torch.cat([*columns, torch.ones(batch.numel(), 1)], dim=1)
-            moment += rows.T @ rows
+    with in_eval_mode(bridged):
+        for batch in input_ids.split(batch_size):
+            streams = (bridged.dense_stream, bridged.sparse_stream)
+            runs = [stream.run(*stream.embed(batch.to(device), None)) for stream in streams]
+            for moment, *both in zip(moments, *runs, strict=True):
+                columns = [x.flatten(0, 1).double().cpu() for x in both]
+                rows = torch.cat([*columns, torch.ones(batch.numel(), 1)], dim=1)
+                moment += rows.T @ rows
     dense = torch.arange(widths[0])
     sparse = widths[0] + torch.arange(widths[1])
     for bridge, moment in zip(bridged.bridges, moments, strict=True):
@@ -70,7 +70,7 @@ def ridge_bridges_(
             solution = torch.linalg.solve(gram, moment[source][:, target])
             linear.weight.copy_(solution[:-1].T)
             linear.bias.copy_(solution[-1])
-    return bridged.train(was_training)
+    return bridged
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..circuits.ablation import in_eval_mode
 from ..circuits.circuit import Circuit
 from ..circuits.pruning.config import PruningConfig
 from ..circuits.pruning.find import TaskNotLearnedError
@@ -206,9 +207,8 @@ def _task_accuracy(task: BinaryTask) -> Callable[[CircuitGPTForCausalLM], dict[s
     tensors = {k: v[:128] for k, v in task.tensors("train").items()}
 
     def measure(model: CircuitGPTForCausalLM) -> dict[str, str]:
-        model.eval()
-        accuracy = binary_accuracy(all_pair_logits(model, tensors))
-        model.train()
+        with in_eval_mode(model):
+            accuracy = binary_accuracy(all_pair_logits(model, tensors))
         return {"task": f"{accuracy:.0%}"}
 
     return measure

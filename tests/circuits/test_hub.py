@@ -1,11 +1,6 @@
 """Circuits go to the Hub and come back; what stands in the way is said in one sentence each."""
 
-import os
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +19,7 @@ from hf_circuit_sparsity import Circuit, CircuitGPTForCausalLM, list_circuits, p
 from hf_circuit_sparsity.circuits.circuit_file import model_source
 from hf_circuit_sparsity.commands.hub_advice import hub_advice
 from tests.circuits.planted import planted_circuit, planted_model, word_tokenizer
+from tests.hub.outside import run_outside
 
 MODEL, CIRCUITS = "ada/switch", "ada/switch-circuits"
 
@@ -51,26 +47,17 @@ def test_a_circuit_comes_back_with_its_model_and_commit(api, model, tmp_path):
     pytest.importorskip("matplotlib")
     circuit = circuit_of(model)
     picture = plot_circuit(circuit, tmp_path / "drawn.png", model, word_tokenizer())
-    commit = circuit.push_to_hub(CIRCUITS, picture=picture)
+    first = circuit.push_to_hub(CIRCUITS, picture=picture)
     back = Circuit.from_pretrained(CIRCUITS)
     assert back.nodes == circuit.nodes and back.metrics == circuit.metrics
     assert all(torch.equal(back.means[site], mean) for site, mean in circuit.means.items())
     assert (back.model_name, back.model_revision) == (MODEL, api.model_info(MODEL).sha)
     back.check_model(model)
     assert "circuit.png" in api.list_repo_files(CIRCUITS)
-    assert Circuit.from_pretrained(CIRCUITS, revision=commit.oid).task == "on_off"
-
-
-def test_revisions(api, model):
-    circuit = circuit_of(model)
-    first = circuit.push_to_hub(CIRCUITS)
     api.create_tag(CIRCUITS, tag="v1")
     replace(circuit, metrics={"nodes": 7}).push_to_hub(CIRCUITS)
-    nodes = {
-        revision: Circuit.from_pretrained(CIRCUITS, revision=revision).metrics["nodes"]
-        for revision in (None, "v1", first.oid)
-    }
-    assert nodes == {None: 7, "v1": 6, first.oid: 6}
+    for revision, nodes in ((None, 7), ("v1", 6), (first.oid, 6)):
+        assert Circuit.from_pretrained(CIRCUITS, revision=revision).metrics["nodes"] == nodes
 
 
 def test_several_circuits_in_one_repository(api, model):
@@ -167,26 +154,14 @@ def test_a_pull_request_leaves_the_branch_as_it_is(api, model):
     assert Circuit.from_pretrained(CIRCUITS, revision=proposed.pr_revision).task == "on_off"
 
 
-def in_another_process(code: str, **environment: str) -> str:
-    """What the code prints, or the last line of how it fails."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    return done.stdout or done.stderr.strip().splitlines()[-1]
-
-
-def test_offline_the_cache_serves_and_else_says_so(api, hub_server, model):
+def test_offline_the_cache_serves_and_else_says_so(api, hub_server, model, tmp_path):
     circuit_of(model).push_to_hub(CIRCUITS)
     commit = api.model_info(CIRCUITS).sha
     Circuit.from_pretrained(CIRCUITS)
     hub_server.log.clear()
-    printed = in_another_process(
+    printed = run_outside(
         f"""
-        from hf_circuit_sparsity import Circuit, CircuitGPTForCausalLM, list_circuits, plot_circuit
+        from hf_circuit_sparsity import Circuit, CircuitGPTForCausalLM, list_circuits
         circuit = Circuit.from_pretrained("{CIRCUITS}")
         circuit.check_model(CircuitGPTForCausalLM.from_pretrained(circuit.model_name))
         print(len(circuit), len(Circuit.from_pretrained("{CIRCUITS}", revision="{commit}")))
@@ -200,6 +175,8 @@ def test_offline_the_cache_serves_and_else_says_so(api, hub_server, model):
             except OSError as error:
                 print(type(error).__name__)
         """,
+        tmp_path,
+        forbid=False,
         HF_HUB_OFFLINE="1",
     )
     assert printed.splitlines() == [

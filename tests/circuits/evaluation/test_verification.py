@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from hf_circuit_sparsity.circuits.circuit import Circuit
-from hf_circuit_sparsity.circuits.evaluation.verification import random_circuit, verify_circuit
+from hf_circuit_sparsity.circuits.evaluation.verification import (
+    mean_and_interval,
+    random_circuit,
+    verify_circuit,
+)
 from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError
 from tests.circuits.planted import (
     PLANTED_NODES,
@@ -82,11 +86,23 @@ def test_outcome_is_stored_and_shown(planted, tmp_path):
     assert again.verification == circuit.verification == verification.numbers()
     assert again.verification["necessity"]["passed"] == 1.0
     assert "threshold" not in again.verification["vocabulary KL"]
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"no such check.*sufficiency"):
         verification["no such check"]
+    for check in verification.checks:
+        assert check.control_low <= check.control <= check.control_high
+        assert f"{check.control:.3f} ({check.control_low:.3f} to {check.control_high:.3f})" in (
+            verification.table()
+        )
     table = verification.table()
     assert len(table.splitlines()) == 2 + len(verification.checks)
     assert "pass" in table and "FAIL" not in table
+
+
+def test_the_interval_is_that_of_the_mean():
+    mean, low, high = mean_and_interval([0.0, 1.0] * 50)
+    assert mean == 0.5  # ± 1.96 times its standard error
+    assert (low, high) == pytest.approx((0.5 - 0.098, 0.5 + 0.098), abs=0.01)
+    assert mean_and_interval([3.0] * 5) == (3.0, 3.0, 3.0)
 
 
 def test_bad_input(model):
@@ -97,11 +113,13 @@ def test_bad_input(model):
     cut_short = planted_circuit(short)
     short.config.block_size = 5
     for circuit, of_model, error, named in [
-        (planted_circuit(model, nodes={}), model, ValueError, "no nodes"),
+        (planted_circuit(model, nodes={}), model, ValueError, "target_loss"),
         (planted_circuit(unable), unable, TaskNotLearnedError, "'on_off'"),
-        (planted_circuit(unable), model, ValueError, "cut out of the model"),
+        (planted_circuit(unable), model, ValueError, planted_circuit(model).model_fingerprint),
         (cut_short, short, ValueError, "max_length"),
         (wide, model, ValueError, r"means\['h\.0\.attn\.v'\]"),
     ]:
         with pytest.raises(error, match=named):
             verify(circuit, of_model, others=[])
+    with pytest.raises(ValueError, match="random_circuits=1"):
+        verify(planted_circuit(model), model, random_circuits=1)
