@@ -167,6 +167,8 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError if a setting of the group is out of range."""
+        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+            raise ValueError(f"lr={group['lr']!r} was passed: Tensor lr must be 1-element.")
         for name in ("lr", "eps", "weight_decay"):
             check(name, group[name], 0.0 <= float(group[name]) < math.inf, "a finite number >= 0")
         holds = all(0.0 <= beta < 1.0 for beta in group["betas"])
