@@ -102,8 +102,9 @@ class SparsePreTrainedModel(PreTrainedModel):
             if len(set(device_map.values())) > 1:
                 raise ValueError("sparse=True was passed with a device_map over several devices.")
             nonzeros = {n: w for n, w in weights.items() if _runs_sparsely(model, n, w)}
-            # `from_pretrained` replaces these layers at its end.
             model._nonzeros = {n.rpartition(".")[0]: w for n, w in nonzeros.items()}
+            for name in nonzeros:  # `from_pretrained` replaces these layers at its end
+                model.get_parameter(name)._is_hf_initialized = True
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         rest = weights.keys() - nonzeros.keys() - tied.keys()
         rest = {n: _dense(w) for n, w in weights.items() if n in rest}
