@@ -38,7 +38,7 @@ class CSR:
         self.shape = (len(row_starts) - 1, int(width))
         self.row_starts, self.columns, self.values = row_starts, columns, values
         # The transposed pattern and the order of its values; shared with what `with_values` makes.
-        self._transposed: dict[str, CSR | Tensor] = {}
+        self._transposed: list[CSR | Tensor] = []
 
     @classmethod
     def from_dense(cls, weight: Tensor) -> "CSR":
@@ -62,7 +62,7 @@ class CSR:
         """The matrix whose nonzeros are at flat `positions`, `(nonzeros,)` int64, ascending."""
         csr = cls.__new__(cls)  # row_starts and columns are computed when they are first needed
         csr.shape = (int(shape[0]), int(shape[1]))
-        csr.positions, csr.values, csr._transposed = positions, values, {}
+        csr.positions, csr.values, csr._transposed = positions, values, []
         return csr
 
     @cached_property
@@ -114,12 +114,10 @@ class CSR:
                 starts = self.row_starts.new_zeros(width + 1)
                 starts[1:] = counts.cumsum(0)
                 columns = self.row_of.to(torch.int32)[order]
-            self._transposed["pattern"] = CSR(starts, columns, None, rows)
-            self._transposed["order"] = order
-        pattern, order = self._transposed["pattern"], self._transposed["order"]
-        if self.values is None:
-            return pattern
-        return pattern.with_values(self.values.detach().index_select(0, order))
+            self._transposed += CSR(starts, columns, None, rows), order
+        pattern, order = self._transposed
+        values = None if self.values is None else self.values.detach().index_select(0, order)
+        return pattern.with_values(values)
 
     def _as_torch(self, values: Tensor) -> Tensor:
         parts = self.row_starts, self.columns, values, self.shape

@@ -98,9 +98,8 @@ class CircuitGPTAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         q, k, v = self.c_attn(self.act_in(x)).chunk(3, dim=-1)
         by_head = (*x.shape[:-1], -1, self.head_dim)
-        q = self.q(q).view(by_head).transpose(1, 2)  # (B, H, T, K)
-        k = self.k(k).view(by_head).transpose(1, 2)
-        v = self.v(v).view(by_head).transpose(1, 2)
+        read = (self.q(q), self.k(k), self.v(v))
+        q, k, v = (part.view(by_head).transpose(1, 2) for part in read)  # (B, H, T, K)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         if cache is not None:  # of continuous batching; transformers' attention for it has no sinks
@@ -267,10 +266,8 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
         return positions
 
     def check_positions(self, position_ids: Tensor) -> None:
-        if (
-            position_ids.numel()
-            and (needed := int(position_ids.max()) + 1) > self.config.block_size
-        ):
+        needed = int(position_ids.max()) + 1 if position_ids.numel() else 0
+        if needed > self.config.block_size:
             raise ValueError(
                 f"The sequence has {needed} tokens, but this model reads at most "
                 f"block_size={self.config.block_size}; shorten it."
@@ -324,11 +321,9 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             passed = "neither" if input_ids is None else "both"
             raise ValueError(f"Expected one of input_ids and inputs_embeds; {passed} was passed.")
-        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
-            given = self.config._attn_implementation
-            raise ValueError(
-                f"output_attentions=True needs 'eager' attention, but it is {given!r}."
-            )
+        given = self.config._attn_implementation
+        if kwargs.get("output_attentions") and given != "eager":
+            raise ValueError(f"output_attentions=True needs eager attention, but it is {given}.")
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -348,10 +343,8 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
         self.transformer = CircuitGPTModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.register_buffer("final_logits_bias", torch.zeros(config.vocab_size))
-        table = torch.zeros(config.vocab_size, config.vocab_size)
-        if not config.enable_bigram_table:
-            self.bigram_table = None
-        elif config.learnable_bigram_table:
+        table = torch.zeros([config.vocab_size] * 2) if config.enable_bigram_table else None
+        if table is not None and config.learnable_bigram_table:
             self.bigram_table = nn.Parameter(table)
         else:
             self.register_buffer("bigram_table", table)
@@ -379,18 +372,14 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
         """Resizes everything that has the vocabulary's size; new bigram entries are zero."""
         embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         size = embedding.num_embeddings
-
-        def resized(table: Tensor) -> Tensor:
-            new = table.new_zeros([size] * table.dim())
+        for name in ("final_logits_bias", "bigram_table"):
+            if (table := getattr(self, name)) is None:
+                continue
             common = (slice(min(size, len(table))),) * table.dim()
-            new[common] = table[common]
-            return new
-
-        self.final_logits_bias = resized(self.final_logits_bias)
-        if isinstance(self.bigram_table, nn.Parameter):
-            self.bigram_table = nn.Parameter(resized(self.bigram_table.data))
-        elif self.bigram_table is not None:
-            self.bigram_table = resized(self.bigram_table)
+            new = table.data.new_zeros([size] * table.dim())
+            new[common] = table.data[common]
+            is_parameter = isinstance(table, nn.Parameter)
+            setattr(self, name, nn.Parameter(new, table.requires_grad) if is_parameter else new)
         return embedding
 
     def prepare_inputs_for_generation(

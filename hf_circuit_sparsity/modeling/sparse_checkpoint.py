@@ -86,11 +86,10 @@ class SparsePreTrainedModel(PreTrainedModel):
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         # Where `from_pretrained` of transformers fills the model, which is on the meta device.
         load = PreTrainedModel._load_pretrained_model
-        for name, device in (device_map := load_config.device_map or {}).items():
-            if device == "disk" and name in model._parameters.keys() | model._buffers.keys():
-                device_map[name] = (
-                    "cpu"  # accelerate loads only what modules inside have, on demand
-                )
+        device_map = load_config.device_map or {}
+        for name in device_map.keys() & {*model._parameters, *model._buffers}:
+            if device_map[name] == "disk":  # accelerate reads on demand for inner modules only
+                device_map[name] = "cpu"
         path = "" if state_dict is not None or not checkpoint_files else checkpoint_files[0]
         commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)  # in the Hub's cache
         model.config._commit_hash = commit and commit[1]

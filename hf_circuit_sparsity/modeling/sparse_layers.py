@@ -123,10 +123,8 @@ class _LinearFunction(torch.autograd.Function):
         grad_x = grad_values = grad_bias = None
         again = torch.is_grad_enabled()  # to be differentiated again, which a CSR's products cannot
         if ctx.needs_input_grad[0]:
-            weight = ctx.csr.with_values(values)
-            grad_x = (
-                grad @ weight.to_dense().to(grad) if again else weight.transposed().linear(grad)
-            )
+            csr = ctx.csr.with_values(values)
+            grad_x = grad @ csr.to_dense().to(grad) if again else csr.transposed().linear(grad)
         if ctx.needs_input_grad[1]:
             sampled = sampled_reference(ctx.csr, grad, x) if again else ctx.csr.sampled(grad, x)
             grad_values = sampled.to(values.dtype)
