@@ -224,7 +224,7 @@ def _settle(flat: Tensor, matrix: _Matrix, scan: _Scan, k: int) -> bool:
     restore = index[listed:]  # all of them: their rows have no others
     values = bits[restore]
     keep = keep[:listed]
-    threshold = int(scan.magnitude[keep].min(initial=scan.high))
+    threshold = int(np.where(keep, scan.magnitude, scan.high).min(initial=scan.high))
     dropped = scan.index[~keep & (scan.magnitude >= threshold)]
     if matrix.kernels is not None:
         matrix.kernels.zero_below(flat, threshold)
