@@ -224,7 +224,9 @@ def _settle(flat: Tensor, matrix: _Matrix, scan: _Scan, k: int) -> bool:
     restore = index[listed:]  # all of them: their rows have no others
     values = bits[restore]
     keep = keep[:listed]
-    threshold = int(np.where(keep, scan.magnitude, scan.high).min(initial=scan.high))
+    # The smallest of the kept; all bits of the others are set, which makes them the largest.
+    sizes = scan.magnitude | (keep.view(np.int8) - np.int8(1))
+    threshold = int(sizes.view(f"u{sizes.itemsize}").min(initial=scan.high))
     dropped = scan.index[~keep & (scan.magnitude >= threshold)]
     if matrix.kernels is not None:
         matrix.kernels.zero_below(flat, threshold)
