@@ -394,11 +394,24 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
             inputs["input_ids"] = input_ids
         return inputs
 
+    def generate_batch(
+        self, inputs: list, generation_config: Any = None, *args: Any, **kwargs: Any
+    ):
+        """As ever; refuses what may outgrow `block_size`, as one such text stops all of them."""
+        new = kwargs.get("max_new_tokens")
+        new = new or (generation_config or self.generation_config).max_new_tokens or 0
+        if (longest := max(map(len, inputs), default=0)) + new > self.config.block_size:
+            tokens = f"{longest} tokens and max_new_tokens={new} were passed"
+            raise ValueError(f"{tokens}, expected at most block_size={self.config.block_size}.")
+        return super().generate_batch(inputs, generation_config, *args, **kwargs)
+
     def _prepare_generated_length(self, generation_config: GenerationConfig, **kwargs: Any):
         config = super()._prepare_generated_length(generation_config, **kwargs)
         # Embeddings without ids do not count as the beginning of the text.
-        longest = self.config.block_size - kwargs["inputs_tensor"].shape[1]
-        longest += kwargs["input_ids_length"]
+        given, block_size = kwargs["inputs_tensor"].shape[1], self.config.block_size
+        if given >= block_size:
+            raise ValueError(f"{given} tokens fill block_size={block_size}; generate from fewer.")
+        longest = block_size - given + kwargs["input_ids_length"]
         if config.max_length > longest:
             logger.warning_once(f"Text is generated up to block_size={self.config.block_size}.")
             config.max_length = longest

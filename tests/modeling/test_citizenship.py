@@ -4,7 +4,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
@@ -225,7 +230,10 @@ def test_continuous_batching_equals_generate(tiny_config, attention, sink):
     model = random_model(CircuitGPTConfig(**{**tiny_config.to_dict(), "sink": sink}))
     model.set_attn_implementation(attention)
     greedy = GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=0)
-    batch = model.generate_batch([[5, 6, 7, 8], [9, 1]], generation_config=greedy)
+    # Left to itself it takes half of the free memory for its cache.
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+    batch = model.generate_batch([[5, 6, 7, 8], [9, 1]], greedy, small)
+    assert len(batch) == 2
     for request in batch.values():
         alone = model.generate(torch.tensor([request.prompt_ids]), generation_config=greedy)
         assert request.generated_tokens == alone[0, len(request.prompt_ids) :].tolist()
@@ -260,6 +268,18 @@ def test_text_ends_at_block_size(tiny_model):
     assert static.shape == (2, 32)
     with pytest.raises(ValueError, match="block_size"):
         tiny_model(IDS, position_ids=torch.arange(12)[None] + 21)
+    full = torch.zeros(1, 32, dtype=torch.long)
+    with pytest.raises(ValueError, match="block_size"):
+        tiny_model.generate(full, max_new_tokens=1)
+    for ids, new in (([5] * 4, 29), ([5] * 33, 1)):
+        with pytest.raises(ValueError, match="block_size"):
+            tiny_model.generate_batch([[1, 2], ids], max_new_tokens=new)
+
+
+def test_a_frozen_table_stays_frozen_when_it_is_resized(tiny_model):
+    tiny_model.bigram_table.requires_grad_(False)
+    tiny_model.resize_token_embeddings(70)
+    assert tiny_model.bigram_table.shape == (70, 70) and not tiny_model.bigram_table.requires_grad
 
 
 def test_bad_input(tiny_model):
