@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_circuit_sparsity.circuits.edges import site_linears
 from hf_circuit_sparsity.circuits.pruning.find import mean_jaccard
 from hf_circuit_sparsity.circuits.task_scores import all_pair_logits, binary_loss, fit_calibration
+from hf_circuit_sparsity.decoders.decoder import decoder_of
 
 from ..experiment import Experiment, mean, stored, table
 from .findings import (
@@ -157,7 +157,7 @@ def _noise(name: str, task_name: str, target: float, folder: Path) -> dict[str, 
 def noisy_weights(model: nn.Module, level: float, seed: int) -> Iterator[None]:
     """Within the block, every weight between nodes is multiplied by 1 + level · N(0, 1)."""
     generator = torch.Generator().manual_seed(seed)
-    weights = [linear.weight for linear, _, _ in site_linears(model)]
+    weights = [projection.module.weight for projection in decoder_of(model).projections()]
     before = [weight.detach().clone() for weight in weights]
     try:
         with torch.no_grad():

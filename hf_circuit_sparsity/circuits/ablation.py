@@ -13,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..decoders.decoder import Site, decoder_of
 from ..decoders.hooks import temporary_hooks
 from ..tasks.binary_task import BinaryTask
 from ..tasks.corpus import build_corpus
@@ -39,16 +40,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def node_sites(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's node sites by name, or a clear error where a model has none."""
-    sites = getattr(unwrapped(model), "node_sites", None)
-    if sites is None:
-        raise TypeError(
-            f"{type(model).__name__} has no node_sites(), so there is nowhere to cut a circuit; "
-            "pass a CircuitGPTForCausalLM."
-        )
+def node_sites(model: nn.Module) -> dict[str, Site]:
+    """The model's node sites by name.
+
+    Raises:
+        ValueError: the model's architecture is not described.
+    """
     # Where torch.compile was put around a part, its name stands in between.
-    return {name.replace("_orig_mod.", ""): site for name, site in sites().items()}
+    sites = decoder_of(unwrapped(model)).node_sites()
+    return {name.replace("_orig_mod.", ""): site for name, site in sites.items()}
 
 
 @contextmanager
@@ -93,8 +93,8 @@ class ReferenceMeans(NamedTuple):
     nodes: dict[str, torch.Tensor]
     """Site → `(width,)`."""
     attended: dict[str, torch.Tensor]
-    """Site of values, as `h.0.attn.v` → `(width,)`: what attention makes of them, which is what the
-    output projection reads."""
+    """Site of values, as `h.0.attn.v` → what attention makes of them, which is what the output
+    projection reads: `(inputs of the projection,)`."""
     token: torch.Tensor
     """`(d_model,)`, the mean embedding."""
 
@@ -106,7 +106,7 @@ def reference_means(
     """Averages over all tokens of `input_ids`.
 
     Args:
-        model: has `node_sites()`.
+        model: of an architecture that is described, see `docs/decoders.md`.
         input_ids: `(n, length)` token ids, a sample of the pretraining distribution, unpadded.
         batch_size: sequences per forward pass.
     """
@@ -120,11 +120,10 @@ def reference_means(
 
         return hook
 
-    transformer = getattr(model, "transformer", model)
     hooks = [(site, adder("nodes", name)) for name, site in node_sites(model).items()]
     hooks += [
-        (block.attn.c_proj, adder("attended", f"h.{i}.attn.v"))
-        for i, block in enumerate(transformer.h)
+        (layer.attn_out, adder("attended", f"h.{i}.attn.v"))
+        for i, layer in enumerate(decoder_of(model).layers)
     ]
     hooks.append((model.get_input_embeddings(), adder("token", TOKENS)))
     device = next(model.parameters()).device
@@ -227,7 +226,7 @@ def mean_ablated(
     """Within the block, every node not marked in `keep` is fixed at its mean.
 
     Args:
-        model: has `node_sites()`.
+        model: of an architecture that is described, see `docs/decoders.md`.
         keep: site → bool `(width,)`, and optionally `TOKENS` → bool `(vocab_size,)`; sites that
             are not named run untouched.
         means: site → `(width,)`, and `TOKENS` → `(d_model,)`, from [`reference_means`].

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import CommitInfo
 from torch import nn
 
+from ..decoders.decoder import decoder_of
 from ..modeling.configuration_circuitgpt import ArtifactError
 from ..modeling.fingerprint import model_fingerprint
 from .ablation import TOKENS, hooked, mean_ablated, node_sites, unwrapped
@@ -88,7 +89,11 @@ class Circuit:
                     f"{ids[:5]}{'…' if len(ids) > 5 else ''}."
                 )
         named = [("kept_edges", *end) for e in self.kept_edges or () for end in (e[:2], e[2:])]
-        named += [("edge_offsets", s, i) for s, sums in self.edge_offsets.items() for i in sums]
+        named += [
+            ("edge_offsets", site.removesuffix(".gate"), index)
+            for site, sums in self.edge_offsets.items()
+            for index in sums
+        ]
         for name, site, index in named:
             if index not in self.nodes.get(site, ()):
                 raise ValueError(f"{name} names {site}.{index}, which is not in nodes.")
@@ -202,7 +207,9 @@ class Circuit:
         hooks = [] if inverse else edge_hooks(inner, self.split_edges(inner)[1], self.edge_offsets)
         if calibrated and not inverse:
             calibrate = self.calibration.logits
-            hooks.append((inner.final_logits, lambda module, args, logits: calibrate(logits)))
+            hooks.append(
+                (decoder_of(inner).logits_site(), lambda module, args, logits: calibrate(logits))
+            )
         with mean_ablated(inner, masks, means), hooked(hooks):
             yield model
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..decoders.decoder import Projection, Target, decoder_of
 from .ablation import ReferenceMeans
 
 EdgeName = tuple[str, int, str, int]
@@ -19,7 +20,11 @@ Offsets = dict[str, dict[int, float]]
 
 
 class Edge(NamedTuple):
-    """One nonzero weight between two nodes."""
+    """One nonzero weight between two nodes.
+
+    Two nodes may have several: one into a gated neuron and one into its gate; one for each query
+    head that reads a shared value channel. They have one name, and are kept or cut together.
+    """
 
     source_site: str
     """Site of the node the weight reads, e.g. `h.0.attn.act_in`."""
@@ -30,6 +35,10 @@ class Edge(NamedTuple):
     target: int
     """Its index there."""
     weight: float
+    column: int
+    """The layer's input that carries the source: its index, but for shared value channels."""
+    gate: bool = False
+    """Whether the weight writes to the target's gate."""
 
     @property
     def name(self) -> "EdgeName":
@@ -37,44 +46,48 @@ class Edge(NamedTuple):
         return self[:4]
 
 
-def site_linears(model: nn.Module) -> list[tuple[nn.Module, str, list[tuple[str, slice]]]]:
-    """Every linear layer between node sites: the layer, the site it reads, and the sites it writes
-    to, each with its rows of the layer's output."""
-    transformer = getattr(model, "transformer", model)
-    linears = []
-    for i, block in enumerate(transformer.h):
-        attn, mlp = f"h.{i}.attn", f"h.{i}.mlp"
-        inner = block.attn.v.width
-        parts = [(f"{attn}.{p}", slice(n * inner, (n + 1) * inner)) for n, p in enumerate("qkv")]
-        linears += [
-            (block.attn.c_attn, f"{attn}.act_in", parts),
-            # Attention mixes positions, not channels: what c_proj reads on a channel is v's.
-            (block.attn.c_proj, f"{attn}.v", [(f"{attn}.resid_delta", slice(0, None))]),
-            (block.mlp.c_fc, f"{mlp}.act_in", [(f"{mlp}.post_act", slice(0, None))]),
-            (block.mlp.c_proj, f"{mlp}.post_act", [(f"{mlp}.resid_delta", slice(0, None))]),
-        ]
-    return linears
+class SiteWeights(NamedTuple):
+    """A weight matrix between two node sites."""
+
+    projection: Projection
+    target: Target
+    weight: Tensor
+    """`(nodes of the target, inputs of the layer)`."""
+
+    def columns_of(self, nodes: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The inputs of the layer that carry these nodes of the source, and the node of each."""
+        if self.projection.columns is None:
+            return list(nodes), list(nodes)
+        carried = self.projection.columns.tolist()
+        columns = [c for c, node in enumerate(carried) if node in set(nodes)]
+        return columns, [carried[c] for c in columns]
 
 
-def site_weights(model: nn.Module) -> list[tuple[str, str, torch.Tensor]]:
-    """Every weight matrix between two node sites: source site, target site, `(target, source)`."""
+def site_weights(model: nn.Module) -> list[SiteWeights]:
+    """Every weight matrix between two node sites."""
     matrices = []
-    for linear, source, targets in site_linears(model):
-        weight = linear.weight  # a sparse layer makes it anew each time
-        matrices += [(source, target, weight[rows]) for target, rows in targets]
+    for projection in decoder_of(model).projections():
+        weight = projection.weight()
+        matrices += [
+            SiteWeights(projection, t, weight if t.rows is None else weight[t.rows])
+            for t in projection.targets
+        ]
     return matrices
 
 
 def circuit_edges(model: nn.Module, nodes: Mapping[str, Sequence[int]]) -> list[Edge]:
     """The nonzero weights of `model` whose both ends are in `nodes` (site → indices)."""
     edges = []
-    for source_site, target_site, weight in site_weights(model):
-        sources, targets = nodes.get(source_site, ()), nodes.get(target_site, ())
+    for matrix in site_weights(model):
+        source, target, gate = matrix.projection.source, matrix.target.site, matrix.target.gate
+        targets = nodes.get(target, ())
+        columns, sources = matrix.columns_of(nodes.get(source, ()))
         if not sources or not targets:
             continue
-        block = weight.detach()[list(targets)][:, list(sources)].float().cpu()
+        block = matrix.weight.detach()[list(targets)][:, columns].float().cpu()
         for t, s in block.nonzero().tolist():
-            edges.append(Edge(source_site, sources[s], target_site, targets[t], block[t, s].item()))
+            weight = block[t, s].item()
+            edges.append(Edge(source, sources[s], target, targets[t], weight, columns[s], gate))
     return edges
 
 
@@ -115,16 +128,20 @@ def _nonzeros(
 def cut_offsets(cut: Collection[Edge], means: ReferenceMeans) -> Offsets:
     """What cut edges add to their targets' inputs on average: target site → index → sum.
 
-    Values reach the output projection through attention, so there the mean is that of what
-    attention makes of them.
+    Sums for gates are under the site's name and `.gate`. Values reach the output projection through
+    attention, so there the mean is that of what attention makes of them.
     """
     offsets: Offsets = {}
     for edge in cut:
         source = means.attended if edge.source_site.endswith(".v") else means.nodes
-        sums = offsets.setdefault(edge.target_site, {})
-        part = edge.weight * source[edge.source_site][edge.source].item()
+        sums = offsets.setdefault(_written(edge.target_site, edge.gate), {})
+        part = edge.weight * source[edge.source_site][edge.column].item()
         sums[edge.target] = sums.get(edge.target, 0.0) + part
     return offsets
+
+
+def _written(site: str, gate: bool) -> str:
+    return f"{site}.gate" if gate else site
 
 
 def edge_hooks(
@@ -138,25 +155,31 @@ def edge_hooks(
         offsets: from [`cut_offsets`]; entries of edges that are not in `cut` count as well.
     """
     hooks = []
-    for linear, source_site, targets in site_linears(model):
-        first = {site: rows.start for site, rows in targets}
-        edges = [e for e in cut if e.source_site == source_site and e.target_site in first]
-        added = {
-            first[site] + index: value
-            for site in first
-            for index, value in offsets.get(site, {}).items()
-        }
+    for projection in decoder_of(model).projections():
+        # Target and node → the layer's output.
+        rows = {(t.site, t.gate): t.rows for t in projection.targets}
+        edges = [
+            edge
+            for edge in cut
+            if edge.source_site == projection.source and (edge.target_site, edge.gate) in rows
+        ]
+        added = [
+            (target, index, value)
+            for target in rows
+            for index, value in offsets.get(_written(*target), {}).items()
+        ]
         if not edges and not added:
             continue
-        rows = [first[e.target_site] + e.target for e in edges] + list(added)
-        written, row_of = torch.tensor(rows).unique(return_inverse=True)
-        columns = torch.tensor([e.source for e in edges], dtype=torch.long)
+        outputs = [((e.target_site, e.gate), e.target) for e in edges] + [a[:2] for a in added]
+        outputs = [i if rows[target] is None else int(rows[target][i]) for target, i in outputs]
+        written, row_of = torch.tensor(outputs).unique(return_inverse=True)
+        columns = torch.tensor([e.column for e in edges], dtype=torch.long)
         read, column_of = columns.unique(return_inverse=True)
         weights = torch.zeros(len(written), len(read))
         weights[row_of[: len(edges)], column_of] = torch.tensor([e.weight for e in edges])
         constant = torch.zeros(len(written))
-        constant[row_of[len(edges) :]] = torch.tensor(list(added.values()))
-        hooks.append((linear, _without(written, read, weights, constant)))
+        constant[row_of[len(edges) :]] = torch.tensor([value for *_, value in added])
+        hooks.append((projection.module, _without(written, read, weights, constant)))
     return hooks
 
 

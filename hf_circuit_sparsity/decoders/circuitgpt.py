@@ -1,5 +1,7 @@
 """CircuitGPT."""
 
+from torch import nn
+
 from .decoder import Site, register_decoder
 from .gpt2 import GPT2Decoder
 
@@ -9,6 +11,9 @@ class CircuitGPTDecoder(GPT2Decoder):
 
     def node_sites(self) -> dict[str, Site]:
         return self.model.node_sites()
+
+    def logits_site(self) -> nn.Module:
+        return self.model.final_logits
 
     def embed(self, input_ids, attention_mask):
         body = self.model.transformer

@@ -71,6 +71,42 @@ class InputSite:
         return self.module.register_forward_pre_hook(before)
 
 
+class LogitsSite:
+    """The logits, before the loss is computed of them; what a hook returns takes their place."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def register_forward_hook(self, hook: Callable) -> "RemovableHandle | _Uncapped":
+        config = self.model.config
+        cap = getattr(config, "final_logit_softcapping", None)
+
+        def on_logits(module: nn.Module, args: tuple, logits: Tensor) -> Tensor:
+            logits = soft_capped(logits, cap)
+            changed = hook(module, args, logits)
+            return logits if changed is None else changed
+
+        handle = self.model.get_output_embeddings().register_forward_hook(on_logits)
+        return handle if cap is None else _Uncapped(handle, config, cap)
+
+
+class _Uncapped:
+    """Takes the place of a model's soft cap, which comes after the module that has the hook."""
+
+    def __init__(self, handle: RemovableHandle, config: Any, cap: float):
+        self.handle, self.config, self.cap = handle, config, cap
+        config.final_logit_softcapping = None
+
+    def remove(self) -> None:
+        self.config.final_logit_softcapping = self.cap
+        self.handle.remove()
+
+
+def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Gemma's bound on logits."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
 @dataclass(frozen=True)
 class Target:
     """Part of what a [`Projection`] writes.
@@ -201,6 +237,11 @@ class Decoder:
         """Heads of keys and values per layer; query heads share them in equal groups."""
         return getattr(self.model.config, "num_key_value_heads", None) or self.n_heads
 
+    @property
+    def positions(self) -> Tensor | None:
+        """What is added to the stream for each position, `(positions, D)`; `None` if nothing is."""
+        return None
+
     # Nodes and weights.
 
     @cached_property
@@ -230,6 +271,10 @@ class Decoder:
                 f"h.{i}.mlp.resid_delta": OutputSite(layer.down, width),
             }
         return sites
+
+    def logits_site(self) -> nn.Module | LogitsSite:
+        """Where hooks see the logits before the loss does."""
+        return LogitsSite(self.model)
 
     def projections(self) -> list[Projection]:
         """Every linear layer between node sites."""
@@ -311,8 +356,7 @@ class Decoder:
     def logits(self, x: Tensor, context: Context) -> Tensor:
         """From the stream at the last location to logits `(B, T, V)`."""
         logits = self.model.get_output_embeddings()(self.final_norm(x))
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return soft_capped(logits, getattr(self.model.config, "final_logit_softcapping", None))
 
     def run(
         self, x: Tensor, context: Context, start: int = 0, stop: int | None = None

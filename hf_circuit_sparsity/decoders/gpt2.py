@@ -36,5 +36,9 @@ class GPT2Decoder(Decoder):
             down=block.mlp.c_proj,
         )
 
+    @property
+    def positions(self) -> torch.Tensor | None:
+        return self.model.transformer.wpe.weight
+
 
 register_decoder("gpt2", GPT2Decoder)

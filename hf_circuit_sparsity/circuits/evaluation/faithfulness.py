@@ -53,7 +53,7 @@ def evaluate_circuit(
     calibrated = whole.calibration.pairs(whole.test, test).numpy()
     nodes, edges = len(circuit), len(circuit.split_edges(model)[0])
     all_nodes = sum(len(mean) for mean in circuit.means.values())
-    all_edges = sum(int((weight != 0).sum()) for _, _, weight in site_weights(model))
+    all_edges = sum(int((m.weight != 0).sum()) for m in site_weights(model))
     node_share, edge_share = shares([nodes, edges], [all_nodes, all_edges]).tolist()
     model_pairs, alone, without, alone_train = (
         pairs.numpy() for pairs in (whole.test, alone, without, alone_train)

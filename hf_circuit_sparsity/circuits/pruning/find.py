@@ -51,7 +51,7 @@ def find_circuit(
     """Find the smallest circuit of `model` that solves `task`.
 
     Args:
-        model: a `CircuitGPTForCausalLM`; its weights are left as they are.
+        model: a decoder that is described, see `docs/decoders.md`; its weights are left alone.
         task: made with the model's tokenizer.
         config: how to look.
         reference: sample of the pretraining distribution for the nodes' means: a

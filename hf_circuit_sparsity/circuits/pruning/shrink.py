@@ -182,11 +182,19 @@ def drop_unconnected(
 
     Queries and keys need no reader: the attention scores read them.
     """
-    matrices = [(source, target, weight != 0) for source, target, weight in site_weights(model)]
-    for source, target, nonzero in matrices:
-        for edge in cut:
-            if (edge.source_site, edge.target_site) == (source, target):
-                nonzero[edge.target, edge.source] = False
+    gone: dict[tuple[str, str, bool], list[Edge]] = {}
+    for edge in cut:
+        gone.setdefault((edge.source_site, edge.target_site, edge.gate), []).append(edge)
+    matrices = []
+    for projection, target, weight in site_weights(model):
+        nonzero = weight != 0
+        for edge in gone.get((projection.source, target.site, target.gate), ()):
+            nonzero[edge.target, edge.column] = False
+        if projection.columns is not None:
+            nodes = torch.zeros(len(nonzero), len(keep[projection.source]), device=nonzero.device)
+            columns = projection.columns.to(nonzero.device)
+            nonzero = nodes.index_add_(1, columns, nonzero.float()) > 0
+        matrices.append((projection.source, target.site, nonzero))
     connected = {site: mask.clone() for site, mask in keep.items()}
     changed = True
     while changed:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...modeling.functional import eager_attention_forward
-from ..ablation import ablation_hook, hooked_sites, mean_ablated, recorded_sites
+from ...decoders.decoder import decoder_of
+from ..ablation import ablation_hook, hooked_sites, mean_ablated
 from ..circuit import Circuit
 from ..task_scores import TaskTensors, all_pair_logits, binary_accuracy, binary_loss
 from .layout import Key
@@ -116,11 +116,8 @@ def attention_patterns(
 ) -> dict[int, torch.Tensor]:
     """Attention weights of some layers on one sequence.
 
-    They are computed from the recorded queries and keys, so that the model runs with whatever
-    attention kernel it has.
-
     Args:
-        model: a `CircuitGPTForCausalLM`.
+        model: of an architecture that is described, see `docs/decoders.md`.
         token_ids: one sequence.
         layers: whose.
         within: made and entered around the run, e.g. to run on a circuit alone.
@@ -129,27 +126,15 @@ def attention_patterns(
         Layer → `(heads, tokens, tokens)`, by query and then key. A row sums to less than 1 where
         the head has a sink.
     """
-    sites = [f"h.{layer}.attn.{part}" for layer in layers for part in "qk"]
     ids = torch.tensor([list(token_ids)], device=next(model.parameters()).device)
-    with within(), recorded_sites(model, sites) as recorded:
-        model(ids, use_cache=False, logits_to_keep=1)
-    length = ids.shape[1]
-    future = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
-    patterns = {}
-    for layer in layers:
-        attn = model.transformer.h[layer].attn
-        query, key = (
-            recorded[f"h.{layer}.attn.{part}"].view(1, length, -1, attn.head_dim).transpose(1, 2)
-            for part in "qk"
-        )
-        mask = torch.zeros(length, length, dtype=query.dtype, device=ids.device)
-        sink = None if attn.attn_imp is None else attn.attn_imp.sink_logit
-        _, weights = eager_attention_forward(
-            attn, query, key, torch.zeros_like(key), mask.masked_fill(future, -torch.inf),
-            attn.scaling, s_aux=sink,
-        )  # fmt: skip
-        patterns[layer] = weights[0].float().cpu()
-    return patterns
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the others keep no weights
+    try:
+        with within():
+            output = model(ids, use_cache=False, logits_to_keep=1, output_attentions=True)
+    finally:
+        model.set_attn_implementation(implementation)
+    return {layer: output.attentions[layer][0].float().cpu() for layer in layers}
 
 
 def channel_embeddings(
@@ -158,7 +143,7 @@ def channel_embeddings(
     """Embedding, position and unembedding weights of every residual channel of a circuit.
 
     Args:
-        model: a `CircuitGPTForCausalLM`.
+        model: of an architecture that is described, see `docs/decoders.md`.
         nodes: site → indices, of the circuit.
 
     Returns:
@@ -176,10 +161,11 @@ def channel_embeddings(
                     sites.setdefault(channel, []).append(site)
     embedding = model.get_input_embeddings().weight.detach().float().cpu()
     unembedding = model.get_output_embeddings().weight.detach().float().cpu()
-    positions = model.transformer.wpe.weight.detach().float().cpu()
+    positions = decoder_of(model).positions
+    positions = None if positions is None else positions.detach().float().cpu()
     width = embedding.shape[1]
     # Where positions are concatenated, the channels after the residual ones are theirs.
-    first_position = 0 if model.config.d_pos_emb is None else width
+    first_position = width if getattr(model.config, "d_pos_emb", None) else 0
     channels = []
     for channel in sorted({*reads, *writes}):
         entry: dict[str, Any] = {
@@ -190,7 +176,7 @@ def channel_embeddings(
         if channel < width:
             entry["embed"] = _strongest(embedding[:, channel])
             entry["unembed"] = _strongest(unembedding[:, channel])
-        if 0 <= channel - first_position < positions.shape[1]:
+        if positions is not None and 0 <= channel - first_position < positions.shape[1]:
             column = positions[:, channel - first_position]
             entry["position"] = column.tolist() if column.any() else None
         channels.append({name: value for name, value in entry.items() if value is not None})

@@ -197,7 +197,7 @@ def test_bad_settings(setting):
 
 
 def test_bad_arguments():
-    with pytest.raises(TypeError, match="node_sites"):
+    with pytest.raises(ValueError, match="model_type"):
         find_circuit(torch.nn.Linear(2, 2), None)
     model = planted_model()
     model.config.block_size = 5
