@@ -182,6 +182,7 @@ class SinusoidalPositions(nn.Module):
     def __init__(self, block_size: int, width: int):
         super().__init__()
         self.register_buffer("weight", torch.empty(block_size, width))
+        self.weight = self.table()
 
     def forward(self, position_ids: Tensor) -> Tensor:
         return F.embedding(position_ids, self.weight)
@@ -209,7 +210,7 @@ class CircuitGPTPreTrainedModel(SparsePreTrainedModel):
         "hidden_states": CircuitGPTBlock, "attentions": CircuitGPTAttention,
     }  # fmt: skip
     # Older releases lack the first; the others are causal or pruning masks stored as buffers.
-    _keys_to_ignore_on_load_missing = [r"^final_logits_bias$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = ["final_logits_bias"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$", r"(^|[._])mask$"]  # noqa: RUF012
 
     def __init__(self, config: CircuitGPTConfig, *args: Any, **kwargs: Any) -> None:
@@ -323,7 +324,7 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
             raise ValueError(f"Expected one of input_ids and inputs_embeds; {passed} was passed.")
         given = self.config._attn_implementation
         if kwargs.get("output_attentions") and given != "eager":
-            raise ValueError(f"output_attentions=True needs eager attention, but it is {given}.")
+            logger.warning_once(f"output_attentions=True needs 'eager' attention, not {given!r}.")
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)

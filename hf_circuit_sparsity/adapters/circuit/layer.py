@@ -65,7 +65,10 @@ class CircuitLayer(nn.Module, BaseTunerLayer):
                 continue
             values = self.circuit_values[name]
             if safe_merge and not torch.isfinite(values).all():
-                raise ValueError(f"The adapter {name!r} has values that are not finite.")
+                # In PEFT's own words, which its suite looks for.
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                )
             self._add_to_weight(name, values)
             self.merged_adapters.append(name)
 
