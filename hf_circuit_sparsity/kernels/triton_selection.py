@@ -48,7 +48,7 @@ class TritonKernels:
 
     differentiable_abs_topk = SelectionKernels.differentiable_abs_topk
 
-    def __init__(self, per_thread: int = 32, block: int = 4096, warps: int = 8):
+    def __init__(self, per_thread: int = 32, block: int = 4096, warps: int = 4):
         self.per_thread, self.block, self.warps = per_thread, block, warps
         # Rows and columns of a matrix that was not finite, by device, and their copy on the host.
         self._not_finite: dict[torch.device, tuple[Tensor, Tensor]] = {}
