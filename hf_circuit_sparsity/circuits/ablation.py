@@ -13,8 +13,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..decoders.decoder import Site, decoder_of
+from ..decoders.decoder import decoder_of
 from ..decoders.hooks import temporary_hooks
+from ..decoders.sites import Site
 from ..tasks.binary_task import BinaryTask
 from ..tasks.corpus import build_corpus
 from ..tasks.packing import pack_dataset

@@ -128,14 +128,13 @@ class Circuit:
         the shapes are compared.
         """
         model = unwrapped(model)
-        fingerprint = model_fingerprint(model)
         if any(weight.dtype == torch.float16 for weight in model.parameters()):
             warnings.warn(
                 "The model is in float16, so whether it is the one this circuit was cut out of "
                 "cannot be told from its weights; load it in float32 or bfloat16 to be sure.",
                 stacklevel=3,
             )
-        elif fingerprint != self.model_fingerprint:
+        elif (fingerprint := model_fingerprint(model)) != self.model_fingerprint:
             expected = model_text(self.model_fingerprint, self.model_name, self.model_revision)
             passed = model_text(fingerprint, *model_source(model))
             raise ValueError(

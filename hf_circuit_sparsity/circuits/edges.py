@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..decoders.decoder import Projection, Target, decoder_of
+from ..decoders.decoder import decoder_of
+from ..decoders.layer import Projection, Target
 from .ablation import ReferenceMeans
 
 EdgeName = tuple[str, int, str, int]
@@ -58,8 +59,8 @@ class SiteWeights(NamedTuple):
         """The inputs of the layer that carry these nodes of the source, and the node of each."""
         if self.projection.columns is None:
             return list(nodes), list(nodes)
-        carried = self.projection.columns.tolist()
-        columns = [c for c, node in enumerate(carried) if node in set(nodes)]
+        carried, chosen = self.projection.columns.tolist(), set(nodes)
+        columns = [c for c, node in enumerate(carried) if node in chosen]
         return columns, [carried[c] for c in columns]
 
 
@@ -156,22 +157,23 @@ def edge_hooks(
     """
     hooks = []
     for projection in decoder_of(model).projections():
-        # Target and node → the layer's output.
-        rows = {(t.site, t.gate): t.rows for t in projection.targets}
+        targets = {(t.site, t.gate): t.rows for t in projection.targets}
         edges = [
             edge
             for edge in cut
-            if edge.source_site == projection.source and (edge.target_site, edge.gate) in rows
+            if edge.source_site == projection.source and (edge.target_site, edge.gate) in targets
         ]
         added = [
             (target, index, value)
-            for target in rows
+            for target in targets
             for index, value in offsets.get(_written(*target), {}).items()
         ]
         if not edges and not added:
             continue
         outputs = [((e.target_site, e.gate), e.target) for e in edges] + [a[:2] for a in added]
-        outputs = [i if rows[target] is None else int(rows[target][i]) for target, i in outputs]
+        # Target and node → the layer's output.
+        rows = {target: r if r is None else r.tolist() for target, r in targets.items()}
+        outputs = [i if rows[target] is None else rows[target][i] for target, i in outputs]
         written, row_of = torch.tensor(outputs).unique(return_inverse=True)
         columns = torch.tensor([e.column for e in edges], dtype=torch.long)
         read, column_of = columns.unique(return_inverse=True)

@@ -9,9 +9,10 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..circuits.circuit import Circuit
+from ..modeling.configuration_circuitgpt import CircuitGPTConfig
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..tasks.corpus import build_corpus
 from ..tasks.packing import pack_dataset
@@ -93,10 +94,18 @@ def load_model(model: str) -> tuple[CircuitGPTForCausalLM, PreTrainedTokenizerBa
     """A saved model, by any name that [`model_at`] knows, and its tokenizer.
 
     Raises:
-        ValueError: it is damaged, or neither a folder nor a repository with both.
+        ValueError: it is damaged, of another architecture, or neither a folder nor a repository
+            with both.
     """
     model = model_at(model)
     try:
+        ours = CircuitGPTConfig.model_type
+        kind = PreTrainedConfig.get_config_dict(model)[0].get("model_type", ours)
+        if kind != ours:
+            raise ValueError(
+                f"The model in {model} is of type {kind!r}, but the commands take a "
+                f"{ours}; from Python, find_circuit takes others too."
+            )
         loaded = CircuitGPTForCausalLM.from_pretrained(model).eval()
         return loaded, _tokenizer_beside(model)
     except SafetensorError as error:

@@ -4,19 +4,12 @@ Importing this registers every architecture; [`register_decoder`] adds another.
 """
 
 from .circuitgpt import CircuitGPTDecoder
-from .decoder import (
-    Decoder,
-    Layer,
-    Part,
-    Projection,
-    Site,
-    Target,
-    decoder_of,
-    register_decoder,
-)
+from .decoder import Decoder, decoder_of, register_decoder
 from .gpt2 import GPT2Decoder
 from .gpt_neox import GPTNeoXDecoder
+from .layer import Layer, Part, Projection, Target
 from .llama import GemmaDecoder, LlamaDecoder
+from .sites import Site
 
 __all__ = [
     "CircuitGPTDecoder",

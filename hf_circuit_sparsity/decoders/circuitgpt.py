@@ -2,8 +2,9 @@
 
 from torch import nn
 
-from .decoder import Site, register_decoder
+from .decoder import register_decoder
 from .gpt2 import GPT2Decoder
+from .sites import Site
 
 
 class CircuitGPTDecoder(GPT2Decoder):

@@ -9,188 +9,19 @@ forward pass, read by hooks.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
 from .hooks import temporary_hooks
+from .layer import Layer, Part, Projection, Target, in_features
+from .sites import InputSite, LogitsSite, OutputSite, Site, soft_capped
 
 Edit = Callable[[Tensor], Tensor]
 Context = dict[str, Any]
-
-
-class Site(Protocol):
-    """A place where circuits are cut: `width` nodes per token.
-
-    A hook is called as `hook(module, args, activations)` with activations `(B, T, width)`; what it
-    returns, unless `None`, takes their place.
-    """
-
-    width: int
-
-    def register_forward_hook(self, hook: Callable) -> RemovableHandle: ...
-
-
-class OutputSite:
-    """A [`Site`]: what a module puts out, or some of its columns.
-
-    Args:
-        module: its output is a tensor `(B, T, columns)`.
-        width: number of nodes.
-        columns: the nodes' columns of the output, int64 `(width,)`; `None` is all of them in order.
-    """
-
-    def __init__(self, module: nn.Module, width: int, columns: Tensor | None = None):
-        self.module, self.width, self.columns = module, width, columns
-
-    def register_forward_hook(self, hook: Callable) -> RemovableHandle:
-        def on_columns(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            columns = self.columns.to(output.device)
-            changed = hook(module, args, output[..., columns])
-            return None if changed is None else output.index_copy(-1, columns, changed)
-
-        return self.module.register_forward_hook(hook if self.columns is None else on_columns)
-
-
-class InputSite:
-    """A [`Site`]: what a module reads, its only argument."""
-
-    def __init__(self, module: nn.Module, width: int):
-        self.module, self.width = module, width
-
-    def register_forward_hook(self, hook: Callable) -> RemovableHandle:
-        def before(module: nn.Module, args: tuple) -> tuple | None:
-            changed = hook(module, args, args[0])
-            return None if changed is None else (changed, *args[1:])
-
-        return self.module.register_forward_pre_hook(before)
-
-
-class LogitsSite:
-    """The logits, before the loss is computed of them; what a hook returns takes their place."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def register_forward_hook(self, hook: Callable) -> "RemovableHandle | _Uncapped":
-        config = self.model.config
-        cap = getattr(config, "final_logit_softcapping", None)
-
-        def on_logits(module: nn.Module, args: tuple, logits: Tensor) -> Tensor:
-            logits = soft_capped(logits, cap)
-            changed = hook(module, args, logits)
-            return logits if changed is None else changed
-
-        handle = self.model.get_output_embeddings().register_forward_hook(on_logits)
-        return handle if cap is None else _Uncapped(handle, config, cap)
-
-
-class _Uncapped:
-    """Takes the place of a model's soft cap, which comes after the module that has the hook."""
-
-    def __init__(self, handle: RemovableHandle, config: Any, cap: float):
-        self.handle, self.config, self.cap = handle, config, cap
-        config.final_logit_softcapping = None
-
-    def remove(self) -> None:
-        self.config.final_logit_softcapping = self.cap
-        self.handle.remove()
-
-
-def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
-    """Gemma's bound on logits."""
-    return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-@dataclass(frozen=True)
-class Target:
-    """Part of what a [`Projection`] writes.
-
-    Attributes:
-        site: the site whose nodes are written.
-        rows: the layer's output of each node, int64 `(width,)`; `None` is all outputs in order.
-        gate: whether these are the inputs of the nodes' gates (act(gate) × up), so that the nodes
-            have other weights as well.
-    """
-
-    site: str
-    rows: Tensor | None = None
-    gate: bool = False
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A linear layer between node sites.
-
-    Attributes:
-        module: an `nn.Linear`, a `Conv1D` or a layer that runs on its nonzeros.
-        source: the site it reads.
-        targets: what it writes.
-        columns: the node of the source that each of its inputs carries, int64; `None` is all nodes
-            in order. With grouped keys and values a value channel is read once per query head.
-    """
-
-    module: nn.Module
-    source: str
-    targets: tuple[Target, ...]
-    columns: Tensor | None = None
-
-    def weight(self) -> Tensor:
-        """`(outputs, inputs)`, a view where it can be."""
-        weight = self.module.weight  # a sparse layer makes it anew each time
-        return weight.T if isinstance(self.module, Conv1D) else weight
-
-
-class Part(NamedTuple):
-    """Some outputs of a linear layer.
-
-    Attributes:
-        module: the layer.
-        rows: which of its outputs, int64 `(width,)`; `None` is all of them in order.
-    """
-
-    module: nn.Module
-    rows: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What one layer of a pre-norm decoder consists of.
-
-    Attributes:
-        attn_norm: the norm before the attention.
-        attention: the attention; what it returns, or the first of it, goes to the stream.
-        query, key, value: what writes them, before rotary positions and norms of their own.
-        attn_out: the attention's output projection.
-        mlp_norm: the norm before the MLP.
-        mlp: the MLP.
-        up: what writes the neurons.
-        down: the linear layer that reads them.
-        gate: in a gated MLP, whose neurons are act(gate) × up, what writes the gates.
-        attn_post: a module between the attention and the stream, as a second norm.
-        mlp_post: a module between the MLP and the stream.
-        parallel: the MLP reads what the attention reads; there is no stream between them.
-    """
-
-    attn_norm: nn.Module
-    attention: nn.Module
-    query: Part
-    key: Part
-    value: Part
-    attn_out: nn.Module
-    mlp_norm: nn.Module
-    mlp: nn.Module
-    up: Part
-    down: nn.Module
-    gate: Part | None = None
-    attn_post: nn.Module | None = None
-    mlp_post: nn.Module | None = None
-    parallel: bool = False
 
 
 class _Reached(Exception):
@@ -313,17 +144,20 @@ class Decoder:
         """2L + 1."""
         return 2 * self.depth + 1
 
+    def _check_sequential(self) -> None:
+        if any(layer.parallel for layer in self.layers):
+            raise ValueError(
+                f"{type(self.model).__name__} has parallel layers, without a residual stream "
+                "between attention and MLP; pass a model whose MLP comes after the attention."
+            )
+
     def embed(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Context]:
         """The stream at location 0, `(B, T, D)`, and what every layer is given beside it.
 
         Raises:
             ValueError: the layers are parallel.
         """
-        if any(layer.parallel for layer in self.layers):
-            raise ValueError(
-                f"{type(self.model).__name__} has parallel layers, without a residual stream "
-                "between attention and MLP; pass a model whose MLP comes after the attention."
-            )
+        self._check_sequential()
         with _passed_over(self.blocks) as given:
             self.model.base_model(
                 input_ids,
@@ -380,7 +214,11 @@ class Decoder:
 
         Returns:
             Hook handles; call `remove()` on each.
+
+        Raises:
+            ValueError: the layers are parallel.
         """
+        self._check_sequential()
         if location % 2:
             return self.add_edit_after_attention(location // 2, edit)
         reader = [*self.blocks, self.final_norm][location // 2]
@@ -422,11 +260,6 @@ def _read_by(source: str, written: list[tuple[Part, Target]]) -> list[Projection
     return [Projection(module, source, parts) for module, parts in targets.items()]
 
 
-def in_features(linear: nn.Module) -> int:
-    """How many inputs an `nn.Linear`, a `Conv1D` or a layer that runs on its nonzeros has."""
-    return linear.nx if isinstance(linear, Conv1D) else linear.in_features
-
-
 @contextmanager
 def _passed_over(blocks: nn.ModuleList) -> Iterator[list[tuple[Tensor, tuple, dict[str, Any]]]]:
     """Within the block, layers return the stream as it comes; yields what each was given."""
@@ -456,7 +289,7 @@ def position_ids(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-_DECODERS: dict[str, type[Decoder]] = {}
+_DECODERS: dict[str, Callable[[nn.Module], Decoder]] = {}
 
 
 def register_decoder(model_type: str, decoder: Callable[[nn.Module], Decoder]) -> None:

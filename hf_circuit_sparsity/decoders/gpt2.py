@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from .decoder import Decoder, Layer, Part, register_decoder
+from .decoder import Decoder, register_decoder
+from .layer import Layer, Part
 
 
 class GPT2Decoder(Decoder):

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from .decoder import Decoder, Layer, Part, register_decoder
+from .decoder import Decoder, register_decoder
+from .layer import Layer, Part
 
 
 class LlamaDecoder(Decoder):

@@ -177,6 +177,17 @@ def test_a_runs_folder_stands_for_its_model_and_its_circuit(saved_circuit, saved
     assert (saved / "task_evaluation.json").is_file()
 
 
+@pytest.mark.parametrize("command", ["evaluate", "prune --task with_as --output-dir {out}"])
+def test_another_architecture_is_refused_by_name(command, saved, tmp_path, capsys):
+    other, out = tmp_path / "other", tmp_path / "out"
+    shutil.copytree(saved, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    assert main([*command.format(out=out).split(), "--model", str(other)]) == 2
+    assert "'gpt2'" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_file_that_is_not_utf8_is_left_out_and_named(corpus, tmp_path, capsys):
     folder = tmp_path / "corpus"
     shutil.copytree(corpus, folder)

@@ -86,6 +86,9 @@ def test_parallel_layers_have_no_stream_between_attention_and_mlp():
     (make,) = PARALLEL.values()
     with pytest.raises(ValueError, match="parallel layers"):
         decoder_of(make()).embed(IDS, None)
+    for location in range(5):
+        with pytest.raises(ValueError, match="parallel layers"):
+            decoder_of(make()).add_edit(location, lambda x: x)
 
 
 def test_an_unknown_architecture_says_what_to_implement_and_can_be_registered():

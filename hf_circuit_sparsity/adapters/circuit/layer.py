@@ -66,8 +66,9 @@ class CircuitLayer(nn.Module, BaseTunerLayer):
             values = self.circuit_values[name]
             if safe_merge and not torch.isfinite(values).all():
                 # In PEFT's own words, which its suite looks for.
+                what = "NaNs" if values.isnan().any() else "Infinities"
                 raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                    f"{what} detected in the merged weights. The adapter {name} seems to be broken"
                 )
             self._add_to_weight(name, values)
             self.merged_adapters.append(name)

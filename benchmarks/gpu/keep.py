@@ -1,0 +1,67 @@
+"""Make a trained model small enough to be kept in the repository, and measure what that costs.
+
+Weights in bfloat16, and of the bigram table only the entries that lie farthest from their row's
+median, which is subtracted: a constant added to a row of logits changes no probability.
+
+    python -m benchmarks.gpu.keep --work FOLDER_OF_A_RUN --device cpu --output models/python-1024
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from hf_circuit_sparsity.circuits.task_scores import evaluate_tasks
+from hf_circuit_sparsity.files import write_json
+from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+
+from ..experiment import mean, table
+from .sizes import SIZES, TokenBlocks, stage_arguments
+
+TABLE_DENSITY = 0.2
+
+
+@torch.no_grad()
+def thin_bigram_table_(model: CircuitGPTForCausalLM) -> None:
+    """Set all but a share of the table to zero, in place."""
+    difference = model.bigram_table - model.bigram_table.median(1, keepdim=True).values
+    dropped = int((1 - TABLE_DENSITY) * difference.numel())
+    threshold = difference.abs().flatten().kthvalue(dropped).values
+    model.bigram_table.copy_(difference * (difference.abs() > threshold))
+
+
+def main() -> None:
+    parser = stage_arguments(__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the small model")
+    parser.add_argument("--blocks", type=int, default=64, help="held-out blocks for the loss")
+    parser.add_argument("--prompts", type=int, default=256, help="per task")
+    args = parser.parse_args()
+    blocks = TokenBlocks(args.data / "validation.bin", SIZES[args.size].block_size)
+    blocks = blocks.spread(args.blocks).to(args.device)
+    tokenizer = AutoTokenizer.from_pretrained(args.work / "model")
+
+    @torch.no_grad()
+    def load(folder: Path) -> tuple[CircuitGPTForCausalLM, float]:
+        model = CircuitGPTForCausalLM.from_pretrained(folder, dtype=torch.float32, sparse=True)
+        model.eval().to(args.device)
+        return model, mean([model(b, labels=b).loss.item() for b in blocks.split(8)])
+
+    _, before = load(args.work / "model")
+    model = CircuitGPTForCausalLM.from_pretrained(args.work / "model")
+    thin_bigram_table_(model)
+    model.to(torch.bfloat16).save_pretrained(args.output, sparse=True)
+    tokenizer.save_pretrained(args.output)
+    # The package reads it; its code would be a second copy here.
+    for path in args.output.glob("*.py"):
+        path.unlink()
+    config = {n: v for n, v in model.config.to_dict().items() if n != "auto_map"}
+    write_json(args.output / "config.json", {**config, "use_cache": True})
+    model, after = load(args.output)
+    print(f"held-out loss, {len(blocks)} blocks: {before:.4f} as trained, {after:.4f} as kept")
+    n = args.prompts
+    scores = evaluate_tasks(model, tokenizer, n_train=n, n_test=n, progress=False)
+    print(table([{"task": s.task, "accuracy": f"{s.accuracy or 0:.1%}"} for s in scores]))
+
+
+if __name__ == "__main__":
+    main()
