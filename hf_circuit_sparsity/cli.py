@@ -71,11 +71,18 @@ def quickstart(
 @app.command(**BY_FIELDS)
 def train(context: Context) -> None:
     """Train a model; see train --help."""
-    from .commands.train import DataArguments, ModelArguments, run_train
+    from .commands.train import (
+        DataArguments,
+        ModelArguments,
+        PretrainedTrainingArguments,
+        run_train,
+    )
     from .trainer.sparse_config import SparseTrainingArguments
 
-    classes = (ModelArguments, DataArguments, SparseTrainingArguments)
-    run_train(*_parse(context, classes, "Train a CircuitGPT."))
+    pretrained = any(argument.split("=")[0] == "--model" for argument in context.args)
+    training = PretrainedTrainingArguments if pretrained else SparseTrainingArguments
+    classes = (ModelArguments, DataArguments, training)
+    run_train(*_parse(context, classes, "Train a CircuitGPT, or make a pretrained model sparse."))
 
 
 @app.command(**BY_FIELDS)

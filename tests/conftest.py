@@ -84,14 +84,14 @@ def make_gpt2():
 
 @pytest.fixture
 def make_llama():
-    def make(seed=0):
+    def make(seed=0, **fields):
         torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
-            bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
-        )  # fmt: skip
-        return LlamaForCausalLM(config)
+        shape = {
+            "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16,
+        }  # fmt: skip
+        settings = {"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False}
+        return LlamaForCausalLM(LlamaConfig(**(shape | settings | fields)))
 
     return make
 

@@ -152,7 +152,7 @@ def train_missing(names: Sequence[str], folder: Path = FOLDER) -> None:
         output = folder / name
         set_seed(recipe.seed)
         train_model(
-            recipe.config(len(tokenizer)),
+            CircuitGPTForCausalLM(recipe.config(len(tokenizer))),
             tokenizer,
             with_lessons(blocks, recipe.taught, tokenizer),
             _arguments(recipe, output),

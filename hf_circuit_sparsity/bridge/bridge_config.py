@@ -58,6 +58,11 @@ class BridgeTrainingArguments(SparseTrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor} was passed, but the terms "
                 "of a bridge's loss are not smoothed: leave it at 0."
             )
+        if self.distillation_weight:
+            raise ValueError(
+                f"distillation_weight={self.distillation_weight} was passed, but a bridge's own "
+                "term for that is kl_weight: leave it at 0."
+            )
         super().__post_init__()
         if not self.sparse_bridges:
             dense = list(self.exclude_parameters or [])

@@ -116,7 +116,7 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
         say(f"     keeping {DENSITY:.0%} of its weights in the end")
         set_seed(settings.seed)
         trained = train_model(
-            config,
+            CircuitGPTForCausalLM(config),
             tokenizer,
             blocks,
             _training_arguments(model_folder, steps, settings.seed),

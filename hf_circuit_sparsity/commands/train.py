@@ -1,21 +1,25 @@
-"""`hf-circuit-sparsity train`: train a CircuitGPT on a folder of Python."""
+"""`hf-circuit-sparsity train`: train a CircuitGPT, or make a pretrained model sparse."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import set_seed
 
 from ..modeling.configuration_circuitgpt import CircuitGPTConfig
-from ..trainer.sparse_config import SparseTrainingArguments
+from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from ..trainer.sparse_config import SparseTrainingArguments, with_help
 from .console import quiet_libraries, say, table
 from .loading import read_corpus, tokenizer_at
+from .pretrained import load_pretrained
 from .training import checkpoint_to_resume, prepare_data, train_model, training_rows
 
 
 @dataclass
 class ModelArguments:
-    """The architecture, where it is not the paper's."""
+    """The architecture, where it is not the paper's, or a model that is there already."""
 
+    model: str | None = None
+    """Folder, Hub id or GGUF file of a pretrained model to make sparse, of any architecture."""
     d_model: int = 256
     """Width of the residual stream."""
     n_layer: int = 4
@@ -28,6 +32,32 @@ class ModelArguments:
     """Context, in tokens."""
     afrac: float | None = 0.25
     """Share of activations AbsTopK keeps."""
+
+    def check_pretrained(self) -> None:
+        """Raise ValueError if the architecture of a model that is there was given."""
+        given = [
+            f"--{field.name.replace('_', '-')}"
+            for field in fields(self)
+            if field.name not in ("model", "block_size")
+            and getattr(self, field.name) != field.default
+        ]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} belongs to a new model, but --model {self.model} has its own "
+                "architecture: leave it out."
+            )
+
+
+@with_help
+@dataclass
+class PretrainedTrainingArguments(SparseTrainingArguments):
+    """[`SparseTrainingArguments`] with other defaults, for a model that has learned already.
+
+    Args:
+        learning_rate (`float`, defaults to 3e-4): peak learning rate, before the sharkfin factor.
+    """
+
+    learning_rate: float = 3e-4
 
 
 @dataclass
@@ -56,14 +86,28 @@ def run_train(
     """
     quiet_libraries()
     resume = checkpoint_to_resume(args)
-    name = data.tokenizer and tokenizer_at(data.tokenizer)
     corpus = read_corpus(data.corpus)
-    tokenizer, blocks = prepare_data(corpus, model_arguments.block_size, name, data.vocab_size)
-    set_seed(args.seed)
-    config = CircuitGPTConfig(
-        **vars(model_arguments), vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id
-    )
-    done = train_model(config, tokenizer, blocks, args, resume_from_checkpoint=resume)
+    name, block_size = model_arguments.model, model_arguments.block_size
+    if name is None:
+        chosen = data.tokenizer and tokenizer_at(data.tokenizer)
+        tokenizer, blocks = prepare_data(corpus, block_size, chosen, data.vocab_size)
+        set_seed(args.seed)
+        shape = {k: v for k, v in vars(model_arguments).items() if k != "model"}
+        config = CircuitGPTConfig(
+            **shape, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id
+        )
+        model = CircuitGPTForCausalLM(config)
+    else:
+        model_arguments.check_pretrained()
+        model, tokenizer = load_pretrained(name, data.tokenizer)
+        longest = getattr(model.config, "max_position_embeddings", block_size)
+        if block_size > longest:
+            raise ValueError(
+                f"--block-size {block_size} is beyond the model's {longest} positions."
+            )
+        tokenizer, blocks = prepare_data(corpus, block_size, tokenizer)
+        set_seed(args.seed)
+    done = train_model(model, tokenizer, blocks, args, resume_from_checkpoint=resume)
     say("\n" + table([*training_rows(done), ("model", done["model"])]))
     say(f"\nNext: hf-circuit-sparsity prune --model {done['model']} --task single_double_quote")
     return done

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    default_data_collator,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..files import write_json
 from ..hub_cards.markdown import number
-from ..modeling.configuration_circuitgpt import CircuitGPTConfig
-from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..tasks.packing import pack_dataset, spread_sample
 from ..tasks.tokenizer import train_tokenizer
 from ..trainer.bigram_init import initialize_bigram_table_
@@ -38,13 +42,18 @@ def checkpoint_to_resume(args: SparseTrainingArguments) -> str | None:
 
 
 def prepare_data(
-    corpus: DatasetDict, block_size: int, tokenizer: str | None = None, vocab_size: int = 2048
+    corpus: DatasetDict,
+    block_size: int,
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    vocab_size: int = 2048,
 ) -> tuple[PreTrainedTokenizerBase, DatasetDict]:
     """Load a tokenizer, or train one on the corpus, and pack the corpus into blocks."""
     if tokenizer is None:
         fast = train_tokenizer(corpus["train"], vocab_size=vocab_size)
-    else:
+    elif isinstance(tokenizer, str):
         fast = AutoTokenizer.from_pretrained(tokenizer)
+    else:
+        fast = tokenizer
     blocks = pack_dataset(corpus, fast, block_size)
     tokens = sum(len(split) for split in blocks.values()) * block_size
     files = sum(len(split) for split in corpus.values())
@@ -53,20 +62,20 @@ def prepare_data(
 
 
 def train_model(
-    config: CircuitGPTConfig,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     blocks: DatasetDict,
     args: SparseTrainingArguments,
     *,
     resume_from_checkpoint: str | None = None,
-    measure: Callable[[CircuitGPTForCausalLM], dict[str, str]] | None = None,
+    measure: Callable[[PreTrainedModel], dict[str, str]] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     start_at_bigrams: bool = False,
 ) -> dict[str, Any]:
-    """Train one model from scratch or from a checkpoint, evaluate it and save it.
+    """Train one model from its start or from a checkpoint, evaluate it and save it.
 
     Args:
-        config: of the model.
+        model: as it starts.
         tokenizer: saved beside the model.
         blocks: packed text, with the splits `train` and `validation`.
         args: of the training; everything is written into its `output_dir`.
@@ -81,15 +90,16 @@ def train_model(
     Raises:
         Interrupted: after Ctrl-C.
     """
-    model = CircuitGPTForCausalLM(config)
     if start_at_bigrams and resume_from_checkpoint is None:
         initialize_bigram_table_(model, blocks["train"])
     trainer = SparseTrainer(
         model=model, args=args, train_dataset=blocks["train"],
         eval_dataset=spread_sample(blocks["validation"], 512), processing_class=tokenizer,
+        data_collator=default_data_collator,  # many a tokenizer cannot pad, and blocks need none
     )  # fmt: skip
+    block_size = len(blocks["train"][0]["input_ids"])
     of_model = None if measure is None else lambda: measure(model)
-    figures, log = fit(trainer, config.block_size, resume_from_checkpoint, of_model, callbacks)
+    figures, log = fit(trainer, block_size, resume_from_checkpoint, of_model, callbacks)
     folder = Path(args.output_dir)
     # Pictures are an extra, and a short run may have logged nothing to draw.
     with suppress(ImportError, ValueError):

@@ -10,6 +10,7 @@ from transformers.training_args import OptimizerNames
 
 from ..optim.rcd.config import RCDConfig
 from ..optim.schedules import check_linear_density
+from ..optim.settings import check, is_fraction
 from ..optim.sparse_optimizer import NORMALIZATIONS, Normalization
 
 Sparsifier = Literal["topk", "rcd", "none"]
@@ -60,6 +61,13 @@ class SparseTrainingArguments(TrainingArguments):
         include_parameters (`list[str]`): shell-style patterns of full names of parameters to make
             sparse although they belong to no linear layer or embedding.
 
+    > Where a pretrained model becomes sparse
+
+    Args:
+        distillation_weight (`float`, defaults to 0): share of the training loss, in [0, 1], that is
+            the KL divergence from the predictions of the model as it was before the first step;
+            the rest is cross-entropy.
+
     > How it is computed
 
     Args:
@@ -96,6 +104,8 @@ class SparseTrainingArguments(TrainingArguments):
     exclude_parameters: list[str] | None = None
     include_parameters: list[str] | None = None
 
+    distillation_weight: float = 0.0
+
     compute_on_nonzeros: bool = True
     normalize_gradients: Normalization = "always"
     sharkfin: bool = True
@@ -119,6 +129,8 @@ class SparseTrainingArguments(TrainingArguments):
                 f"{', '.join(NORMALIZATIONS)}."
             )
         check_linear_density(self.target_density, self.anneal_start, self.anneal_end, 1)
+        weight = self.distillation_weight
+        check("distillation_weight", weight, is_fraction(weight), "a share in [0, 1]")
         minimum = self.min_nonzeros
         if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 0:
             raise ValueError(f"min_nonzeros={minimum!r} is not a whole number >= 0.")

@@ -37,6 +37,7 @@ from ..optim.sparse_init import sparsify_initialization_
 from ..optim.sparse_optimizer import SparseOptimizer
 from ..optim.topk_adamw import TopKAdamW
 from .callbacks import SparsityMonitor
+from .distillation import as_teacher, kl_to_teacher
 from .language_model_trainer import LanguageModelTrainer
 from .model_card import model_card, numbers_of_run
 from .sparse_config import SparseTrainingArguments
@@ -70,6 +71,9 @@ class SparseTrainer(LanguageModelTrainer):
     returns has it only for `metric_for_best_model="perplexity"`. The best model is looked for only
     at the target density, since the densest would be the best before.
 
+    With `distillation_weight` a pretrained model also learns to predict what it predicted when it
+    was dense; losses of evaluations are without that. To resume, hand over the dense one again.
+
     Args:
         model: the model to train, if there is no `model_init`.
         args: its settings; those of the recipe if not given.
@@ -77,6 +81,8 @@ class SparseTrainer(LanguageModelTrainer):
         data_collator, train_dataset, eval_dataset, processing_class, model_init: as in `Trainer`.
         compute_loss_func, compute_metrics, callbacks, optimizer_cls_and_kwargs: as in `Trainer`.
         preprocess_logits_for_metrics: as in `Trainer`.
+        teacher: for `distillation_weight`, where it is not a copy of `model` as handed over; of
+            the same vocabulary.
 
     Raises:
         TypeError: `args` is no [`SparseTrainingArguments`].
@@ -100,6 +106,7 @@ class SparseTrainer(LanguageModelTrainer):
         optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[..., torch.Tensor] | None = None,
+        teacher: PreTrainedModel | None = None,
     ) -> None:
         args = SparseTrainingArguments() if args is None else args
         if not isinstance(args, SparseTrainingArguments):
@@ -110,6 +117,11 @@ class SparseTrainer(LanguageModelTrainer):
         if isinstance(model, nn.Module):
             # Says what is wrong before a folder is made for the run.
             sparse_param_groups(model, **_group_settings(args))
+        if teacher is not None and not args.distillation_weight:
+            raise ValueError("a teacher was passed, but distillation_weight=0: set it above 0.")
+        self._has_own_teacher = teacher is not None
+        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+        self._copy_teacher(model, args)
         # Set before Trainer's own __init__, which may already log or build the optimizer.
         self._built: TopKAdamW | RCDSparseOptimizer | None = None
         self._partial: PartialGradients | None = None
@@ -150,9 +162,37 @@ class SparseTrainer(LanguageModelTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model, which `train` makes if there is a `model_init`; see `Trainer`."""
         model = super().call_model_init(trial)
+        self._copy_teacher(model, self.args)
         if self._training is not None:
             self._use_nonzeros(model)
         return model
+
+    def _copy_teacher(self, model: nn.Module | None, args: SparseTrainingArguments) -> None:
+        if args.distillation_weight and isinstance(model, nn.Module) and not self._has_own_teacher:
+            self.teacher = as_teacher(model)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """As `Trainer`'s; in training, `distillation_weight` of it is the KL to the teacher."""
+        weight = self.args.distillation_weight if model.training else 0.0
+        labels = inputs.get("labels")  # which Trainer may take out
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if weight:
+            with torch.no_grad():
+                taught = {k: v for k, v in inputs.items() if k not in ("labels", "use_cache")}
+                logits = self.teacher.to(labels.device)(**taught, use_cache=False).logits
+            # As Trainer does it for models that are told what to divide by.
+            counts = num_items_in_batch if self.model_accepts_loss_kwargs else None
+            kl = kl_to_teacher(outputs["logits"], logits, labels, counts)
+            if counts is not None and self.args.average_tokens_across_devices:
+                kl = kl * (self.args.n_gpu if self.args.n_gpu > 1 else self.args.world_size)
+            loss = (1 - weight) * loss + weight * kl
+        return (loss, outputs) if return_outputs else loss
 
     def _use_nonzeros(self, model: nn.Module | None) -> None:
         # Partial gradients bring their own way of doing so.

@@ -211,6 +211,7 @@ def test_bad_input_is_refused(make_bridged, make_bridge_trainer, make_gpt2, tmp_
         ({f"{term}_weight": 0.0 for term in LOSS_TERMS}, "weights"),
         ({"hybrid_locations": -1}, "hybrid_locations"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"distillation_weight": 0.1}, "distillation_weight"),
     ]:
         with pytest.raises(ValueError, match=argument):
             BridgeTrainingArguments(out, use_cpu=True, **settings)
