@@ -28,7 +28,7 @@ from .circuit_file import (
     read_circuit,
     write_circuit,
 )
-from .edges import Edge, circuit_edges, edge_hooks
+from .edges import Edge, circuit_edges, count_edges, edge_hooks
 from .push import model_on_hub, upload_circuit
 from .task_scores import Calibration
 
@@ -120,6 +120,12 @@ class Circuit:
         kept = set(self.kept_edges)
         return [e for e in edges if e.name in kept], [e for e in edges if e.name not in kept]
 
+    def count_edges(self, model: nn.Module) -> int:
+        """How many [`edges`] there are, without listing the millions of a dense model."""
+        if self.kept_edges is None:
+            return count_edges(unwrapped(model), self.nodes)
+        return len(self.edges(model))
+
     def check_model(self, model: nn.Module) -> None:
         """Raise a `ValueError` if `model` is not the one this circuit was cut out of.
 
@@ -203,7 +209,9 @@ class Circuit:
             means[TOKENS] = self.token_mean
         if inverse:
             masks = {site: ~mask for site, mask in masks.items()}
-        hooks = [] if inverse else edge_hooks(inner, self.split_edges(inner)[1], self.edge_offsets)
+        hooks = []
+        if self.kept_edges is not None and not inverse:
+            hooks = edge_hooks(inner, self.split_edges(inner)[1], self.edge_offsets)
         if calibrated and not inverse:
             calibrate = self.calibration.logits
             hooks.append(

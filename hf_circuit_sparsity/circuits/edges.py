@@ -5,7 +5,7 @@ its part of the target's input is fixed at weight × mean. What a node reads fro
 is treated the same way, so a node all of whose outgoing weights are cut may as well be left out.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,17 +79,30 @@ def site_weights(model: nn.Module) -> list[SiteWeights]:
 def circuit_edges(model: nn.Module, nodes: Mapping[str, Sequence[int]]) -> list[Edge]:
     """The nonzero weights of `model` whose both ends are in `nodes` (site → indices)."""
     edges = []
-    for matrix in site_weights(model):
+    for matrix, targets, columns, sources, block in _blocks(model, nodes):
         source, target, gate = matrix.projection.source, matrix.target.site, matrix.target.gate
-        targets = nodes.get(target, ())
-        columns, sources = matrix.columns_of(nodes.get(source, ()))
-        if not sources or not targets:
-            continue
-        block = matrix.weight.detach()[list(targets)][:, columns].float().cpu()
-        for t, s in block.nonzero().tolist():
-            weight = block[t, s].item()
+        block = block.float().cpu()
+        places = block.nonzero()
+        weights = block[places[:, 0], places[:, 1]].tolist()
+        for (t, s), weight in zip(places.tolist(), weights, strict=True):
             edges.append(Edge(source, sources[s], target, targets[t], weight, columns[s], gate))
     return edges
+
+
+def count_edges(model: nn.Module, nodes: Mapping[str, Sequence[int]]) -> int:
+    """How many [`circuit_edges`] there are; a circuit of a dense model may have millions."""
+    return sum(int(block.count_nonzero()) for *_, block in _blocks(model, nodes))
+
+
+def _blocks(
+    model: nn.Module, nodes: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[SiteWeights, list[int], list[int], list[int], Tensor]]:
+    """The part of each matrix between nodes: its rows' nodes, its columns, theirs, its weights."""
+    for matrix in site_weights(model):
+        targets = list(nodes.get(matrix.target.site, ()))
+        columns, sources = matrix.columns_of(nodes.get(matrix.projection.source, ()))
+        if sources and targets:
+            yield matrix, targets, columns, sources, matrix.weight.detach()[targets][:, columns]
 
 
 def embedding_edges(

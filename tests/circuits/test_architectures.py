@@ -7,7 +7,12 @@ from torch.nn.functional import cross_entropy
 
 from hf_circuit_sparsity.circuits.ablation import hooked, mean_ablated, reference_means
 from hf_circuit_sparsity.circuits.circuit import Circuit
-from hf_circuit_sparsity.circuits.edges import circuit_edges, cut_offsets, edge_hooks
+from hf_circuit_sparsity.circuits.edges import (
+    circuit_edges,
+    count_edges,
+    cut_offsets,
+    edge_hooks,
+)
 from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import find_circuit
@@ -96,6 +101,7 @@ def test_edges_are_the_nonzero_weights(make, site):
             weight = projection.weight()
             weight.mul_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.3)
     edges = circuit_edges(model, everything)
+    assert count_edges(model, everything) == len(edges)
     weights = [projection.weight() for projection in decoder.projections()]
     assert len(edges) == sum(int((w != 0).sum()) for w in weights)
     means = reference_means(model, reference_ids())

@@ -51,7 +51,7 @@ def evaluate_circuit(
             without = all_pair_logits(model, test)
         whole = whole or model_scores(model, train, test)
     calibrated = whole.calibration.pairs(whole.test, test).numpy()
-    nodes, edges = len(circuit), len(circuit.split_edges(model)[0])
+    nodes, edges = len(circuit), circuit.count_edges(model)
     all_nodes = sum(len(mean) for mean in circuit.means.values())
     all_edges = sum(int((m.weight != 0).sum()) for m in site_weights(model))
     node_share, edge_share = shares([nodes, edges], [all_nodes, all_edges]).tolist()
