@@ -125,15 +125,27 @@ def attention_patterns(
     Returns:
         Layer → `(heads, tokens, tokens)`, by query and then key. A row sums to less than 1 where
         the head has a sink.
+
+    Raises:
+        ValueError: the model has no attention that keeps its weights.
     """
     ids = torch.tensor([list(token_ids)], device=next(model.parameters()).device)
+    missing = ValueError(
+        f"{type(model).__name__} gives no attention weights, which a page shows: it needs an "
+        'implementation of attention named "eager", as the models of transformers have.'
+    )
     implementation = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # the others keep no weights
+    try:
+        model.set_attn_implementation("eager")  # the others keep no weights
+    except (AttributeError, ValueError, ImportError) as error:
+        raise missing from error
     try:
         with within():
             output = model(ids, use_cache=False, logits_to_keep=1, output_attentions=True)
     finally:
         model.set_attn_implementation(implementation)
+    if not output.attentions or any(output.attentions[layer] is None for layer in layers):
+        raise missing
     return {layer: output.attentions[layer][0].float().cpu() for layer in layers}
 
 

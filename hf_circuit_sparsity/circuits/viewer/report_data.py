@@ -78,6 +78,7 @@ def report_data(
             "with find_circuit."
         )
     with in_eval_mode(model):
+        attention_patterns(model, [0, 0], [0])  # refused before the long measurements
         task = task or _task_of(circuit, model, tokenizer, config.seed)
         return _rounded(_Report(circuit, model, tokenizer, task, config, progress).data(reference))
 

@@ -118,6 +118,20 @@ def test_attention_patterns_are_the_models_own(tiny_config, sink):
         assert torch.allclose(patterns[layer], expected[layer][0], atol=1e-5)
 
 
+def without_eager(self, name):
+    if name == "eager":
+        raise ValueError(name)
+
+
+@pytest.mark.parametrize("broken", [without_eager, lambda self, name: None])
+def test_a_model_without_eager_attention_is_refused_first(broken, planted, monkeypatch):
+    model, tokenizer, task, circuit = planted
+    model.set_attn_implementation("sdpa")
+    monkeypatch.setattr(type(model), "set_attn_implementation", broken)
+    with pytest.raises(ValueError, match="eager"):
+        report_data(circuit, model, tokenizer, task=task, reference="not read")
+
+
 def test_channels_name_the_planted_tokens(planted):
     model, _, _, circuit = planted
     channels = {entry["channel"]: entry for entry in channel_embeddings(model, circuit.nodes)}
