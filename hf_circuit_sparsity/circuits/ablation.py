@@ -3,7 +3,7 @@
 Gao et al. 2025, section 2.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -102,15 +102,17 @@ class ReferenceMeans(NamedTuple):
 
 @torch.no_grad()
 def reference_means(
-    model: nn.Module, input_ids: torch.Tensor, batch_size: int = 32
+    model: nn.Module, input_ids: torch.Tensor | Sequence[torch.Tensor], batch_size: int = 32
 ) -> ReferenceMeans:
     """Averages over all tokens of `input_ids`.
 
     Args:
         model: of an architecture that is described, see `docs/decoders.md`.
-        input_ids: `(n, length)` token ids, a sample of the pretraining distribution, unpadded.
+        input_ids: `(n, length)` token ids, a sample of the pretraining distribution, unpadded; or
+            several such, of different lengths.
         batch_size: sequences per forward pass.
     """
+    samples = [input_ids] if isinstance(input_ids, torch.Tensor) else list(input_ids)
     model = unwrapped(model)
     sums: dict[str, dict[str, torch.Tensor]] = {"nodes": {}, "attended": {}, "token": {}}
 
@@ -129,13 +131,22 @@ def reference_means(
     hooks.append((model.get_input_embeddings(), adder("token", TOKENS)))
     device = next(model.parameters()).device
     with in_eval_mode(model), hooked(hooks):
-        for batch in input_ids.split(batch_size):
+        for batch in (part for sample in samples for part in sample.split(batch_size)):
             model(batch.to(device), use_cache=False, logits_to_keep=1)
+    count = sum(sample.numel() for sample in samples)
     means = {
-        kind: {name: (s / input_ids.numel()).float() for name, s in by_name.items()}
+        kind: {name: (s / count).float() for name, s in by_name.items()}
         for kind, by_name in sums.items()
     }
     return ReferenceMeans(means["nodes"], means["attended"], means["token"][TOKENS])
+
+
+def task_means(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> ReferenceMeans:
+    """Averages over the tokens of a task's prompts; `tensors` are those of `BinaryTask.tensors`."""
+    lengths = tensors["attention_mask"].sum(1)
+    ids = tensors["input_ids"]
+    samples = [ids[lengths == length, -length:] for length in lengths.unique().tolist()]
+    return reference_means(model, samples)
 
 
 def means_over(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 _OLD_NAMES = {
     "steps": "max_steps",
@@ -10,11 +10,21 @@ _OLD_NAMES = {
     "beta2": "adam_beta2",
     "seeds": "num_seeds",
 }
-_POSITIVE = ("target_loss", "temperature", "learning_rate", "max_grad_norm", "memory_gb")
+_POSITIVE = (
+    "target_loss", "temperature", "learning_rate", "max_grad_norm", "memory_gb", "adversary_rate",
+)  # fmt: skip
 _AT_LEAST_ONE = (
     "batch_size", "selection_prompts", "reference_tokens", "calibration_steps", "num_seeds",
+    "adversary_steps", "selection_supersets",
 )  # fmt: skip
-_NOT_NEGATIVE = ("max_steps", "screen_prompts", "node_penalty", "weight_decay", "init_std")
+_NOT_NEGATIVE = (
+    "max_steps", "screen_prompts", "node_penalty", "weight_decay", "init_std", "adversary_restart",
+)  # fmt: skip
+
+
+Outside = Literal["off", "random", "adversarial"]
+AblationKind = Literal["mean", "task_mean", "zero", "resample"]
+Objective = Literal["candidates", "kl"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,26 @@ class PruningConfig:
     """Of the initial noise and of the batches."""
     num_seeds: int = 1
     """Masks are learned from this many seeds, `seed` onwards; the smallest circuit wins."""
+    outside: Outside = "off"
+    """What else is on while the circuit must answer, beside nothing: nothing ever, a random part of
+    the rest, one draw per batch, or the part that an adversary picks for the whole batch."""
+    adversary_steps: int = 2
+    """Ascent steps of the adversary before every mask update; it goes on from its last choice."""
+    adversary_restart: int = 20
+    """Mask updates after which it starts anew, from a random part; 0 for never."""
+    adversary_rate: float = 0.25
+    """How far a gate moves in one of its steps."""
+    selection_supersets: int = 8
+    """Where candidate circuits are compared: random parts, or ascent steps of the adversary."""
+    ablation: AblationKind = "mean"
+    """What a closed node is: its mean over the reference or over the task's prompts, zero, or what
+    it is in the counterfactual prompt. A circuit found by the last one runs at reference means."""
+    freeze_norms: bool = False
+    """Norms divide by what they divide by in the whole model, so that they do not make up for what
+    is gone."""
+    objective: Objective = "candidates"
+    """What masks minimize: the loss on the two candidates, or KL(model ‖ circuit) over the
+    vocabulary. Circuits are selected by the former."""
     memory_gb: float = 4.0
     """Activations that learning masks may hold, in GB, roughly; the masks of as many seeds as fit
     are learned together in one forward pass."""
@@ -92,3 +122,13 @@ class PruningConfig:
                 value = getattr(self, name)
                 if not fits(value):
                     raise ValueError(f"{name}={value} was passed, but it must be {bound}.")
+        for name, choices in (
+            ("outside", get_args(Outside)),
+            ("ablation", get_args(AblationKind)),
+            ("objective", get_args(Objective)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} was passed, but it must be one of "
+                    f"{', '.join(choices)}."
+                )

@@ -24,13 +24,14 @@ from ..ablation import (
     in_eval_mode,
     means_over,
     node_sites,
+    task_means,
     unwrapped,
 )
 from ..circuit import Circuit
 from ..circuit_file import model_source
 from ..edges import circuit_edges, cut_offsets
 from ..evaluation.faithfulness import evaluate_circuit
-from ..task_scores import binary_loss, model_scores, task_rows
+from ..task_scores import TaskTensors, binary_loss, model_scores, task_rows
 from .config import PruningConfig
 from .masks import Masks, learn_masks
 from .shrink import Selector, bisect, drop_edges, drop_unconnected, drop_unneeded
@@ -119,7 +120,7 @@ def find_circuits(
         selection = task_rows(train, slice(config.selection_prompts))
         pairs = whole.train[order[: config.selection_prompts]]
         _check_learned(task, whole.calibration.pairs(pairs, selection), configs[0])
-        means = means_over(model, task, reference, config.reference_tokens, progress)
+        means = _means(model, task, train, reference, config, progress)
         sites = dict(means.nodes)
         if config.token_nodes:
             sites[TOKENS] = means.token
@@ -139,6 +140,29 @@ def find_circuits(
                 circuit.metrics = evaluate_circuit(circuit, model, task, whole=whole)
                 circuits.append(circuit)
         return [circuit for circuits in by_target for circuit in circuits]
+
+
+def _means(
+    model: nn.Module,
+    task: BinaryTask,
+    train: TaskTensors,
+    reference: ReferenceTokens | ReferenceMeans,
+    config: PruningConfig,
+    progress: bool,
+) -> ReferenceMeans:
+    """What closed nodes are fixed at; with "resample", where the circuit runs afterwards."""
+    if config.ablation == "resample" and not task.equal_length:
+        raise ValueError(
+            f"The task {task.name!r} has prompts that are not as long as their counterfactuals, "
+            "so ablation='resample' has no activations to take: use 'mean'."
+        )
+    if config.ablation == "task_mean":
+        return task_means(model, train)
+    means = means_over(model, task, reference, config.reference_tokens, progress)
+    if config.ablation == "zero":
+        zeros = [{s: torch.zeros_like(m) for s, m in part.items()} for part in means[:2]]
+        return ReferenceMeans(*zeros, torch.zeros_like(means.token))
+    return means
 
 
 def smallest(circuits: Sequence[Circuit]) -> Circuit:

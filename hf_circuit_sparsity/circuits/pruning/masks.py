@@ -3,15 +3,24 @@
 The masks of several seeds are learned in one forward pass: each seed has its own rows of the batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..ablation import TOKENS, hooked_sites
-from ..task_scores import TaskTensors, binary_loss, candidates, pair_logits, task_rows, trimmed
+from ..ablation import TOKENS
+from ..gating import GatedModel, Gates, Prepared, frozen_weights
+from ..supersets import ascend, beside, random_superset
+from ..task_scores import (
+    TaskTensors,
+    binary_loss,
+    candidates,
+    next_token_logits,
+    task_rows,
+    trimmed,
+)
 from .config import PruningConfig
 
 Masks = dict[str, torch.Tensor]
@@ -31,29 +40,6 @@ class Gate(torch.autograd.Function):
         (tau,) = ctx.saved_tensors
         s = torch.sigmoid(tau / ctx.temperature)
         return grad * s * (1 - s) / ctx.temperature, None
-
-
-def gate_hook(site: str, gates: Mapping[str, torch.Tensor], mean: torch.Tensor) -> Callable:
-    """A forward hook that makes of each node `mean + gate * (output - mean)`.
-
-    Args:
-        site: a node site, or `TOKENS`.
-        gates: site → `(seeds, width)`, `TOKENS` → `(seeds, vocab_size)`, read at every forward
-            pass. The rows of a batch are those of the first seed, then as many of the second, …
-        mean: `(width,)` of the site.
-    """
-
-    def hook(module, args, output):
-        gate, center = gates[site].to(output), mean.to(output)
-        by_seed = output.unflatten(0, (len(gate), -1))  # (seeds, rows, tokens, width)
-        if site == TOKENS:
-            ids = args[0].unflatten(0, (len(gate), -1))
-            gate = torch.stack([g[i] for g, i in zip(gate, ids, strict=True)]).unsqueeze(-1)
-        else:
-            gate = gate[:, None, None, :]
-        return (center + gate * (by_seed - center)).flatten(0, 1)
-
-    return hook
 
 
 def learn_masks(
@@ -98,7 +84,13 @@ def _bytes_per_seed(
     heads = getattr(model.config, "num_attention_heads", 0) * model.config.num_hidden_layers
     # At a site: the linear layer's output, what AbsTopK leaves, the gate's product and a mask.
     per_token = 4 * sum(len(mean) for mean in means.values()) + 2 * heads * length
-    return 4.0 * 2 * config.batch_size * length * per_token
+    copies = 1 if config.outside == "off" else 2
+    return 4.0 * 2 * copies * config.batch_size * length * per_token
+
+
+def gated_model(model: nn.Module, means: Masks, config: PruningConfig) -> GatedModel:
+    """The model with gates, ablated as a configuration says."""
+    return GatedModel(model, means, config.ablation == "resample", config.freeze_norms)
 
 
 def _learn_together(
@@ -126,41 +118,84 @@ def _learn_together(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 1 - step / max(1, config.max_steps)
     )
-    gates: Masks = {}
-    hooks = {site: gate_hook(site, gates, means[site]) for site in taus}
-    weights_need_grad = [p for p in model.parameters() if p.requires_grad]
-    n = len(train["target_ids"])
-    try:
-        for p in weights_need_grad:
-            p.requires_grad_(False)
-        with hooked_sites(model, hooks):
-            for _ in range(config.max_steps):
-                rows = torch.cat(
-                    [torch.randint(n, (2 * config.batch_size,), generator=g) for g in generators]
-                )
-                batch = trimmed(task_rows(train, rows))
-                for site, tau in taus.items():
-                    gates[site] = Gate.apply(tau, config.temperature)
-                pairs = pair_logits(model, batch).unflatten(0, (len(seeds), -1))
-                # A sum over seeds: no seed's gradient depends on how many others there are.
-                losses = binary_loss(pairs)
-                open_nodes = sum(gate.sum(1) for gate in gates.values())
-                optimizer.zero_grad()
-                (losses + config.node_penalty * open_nodes).sum().backward()
-                _clip_each_seed(parameters, config.max_grad_norm)
-                optimizer.step()
-                schedule.step()
-                with torch.no_grad():
-                    for tau in parameters:
-                        tau.clamp_(-1, 1)
-                bar.update(len(seeds))
-                bar.set_postfix(
-                    loss=f"{losses.mean().item():.3f}", nodes=int(open_nodes.mean()), refresh=False
-                )
-    finally:
-        for p in weights_need_grad:
-            p.requires_grad_(True)
+    gated, n = gated_model(model, means, config), len(train["target_ids"])
+    rest = _Outside(gated, config, generators)
+    with frozen_weights(model):
+        for step in range(config.max_steps):
+            rows = torch.cat(
+                [torch.randint(n, (2 * config.batch_size,), generator=g) for g in generators]
+            )
+            batch = trimmed(task_rows(train, rows))
+            prepared = gated.prepare(batch)
+            gates = {s: Gate.apply(tau, config.temperature) for s, tau in taus.items()}
+            both = rest.beside(gates, batch, prepared, step)
+            # A sum over seeds: no seed's gradient depends on how many others there are.
+            losses = _losses(gated, batch, both, prepared, config)
+            losses = losses.unflatten(0, (-1, len(seeds))).mean(0)
+            open_nodes = sum(gate.sum(1) for gate in gates.values())
+            optimizer.zero_grad()
+            (losses + config.node_penalty * open_nodes).sum().backward()
+            _clip_each_seed(parameters, config.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                for tau in parameters:
+                    tau.clamp_(-1, 1)
+            bar.update(len(seeds))
+            bar.set_postfix(
+                loss=f"{losses.mean().item():.3f}", nodes=int(open_nodes.mean()), refresh=False
+            )
     return [{site: tau[i].detach() for site, tau in taus.items()} for i in range(len(seeds))]
+
+
+def _losses(
+    gated: GatedModel, rows: TaskTensors, gates: Gates, prepared: Prepared, config: PruningConfig
+) -> torch.Tensor:
+    """What masks minimize, of every row of gates."""
+    count = len(next(iter(gates.values())))
+    copies = count * 2 * config.batch_size // len(rows["target_ids"])
+    if config.objective == "candidates":
+        return binary_loss(gated.run(rows, gates, prepared, copies).unflatten(0, (count, -1)))
+    logits = gated.run(rows, gates, prepared, copies, next_token_logits).log_softmax(-1)
+    with torch.no_grad():
+        whole = torch.cat([next_token_logits(gated.model, rows).log_softmax(-1)] * copies)
+    divergence = (whole.exp() * (whole - logits)).sum(-1)
+    return divergence.unflatten(0, (count, -1)).mean(-1)
+
+
+class _Outside:
+    """What stays on beside each seed's circuit while its masks are learned."""
+
+    def __init__(
+        self, gated: GatedModel, config: PruningConfig, generators: Sequence[torch.Generator]
+    ):
+        self.gated, self.config, self.generators = gated, config, generators
+        self.chosen: Gates = {}
+
+    def beside(self, gates: Gates, rows: TaskTensors, prepared: Prepared, step: int) -> Gates:
+        """The gates of all circuits alone, then those of all circuits with what is on."""
+        config = self.config
+        if config.outside == "off":
+            return gates
+        restart = config.adversary_restart
+        if config.outside == "random" or not self.chosen or (restart and step % restart == 0):
+            self.chosen = self._drawn(gates)
+        if config.outside == "adversarial":
+            self.chosen = ascend(
+                self.gated, rows, gates, self.chosen,
+                lambda pairs: binary_loss(pairs.unflatten(0, (len(self.generators), -1))),
+                config.adversary_steps, config.adversary_rate, prepared,
+            )  # fmt: skip
+        both = beside(gates, self.chosen)
+        return {site: torch.cat([gate, both[site]]) for site, gate in gates.items()}
+
+    def _drawn(self, gates: Gates) -> Gates:
+        widths = {site: gate.shape[1] for site, gate in gates.items()}
+        drawn = [random_superset(widths, generator) for generator in self.generators]
+        return {
+            site: torch.stack([masks[site] for masks in drawn]).to(gate)
+            for site, gate in gates.items()
+        }
 
 
 def _initial(

@@ -7,19 +7,19 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..ablation import TOKENS, ReferenceMeans, hooked, hooked_sites, mean_ablated
+from ..ablation import TOKENS, ReferenceMeans, hooked
 from ..edges import Edge, circuit_edges, cut_offsets, edge_hooks, site_weights
+from ..supersets import adversarial_superset, random_superset
 from ..task_scores import (
     Calibration,
     TaskTensors,
     all_pair_logits,
     binary_loss,
-    pair_logits,
     task_rows,
     trimmed,
 )
 from .config import PruningConfig
-from .masks import Masks, gate_hook
+from .masks import Masks, gated_model
 
 # What looks this many times worse than the target on a few prompts is not tried on all of them.
 _HOPELESS = 2.0
@@ -27,13 +27,21 @@ _HOPELESS = 2.0
 _FEW_NODES = 24
 
 
+# So many supersets that broke a candidate are tried on the next one before the adversary looks for
+# another.
+_REMEMBERED = 8
+
+
 class Selector:
     """Measures candidate circuits: their loss, calibrated as the whole model is, on training rows.
+
+    With `config.outside` it is the largest of that of the circuit alone and that beside parts of
+    the rest: the mean over random parts, or the worst that an adversary found.
 
     Args:
         model: in eval mode.
         selection: training rows.
-        means: of the reference distribution; its `token` is used where masks name `TOKENS`.
+        means: of what is ablated; its `token` is used where masks name `TOKENS`.
         calibration: the whole model's.
         config: how.
     """
@@ -43,20 +51,58 @@ class Selector:
         calibration: Calibration, config: PruningConfig,
     ):  # fmt: skip
         self.model, self.means = model, means
+        self.gated = gated_model(model, {**means.nodes, TOKENS: means.token}, config)
         self.calibration, self.config = calibration, config
         self.target = config.target_loss * config.selection_margin
         self._all = selection
         few = config.screen_prompts
         self._few = task_rows(selection, slice(few)) if few else None
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self._outside: list[Masks] = []
 
     def loss(self, keep: Masks, cut: Sequence[Edge] = (), few: bool = False) -> float:
         """Loss of the model cut down to the kept nodes, without the cut edges."""
         rows = self._few if few and self._few is not None else self._all
-        means = {**self.means.nodes, TOKENS: self.means.token}
-        cut_hooks = edge_hooks(self.model, cut, cut_offsets(cut, self.means)) if cut else []
-        with mean_ablated(self.model, keep, means), hooked(cut_hooks):
-            pairs = all_pair_logits(self.model, rows)
+        hooks = edge_hooks(self.model, cut, cut_offsets(cut, self.means)) if cut else []
+        with hooked(hooks):
+            alone = self._alone(keep, rows)
+            if self.config.outside == "off" or alone > _HOPELESS * self.target:
+                return alone
+            return max(alone, self._beside(keep, rows, search=not few))
+
+    def _alone(self, keep: Masks, rows: TaskTensors) -> float:
+        gates = {site: mask[None] for site, mask in keep.items()}
+        pairs = all_pair_logits(
+            self.model, rows, logits=lambda _, part: self.gated.run(part, gates)
+        )
         return binary_loss(self.calibration.pairs(pairs, rows)).item()
+
+    def _beside(self, keep: Masks, rows: TaskTensors, search: bool) -> float:
+        """The loss with other nodes on; `search` lets the adversary look for a new choice."""
+        widths = {site: len(mask) for site, mask in keep.items()}
+        if self.config.outside == "random" and not self._outside:
+            count = self.config.selection_supersets
+            self._outside = [random_superset(widths, self._generator) for _ in range(count)]
+
+        def measured(outside: Masks) -> float:
+            return self._alone({s: mask | outside[s].to(mask) for s, mask in keep.items()}, rows)
+
+        losses = [measured(outside) for outside in self._outside]
+        if self.config.outside == "random":
+            return sum(losses) / len(losses)
+        worst = max(losses, default=0.0)
+        if search and worst <= self.target:
+            self._outside.append(self._attacked(keep))
+            del self._outside[:-_REMEMBERED]
+            worst = max(worst, measured(self._outside[-1]))
+        return worst
+
+    def _attacked(self, keep: Masks) -> Masks:
+        rows = trimmed(self._few if self._few is not None else self._all)
+        return adversarial_superset(
+            self.gated, rows, keep, lambda pairs, part: self.calibration.pairs(pairs, part),
+            self._generator, self.config.selection_supersets, self.config.adversary_rate,
+        )  # fmt: skip
 
     def reaches(self, keep: Masks, cut: Sequence[Edge] = ()) -> bool:
         """Whether the target loss is reached; what looks hopeless on a few prompts does not."""
@@ -70,12 +116,10 @@ class Selector:
         The gradient of the loss by a node's gate, which is open, is the negative of that (as in
         attribution patching, Nanda 2023).
         """
-        rows = self._few if self._few is not None else self._all
-        means = {**self.means.nodes, TOKENS: self.means.token}
+        rows = trimmed(self._few if self._few is not None else self._all)
         gates = {s: mask[None].float().requires_grad_() for s, mask in keep.items()}
-        hooks = {site: gate_hook(site, gates, means[site]) for site in keep}
-        with torch.enable_grad(), hooked_sites(self.model, hooks):
-            pairs = pair_logits(self.model, trimmed(rows)).cpu()
+        with torch.enable_grad():
+            pairs = self.gated.run(rows, gates).cpu()
             loss = binary_loss(self.calibration.pairs(pairs, rows))
             gradients = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
         return {

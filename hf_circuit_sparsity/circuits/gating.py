@@ -1,0 +1,164 @@
+"""A model with gates on its nodes: what is shut is ablated, what is open runs.
+
+How one ablates decides what a circuit looks like (Miller et al. 2024, arXiv 2407.08734): at the
+mean, at zero, or at what the node is in the counterfactual prompt; with norms that rescale what is
+left, or with norms as they are in the whole model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .ablation import TOKENS, hooked, hooked_sites, recorded_sites
+from .task_scores import TaskTensors, next_token_logits, pair_logits
+
+Gates = dict[str, Tensor]
+"""Site → `(k, width)`, `TOKENS` → `(k, vocabulary)`; float, or bool where nothing is learned. The
+rows of a batch are those of the first gates, then as many of the second, …"""
+
+
+class Prepared(NamedTuple):
+    """What is measured once on the whole model for some rows."""
+
+    centers: Mapping[str, Tensor]
+    """Site → what a shut node is: `(width,)`, or `(rows, tokens, width)`."""
+    norms: Mapping[nn.Module, Tensor]
+    """Norm → what it divides by, `(rows, tokens, …, 1)`; empty where norms are not frozen."""
+
+
+@dataclass(frozen=True)
+class GatedModel:
+    """Runs a model with gates.
+
+    Attributes:
+        model: in eval mode.
+        means: site → `(width,)`, and `TOKENS` where tokens are gated.
+        resample: shut nodes are what they are in the counterfactual prompt, which must be as long.
+        freeze_norms: every norm divides by what it divides by in the whole model.
+    """
+
+    model: nn.Module
+    means: Mapping[str, Tensor]
+    resample: bool = False
+    freeze_norms: bool = False
+
+    @torch.no_grad()
+    def prepare(self, rows: TaskTensors) -> Prepared:
+        """Measure what [`run`] needs to know of the whole model; nothing for plain means."""
+        centers, norms = dict(self.means), {}
+        if self.freeze_norms:
+            with hooked([(norm, _remember(norms)) for norm in norms_of(self.model)]):
+                pair_logits(self.model, rows)
+        if self.resample:
+            others = {
+                name: rows[f"counterfactual_{name}"] for name in ("input_ids", "attention_mask")
+            }
+            with recorded_sites(self.model, [s for s in self.means if s != TOKENS]) as recorded:
+                next_token_logits(self.model, others)
+            centers |= recorded
+        return Prepared(centers, norms)
+
+    def run(
+        self,
+        rows: TaskTensors,
+        gates: Gates,
+        prepared: Prepared | None = None,
+        copies: int = 1,
+        logits: Callable[[nn.Module, TaskTensors], Tensor] = pair_logits,
+    ) -> Tensor:
+        """Logits of the answers, `(copies * rows, 2)`.
+
+        Args:
+            rows: of a task, left-padded.
+            gates: as many rows of gates as divide the rows of the batch.
+            prepared: of these rows, where it is known already.
+            copies: how often the rows are repeated.
+            logits: [`next_token_logits`] for the whole vocabulary.
+        """
+        prepared = prepared or self.prepare(rows)
+        repeated = {name: torch.cat([tensor] * copies) for name, tensor in rows.items()}
+        hooks = {}
+        for site in gates:
+            center = prepared.centers[site]
+            hooks[site] = gate_hook(site, gates, _repeated(center, copies))
+        frozen = [(norm, _freeze(_repeated(size, copies))) for norm, size in prepared.norms.items()]
+        # Norms first: a node site may be a norm's output.
+        with hooked(frozen), hooked_sites(self.model, hooks):
+            return logits(self.model, repeated)
+
+
+def gate_hook(site: str, gates: Mapping[str, Tensor], center: Tensor) -> Callable:
+    """A forward hook that makes of each node `center + gate * (output - center)`.
+
+    Args:
+        site: a node site, or `TOKENS`.
+        gates: see [`Gates`]; read at every forward pass.
+        center: `(width,)` of the site, or `(rows, tokens, width)`.
+    """
+
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        gate, mean = gates[site].to(output.device), center.to(output)
+        by_row = output.unflatten(0, (len(gate), -1))  # (k, rows, tokens, width)
+        mean = mean.unflatten(0, (len(gate), -1)) if mean.dim() > 1 else mean
+        if site == TOKENS:
+            ids = args[0].unflatten(0, (len(gate), -1))
+            gate = torch.stack([g[i] for g, i in zip(gate, ids, strict=True)]).unsqueeze(-1)
+        else:
+            gate = gate[:, None, None, :]
+        if gate.dtype is torch.bool:
+            return torch.where(gate, by_row, mean).flatten(0, 1)
+        return (mean + gate.to(output) * (by_row - mean)).flatten(0, 1)
+
+    return hook
+
+
+def norms_of(model: nn.Module) -> list[nn.Module]:
+    """Every norm of a model: what has "norm" in the name of its class."""
+    return [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+
+
+def norm_size(norm: nn.Module, x: Tensor) -> Tensor:
+    """What a norm divides by, `(..., 1)`: standard deviation, or root of the mean square."""
+    eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 1e-6
+    x = x.float()
+    if isinstance(norm, nn.LayerNorm):
+        x = x - x.mean(-1, keepdim=True)
+    return (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def _remember(sizes: dict[nn.Module, Tensor]) -> Callable:
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        sizes[module] = norm_size(module, args[0])
+
+    return hook
+
+
+def _freeze(size: Tensor) -> Callable:
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        bias = getattr(module, "bias", None)
+        bias = 0.0 if bias is None else bias
+        ratio = (norm_size(module, args[0]) / size).to(output.dtype)
+        return bias + (output - bias) * ratio
+
+    return hook
+
+
+def _repeated(tensor: Tensor, copies: int) -> Tensor:
+    return tensor if tensor.dim() == 1 or copies == 1 else torch.cat([tensor] * copies)
+
+
+@contextmanager
+def frozen_weights(model: nn.Module) -> Iterator[None]:
+    """Within the block no weight takes a gradient."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in weights:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in weights:
+            p.requires_grad_(True)

@@ -1,0 +1,115 @@
+"""What stays on beside a circuit: drawn, or chosen by an adversary."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hf_circuit_sparsity.circuits.ablation import mean_ablated, reference_means
+from hf_circuit_sparsity.circuits.gating import GatedModel
+from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
+from hf_circuit_sparsity.circuits.pruning.find import find_circuit
+from hf_circuit_sparsity.circuits.supersets import adversarial_superset, random_superset
+from hf_circuit_sparsity.circuits.task_scores import (
+    all_pair_logits,
+    binary_accuracy,
+    binary_loss,
+    task_rows,
+)
+from tests.circuits.planted import PLANTED_NODES, on_off_task, planted_model, reference_ids
+
+# Two neurons that say opposite things of the last word, loudly, and so nothing together.
+LOUD = (1, 2)
+
+
+@pytest.fixture
+def loud():
+    model = planted_model()
+    with torch.no_grad():
+        model.transformer.wte.weight[:, 6] = torch.tensor([2.0, -2.0]).repeat(8)
+        for neuron, sign in zip(LOUD, (1.0, -1.0), strict=True):
+            mlp = model.transformer.h[1].mlp
+            mlp.c_fc.weight[neuron] = 0.0
+            mlp.c_fc.weight[neuron, 6] = 1.5
+            mlp.c_proj.weight[:, neuron] = 0.0
+            mlp.c_proj.weight[4, neuron] = 6.0 * sign
+    return model
+
+
+def planted_masks(means):
+    masks = {site: torch.zeros(len(mean), dtype=torch.bool) for site, mean in means.items()}
+    for site, ids in PLANTED_NODES.items():
+        masks[site][ids] = True
+    return masks
+
+
+def test_the_adversary_finds_what_breaks_a_circuit(loud):
+    means = reference_means(loud, reference_ids())
+    keep, test = planted_masks(means.nodes), on_off_task().tensors("test")
+    seen = task_rows(on_off_task().tensors("train"), slice(64))
+    with torch.no_grad():
+        assert binary_accuracy(all_pair_logits(loud, test)) == 1.0
+    outside = adversarial_superset(
+        GatedModel(loud, means.nodes), seen, keep, lambda pairs, rows: pairs,
+        torch.Generator().manual_seed(0), steps=8, restarts=3,
+    )  # fmt: skip
+    assert all(not (outside[site] & keep[site]).any() for site in keep)
+    chosen = outside["h.1.mlp.post_act"]
+    assert chosen[LOUD[0]] != chosen[LOUD[1]]
+
+    def loss(beside):
+        with mean_ablated(loud, {s: keep[s] | beside[s] for s in keep}, means.nodes):
+            return float(binary_loss(all_pair_logits(loud, test)))
+
+    nothing = {site: torch.zeros_like(mask) for site, mask in keep.items()}
+    everything = {site: torch.ones_like(mask) for site, mask in keep.items()}
+    assert loss(nothing) < 0.1 and loss(everything) < 0.1 and loss(outside) > 1.0
+    assert all(p.grad is None for p in loud.parameters())
+    assert all(p.requires_grad for p in loud.parameters())
+
+
+def test_a_random_superset_has_the_share_that_was_asked_for():
+    drawn = random_superset({"a": 20_000}, torch.Generator().manual_seed(0), share=0.3)
+    assert drawn["a"].float().mean() == pytest.approx(0.3, abs=0.02)
+    shares = [
+        float(random_superset({"a": 500}, torch.Generator().manual_seed(s))["a"].float().mean())
+        for s in range(40)
+    ]
+    assert min(shares) < 0.15 and max(shares) > 0.85
+
+
+SEARCH = PruningConfig(
+    max_steps=60, batch_size=16, learning_rate=3e-2, selection_prompts=128, screen_prompts=64,
+    node_penalty=3e-3,
+)  # fmt: skip
+
+
+def test_the_search_takes_in_what_the_adversary_would_use(loud):
+    circuit = find_circuit(
+        loud, on_off_task(), replace(SEARCH, outside="adversarial"), reference=reference_ids(),
+        progress=False,
+    )  # fmt: skip
+    for site, ids in PLANTED_NODES.items():
+        assert set(ids) <= set(circuit.nodes[site])
+    assert set(LOUD) <= set(circuit.nodes["h.1.mlp.post_act"])
+    # None of it is left to the rest: a fresh adversary finds nothing.
+    keep, test = circuit.masks(), on_off_task().tensors("test")
+    outside = adversarial_superset(
+        GatedModel(loud, circuit.means), test, keep, lambda pairs, rows: pairs,
+        torch.Generator().manual_seed(1), steps=12, restarts=3,
+    )  # fmt: skip
+    with mean_ablated(loud, {s: keep[s] | outside[s] for s in keep}, circuit.means):
+        assert binary_accuracy(all_pair_logits(loud, test)) == 1.0
+
+
+@pytest.mark.parametrize("changes", [
+    {"ablation": "zero"}, {"ablation": "task_mean"}, {"ablation": "resample"},
+    {"freeze_norms": True}, {"objective": "kl"}, {"outside": "random", "num_seeds": 2},
+])  # fmt: skip
+def test_other_ways_to_ablate_find_the_planted_circuit(changes):
+    circuit = find_circuit(
+        planted_model(), on_off_task(), replace(SEARCH, **changes), reference=reference_ids(),
+        progress=False,
+    )  # fmt: skip
+    assert circuit.metrics["circuit_loss"] < 0.15
+    assert {s: ids for s, ids in circuit.nodes.items() if ids} == PLANTED_NODES
