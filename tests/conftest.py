@@ -12,9 +12,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from hf_circuit_sparsity import CircuitGPTConfig, CircuitGPTForCausalLM
 from hf_circuit_sparsity.kernels.cpu import load_kernels, without_kernels
-from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
-from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.trainer import SparseTrainer, SparseTrainingArguments
 
 # Test models are tiny: a second thread costs more than it brings, and several test runs beside each

@@ -9,13 +9,15 @@ import torch
 from huggingface_hub import metadata_load
 from transformers import TrainerCallback
 
-from hf_circuit_sparsity.bridge.bridge_config import BridgeTrainingArguments
-from hf_circuit_sparsity.bridge.bridge_trainer import BridgeTrainer
+from hf_circuit_sparsity import (
+    BridgedCausalLM,
+    BridgeTrainer,
+    BridgeTrainingArguments,
+    CircuitGPTConfig,
+    SparseTrainingArguments,
+)
 from hf_circuit_sparsity.bridge.initialization import ridge_bridges_, standardize_bridges_
 from hf_circuit_sparsity.bridge.losses import LOSS_TERMS
-from hf_circuit_sparsity.bridge.modeling_bridge import BridgedCausalLM
-from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
-from hf_circuit_sparsity.trainer.sparse_config import SparseTrainingArguments
 from tests.trainer.test_sparse_trainer import assert_same_run, training_logs
 from tests.two_processes import launch
 

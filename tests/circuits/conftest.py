@@ -1,7 +1,6 @@
 import pytest
 
-from hf_circuit_sparsity.circuits.circuit import Circuit
-from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from hf_circuit_sparsity import Circuit, CircuitGPTForCausalLM
 from tests.circuits.planted import planted_circuit, planted_model
 
 

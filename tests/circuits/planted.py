@@ -7,13 +7,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from hf_circuit_sparsity import BinaryTask, Circuit, CircuitGPTConfig, CircuitGPTForCausalLM
 from hf_circuit_sparsity.circuits.ablation import mean_activations
-from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.task_scores import Calibration
-from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
-from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
-from hf_circuit_sparsity.tasks.binary_task import BinaryTask
 
 WORDS = ["<pad>", "yes", "no", "on", "off", *(f"w{i}" for i in range(11))]
 YES, NO, ON, OFF = (WORDS.index(w) for w in ("yes", "no", "on", "off"))

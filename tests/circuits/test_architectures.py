@@ -5,19 +5,21 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from hf_circuit_sparsity import (
+    Circuit,
+    PruningConfig,
+    find_circuit,
+    plot_circuit,
+    verify_circuit,
+    write_report,
+)
 from hf_circuit_sparsity.circuits.ablation import hooked, mean_ablated, reference_means
-from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.edges import (
     circuit_edges,
     count_edges,
     cut_offsets,
     edge_hooks,
 )
-from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
-from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
-from hf_circuit_sparsity.circuits.pruning.find import find_circuit
-from hf_circuit_sparsity.circuits.viewer.plot import plot_circuit
-from hf_circuit_sparsity.circuits.viewer.report import write_report
 from hf_circuit_sparsity.circuits.viewer.report_data import ReportConfig
 from hf_circuit_sparsity.decoders.decoder import decoder_of
 from tests.circuits.planted import NO, OFF, ON, YES, on_off_task, reference_ids

@@ -5,16 +5,14 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from hf_circuit_sparsity import ArtifactError, Circuit, plot_circuit
 from hf_circuit_sparsity.circuits.ablation import mean_activations
-from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.task_scores import (
     Calibration,
     all_pair_logits,
     binary_loss,
     fit_calibration,
 )
-from hf_circuit_sparsity.circuits.viewer.plot import plot_circuit
-from hf_circuit_sparsity.modeling.configuration_circuitgpt import ArtifactError
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from tests.circuits.planted import (
     full_circuit,

@@ -9,9 +9,8 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
+from hf_circuit_sparsity import Circuit, evaluate_circuit
 from hf_circuit_sparsity.circuits.ablation import in_eval_mode, reference_means
-from hf_circuit_sparsity.circuits.circuit import Circuit
-from hf_circuit_sparsity.circuits.evaluation.faithfulness import evaluate_circuit
 from hf_circuit_sparsity.circuits.task_scores import Calibration
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from tests.circuits.planted import on_off_task, planted_circuit, planted_model, reference_ids

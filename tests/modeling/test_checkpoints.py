@@ -8,8 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
-from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from hf_circuit_sparsity import CircuitGPTConfig, CircuitGPTForCausalLM
 from tests.conftest import FIXTURES, random_model, sparsify
 from tests.hub.outside import run_outside
 

@@ -11,9 +11,8 @@ from transformers import (
     pipeline,
 )
 
+from hf_circuit_sparsity import CircuitGPTConfig, CircuitGPTForCausalLM
 from hf_circuit_sparsity.modeling import modeling_circuitgpt
-from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
-from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from tests.conftest import random_model
 
 IDS = torch.arange(24).reshape(2, 12)

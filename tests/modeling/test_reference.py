@@ -4,8 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
-from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from hf_circuit_sparsity import CircuitGPTConfig, CircuitGPTForCausalLM
 from tests.conftest import FIXTURES, random_model
 from tests.modeling.plain_model import plain_logits
 

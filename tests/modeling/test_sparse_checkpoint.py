@@ -5,9 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
-from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity import CircuitGPTConfig, CircuitGPTForCausalLM
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
-from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.modeling.sparse_layers import sparse_layers
 from tests.conftest import random_model, sparsify
 from tests.modeling.test_checkpoints import IDS, logits_of

@@ -7,11 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hf_circuit_sparsity import CircuitGPTConfig, CircuitGPTForCausalLM
 from hf_circuit_sparsity.circuits.edges import circuit_edges
-from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.csr import CSR
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
-from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.modeling.sparse_layers import SparseEmbedding, SparseLinear, sparse_layers
 from tests.circuits.planted import PLANTED_EDGES, PLANTED_NODES, planted_model
 from tests.conftest import random_model, sparsify

@@ -5,9 +5,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
-from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
-from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
+from hf_circuit_sparsity import PartialGradients, RCDSparseOptimizer, sparse_param_groups
 
 
 def random_parameters(dtype=torch.float32):

@@ -2,8 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
-from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
+from hf_circuit_sparsity import TopKAdamW, sparse_param_groups
 
 
 def rule_of(groups):

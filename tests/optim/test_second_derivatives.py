@@ -6,12 +6,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from hf_circuit_sparsity import PartialGradients, RCDSparseOptimizer, sparse_param_groups
 from hf_circuit_sparsity.kernels.cpu import without_kernels
 from hf_circuit_sparsity.modeling.sparse_layers import to_sparse
 from hf_circuit_sparsity.optim import sparse_compute
-from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
-from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
-from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
 from hf_circuit_sparsity.optim.sparse_compute import on_nonzeros
 from tests.conftest import random_model, sparsify
 

@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from hf_circuit_sparsity import CircuitGPTForCausalLM, TopKAdamW
 from hf_circuit_sparsity.modeling.csr import CSR
 from hf_circuit_sparsity.modeling.functional import abs_topk
-from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.optim import sparse_compute
 from hf_circuit_sparsity.optim.projection import project_topk_
 from hf_circuit_sparsity.optim.sparse_compute import NonzeroForward, on_nonzeros
-from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
 
 pytestmark = pytest.mark.usefixtures("either_path")
 

@@ -2,9 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
+from hf_circuit_sparsity import sparse_param_groups, sparsify_initialization_
 from hf_circuit_sparsity.optim.projection import nonzero_budget
-from hf_circuit_sparsity.optim.sparse_init import sparsify_initialization_
 
 
 def matrices(model):

@@ -11,10 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from hf_circuit_sparsity import RCDSparseOptimizer, TopKAdamW
 from hf_circuit_sparsity.optim.projection import nonzero_budget
 from hf_circuit_sparsity.optim.rcd.distributed import RCDProcessGroup
-from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
-from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
 from tests.optim.conftest import groups_of, random_parameters, set_gradients
 
 topk = partial(TopKAdamW, target_density=0.05, total_steps=20, anneal_start=0.1, anneal_end=0.5)

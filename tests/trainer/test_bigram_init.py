@@ -3,9 +3,7 @@ import math
 import pytest
 import torch
 
-from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
-from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
-from hf_circuit_sparsity.trainer.bigram_init import initialize_bigram_table_
+from hf_circuit_sparsity import CircuitGPTConfig, CircuitGPTForCausalLM, initialize_bigram_table_
 
 
 def model(**settings):

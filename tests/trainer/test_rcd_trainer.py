@@ -6,9 +6,7 @@ import pytest
 import torch
 from transformers import HfArgumentParser, TrainerCallback
 
-from hf_circuit_sparsity.optim.rcd.config import RCDConfig
-from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
-from hf_circuit_sparsity.trainer.sparse_config import SparseTrainingArguments
+from hf_circuit_sparsity import RCDConfig, RCDSparseOptimizer, SparseTrainingArguments
 from tests.conftest import random_model
 from tests.trainer.runs import expected_nonzeros, training_logs
 

@@ -8,12 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from hf_circuit_sparsity import SparseTrainer, TopKAdamW, sparse_param_groups
 from hf_circuit_sparsity.modeling.sparse_layers import sparse_layers, to_sparse
-from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
 from hf_circuit_sparsity.optim.projection import nonzero_budget
 from hf_circuit_sparsity.optim.schedules import linear_density
-from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
-from hf_circuit_sparsity.trainer.sparse_trainer import SparseTrainer
 from tests.conftest import random_model
 from tests.trainer.runs import expected_nonzeros, nonzeros, training_logs
 

@@ -3,13 +3,8 @@
 import pytest
 import torch
 
-from hf_circuit_sparsity.circuits.circuit import Circuit
-from hf_circuit_sparsity.circuits.evaluation.verification import (
-    mean_and_interval,
-    random_circuit,
-    verify_circuit,
-)
-from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError
+from hf_circuit_sparsity import Circuit, TaskNotLearnedError, verify_circuit
+from hf_circuit_sparsity.circuits.evaluation.verification import mean_and_interval, random_circuit
 from tests.circuits.planted import (
     PLANTED_NODES,
     on_off_task,

@@ -3,8 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from hf_circuit_sparsity.circuits.circuit import Circuit
-from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
+from hf_circuit_sparsity import Circuit, PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import find_circuits
 from tests.circuits.planted import on_off_task, planted_model, reference_ids
 

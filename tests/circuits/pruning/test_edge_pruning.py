@@ -5,10 +5,9 @@ import json
 import pytest
 import torch
 
+from hf_circuit_sparsity import Circuit, PruningConfig
 from hf_circuit_sparsity.circuits.ablation import hooked, mean_ablated, reference_means
-from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.edges import circuit_edges, cut_offsets, edge_hooks
-from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.shrink import Selector, drop_edges
 from hf_circuit_sparsity.circuits.task_scores import Calibration, task_rows
 from tests.circuits.planted import (

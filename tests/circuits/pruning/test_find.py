@@ -3,18 +3,12 @@ import math
 import pytest
 import torch
 
+from hf_circuit_sparsity import BinaryTask, PruningConfig, TaskNotLearnedError, find_circuit
 from hf_circuit_sparsity.circuits.ablation import TOKENS, mean_activations, reference_means
-from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
-from hf_circuit_sparsity.circuits.pruning.find import (
-    TaskNotLearnedError,
-    find_circuit,
-    jaccard,
-    mean_jaccard,
-)
+from hf_circuit_sparsity.circuits.pruning.find import jaccard, mean_jaccard
 from hf_circuit_sparsity.circuits.pruning.masks import Gate, learn_masks
 from hf_circuit_sparsity.circuits.pruning.shrink import bisect
 from hf_circuit_sparsity.circuits.task_scores import binary_accuracy, binary_loss, model_scores
-from hf_circuit_sparsity.tasks.binary_task import BinaryTask
 from tests.circuits.planted import (
     NO,
     PLANTED_EDGES,

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
-from hf_circuit_sparsity.circuits.pruning.tune import search_circuit
+from hf_circuit_sparsity import PruningConfig, search_circuit
 from tests.circuits.planted import on_off_task, planted_model, reference_ids
 from tests.circuits.pruning.conftest import QUICKER
 

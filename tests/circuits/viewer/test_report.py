@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 
+from hf_circuit_sparsity import Circuit, write_report
 from hf_circuit_sparsity.circuits.ablation import hooked_sites, mean_ablated, node_sites
-from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.task_scores import all_pair_logits, binary_loss
 from hf_circuit_sparsity.circuits.viewer.activations import (
     extreme_examples,
@@ -21,7 +21,7 @@ from hf_circuit_sparsity.circuits.viewer.measurements import (
     curve_sizes,
     node_effects,
 )
-from hf_circuit_sparsity.circuits.viewer.report import render_page, write_report
+from hf_circuit_sparsity.circuits.viewer.report import render_page
 from hf_circuit_sparsity.circuits.viewer.report_data import ReportConfig, report_data
 from tests.circuits.planted import NO, ON, YES, planted_model, reference_ids
 from tests.circuits.viewer.conftest import SMALL

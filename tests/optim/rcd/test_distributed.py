@@ -6,10 +6,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
-from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
+from hf_circuit_sparsity import CircuitGPTConfig, sparse_from_config, sparse_param_groups
 from hf_circuit_sparsity.optim.rcd.distributed import RCDProcessGroup, part_of
-from hf_circuit_sparsity.optim.sparse_init import sparse_from_config
 from tests.conftest import random_model
 from tests.optim.conftest import train
 from tests.two_processes import launch

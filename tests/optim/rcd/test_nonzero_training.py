@@ -7,14 +7,17 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
-from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from hf_circuit_sparsity import (
+    CircuitGPTConfig,
+    CircuitGPTForCausalLM,
+    RCDConfig,
+    RCDSparseOptimizer,
+    TopKAdamW,
+    sparse_from_config,
+    sparse_param_groups,
+    sparsify_initialization_,
+)
 from hf_circuit_sparsity.modeling.sparse_layers import sparse_layers
-from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
-from hf_circuit_sparsity.optim.rcd.config import RCDConfig
-from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
-from hf_circuit_sparsity.optim.sparse_init import sparse_from_config, sparsify_initialization_
-from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
 from tests.optim.conftest import Largest, train
 
 SETTINGS = {"lr": 0.1, "target_density": 1 / 8, "block_fraction": 1 / 4, "selection": "gradient",

@@ -3,9 +3,8 @@ import pytest
 import torch
 from torch import nn
 
+from hf_circuit_sparsity import RCDSparseOptimizer, TopKAdamW
 from hf_circuit_sparsity.optim.projection import nonzero_budget, project_topk_reference_
-from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
-from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
 from tests.optim.conftest import random_parameters
 
 PENALTY = 0.1

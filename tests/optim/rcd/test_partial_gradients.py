@@ -9,11 +9,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
+from hf_circuit_sparsity import (
+    PartialGradients,
+    RCDSparseOptimizer,
+    sparse_param_groups,
+    sparsify_initialization_,
+)
 from hf_circuit_sparsity.kernels.cpu import without_kernels
-from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
-from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
-from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
-from hf_circuit_sparsity.optim.sparse_init import sparsify_initialization_
 from tests.conftest import random_model, sparsify
 from tests.optim.conftest import Largest
 
