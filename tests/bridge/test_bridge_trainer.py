@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import metadata_load
-from transformers import TrainerCallback
 
 from hf_circuit_sparsity import (
     BridgedCausalLM,
@@ -18,7 +17,7 @@ from hf_circuit_sparsity import (
 )
 from hf_circuit_sparsity.bridge.initialization import ridge_bridges_, standardize_bridges_
 from hf_circuit_sparsity.bridge.losses import LOSS_TERMS
-from tests.trainer.test_sparse_trainer import assert_same_run, training_logs
+from tests.trainer.runs import training_logs, whole_and_resumed
 from tests.two_processes import launch
 
 
@@ -148,23 +147,11 @@ def test_locations_follow_from_seed_and_step(make_bridged, make_bridge_trainer):
 def test_resuming_gives_bit_for_bit_the_run_that_never_stopped(
     sparsifier, make_bridged, make_bridge_trainer
 ):
-    make = partial(make_bridge_trainer, sparsifier=sparsifier)
-    whole = make(make_bridged(dropout=0.1), name="whole")
-    whole.train()
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_save = control.should_training_stop = state.global_step == 3
-
-    first = make(make_bridged(dropout=0.1), callbacks=[Stop()], name="halves")
-    first.train()
-    checkpoint = Path(first.args.output_dir) / "checkpoint-3"
+    models = [make_bridged(dropout=0.1, seed=seed) for seed in (0, 0, 9)]
+    whole, second, checkpoint = whole_and_resumed(
+        make_bridge_trainer, models, 3, sparsifier=sparsifier
+    )
     assert not (checkpoint / "model.safetensors").exists()
-    second = make(make_bridged(dropout=0.1, seed=9), name="halves")
-    second.train(resume_from_checkpoint=str(checkpoint))
-    if sparsifier == "topk":
-        assert_same_run(whole, second)
-    assert_equal_parameters(whole.model, second.model)
     logs = [[[e[k] for k in LOSS_TERMS] for e in training_logs(t)[3:]] for t in (whole, second)]
     assert logs[0] == logs[1]
 

@@ -262,6 +262,11 @@ def test_a_state_may_be_loaded_into_another_dtype(make, dtype):
     set_gradients(params, 0)
     optimizer.step()
     again.load_state_dict(optimizer.state_dict())
+    if make is rcd:  # positions up to 1199 are no bfloat16
+        for p, q in zip(params[:-1], others, strict=False):
+            assert torch.equal(optimizer.sparse_state(p).active, again.sparse_state(q).active)
+            wide = torch.promote_types(dtype, torch.float32)
+            assert again.state[q].moments["exp_avg"].dtype == wide
     set_gradients(others, 1)
     again.step()
     assert again.steps_taken == 2

@@ -13,26 +13,12 @@ from hf_circuit_sparsity.modeling.sparse_layers import sparse_layers, to_sparse
 from hf_circuit_sparsity.optim.projection import nonzero_budget
 from hf_circuit_sparsity.optim.schedules import linear_density
 from tests.conftest import random_model
-from tests.trainer.runs import expected_nonzeros, nonzeros, training_logs
+from tests.trainer.runs import expected_nonzeros, nonzeros, training_logs, whole_and_resumed
 
 RCD = {
     "sparsifier": "rcd",
     "rcd_config": {"selection": "magnitude", "block_steps": 2, "block_fraction": 0.25},
 }
-
-
-def assert_same_run(trainer, other):
-    for (name, p), q in zip(
-        trainer.model.named_parameters(), other.model.parameters(), strict=True
-    ):
-        assert torch.equal(p, q), name
-    first, second = trainer.optimizer.state_dict(), other.optimizer.state_dict()
-    assert first["param_groups"] == second["param_groups"]
-    assert first["state"].keys() == second["state"].keys()
-    for key, state in first["state"].items():
-        for name, value in state.items():
-            found = second["state"][key][name]
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(found)), (key, name)
 
 
 class Watcher(TrainerCallback):
@@ -140,22 +126,9 @@ def test_resuming_gives_bit_for_bit_the_run_that_never_stopped(
     stop_at, settings, make_gpt2, make_trainer
 ):
     """Dropout on and data shuffled; 8 steps an epoch: amid the first, at its end, amid the next."""
-    whole = make_trainer(make_gpt2(dropout=0.1), name="whole", **settings)
-    whole.train()
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_save = control.should_training_stop = state.global_step == stop_at
-
-    first = make_trainer(make_gpt2(dropout=0.1), callbacks=[Stop()], name="halves", **settings)
-    first.train()
-    assert first.state.global_step == stop_at
-    checkpoint = Path(first.args.output_dir) / f"checkpoint-{stop_at}"
-    # Another initialization, so that nothing but the checkpoint can make the runs agree.
-    second = make_trainer(make_gpt2(dropout=0.1, seed=9), name="halves", **settings)
-    second.train(resume_from_checkpoint=str(checkpoint))
+    models = [make_gpt2(dropout=0.1, seed=seed) for seed in (0, 0, 9)]
+    whole, second, _ = whole_and_resumed(make_trainer, models, stop_at, **settings)
     assert second.state.global_step == 12
-    assert_same_run(whole, second)
     losses = [[entry["loss"] for entry in training_logs(run)] for run in (whole, second)]
     assert losses[0][stop_at:] == losses[1][stop_at - 12 :]
 

@@ -16,7 +16,7 @@ def draw(dim, fraction, selection="uniform", number=0, seed=0, matrix=None, powe
 
 
 @pytest.mark.parametrize("dim", [0, 1, None])
-def test_index_take_and_locate_agree(dim):
+def test_index_take_rows_and_locate_agree(dim):
     matrix = torch.arange(108.0).view(SHAPE)
     block = draw(dim, 1 / 3)
     assert block.numel == len(block.index()) == 36
@@ -26,6 +26,10 @@ def test_index_take_and_locate_agree(dim):
     assert torch.equal(block.index()[place], asked[inside])
     assert not torch.isin(asked[~inside], block.index()).any()
     assert inside.any()
+    assert torch.equal(block.index_at(torch.arange(36)), block.index())
+    for row_dim, row in enumerate((block.index() // 9, block.index() % 9)):
+        chosen = torch.arange(SHAPE[row_dim]) % 2 == 0
+        assert torch.equal(block.take_rows(chosen, row_dim), chosen[row])
     vector = Block((7, 1), None, torch.tensor([1, 4]))
     assert vector.take(torch.arange(7.0)).tolist() == [1.0, 4.0]
 
@@ -86,15 +90,3 @@ def test_sampled_product_is_the_dense_one_at_the_coordinates(density):
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, expected, rtol=0.05, atol=0.1)
     assert len(gradient_at(CSR.from_positions(active[:0], (40, 30)), left, right)) == 0
-
-
-@pytest.mark.parametrize("row_dim", [0, 1])
-@pytest.mark.parametrize("dim", [0, 1, None])
-def test_places_and_rows_of_a_block(dim, row_dim):
-    ids = torch.tensor([1, 3, 4]) if dim is not None else torch.tensor([1, 5, 8, 13])
-    block = Block((5, 6), dim, ids)
-    index = block.index()
-    assert torch.equal(block.index_at(torch.arange(block.numel)), index)
-    chosen = torch.arange((5, 6)[row_dim]) % 2 == 0
-    expected = chosen[index // 6 if row_dim == 0 else index % 6]
-    assert torch.equal(block.take_rows(chosen, row_dim), expected)

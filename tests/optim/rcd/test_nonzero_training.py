@@ -1,11 +1,9 @@
 """Weights held as nonzeros while they are trained: the same run, and nothing dense."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from hf_circuit_sparsity import (
     CircuitGPTConfig,
@@ -19,6 +17,7 @@ from hf_circuit_sparsity import (
 )
 from hf_circuit_sparsity.modeling.sparse_layers import sparse_layers
 from tests.optim.conftest import Largest, train
+from tests.trainer.runs import training_logs, whole_and_resumed
 
 SETTINGS = {"lr": 0.1, "target_density": 1 / 8, "block_fraction": 1 / 4, "selection": "gradient",
             "normalize_gradients": "always"}  # fmt: skip
@@ -103,26 +102,12 @@ def test_the_trainer_saves_nonzeros_and_resumes_bit_for_bit(tiny_config, make_tr
         ),
     }
 
-    def model(seed=0):
-        return sparse_from_config(tiny_config, 1 / 4, seed=seed)
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_save = control.should_training_stop = state.global_step == 5
-
-    whole = make_trainer(model(), name="whole", **settings)
-    whole.train()
-    first = make_trainer(model(), callbacks=[Stop()], name="halves", **settings)
-    first.train()
-    checkpoint = Path(first.args.output_dir) / "checkpoint-5"
+    models = [sparse_from_config(tiny_config, 1 / 4, seed=seed) for seed in (0, 0, 9)]
+    whole, second, checkpoint = whole_and_resumed(make_trainer, models, 5, **settings)
     saved = CircuitGPTForCausalLM.from_pretrained(checkpoint)
-    assert torch.equal(saved.lm_head.weight, first.model.lm_head.weight)
-    second = make_trainer(model(seed=9), name="halves", **settings)
-    second.train(resume_from_checkpoint=str(checkpoint))
-    for (name, p), q in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
-        assert torch.equal(p, q), name
+    assert torch.equal(saved.lm_head.weight, models[1].lm_head.weight)
     for name, layer in sparse_layers(whole.model).items():
         assert torch.equal(layer.columns, second.model.get_submodule(name).columns)
-    logs = [entry for entry in whole.state.log_history if "loss" in entry]
+    logs = training_logs(whole)
     assert all(0 < entry["nonzero_fraction"] <= 0.26 for entry in logs)
     assert any(entry["mask_churn"] > 0 for entry in logs)
