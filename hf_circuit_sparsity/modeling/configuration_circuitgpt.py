@@ -4,6 +4,7 @@ A config that OpenAI released is valid here; `attribute_map` adds the ecosystem'
 """
 
 import copy
+import importlib
 import os
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ ACTIVATION_SITES = (
 )  # fmt: skip
 PAPER_ACTIVATION_SITES = ",".join(ACTIVATION_SITES[:8])
 
+REPRODUCTION = "hf_circuit_sparsity.modeling.reproduction"  # which does not travel
 MAX_LAYERS, MAX_WIDTH = 1024, 1 << 24  # far above any model; more in a file costs minutes
 # What weights may be; others cannot be computed with.
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,6 +40,8 @@ class CheckedConfig:
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
         try:
             content = super()._dict_from_json_file(json_file)
+            if "model_config" in content:  # of the public reproduction
+                content = importlib.import_module(REPRODUCTION).config_fields(content)
             if not isinstance(content.get("model_type", ""), str):
                 raise ValueError("model_type must be a string")
             cls.from_dict(copy.deepcopy(content))
@@ -61,6 +65,7 @@ def within(low: float, high: float, default: Any) -> Any:
 @strict
 class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
     """Architecture of a [`CircuitGPTForCausalLM`]. The defaults are the paper's largest model.
+    Fields of a released config that are not listed here are kept as attributes.
 
     Args:
         n_layer (`int`): transformer blocks.
@@ -82,6 +87,7 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
         sink (`bool`): a learnable logit per head that only enters the softmax denominator.
         enable_bigram_table (`bool`): a dense `V × V` table; a token's row is added to its logits.
         learnable_bigram_table (`bool`): the table is a parameter rather than a buffer.
+        use_positional_embeddings (`bool`): learned positions; without, only the mask tells order.
         d_pos_emb (`int`, *optional*): width of positions that are normalised and concatenated to
             every block's input; if not given, they are added to the embedding.
         dropout_cat_pos_emb (`bool`): dropout on concatenated positions.
@@ -93,8 +99,6 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
         StrictDataclassFieldValidationError: a field of another type or outside its range.
         ValueError: fields that do not fit each other, such as heads that do not divide `d_model`.
         ArtifactError: any of these, in a file; names the file.
-
-    Fields of a released config that are not listed here are kept as attributes.
     """
 
     model_type = "circuitgpt"
@@ -123,6 +127,7 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
     sink: bool = True
     enable_bigram_table: bool = True
     learnable_bigram_table: bool = True
+    use_positional_embeddings: bool = True
     d_pos_emb: int | None = within(1, MAX_WIDTH, default=None)
     dropout_cat_pos_emb: bool = False
     sinusoidal_cat_pos_emb: bool = False
@@ -161,8 +166,10 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
         if narrow := [site for site in self.activation_sites if self.site_k(site) == 0]:
             sites = f"{', '.join(narrow)}, {self.site_width(narrow[0])} wide"
             raise ValueError(f"afrac={self.afrac} keeps no activation at {sites}; raise either.")
-        if self.sinusoidal_cat_pos_emb and self.d_pos_emb is None:
-            raise ValueError("sinusoidal_cat_pos_emb=True was passed, but no d_pos_emb; pass it.")
+        joined = self.d_pos_emb is not None
+        if self.sinusoidal_cat_pos_emb > joined or joined > self.use_positional_embeddings:
+            needs = "d_pos_emb, and d_pos_emb needs use_positional_embeddings"
+            raise ValueError(f"sinusoidal_cat_pos_emb needs {needs}; pass what is missing.")
         super().__post_init__(**kwargs)
         if self.dtype not in (None, *FLOAT_DTYPES):
             raise ValueError(f"dtype={self.dtype} was passed, expected a float of 16 to 64 bits.")

@@ -32,8 +32,7 @@ from .sparse_checkpoint import SparsePreTrainedModel
 
 logger = logging.get_logger(__name__)
 
-# torch's RMSNorm derives its epsilon from the dtype; OpenAI's models were trained in float32, and
-# the epsilon must not change when their weights are loaded in bfloat16.
+# Not torch's default, which depends on the dtype: OpenAI's models were trained in float32.
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
 
 
@@ -81,7 +80,6 @@ class CircuitGPTAttention(nn.Module):
         self.config, self.layer_idx, self.is_causal = config, layer_idx, True
         self.head_dim, self.scaling = config.d_head, config.d_head**-0.5
         inner = config.n_head * config.d_head
-
         self.act_in = NodeSite(config.d_model_in, config.site_k("attn_in"))
         self.c_attn = nn.Linear(config.d_model_in, 3 * inner, bias=config.bias)
         self.q = NodeSite(inner, config.site_k("attn_q"))
@@ -104,7 +102,6 @@ class CircuitGPTAttention(nn.Module):
             k, v = past_key_values.update(k, v, self.layer_idx)
         if cache is not None:  # of continuous batching; transformers' attention for it has no sinks
             k, v = cache.update(k, v, self.layer_idx, kwargs)
-
         name = self.config._attn_implementation.removeprefix("paged|")
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         if self.attn_imp is not None:
@@ -174,10 +171,7 @@ class CircuitGPTBlock(GradientCheckpointingLayer):
 
 
 class SinusoidalPositions(nn.Module):
-    """Frozen positions `(block_size, width)`: sines, then cosines, of log-spaced periods.
-
-    The periods run from 4 tokens to `block_size` tokens, as in OpenAI's model.
-    """
+    """Frozen positions `(block_size, width)`: sines, then cosines, periods 4 to all tokens."""
 
     def __init__(self, block_size: int, width: int):
         super().__init__()
@@ -202,8 +196,7 @@ class CircuitGPTPreTrainedModel(SparsePreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["CircuitGPTBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _supports_sdpa = True
-    _supports_flex_attn = False  # that of transformers refuses sinks (s_aux) on the CPU
+    _supports_sdpa = True  # not flex attention: that of transformers refuses sinks on the CPU
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {  # noqa: RUF012
@@ -246,7 +239,8 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         positions = SinusoidalPositions if config.sinusoidal_cat_pos_emb else nn.Embedding
-        self.wpe = positions(config.block_size, config.d_pos_emb or config.d_model)
+        size = (config.block_size, config.d_pos_emb or config.d_model)
+        self.wpe = positions(*size) if config.use_positional_embeddings else None
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([CircuitGPTBlock(config, i) for i in range(config.n_layer)])
         self.ln_f = make_norm(config, config.d_model)
@@ -289,8 +283,8 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
             position_ids = self.position_ids_for(x, attention_mask, past_key_values)
         elif x.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_positions(position_ids)  # elsewhere that would wait for the device
-        positions = self.wpe(position_ids).to(x.device)
-        if config.d_pos_emb is None:
+        positions = None if self.wpe is None else self.wpe(position_ids).to(x.device)
+        if positions is not None and config.d_pos_emb is None:
             x, positions = x + positions, None
         elif config.dropout_cat_pos_emb:
             positions = self.drop(positions)
@@ -461,7 +455,6 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, keep]
         logits = self.unembed(hidden, None if input_ids is None else input_ids[:, keep])
-
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)

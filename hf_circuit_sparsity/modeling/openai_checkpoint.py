@@ -56,25 +56,43 @@ def load_openai_checkpoint(
     except Exception as error:  # transformers raises all kinds on values it does not expect
         raise ArtifactError(config_path, f": {error!s:.500}") from error
 
-    try:
-        weights = torch.load(weights_path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive or pickle ends in any of them
-        raise ArtifactError(
-            weights_path, " is not a readable PyTorch checkpoint of plain tensors; fetch it again."
-        ) from error
+    weights = read_pickle(weights_path)
     with torch.device("meta"):
         model = model_class(config)
-    _load(model, weights, weights_path)
+    weights = {name.removeprefix("circuit_model."): tensor for name, tensor in weights.items()}
+    model.load_state_dict(checked_weights(model, weights, weights_path), assign=True)
+    model.tie_weights()
     return model.eval()
 
 
-def _load(model: PreTrainedModel, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Load the weights, if they are complete and of the right shapes."""
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+def read_pickle(path: str | os.PathLike) -> dict[str, Any]:
+    """A dictionary by names that PyTorch has saved. Nothing in the file is executed.
+
+    Raises:
+        ArtifactError: it is damaged, or holds anything else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive or pickle ends in any of them
         raise ArtifactError(
-            path, f" holds {type(weights).__name__}, expected a dict of tensors by their names."
+            path, " is not a readable PyTorch checkpoint of plain tensors; fetch it again."
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ArtifactError(
+            path, f" holds {type(content).__name__}, expected a dict of tensors by their names."
         )
-    weights = {name.removeprefix("circuit_model."): tensor for name, tensor in weights.items()}
+    return content
+
+
+def checked_weights(
+    model: PreTrainedModel, weights: dict[str, Any], path: str | os.PathLike
+) -> dict[str, torch.Tensor]:
+    """The weights in float32, if they are complete and of the right shapes.
+
+    Raises:
+        ArtifactError: one is left over, lacking, of another shape, or no floats.
+    """
+    weights = dict(weights)
     expected = model.state_dict()
     for name in set(weights) - set(expected):
         ignored = model._keys_to_ignore_on_load_unexpected
@@ -99,6 +117,4 @@ def _load(model: PreTrainedModel, weights: dict[str, torch.Tensor], path: Path) 
                 f" has {name!r} of shape {tuple(weight.shape)}, but this config needs "
                 f"{tuple(tensor.shape)}.",
             )
-    weights = {name: tensor.float() for name, tensor in weights.items()}
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
+    return {name: tensor.float() for name, tensor in weights.items()}

@@ -9,6 +9,7 @@ No quantizer of transformers carries this layout: files saved before have no `qu
 and a quantizer must know the shapes of a layer's parameters before any file is opened.
 """
 
+import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from .configuration_circuitgpt import FLOAT_DTYPES, ArtifactError
+from .configuration_circuitgpt import FLOAT_DTYPES, REPRODUCTION, ArtifactError
 from .csr import CSR
 from .sparse_layers import (
     MAX_DENSITY,
@@ -93,6 +94,8 @@ class SparsePreTrainedModel(PreTrainedModel):
         path = "" if state_dict is not None or not checkpoint_files else checkpoint_files[0]
         commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)  # in the Hub's cache
         model.config._commit_hash = commit and commit[1]
+        if path.endswith(".bin") and importlib.util.find_spec("hf_circuit_sparsity"):
+            state_dict = importlib.import_module(REPRODUCTION).read_weights(path, model)
         in_one = path.endswith(".safetensors")
         if not in_one or not any(n.endswith(PARTS) for n in read_tensors(path, names_only=True)):
             return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
