@@ -17,7 +17,16 @@ from torch import nn
 from ..decoders.decoder import decoder_of
 from ..modeling.configuration_circuitgpt import ArtifactError
 from ..modeling.fingerprint import model_fingerprint
-from .ablation import TOKENS, hooked, mean_ablated, node_sites, unwrapped
+from .ablation import (
+    TOKENS,
+    ReferenceTokens,
+    hooked,
+    mean_ablated,
+    mean_activations,
+    node_sites,
+    reference_input_ids,
+    unwrapped,
+)
 from .circuit_file import (
     JSON_NAME,
     PICTURE_NAME,
@@ -29,6 +38,7 @@ from .circuit_file import (
     write_circuit,
 )
 from .edges import Edge, circuit_edges, count_edges, edge_hooks
+from .openai_circuit import read_openai_masks
 from .push import model_on_hub, upload_circuit
 from .task_scores import Calibration
 
@@ -219,6 +229,46 @@ class Circuit:
             )
         with mean_ablated(inner, masks, means), hooked(hooks):
             yield model
+
+    @classmethod
+    def from_openai(
+        cls,
+        file: str | os.PathLike,
+        model: nn.Module,
+        reference: ReferenceTokens,
+        *,
+        task: str = "",
+        tokens: int = 65536,
+    ) -> "Circuit":
+        """Read one of OpenAI's released circuits, its `viz_data.pt`; nothing in it is executed.
+
+        The file has the kept nodes and no means, so these are measured.
+
+        Args:
+            file: the path of `viz_data.pt`.
+            model: the released model that the circuit is of, from [`from_openai`].
+            reference: sample of the pretraining distribution; see [`find_circuit`].
+            task: name of the task, as the folder of the file has it.
+            tokens: of the reference to measure, at most.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ArtifactError: (a `ValueError`) the file is damaged, or does not fit the model.
+        """
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{file} was not found; pass the path of a viz_data.pt.")
+        inner = unwrapped(model)
+        widths = {site: node.width for site, node in node_sites(inner).items()}
+        nodes = read_openai_masks(file, widths)
+        model_name, model_revision = model_source(inner)
+        return cls(
+            nodes=nodes,
+            means=mean_activations(inner, reference_input_ids(inner, None, reference, tokens)),
+            task=task or "openai",
+            model_fingerprint=model_fingerprint(inner),
+            model_name=model_name,
+            model_revision=model_revision,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `circuit.json`: plain values, without the tensors."""
