@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -196,7 +196,12 @@ class Circuit:
 
     @contextmanager
     def apply(
-        self, model: nn.Module, *, calibrated: bool = True, inverse: bool = False
+        self,
+        model: nn.Module,
+        *,
+        calibrated: bool = True,
+        inverse: bool = False,
+        beside: Mapping[str, torch.Tensor] | None = None,
     ) -> Iterator[nn.Module]:
         """Within the block, `model` runs on this circuit alone: all other nodes are mean-ablated.
 
@@ -206,6 +211,7 @@ class Circuit:
             calibrated: also scale and shift the logits as fitted. Never done for the inverse.
             inverse: ablate the circuit instead, and keep everything else (a test of necessity):
                 its nodes, and its tokens' embeddings where it names any.
+            beside: site → bool `(width,)`, other nodes that stay on as well.
 
         Raises:
             ValueError: the circuit was made for another model.
@@ -219,6 +225,8 @@ class Circuit:
             means[TOKENS] = self.token_mean
         if inverse:
             masks = {site: ~mask for site, mask in masks.items()}
+        for site, mask in (beside or {}).items():
+            masks[site] = masks[site] | mask
         hooks = []
         if self.kept_edges is not None and not inverse:
             hooks = edge_hooks(inner, self.split_edges(inner)[1], self.edge_offsets)

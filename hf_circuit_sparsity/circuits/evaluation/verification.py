@@ -19,6 +19,7 @@ from ...tasks.binary_task import BinaryTask
 from ..ablation import (
     ReferenceTokens,
     ablation_hook,
+    hooked,
     hooked_sites,
     in_eval_mode,
     mean_ablated,
@@ -26,6 +27,8 @@ from ..ablation import (
     unwrapped,
 )
 from ..circuit import Circuit
+from ..edges import edge_hooks
+from ..gating import GatedModel
 from ..pruning.config import PruningConfig
 from ..pruning.find import (
     TaskNotLearnedError,
@@ -34,6 +37,7 @@ from ..pruning.find import (
     jaccard,
     mean_jaccard,
 )
+from ..supersets import adversarial_superset, random_superset
 from ..task_scores import (
     Calibration,
     TaskTensors,
@@ -45,15 +49,24 @@ from ..task_scores import (
     next_token_logits,
     pair_logits,
     task_rows,
+    trimmed,
 )
 from .checks import Check, Verification
 
 GUESSING = 0.6931  # nats; ln 2
+_ATTACKED = 4  # random circuits that an adversary attacks, which takes long
 # Threshold (a string is a setting of the search), whether it must be at least that, and meaning.
 _CHECKS: dict[str, tuple[float | str | None, bool, str]] = {
     "sufficiency": ("target_loss", False, "loss of the circuit alone, nats"),
     "necessity": (0.5, True, "share of the model's skill that goes with the circuit"),
     "completeness": (0.2, False, "loss of circuit and model without random parts, difference"),
+    "random supersets": (0.8, True, "skill with random parts of the rest on, mean; of the model's"),
+    "worst superset": (None, True, "the least of those"),
+    "adversarial superset": (
+        0.8,
+        True,
+        "skill with the part of the rest on that an adversary picks",
+    ),
     "interchange": (0.75, True, "answers that flip when only its nodes see the other prompt"),
     "transfer": (0.9, True, "skill on unseen templates, as a share of the model's"),
     "pair KL": ("target_loss", False, "model's answer against the circuit's, of two candidates"),
@@ -72,6 +85,8 @@ def verify_circuit(
     prompts: int = 256,
     random_circuits: int = 20,
     subsets: int = 6,
+    supersets: int = 8,
+    adversary_steps: int = 12,
     stability_seeds: int = 2,
     reference: ReferenceTokens = None,
     others: Sequence[Circuit] | None = None,
@@ -92,6 +107,10 @@ def verify_circuit(
         random_circuits: of equal size at every site, for the controls and the interval of their
             mean; at least 2.
         subsets: random halves of the circuit, for completeness; of a random circuit one.
+        supersets: random parts of the rest that are switched on beside the circuit.
+        adversary_steps: of the ascent by which an adversary picks such a part on training prompts,
+            three times from random ones; the worst is tried on held-out prompts. Of the random
+            circuits, a few are attacked likewise.
         stability_seeds: circuits to find from other seeds, as this one was found.
         reference: see [`find_circuit`]; used for those.
         others: circuits of other seeds, if they exist already; none are searched then.
@@ -103,8 +122,9 @@ def verify_circuit(
     Returns:
         A [`Verification`]: `.passed`, `.table()`, and `[name]` for one check with its value,
         control and threshold. The checks: sufficiency, necessity, completeness, transfer, pair KL,
-        vocabulary KL, interchange (where prompts are as long as their counterfactuals), stability,
-        adversarial (where there are such prompts).
+        vocabulary KL, random supersets (mean and worst), adversarial superset, interchange (where
+        prompts are as long as their counterfactuals), stability, adversarial (where there are such
+        prompts).
 
     Raises:
         TaskNotLearnedError: the model does not solve the task, so there is nothing to check.
@@ -138,12 +158,17 @@ def verify_circuit(
                 seed=seed,
                 max_length=getattr(model.config, "max_position_embeddings", None),
             )
-        suite = _Suite(model, task, prompts, subsets, seed, others or (), adversarial)
+        suite = _Suite(
+            model, task, prompts, subsets, supersets, adversary_steps, seed, others or (),
+            adversarial,
+        )  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
         vocabulary = model.get_input_embeddings().num_embeddings
         controls = [random_circuit(circuit, generator, vocabulary) for _ in range(random_circuits)]
         bar = tqdm([circuit, *controls], "verifying", disable=not progress, leave=False)
-        numbers, *of_controls = [suite.measure(c, real=c is circuit) for c in bar]
+        numbers, *of_controls = [
+            suite.measure(c, real=c is circuit, attack=i <= _ATTACKED) for i, c in enumerate(bar)
+        ]
     checks = []
     for name, value in numbers.items():
         kind, _, detail = name.partition(": ")
@@ -153,7 +178,7 @@ def verify_circuit(
         if detail:
             accuracy = binary_accuracy(suite.adversarial[detail][1])
             meaning = meaning.format(where=detail.replace("_", " "), accuracy=accuracy)
-        control = mean_and_interval([measured[name] for measured in of_controls], seed)
+        control = mean_and_interval([m[name] for m in of_controls if name in m], seed)
         checks.append(Check(name, value, *control, threshold, at_least, meaning))
     verification = Verification(tuple(checks))
     circuit.verification = verification.numbers()
@@ -195,13 +220,16 @@ class _Suite:
         task: BinaryTask,
         prompts: int,
         subsets: int,
+        supersets: int,
+        adversary_steps: int,
         seed: int,
         others: Sequence[Circuit],
         adversarial: dict[str, BinaryTask],
     ):
         self.model, self.subsets, self.seed, self.others = model, subsets, seed, others
+        self.supersets, self.adversary_steps = supersets, adversary_steps
         generator = torch.Generator().manual_seed(seed)
-        train = _some(task.tensors("train"), prompts, generator)
+        self.seen = train = _some(task.tensors("train"), prompts, generator)
         self.test = _some(task.tensors("test"), prompts, generator)
         self.swaps = _equally_long(task, prompts)
         self.whole = model_scores(model, train, self.test)
@@ -224,9 +252,10 @@ class _Suite:
         """At most that of guessing: who does worse has no skill left to lose."""
         return min(GUESSING, binary_loss(calibration.pairs(pairs, self.test)).item())
 
-    def measure(self, circuit: Circuit, real: bool) -> dict[str, float]:
+    def measure(self, circuit: Circuit, real: bool, attack: bool) -> dict[str, float]:
         """All numbers of one candidate; nothing is calibrated to it. Random circuits, and the model
-        without a part of itself, are calibrated as the whole model is."""
+        without a part of itself, are calibrated as the whole model is. Only with `attack` does an
+        adversary look for what breaks it."""
         model, test = self.model, self.test
         calibration = circuit.calibration if real else self.whole.calibration
         with circuit.apply(model, calibrated=False):
@@ -240,7 +269,7 @@ class _Suite:
             "sufficiency": binary_loss(alone).item(),
             "necessity": (without - self.model_loss) / (GUESSING - self.model_loss),
             "completeness": self._incompleteness(circuit, calibration, self.subsets if real else 1),
-            "transfer": (binary_accuracy(alone) - 0.5) / (self.model_accuracy - 0.5),
+            "transfer": self._skill(alone),
             "pair KL": pair_kl(alone.numpy(), whole.numpy()),
             "vocabulary KL": F.kl_div(
                 calibration.logits(next_token).log_softmax(-1),
@@ -249,6 +278,7 @@ class _Suite:
                 log_target=True,
             ).item(),
         }
+        numbers |= self._beside_others(circuit, calibration, attack)
         if self.swaps is not None:
             numbers["interchange"] = self._interchange(circuit)
         if self.others:
@@ -260,6 +290,39 @@ class _Suite:
             answers = calibration.pairs(adverse[kind], tensors)
             numbers[f"adversarial: {kind}"] = agreement(answers.numpy(), whole_pairs.numpy())
             numbers[f"accuracy: {kind}"] = binary_accuracy(answers)
+        return numbers
+
+    def _skill(self, pairs: torch.Tensor) -> float:
+        """How far above guessing, as a share of the model's."""
+        return (binary_accuracy(pairs) - 0.5) / (self.model_accuracy - 0.5)
+
+    def _beside_others(
+        self, circuit: Circuit, calibration: Calibration, attack: bool
+    ) -> dict[str, float]:
+        """Skill on held-out prompts with parts of the rest on, one part for all prompts."""
+        model, generator = self.model, torch.Generator().manual_seed(self.seed)
+        widths = {site: len(mean) for site, mean in circuit.means.items()}
+
+        def skill(beside: dict[str, torch.Tensor]) -> float:
+            with circuit.apply(model, calibrated=False, beside=beside):
+                return self._skill(calibration.pairs(all_pair_logits(model, self.test), self.test))
+
+        numbers = {}
+        if self.supersets:
+            # For a random circuit a few are enough: there is little skill to lose.
+            drawn = range(self.supersets if attack else min(2, self.supersets))
+            skills = [skill(random_superset(widths, generator)) for _ in drawn]
+            numbers["random supersets"] = sum(skills) / len(skills)
+            numbers["worst superset"] = min(skills)
+        if self.adversary_steps and attack:
+            keep = circuit.masks()
+            cut = [] if circuit.kept_edges is None else circuit.split_edges(model)[1]
+            with hooked(edge_hooks(model, cut, circuit.edge_offsets) if cut else []):
+                worst = adversarial_superset(
+                    GatedModel(model, circuit.means), trimmed(self.seen), keep, calibration.pairs,
+                    generator, self.adversary_steps, restarts=3,
+                )  # fmt: skip
+            numbers["adversarial superset"] = skill(worst)
         return numbers
 
     def _incompleteness(self, circuit: Circuit, calibration: Calibration, halves: int) -> float:

@@ -39,7 +39,8 @@ def test_the_planted_circuit_passes_every_check(planted):
     assert verification.passed, verification.table()
     assert [check.name for check in verification.checks] == [
         "sufficiency", "necessity", "completeness", "transfer", "pair KL", "vocabulary KL",
-        "interchange", "stability", "adversarial: other_rows", "accuracy: other_rows",
+        "random supersets", "worst superset", "adversarial superset", "interchange", "stability",
+        "adversarial: other_rows", "accuracy: other_rows",
     ]  # fmt: skip
     for name, value in [("sufficiency", 0), ("interchange", 1), ("transfer", 1), ("stability", 1)]:
         assert verification[name].value == pytest.approx(value, abs=0.02)
