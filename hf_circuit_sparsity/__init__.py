@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from .circuits.task_scores import evaluate_tasks
     from .circuits.viewer.plot import plot_circuit
     from .circuits.viewer.report import write_report
+    from .modeling.causal_lm import load_causal_lm, save_nonzeros
     from .modeling.configuration_circuitgpt import ArtifactError, CircuitGPTConfig
     from .modeling.modeling_circuitgpt import CircuitGPTForCausalLM, CircuitGPTModel, NodeSite
+    from .modeling.sparse_layers import to_dense, to_sparse
     from .optim.param_groups import sparse_param_groups
     from .optim.rcd.config import RCDConfig
     from .optim.rcd.optimizer import RCDSparseOptimizer
@@ -76,13 +78,17 @@ _MODULES = {
     "initialize_bigram_table_": "trainer.bigram_init",
     "list_circuits": "circuits.hub",
     "list_tasks": "tasks.load",
+    "load_causal_lm": "modeling.causal_lm",
     "load_task": "tasks.load",
     "pack_dataset": "tasks.packing",
     "plot_circuit": "circuits.viewer.plot",
+    "save_nonzeros": "modeling.causal_lm",
     "search_circuit": "circuits.pruning.tune",
     "sparse_from_config": "optim.sparse_init",
     "sparse_param_groups": "optim.param_groups",
     "sparsify_initialization_": "optim.sparse_init",
+    "to_dense": "modeling.sparse_layers",
+    "to_sparse": "modeling.sparse_layers",
     "tokenizer_from_openai": "tasks.tokenizer",
     "train_tokenizer": "tasks.tokenizer",
     "verify_circuit": "circuits.evaluation.verification",

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from hf_circuit_sparsity import CircuitGPTConfig, CircuitGPTForCausalLM
 from hf_circuit_sparsity.kernels.cpu import load_kernels, without_kernels
@@ -61,7 +62,7 @@ def sparsify(model: nn.Module, density: float = 0.1) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
                 keep = torch.rand(module.weight.shape, generator=generator) < density
                 module.weight.masked_fill_(~keep, 0.0)
     return model

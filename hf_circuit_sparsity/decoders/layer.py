@@ -6,6 +6,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..modeling.causal_lm import TRANSPOSED_LAYERS
+
 
 @dataclass(frozen=True)
 class Target:
@@ -43,7 +45,7 @@ class Projection:
     def weight(self) -> Tensor:
         """`(outputs, inputs)`, a view where it can be."""
         weight = self.module.weight  # a sparse layer makes it anew each time
-        return weight.T if isinstance(self.module, Conv1D) else weight
+        return weight.T if isinstance(self.module, TRANSPOSED_LAYERS) else weight
 
 
 class Part(NamedTuple):

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from . import causal_lm  # noqa: F401 (makes Conv1D one of the layers that run on nonzeros)
 from .configuration_circuitgpt import ACTIVATION_SITES, CircuitGPTConfig
 from .modeling_circuitgpt import CircuitGPTForCausalLM, CircuitGPTModel, NodeSite
 

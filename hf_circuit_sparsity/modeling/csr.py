@@ -116,7 +116,7 @@ class CSR:
                 columns = self.row_of.to(torch.int32)[order]
             self._transposed += CSR(starts, columns, None, rows), order
         pattern, order = self._transposed
-        values = None if self.values is None else self.values.detach().index_select(0, order)
+        values = None if self.values is None else self.values.index_select(0, order)
         return pattern.with_values(values)
 
     def _as_torch(self, values: Tensor) -> Tensor:

@@ -4,9 +4,6 @@ A matrix `NAME` with few nonzeros is stored as three tensors: `NAME.values`, in 
 row by row; `NAME.columns`, the column of each; and `NAME.row_counts`, how many each row has. The
 integers are of 1, 2 or 4 bytes, whichever the matrix's width allows. Everything else, and a matrix
 that this would not make smaller, is stored as it is.
-
-No quantizer of transformers carries this layout: files saved before have no `quantization_config`,
-and a quantizer must know the shapes of a layer's parameters before any file is opened.
 """
 
 import importlib.util
@@ -26,6 +23,7 @@ from .configuration_circuitgpt import FLOAT_DTYPES, REPRODUCTION, ArtifactError
 from .csr import CSR
 from .sparse_layers import (
     MAX_DENSITY,
+    SPARSE_LAYERS,
     SparseWeight,
     run_on_nonzeros,
     sparse_layers,
@@ -103,13 +101,13 @@ class SparsePreTrainedModel(PreTrainedModel):
         if _AS_NONZEROS.get():
             if len(set(device_map.values())) > 1:
                 raise ValueError("sparse=True was passed with a device_map over several devices.")
-            nonzeros = {n: w for n, w in weights.items() if _runs_sparsely(model, n, w)}
+            run_dense = {id(w) for n, w in weights.items() if not _runs_sparsely(model, n, w)}
+            nonzeros = {n: w for n, w in weights.items() if id(w) not in run_dense}
             model._nonzeros = {n.rpartition(".")[0]: w for n, w in nonzeros.items()}
             for name in nonzeros:  # `from_pretrained` replaces these layers at its end
                 model.get_parameter(name)._is_hf_initialized = True
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        rest = weights.keys() - nonzeros.keys() - tied.keys()
-        rest = {n: _dense(w) for n, w in weights.items() if n in rest}
+        firsts = {id(w): n for n, w in reversed(weights.items())}.values()  # names of tied weights
+        rest = {n: weights[n].to_dense() for n in set(firsts) - nonzeros.keys()}
         info, offloaded = load(model, rest, None, load_config, expected_keys=list(rest))
         info.missing_keys -= nonzeros.keys()  # so that they stay on the meta device
         return info, offloaded
@@ -126,13 +124,13 @@ class SparsePreTrainedModel(PreTrainedModel):
         """
         sparse = self._saves_sparse if sparse is None else sparse
         if state_dict is None and (sparse or sparse_layers(self)):
-            tied = self.all_tied_weights_keys or {}  # is written once
-            state_dict = {n: w for n, w in named_weights(self) if n not in tied}
+            weights, tied = dict(named_weights(self)), self.all_tied_weights_keys or {}
+            state_dict = {n: w for n, w in weights.items() if w is not weights.get(tied.get(n))}
         if sparse:
             state_dict = sparse_state_dict(state_dict)
             kwargs["max_shard_size"] = 1 << 62  # what belongs together stays in one file
         elif state_dict is not None:
-            state_dict = {n: _dense(w) for n, w in state_dict.items()}
+            state_dict = {n: w.to_dense() for n, w in state_dict.items()}
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
     def push_to_hub(self, repo_id: str, *args: Any, sparse: bool = True, **kwargs: Any) -> str:
@@ -153,13 +151,14 @@ class SparsePreTrainedModel(PreTrainedModel):
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | CSR]]:
-    """Every weight by its name in `state_dict()`, those of layers that run sparsely as [`CSR`]."""
+    """Every weight by its name in `state_dict()`, a [`CSR`] if it runs sparsely; tied: the same."""
+    shared: dict[int, CSR] = {}
     for name, module in model.named_modules():
         prefix, own = f"{name}." if name else "", {}
         if not isinstance(module, SparseWeight):
             module._save_to_state_dict(own, prefix, True)
         else:
-            own[f"{prefix}weight"] = module.csr
+            own[f"{prefix}weight"] = shared.setdefault(id(module.values), module.csr)
             if module.bias is not None:
                 own[f"{prefix}bias"] = module.bias
         yield from own.items()
@@ -176,26 +175,18 @@ def sparse_state_dict(weights: dict[str, Tensor | CSR]) -> dict[str, Tensor]:
             encoded[name] = weight.detach().cpu().contiguous()
             continue
         counts = weight.row_starts.cpu().diff().numpy()
-        columns = weight.columns.cpu().numpy().astype(_index_dtype(weight.shape[1]))
-        encoded[name + VALUES] = weight.values.detach().cpu().contiguous()
-        encoded[name + COLUMNS] = torch.from_numpy(columns)
+        index = np.min_scalar_type(max(0, weight.shape[1] - 1))
+        columns = torch.from_numpy(weight.columns.cpu().numpy().astype(index))
+        encoded[name + VALUES], encoded[name + COLUMNS] = weight.values.detach().cpu(), columns
         counts = counts.astype(np.min_scalar_type(counts.max(initial=0)))
         encoded[name + ROW_COUNTS] = torch.from_numpy(counts)
     return encoded
 
 
-def _dense(weight: Tensor | CSR) -> Tensor:
-    return weight.to_dense() if isinstance(weight, CSR) else weight
-
-
-def _index_dtype(width: int) -> np.dtype:
-    return np.min_scalar_type(max(0, width - 1))
-
-
 def _is_smaller_sparse(tensor: Tensor) -> bool:
     if tensor.dim() != 2 or not tensor.is_floating_point() or not tensor.numel():
         return False
-    index = _index_dtype(tensor.shape[1]).itemsize
+    index = np.min_scalar_type(tensor.shape[1] - 1).itemsize
     size = int(torch.count_nonzero(tensor)) * (tensor.element_size() + index)
     return size + len(tensor) * index < tensor.numel() * tensor.element_size()
 
@@ -280,7 +271,7 @@ def _runs_sparsely(model: nn.Module, name: str, weight: Tensor | CSR) -> bool:
     """Whether the weight is of a layer that is faster on its nonzeros."""
     if not isinstance(weight, CSR) or len(weight) > MAX_DENSITY * weight.shape[0] * weight.shape[1]:
         return False
-    return type(model.get_submodule(name.rpartition(".")[0])) in (nn.Linear, nn.Embedding)
+    return type(model.get_submodule(name.rpartition(".")[0])) in SPARSE_LAYERS
 
 
 def read_tensors(path: str | os.PathLike, names_only: bool = False) -> dict[str, Tensor]:

@@ -101,9 +101,9 @@ class SparseLinear(SparseWeight):
         super().__init__(csr, bias)
         self.out_features, self.in_features = self.shape
 
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.in_features)
-        y = _LinearFunction.apply(flat, self.values, self.bias, self.csr)
+    def forward(self, x: Tensor, csr: CSR | None = None) -> Tensor:
+        flat, csr = x.reshape(-1, self.in_features), self.csr if csr is None else csr
+        y = _LinearFunction.apply(flat, csr.values, self.bias, csr)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -136,7 +136,9 @@ class _LinearFunction(torch.autograd.Function):
 class SparseEmbedding(SparseWeight):
     """`nn.Embedding` on the nonzeros of its table: ids `(...)` to `(..., embedding_dim)`."""
 
-    def __init__(self, csr: CSR) -> None:
+    padding_idx: int | None = None  # a row that is not trained
+
+    def __init__(self, csr: CSR, bias: None = None) -> None:
         super().__init__(csr)
         self.num_embeddings, self.embedding_dim = self.shape
 
@@ -148,9 +150,15 @@ class SparseEmbedding(SparseWeight):
         # The n-th nonzero of a token is n entries after the start of its row.
         before = counts.cumsum(0) - counts
         entry = torch.arange(len(token), device=ids.device) + (starts - before)[token]
-        out = self.values.new_zeros(len(flat), self.embedding_dim)
-        out.index_put_((token, self.columns[entry].long()), self.values[entry])
+        values = self.values[entry]
+        if self.padding_idx is not None:
+            values = torch.where(flat[token] == self.padding_idx, values.detach(), values)
+        out = values.new_zeros(len(flat), self.embedding_dim)
+        out.index_put_((token, self.columns[entry].long()), values)
         return out.view(*ids.shape, self.embedding_dim)
+
+
+SPARSE_LAYERS = {nn.Linear: SparseLinear, nn.Embedding: SparseEmbedding}  # by what each replaces
 
 
 def to_sparse(model: Model, threshold: float = MAX_DENSITY) -> Model:
@@ -168,14 +176,15 @@ def to_sparse(model: Model, threshold: float = MAX_DENSITY) -> Model:
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold} was passed, expected a share from 0 to 1.")
-    kinds = (nn.Linear, nn.Embedding)
-    weights = {n: m.weight for n, m in model.named_modules() if type(m) in kinds}
+    weights = {n: m.weight for n, m in model.named_modules() if type(m) in SPARSE_LAYERS}
+    others = [m for m in model.modules() if type(m) not in SPARSE_LAYERS]
+    elsewhere = {id(p) for m in others for p in m._parameters.values()}  # tied to what stays dense
     densities, nonzeros = [1.0], {}  # the latter by weight, as layers may be tied
     for name, weight in weights.items():
         if weight.is_meta:
             raise ValueError(f"{name}.weight is not in memory (offloaded); load it into memory.")
         densities.append(float(torch.count_nonzero(weight)) / max(1, weight.numel()))
-        if densities[-1] <= threshold and id(weight) not in nonzeros:
+        if densities[-1] <= threshold and id(weight) not in elsewhere | nonzeros.keys():
             nonzeros[id(weight)] = CSR.from_dense(weight)
     run_on_nonzeros(model, {n: nonzeros[id(w)] for n, w in weights.items() if id(w) in nonzeros})
     if weights and not nonzeros:
@@ -196,8 +205,9 @@ def run_on_nonzeros(model: nn.Module, nonzeros: dict[str, CSR]) -> None:
         if not isinstance(csr.values, nn.Parameter):
             values = csr.values.to(module.weight.dtype)
             csr.values = nn.Parameter(values, module.weight.requires_grad)
-        is_table = isinstance(module, nn.Embedding)
-        layer = SparseEmbedding(csr) if is_table else SparseLinear(csr, module.bias)
+        layer = SPARSE_LAYERS[type(module)](csr, getattr(module, "bias", None))
+        layer.padding_idx = getattr(module, "padding_idx", None)
+        module.weight, layer.dense = None, (module,)  # no submodule, but what to_dense puts back
         model.set_submodule(name, layer.train(module.training))
 
 
@@ -205,14 +215,11 @@ def to_dense(model: Model) -> Model:
     """Undo `to_sparse`, in place: every layer holds and multiplies its dense matrix again."""
     shared: dict[int, nn.Parameter] = {}  # by values, as layers may be tied
     for name, layer in sparse_layers(model).items():
-        (rows, width), values = layer.shape, layer.values
+        values, (dense,) = layer.values, layer.dense
         if id(values) not in shared:
             shared[id(values)] = nn.Parameter(layer.weight.detach(), values.requires_grad)
-        with torch.device("meta"):  # nothing is allocated for weights that are replaced
-            is_table = isinstance(layer, SparseEmbedding)
-            dense = nn.Embedding(rows, width) if is_table else nn.Linear(width, rows, bias=False)
         dense.weight = shared[id(values)]
-        if not is_table:
+        if layer.bias is not None:
             dense.bias = layer.bias
         model.set_submodule(name, dense.train(layer.training))
     return model

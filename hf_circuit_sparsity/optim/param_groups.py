@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..modeling.causal_lm import TRANSPOSED_LAYERS
 from ..modeling.sparse_layers import SparseEmbedding, SparseLinear, SparseWeight
 
 # Dense even if a model builds them from a Linear or an Embedding: the bigram table exists so that
@@ -104,7 +105,7 @@ def _kinds(model: nn.Module) -> dict[int, tuple[str, int, bool]]:
     kinds: dict[int, tuple[str, int, bool]] = {}
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D | SparseLinear):
-            row_dim = 1 if isinstance(module, Conv1D) else 0
+            row_dim = 1 if isinstance(module, TRANSPOSED_LAYERS) else 0
             kind = ("weight", row_dim, isinstance(module, SparseWeight))
             kinds.setdefault(id(trained_weight(module)), kind)
             if module.bias is not None:

@@ -22,11 +22,11 @@ from transformers import (
 )
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, TrainOutput
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..hub_cards.card import MARK
+from ..modeling.causal_lm import NONZEROS_NAME, saving_nonzeros, weights_file
 from ..modeling.csr import CSR
-from ..modeling.sparse_checkpoint import SparsePreTrainedModel, named_weights, read_weights
+from ..modeling.sparse_checkpoint import named_weights, read_weights
 from ..modeling.sparse_layers import sparse_layers
 from ..optim.param_groups import sparse_param_groups
 from ..optim.rcd.distributed import RCDProcessGroup, leave_to_process_group
@@ -202,8 +202,9 @@ class SparseTrainer(LanguageModelTrainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer copies what it knows of a checkpoint to where it pushes from; the model's code,
-        # without which nobody loads it, is not among that.
-        for path in Path(checkpoint_folder).glob("*.py"):
+        # without which nobody loads it, and the nonzeros of another's are not among that.
+        folder = Path(checkpoint_folder)
+        for path in (*folder.glob("*.py"), *folder.glob(NONZEROS_NAME)):
             shutil.copy(path, Path(self.args.output_dir) / path.name)
         super()._push_from_checkpoint(checkpoint_folder)
 
@@ -292,11 +293,8 @@ class SparseTrainer(LanguageModelTrainer):
         # What is held as nonzeros is also written as such: it would not fit into memory otherwise.
         if state_dict is not None or not self._holds_nonzeros():
             return super()._save(output_dir, state_dict)
-        self.model._saves_sparse = True
-        try:
+        with saving_nonzeros(self.model):
             return super()._save(output_dir)
-        finally:
-            del self.model._saves_sparse
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -330,7 +328,7 @@ class SparseTrainer(LanguageModelTrainer):
     @torch.no_grad()
     def _load_nonzeros(self, folder: str) -> None:
         # In place: parameters stay the objects they are, and no matrix is made dense.
-        weights = read_weights(Path(folder) / SAFE_WEIGHTS_NAME, self.model)
+        weights = read_weights(weights_file(folder), self.model)
         for name, target in named_weights(self.model):
             weight = weights[name]
             stored_sparse = isinstance(weight, CSR)
@@ -341,7 +339,7 @@ class SparseTrainer(LanguageModelTrainer):
                 target.copy_(weight.to_dense() if stored_sparse else weight)
 
     def _holds_nonzeros(self) -> bool:
-        return isinstance(self.model, SparsePreTrainedModel) and bool(sparse_layers(self.model))
+        return isinstance(self.model, PreTrainedModel) and bool(sparse_layers(self.model))
 
     def _training_steps(self) -> int:
         # Trainer has counted them by the time it builds the optimizer for train().

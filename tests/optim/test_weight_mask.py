@@ -8,8 +8,9 @@ from tests.conftest import random_model, sparsify
 
 
 def test_masks_are_the_nonzeros_of_the_weights(make_gpt2):
-    model = sparsify(make_gpt2())  # GPT-2's own layers stay dense, its embeddings do not
+    model = sparsify(make_gpt2())
     with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[:3] = 1.0
         model.transformer.h[0].mlp.c_fc.weight[3:] = 0.0
     graph = extract_mask(model)
     weights = {name: p for name, p in model.named_parameters() if p.ndim > 1}

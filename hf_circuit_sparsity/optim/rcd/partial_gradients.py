@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ...kernels.cpu import CpuKernels, compiled_kernels
+from ...modeling.causal_lm import TRANSPOSED_LAYERS, SparseConv1D
 from ...modeling.csr import CSR
 from ...modeling.sparse_layers import SparseEmbedding, SparseLinear, SparseWeight
 from ..param_groups import trained_weight
@@ -30,8 +31,8 @@ class PartialGradients(ReplacedForwards):
     """Lets the layers of a model hand an [`RCDSparseOptimizer`] the gradients it will use.
 
     While attached, `nn.Linear`, transformers' `Conv1D` and `nn.Embedding` layers, and those
-    that take the place of the first and last in `model.to_sparse()`, whose weight is one of the
-    optimizer's sparse parameters compute its gradient at the active coordinates and in the current
+    that [`to_sparse`] puts in their place, whose weight is one of the optimizer's sparse parameters
+    compute its gradient at the active coordinates and in the current
     block, add it to what the optimizer holds for its next step, and leave `.grad` of the weight
     None. The full gradient never exists. Their forward passes and input gradients run on the active
     coordinates where these are few. Everything else (biases, norms, other modules) has an ordinary
@@ -164,7 +165,7 @@ def _supported(module: nn.Module) -> bool:
     """Whether the layer does what we put in its place; a subclass may do something else."""
     own = type(module).forward
     if isinstance(module, SparseWeight):
-        return own in (SparseLinear.forward, SparseEmbedding.forward)
+        return own in (SparseLinear.forward, SparseConv1D.forward, SparseEmbedding.forward)
     if isinstance(module, nn.Embedding):
         plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
         return own is nn.Embedding.forward and plain
@@ -188,7 +189,7 @@ class _PartialForward(LinearForward):
         super().__init__(layer)
         self.optimizer = optimizer
         self.threshold = threshold
-        self.transposed = isinstance(layer, Conv1D)
+        self.transposed = isinstance(layer, TRANSPOSED_LAYERS)
 
     def __call__(self, x: Tensor) -> Tensor:
         device = x.device.type

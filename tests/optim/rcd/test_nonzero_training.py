@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hf_circuit_sparsity import (
     CircuitGPTConfig,
@@ -11,11 +12,15 @@ from hf_circuit_sparsity import (
     RCDConfig,
     RCDSparseOptimizer,
     TopKAdamW,
+    load_causal_lm,
     sparse_from_config,
     sparse_param_groups,
     sparsify_initialization_,
+    to_sparse,
 )
+from hf_circuit_sparsity.modeling.causal_lm import weights_file
 from hf_circuit_sparsity.modeling.sparse_layers import sparse_layers
+from tests.conftest import sparsify
 from tests.optim.conftest import Largest, train
 from tests.trainer.runs import training_logs, whole_and_resumed
 
@@ -93,8 +98,17 @@ def test_an_optimizer_that_was_not_told_the_layers_says_so(tiny_config):
         TopKAdamW(sparse_param_groups(model), target_density=1 / 8, total_steps=3)
 
 
+@pytest.fixture(params=["circuitgpt", "gpt2", "llama"])
+def make_nonzeros(request, tiny_config, make_gpt2, make_llama):
+    """A model, of three architectures, that runs on its nonzeros."""
+    if request.param == "circuitgpt":
+        return lambda seed: sparse_from_config(tiny_config, 1 / 4, seed=seed)
+    make = {"gpt2": make_gpt2, "llama": make_llama}[request.param]
+    return lambda seed: to_sparse(sparsify(make(seed=seed), 1 / 4), threshold=1.0)
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.02])
-def test_the_trainer_saves_nonzeros_and_resumes_bit_for_bit(tiny_config, make_trainer, clip):
+def test_the_trainer_saves_nonzeros_and_resumes_bit_for_bit(make_nonzeros, make_trainer, clip):
     settings = {
         "sparsifier": "rcd",
         "rcd_config": RCDConfig(
@@ -102,9 +116,11 @@ def test_the_trainer_saves_nonzeros_and_resumes_bit_for_bit(tiny_config, make_tr
         ),
     }
 
-    models = [sparse_from_config(tiny_config, 1 / 4, seed=seed) for seed in (0, 0, 9)]
+    models = [make_nonzeros(seed) for seed in (0, 0, 9)]
     whole, second, checkpoint = whole_and_resumed(make_trainer, models, 5, **settings)
-    saved = CircuitGPTForCausalLM.from_pretrained(checkpoint)
+    assert any(name.endswith(".columns") for name in load_file(weights_file(checkpoint)))
+    saved = load_causal_lm(checkpoint)
+    assert type(saved) is type(models[1])
     assert torch.equal(saved.lm_head.weight, models[1].lm_head.weight)
     for name, layer in sparse_layers(whole.model).items():
         assert torch.equal(layer.columns, second.model.get_submodule(name).columns)
