@@ -23,10 +23,9 @@ from hf_circuit_sparsity.circuits.edges import (
 from hf_circuit_sparsity.circuits.viewer.report_data import ReportConfig
 from hf_circuit_sparsity.decoders.decoder import decoder_of
 from tests.circuits.planted import NO, OFF, ON, YES, on_off_task, reference_ids
-from tests.decoders.dense_models import DENSE, PARALLEL
+from tests.decoders.dense_models import DENSE, PARALLEL, circuitgpt
 
 MODELS = {name: make for name, make in {**DENSE, **PARALLEL}.items() if name != "circuitgpt"}
-every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 
 @torch.no_grad()
@@ -89,7 +88,7 @@ def logits(model):
     return model(reference_ids(), use_cache=False).logits
 
 
-@every_model
+@pytest.mark.parametrize("make", [circuitgpt, *MODELS.values()], ids=["circuitgpt", *MODELS])
 @pytest.mark.parametrize(
     "site", ["h.0.attn.act_in", "h.1.attn.v", "h.1.mlp.act_in", "h.1.mlp.post_act"]
 )

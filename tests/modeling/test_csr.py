@@ -48,13 +48,15 @@ def test_dense_and_back(shape, density, dtype):
     assert torch.equal(csr.with_values(2 * csr.values).transposed().to_dense(), 2 * weight.T)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 7, 300])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 16, 77, 300])
 @pytest.mark.parametrize("density", DENSITIES)
-def test_products(tokens, density):
-    weight = random_sparse(33, 20, density)
+@pytest.mark.parametrize(("rows", "width"), [(33, 20), (70, 33), (18, 40)])
+def test_products(rows, width, tokens, density, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1 + rows % 2)
+    weight = random_sparse(rows, width, density)
     csr = CSR.from_dense(weight)
-    x, up = (torch.randn(tokens, n, generator=GENERATOR) for n in (20, 33))
-    bias = torch.randn(33, generator=GENERATOR)
+    x, up = (torch.randn(tokens, n, generator=GENERATOR) for n in (width, rows))
+    bias = torch.randn(rows, generator=GENERATOR)
     for b in (None, bias):
         y = csr.linear(x, b)
         torch.testing.assert_close(y, F.linear(x, weight, b))
