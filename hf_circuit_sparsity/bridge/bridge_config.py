@@ -1,7 +1,9 @@
 """The settings of [`BridgeTrainer`]: what it adds to [`SparseTrainingArguments`]."""
 
+import math
 from dataclasses import dataclass
 
+from ..optim.settings import check, is_whole
 from ..trainer.sparse_config import SparseTrainingArguments, with_help
 from .losses import LOSS_TERMS
 
@@ -46,13 +48,11 @@ class BridgeTrainingArguments(SparseTrainingArguments):
 
     def __post_init__(self) -> None:
         for term, weight in self.loss_weights().items():
-            if not 0.0 <= weight < float("inf"):
-                raise ValueError(f"{term}_weight={weight} was passed, expected a number >= 0.")
+            check(f"{term}_weight", weight, 0.0 <= weight < math.inf, "a finite number >= 0")
         if not any(self.loss_weights().values()):
             raise ValueError("all weights of the loss are 0: leave at least one above.")
         count = self.hybrid_locations
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ValueError(f"hybrid_locations={count!r} was passed, expected an integer >= 0.")
+        check("hybrid_locations", count, is_whole(count, 0), "a whole number >= 0")
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} was passed, but the terms "

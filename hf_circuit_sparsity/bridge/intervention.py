@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from ..optim.settings import is_whole
 
 RESIDUAL_SITES = ("act_in", "resid_delta")
 _SITE = re.compile(r"h\.(\d+)\.(attn|mlp)\.(\w+)")
@@ -33,7 +34,7 @@ def check_location(sparse: CircuitGPTForCausalLM, location: int) -> int:
         ValueError: the model has no such location.
     """
     n_layer = sparse.config.n_layer
-    if not _is_index(location, 2 * n_layer + 1):
+    if not (is_whole(location, 0) and location <= 2 * n_layer):
         raise ValueError(
             f"There is no location {location!r}: a model of {n_layer} layers has 0 (after the "
             f"embedding) to {2 * n_layer} (after the last MLP); 2i + 1 is after the attention of "
@@ -83,7 +84,7 @@ def steering_point(sparse: CircuitGPTForCausalLM, where: int | str, channel: int
     is_residual = name in RESIDUAL_SITES
     # Channels past d_model are concatenated positions, which no bridge carries.
     n_channels = min(site_width, width) if is_residual else site_width
-    if not _is_index(channel, n_channels):
+    if not (is_whole(channel, 0) and channel < n_channels):
         where = where if isinstance(where, str) else f"location {where}"
         raise ValueError(
             f"There is no channel {channel!r} at {where}; its channels are 0 to {n_channels - 1}."
@@ -93,7 +94,3 @@ def steering_point(sparse: CircuitGPTForCausalLM, where: int | str, channel: int
         return SteeringPoint(location, direction, True)
     write = sparse.get_submodule(f"transformer.h.{layer}.{part}.c_proj").weight
     return SteeringPoint(location, write[:, channel].detach(), False)
-
-
-def _is_index(value: int, length: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < length

@@ -1,15 +1,23 @@
 """What the wrappers of all kernels share: calling C, and splitting work among threads."""
 
 import ctypes
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .threads import map_pieces
-
 LANES = 16  # as in lanes.h
 PIECE = 1 << 16  # entries worth a thread of their own
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork, a pool would wait for them
+    os.register_at_fork(after_in_child=_pools.clear)
 
 
 class Library:
@@ -63,3 +71,16 @@ def in_pieces(work: Callable[[range], None], n: int, grain: int) -> None:
     threads = min(torch.get_num_threads(), -(-n // grain))
     step = -(-n // (threads * grain)) * grain
     map_pieces(work, [range(i, min(i + step, n)) for i in range(0, n, step)])
+
+
+def map_pieces(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> list[Result]:
+    """`[work(piece) for piece in pieces]` on as many threads as torch computes with.
+
+    For calls that let go of Python's lock while they compute, as those of C and numpy do.
+    """
+    threads = min(torch.get_num_threads(), len(pieces))
+    if threads <= 1:
+        return [work(piece) for piece in pieces]
+    if threads not in _pools:
+        _pools[threads] = ThreadPoolExecutor(threads)
+    return list(_pools[threads].map(work, pieces))

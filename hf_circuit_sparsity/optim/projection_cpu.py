@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.calling import map_pieces
 from ..kernels.cpu import CpuKernels, compiled_kernels
-from ..kernels.threads import map_pieces
 from .keep_largest import INTEGER_VIEW, infinity_bits, largest_mask
 
 # Entries per piece of a pass: 1 MB of float32, which stays in the second-level cache.

@@ -102,14 +102,14 @@ class LinearForward:
         return compiled_kernels(x, weight)
 
     def weight_gradient(self, left: Tensor, right: Tensor) -> Tensor | None:
-        """What becomes of the weight's gradient, `left.T @ right`."""
-        raise NotImplementedError
+        """The weight's gradient, `left.T @ right`, or None where it goes elsewhere."""
+        return weight_gradient(left, right, compiled_kernels(left, right))
 
     def differentiable_gradients(
         self, x: Tensor, weight: Tensor, grad: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The gradients of input and weight by torch's own products."""
-        raise NotImplementedError
+        return grad @ weight, grad.t() @ x
 
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, nonzeros: CSR | None
@@ -175,14 +175,6 @@ class NonzeroForward(LinearForward):
             if nonzeros is not None or kernels is not None:
                 return self.linear(x, weight, bias, nonzeros)
         return F.linear(x, weight, bias)
-
-    def weight_gradient(self, left: Tensor, right: Tensor) -> Tensor:
-        return weight_gradient(left, right, compiled_kernels(left, right))
-
-    def differentiable_gradients(
-        self, x: Tensor, weight: Tensor, grad: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return grad @ weight, grad.t() @ x
 
     def _pays(self, x: Tensor, kernels: CpuKernels | None) -> bool:
         weight = self.layer.weight

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from hf_circuit_sparsity.kernels import threads
+from hf_circuit_sparsity.kernels import calling
 from hf_circuit_sparsity.kernels.cpu import compiled_kernels, load_kernels
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C compiler, or switched off")
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C compiler, o
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"], autouse=True)
 def thread_count(request, monkeypatch):
-    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: request.param)
+    monkeypatch.setattr(calling.torch, "get_num_threads", lambda: request.param)
 
 
 @pytest.fixture
@@ -87,10 +87,10 @@ def test_kernels_are_for_plain_float32_tensors_on_the_cpu():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded")
 def test_a_forked_process_makes_its_own_threads(monkeypatch):
-    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 2)
-    assert threads.map_pieces(abs, [-1, -2, -3]) == [1, 2, 3]
+    monkeypatch.setattr(calling.torch, "get_num_threads", lambda: 2)
+    assert calling.map_pieces(abs, [-1, -2, -3]) == [1, 2, 3]
     pid = os.fork()
     if pid == 0:
         signal.alarm(20)  # a pool without its threads would wait for ever
-        os._exit(0 if threads.map_pieces(abs, [-4, -5]) == [4, 5] else 1)
+        os._exit(0 if calling.map_pieces(abs, [-4, -5]) == [4, 5] else 1)
     assert os.waitpid(pid, 0)[1] == 0

@@ -53,13 +53,6 @@ def node_effects(
     return effects
 
 
-def ranked_nodes(circuit: Circuit, effects: dict[Key, float]) -> list[Key]:
-    """The circuit's nodes, highest mask score first; by ablation effect where none was learned."""
-    if circuit.scores:
-        return by_score(circuit, effects)
-    return sorted(effects, key=effects.__getitem__, reverse=True)
-
-
 def by_score(circuit: Circuit, nodes: Iterable[Key]) -> list[Key]:
     """Nodes of the model, highest mask score first; as they come where none was learned."""
     scores = {site: score.tolist() for site, score in circuit.scores.items()}

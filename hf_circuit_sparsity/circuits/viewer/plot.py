@@ -162,6 +162,7 @@ def _draw_links(
     labelled: bool,
     aspect: float,
 ) -> None:
+    from matplotlib.bezier import BezierSegment
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path as Curve
 
@@ -185,7 +186,7 @@ def _draw_links(
         if labelled and not residual:
             # Where on its line a label is farthest from those already there; labels are wider
             # than high, so what is beside is nearer than what is above.
-            spots = [_on_curve(points, t) for t in (0.5, 0.42, 0.58, 0.35, 0.65)]
+            spots = BezierSegment(points)([0.5, 0.42, 0.58, 0.35, 0.65]).tolist()
             spot = max(
                 spots,
                 key=lambda p: min(
@@ -199,14 +200,6 @@ def _draw_links(
                 ha="center", va="center", zorder=4,
                 bbox={"boxstyle": "round,pad=0.08", "facecolor": "white", "edgecolor": "none"},
             )  # fmt: skip
-
-
-def _on_curve(points: list[tuple[float, float]], t: float) -> tuple[float, float]:
-    weights = ((1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3)
-    return (
-        sum(w * p[0] for w, p in zip(weights, points, strict=True)),
-        sum(w * p[1] for w, p in zip(weights, points, strict=True)),
-    )
 
 
 def _draw_node(

@@ -28,7 +28,6 @@ from .measurements import (
     nested_losses,
     node_effects,
     other_nodes,
-    ranked_nodes,
 )
 
 PATTERN_TOKENS = 48
@@ -150,7 +149,9 @@ class _Report:
         graph = layered_graph(circuit, model)
         keys = [key for key, node in graph.nodes.items() if node.kind != "token"]
         effects = node_effects(circuit, model, self.test, self._bar("ablating nodes")(keys))
-        order = ranked_nodes(circuit, effects)
+        order = by_score(circuit, effects)
+        if not circuit.scores:  # by ablation effect, where no mask was learned
+            order = sorted(effects, key=effects.__getitem__, reverse=True)
         activations = self._activations(reference)
         positions = {key: position for position, key in enumerate(graph.nodes)}
         data = {

@@ -131,10 +131,6 @@ class GradientExchange:
         self.process_group, self.staleness = process_group, staleness
         self._in_flight: deque = deque()
 
-    def clear(self) -> None:
-        """Forget what is in flight."""
-        self._in_flight.clear()
-
     def swap(
         self, own: dict[Tensor, Tensor], positions: dict[Tensor, Tensor]
     ) -> dict[Tensor, tuple[Tensor, Tensor]]:

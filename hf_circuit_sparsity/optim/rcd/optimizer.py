@@ -122,12 +122,14 @@ class RCDSparseOptimizer(SparseOptimizer):
         super().__init__(params, defaults, normalize_gradients)
         self.param_groups[0]["seed"] = seed
         self.process_group, self._staleness = process_group, config.staleness
+        # The layers that hold a parameter as their nonzeros.
+        self._layers: dict[Tensor, list[SparseWeight]] = {}
         self._start_exchange()
 
     def __getstate__(self) -> dict[str, Any]:
         # torch copies and pickles no more than parameters, state and settings.
-        own = ("process_group", "_staleness", "_layers_of")
-        return super().__getstate__() | {n: self.__dict__[n] for n in own if n in self.__dict__}
+        own = ("process_group", "_staleness", "_layers")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for group in state.get("param_groups", ()):
@@ -221,12 +223,9 @@ class RCDSparseOptimizer(SparseOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, partial ones included."""
         super().zero_grad(set_to_none)
-        self._drop_gradients()
-
-    @property
-    def _layers(self) -> dict[Tensor, list[SparseWeight]]:
-        """The layers that hold a parameter as their nonzeros."""
-        return self.__dict__.setdefault("_layers_of", {})
+        for state in self.state.values():
+            if isinstance(state, SparseState):
+                state.gradient = None
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -364,9 +363,3 @@ class RCDSparseOptimizer(SparseOptimizer):
         for (group, state), growth in zip(due, growths, strict=True):
             grow_and_drop(state, group, growth)
             self._draw(state, group)
-
-    def _drop_gradients(self) -> None:
-        for _, p in self.sparse_parameters():
-            state = self.state.get(p)
-            if isinstance(state, SparseState):
-                state.gradient = None
