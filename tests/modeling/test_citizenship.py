@@ -3,16 +3,11 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    ContinuousBatchingConfig,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    pipeline,
-)
+from transformers import ContinuousBatchingConfig, GenerationConfig, pipeline
 
 from hf_circuit_sparsity import CircuitGPTConfig, CircuitGPTForCausalLM
 from hf_circuit_sparsity.modeling import modeling_circuitgpt
+from tests.circuits.planted import word_tokenizer
 from tests.conftest import random_model
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -162,21 +157,22 @@ def test_lora_attaches_and_trains(tiny_config, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 60_000
 
 
-def test_text_generation_pipeline(tiny_model):
-    words = {f"w{i}": i for i in range(64)}
-    raw = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="w0", eos_token="w1")
-    generate = pipeline("text-generation", model=tiny_model, tokenizer=tokenizer)
+def test_text_generation_pipeline(tiny_config):
+    tiny_config.vocab_size = len(tokenizer := word_tokenizer())
+    model = random_model(tiny_config)
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
     prompts = ["w5 w9", "w3 w4 w7 w2"]
     together = generate(prompts, max_new_tokens=5, do_sample=False, batch_size=2)
     for prompt, output in zip(prompts, together, strict=True):
         alone = generate(prompt, max_new_tokens=5, do_sample=False)
         assert output[0]["generated_text"] == alone[0]["generated_text"]
         assert output[0]["generated_text"].startswith(prompt)
+        assert len(output[0]["generated_text"]) > len(prompt)
 
 
-def test_resize_token_embeddings(tiny_model):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_resize_token_embeddings(tiny_model, frozen):
+    tiny_model.bigram_table.requires_grad_(not frozen)
     with torch.no_grad():
         before = tiny_model(IDS).logits
         tiny_model.resize_token_embeddings(70)
@@ -186,6 +182,7 @@ def test_resize_token_embeddings(tiny_model):
     tiny_model.resize_token_embeddings(32)
     assert tiny_model.bigram_table.shape == (32, 32)
     assert isinstance(tiny_model.bigram_table, torch.nn.Parameter)
+    assert tiny_model.bigram_table.requires_grad is not frozen
     with torch.no_grad():
         torch.testing.assert_close(tiny_model(IDS).logits, before[..., :32])
 
@@ -281,12 +278,6 @@ def test_text_ends_at_block_size(tiny_model):
     for ids, new in (([5] * 4, 29), ([5] * 33, 1)):
         with pytest.raises(ValueError, match="block_size"):
             tiny_model.generate_batch([[1, 2], ids], max_new_tokens=new)
-
-
-def test_a_frozen_table_stays_frozen_when_it_is_resized(tiny_model):
-    tiny_model.bigram_table.requires_grad_(False)
-    tiny_model.resize_token_embeddings(70)
-    assert tiny_model.bigram_table.shape == (70, 70) and not tiny_model.bigram_table.requires_grad
 
 
 def test_bad_input(tiny_model):
