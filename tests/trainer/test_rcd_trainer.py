@@ -1,12 +1,10 @@
 """`SparseTrainer` with sparsifier="rcd"."""
 
-import json
-
 import pytest
 import torch
-from transformers import HfArgumentParser, TrainerCallback
+from transformers import TrainerCallback
 
-from hf_circuit_sparsity import RCDConfig, RCDSparseOptimizer, SparseTrainingArguments
+from hf_circuit_sparsity import RCDConfig, RCDSparseOptimizer
 from tests.conftest import random_model
 from tests.trainer.runs import expected_nonzeros, training_logs
 
@@ -107,33 +105,3 @@ def test_nan_gradients_stop_the_run_at_the_third(make_gpt2, make_trainer):
     with pytest.raises(FloatingPointError, match="3 steps in a row"):
         trainer.train()
     assert training_logs(trainer)[-1]["skipped_steps"] == 2
-
-
-def test_command_line(tmp_path):
-    parser = HfArgumentParser(SparseTrainingArguments)
-    settings = '{"selection": "magnitude", "block_fraction": 0.03}'
-    for flag in ("--rcd_config", "--rcd-config"):
-        line = ["--output_dir", str(tmp_path), "--sparsifier", "rcd", flag, settings]
-        (args,) = parser.parse_args_into_dataclasses(line)
-        assert args.rcd_config == RCDConfig(selection="magnitude", block_fraction=0.03)
-        assert json.loads(args.to_json_string())["rcd_config"]["block_fraction"] == 0.03
-
-
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        ({"rcd_config": {"block_fraction": 0.0}}, "block_fraction"),
-        ({"rcd_config": {"selection": "best"}}, "selection"),
-        ({"rcd_config": {"init": "dense"}}, "init"),
-        ({"rcd_config": {"start_density": 1e-3}}, "start_density"),
-        ({"rcd_config": {"blocks": 3}}, "blocks"),
-        ({"rcd_config": "block_fraction=0.5"}, "rcd_config"),
-        ({"rcd_config": [1]}, "rcd_config"),
-        ({"max_grad_norm": 1.0}, "max_grad_norm"),
-        ({"torch_compile": True}, "torch_compile"),
-    ],
-)
-def test_bad_values_are_named(arguments, word, tmp_path):
-    with pytest.raises(ValueError, match=word):
-        SparseTrainingArguments(output_dir=str(tmp_path / "out"), sparsifier="rcd", **arguments)
-    assert not (tmp_path / "out").exists()

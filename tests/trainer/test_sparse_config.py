@@ -1,7 +1,9 @@
+import json
+
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_circuit_sparsity.trainer.sparse_config import SparseTrainingArguments
+from hf_circuit_sparsity import RCDConfig, SparseTrainingArguments
 
 
 @pytest.fixture
@@ -38,11 +40,34 @@ def test_command_line(tmp_path):
     assert "share of each sparse matrix that is nonzero at the end" in help
 
 
+def test_coordinate_descent_on_the_command_line(tmp_path):
+    parser = HfArgumentParser(SparseTrainingArguments)
+    settings = '{"selection": "magnitude", "block_fraction": 0.03}'
+    for flag in ("--rcd_config", "--rcd-config"):
+        line = ["--output_dir", str(tmp_path), "--sparsifier", "rcd", flag, settings]
+        (args,) = parser.parse_args_into_dataclasses(line)
+        assert args.rcd_config == RCDConfig(selection="magnitude", block_fraction=0.03)
+        assert json.loads(args.to_json_string())["rcd_config"]["block_fraction"] == 0.03
+
+
 def test_survives_a_round_trip_through_a_dict(build):
     args = build(target_density=0.3, exclude_parameters=["*.bias"])
     again = SparseTrainingArguments(**{k: v for k, v in args.to_dict().items() if v is not None})
     assert again.target_density == 0.3
     assert again.exclude_parameters == ["*.bias"]
+
+
+BAD_FOR_RCD = [
+    ({"rcd_config": {"block_fraction": 0.0}}, "block_fraction"),
+    ({"rcd_config": {"selection": "best"}}, "selection"),
+    ({"rcd_config": {"init": "dense"}}, "init"),
+    ({"rcd_config": {"start_density": 1e-3}}, "start_density"),
+    ({"rcd_config": {"blocks": 3}}, "blocks"),
+    ({"rcd_config": "block_fraction=0.5"}, "rcd_config"),
+    ({"rcd_config": [1]}, "rcd_config"),
+    ({"max_grad_norm": 1.0}, "max_grad_norm"),
+    ({"torch_compile": True}, "torch_compile"),
+]
 
 
 @pytest.mark.parametrize(
@@ -58,8 +83,10 @@ def test_survives_a_round_trip_through_a_dict(build):
         ({"normalize_gradients": "never"}, "normalize_gradients"),
         ({"exclude_parameters": "*.bias"}, "exclude_parameters"),
         ({"optim": "adafactor"}, "optim"),
+        *(({"sparsifier": "rcd", **arguments}, word) for arguments, word in BAD_FOR_RCD),
     ],
 )
-def test_bad_values_are_named(build, arguments, word):
+def test_bad_values_are_named(build, tmp_path, arguments, word):
     with pytest.raises(ValueError, match=word):
         build(**arguments)
+    assert not (tmp_path / "out").exists()
