@@ -7,7 +7,7 @@ needed is dropped one by one. With several seeds the smallest circuit wins.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
 from typing import Any
@@ -80,6 +80,7 @@ def find_circuits(
     *,
     reference: ReferenceTokens | ReferenceMeans = None,
     targets: Sequence[float] | None = None,
+    exclude: Mapping[str, Collection[int]] | None = None,
     progress: bool = True,
 ) -> list[Circuit]:
     """Find the circuits of all seeds, and of several target losses.
@@ -93,13 +94,15 @@ def find_circuits(
         reference: as for [`find_circuit`], or the means themselves, from [`reference_means`], to
             compute them once for many calls.
         targets: losses in nats, ascending, in place of `config.target_loss`.
+        exclude: site → indices of nodes that no circuit may have.
         progress: show a progress bar.
 
     Returns:
         Target by target, and for each target seed by seed; a circuit's `config` names both.
 
     Raises:
-        TaskNotLearnedError: the model itself does not reach the first target.
+        TaskNotLearnedError: the model itself does not reach the first target, or not without what
+            is excluded.
         ValueError: targets that do not ascend, or a prompt longer than the model's context.
     """
     config = config or PruningConfig()
@@ -124,14 +127,26 @@ def find_circuits(
         sites = dict(means.nodes)
         if config.token_nodes:
             sites[TOKENS] = means.token
+        allowed = {site: torch.ones(len(mean), dtype=torch.bool) for site, mean in sites.items()}
+        for site, indices in (exclude or {}).items():
+            allowed[site][list(indices)] = False
+        if exclude:
+            selector = Selector(model, selection, means, whole.calibration, configs[0])
+            if not selector.reaches(allowed):
+                raise TaskNotLearnedError(
+                    f"Without the {sum(map(len, exclude.values()))} nodes that are excluded the "
+                    f"model does not reach target_loss={targets[0]:g} on the task {task.name!r}."
+                )
         seeds = range(config.seed, config.seed + config.num_seeds)
-        learned = learn_masks(model, train, sites, config, seeds, progress)
+        learned = learn_masks(
+            model, train, sites, config, seeds, progress, allowed if exclude else None
+        )
         by_target: list[list[Circuit]] = [[] for _ in targets]
         for seed, scores in zip(seeds, learned, strict=True):
             keep = None
             for at_target, circuits in zip(configs, by_target, strict=True):
                 selector = Selector(model, selection, means, whole.calibration, at_target)
-                keep = bisect(scores, selector) if keep is None else keep
+                keep = bisect(scores, selector, allowed) if keep is None else keep
                 keep = drop_unconnected(model, keep, selector)
                 if config.cleanup:
                     keep = drop_unneeded(keep, selector, progress)

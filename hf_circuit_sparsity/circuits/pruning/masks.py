@@ -49,6 +49,7 @@ def learn_masks(
     config: PruningConfig,
     seeds: Sequence[int],
     progress: bool = True,
+    allowed: Masks | None = None,
 ) -> list[Masks]:
     """Train mask parameters, for every seed its own.
 
@@ -59,6 +60,7 @@ def learn_masks(
         config: how to train, and how much memory that may take.
         seeds: of the initial noise and of the batches.
         progress: show a progress bar.
+        allowed: site → bool `(width,)`, nodes that may be open; all if not given.
 
     Returns:
         For every seed: site → float32 `(width,)`, and `TOKENS` → `(vocab_size,)`, in [-1, 1].
@@ -72,7 +74,9 @@ def learn_masks(
         leave=False,
     ) as bar:
         for start in range(0, len(seeds), fit):
-            learned += _learn_together(model, train, means, config, seeds[start : start + fit], bar)
+            learned += _learn_together(
+                model, train, means, config, seeds[start : start + fit], bar, allowed
+            )
     return learned
 
 
@@ -100,6 +104,7 @@ def _learn_together(
     config: PruningConfig,
     seeds: Sequence[int],
     bar: tqdm,
+    allowed: Masks | None,
 ) -> list[Masks]:
     device = next(model.parameters()).device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -128,6 +133,8 @@ def _learn_together(
             batch = trimmed(task_rows(train, rows))
             prepared = gated.prepare(batch)
             gates = {s: Gate.apply(tau, config.temperature) for s, tau in taus.items()}
+            for site, mask in (allowed or {}).items():
+                gates[site] = gates[site] * mask.to(gates[site])
             both = rest.beside(gates, batch, prepared, step)
             # A sum over seeds: no seed's gradient depends on how many others there are.
             losses = _losses(gated, batch, both, prepared, config)

@@ -189,10 +189,17 @@ class Selector:
         return dropped
 
 
-def bisect(scores: Masks, selector: Selector) -> Masks:
-    """The fewest nodes, in order of their scores, that reach the target loss."""
+def bisect(scores: Masks, selector: Selector, allowed: Masks | None = None) -> Masks:
+    """The fewest nodes, in order of their scores, that reach the target loss.
+
+    Args:
+        scores: the learned mask parameters.
+        selector: measures.
+        allowed: nodes that may be kept, all if not given; all of them reach the target.
+    """
     flat = torch.cat(list(scores.values()))
-    order = flat.argsort(descending=True, stable=True)
+    may = torch.cat([allowed[site] for site in scores]) if allowed else torch.ones_like(flat).bool()
+    order = flat.where(may.to(flat.device), -torch.inf).argsort(descending=True, stable=True)
 
     def best(k: int) -> Masks:
         mask = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
@@ -210,10 +217,10 @@ def bisect(scores: Masks, selector: Selector) -> Masks:
                 low = middle
         return high
 
-    k = fewest(len(flat))
+    k = fewest(int(may.sum()))
     # The loss may rise again with nodes that the masks had closed, and bisection then stops above
     # them; the nodes left open are the ones that the masks were trained with.
-    opened = int((flat > 0).sum())
+    opened = int(((flat > 0) & may.to(flat.device)).sum())
     if 0 < opened < k and selector.reaches(best(opened)):
         k = fewest(opened)
     return best(k)
