@@ -9,6 +9,7 @@ from .evaluation.faithfulness import evaluate_circuit
 from .evaluation.verification import verify_circuit
 from .hub import CircuitOnHub, list_circuits
 from .pruning.config import PruningConfig
+from .pruning.exhaust import Ways, exhaust_circuits
 from .pruning.find import TaskNotLearnedError, find_circuit, find_circuits
 from .pruning.tune import search_circuit
 from .task_scores import Calibration, TaskScore, binary_accuracy, binary_loss, evaluate_tasks
@@ -27,10 +28,12 @@ __all__ = [
     "TaskNotLearnedError",
     "TaskScore",
     "Verification",
+    "Ways",
     "binary_accuracy",
     "binary_loss",
     "evaluate_circuit",
     "evaluate_tasks",
+    "exhaust_circuits",
     "find_circuit",
     "find_circuits",
     "list_circuits",
