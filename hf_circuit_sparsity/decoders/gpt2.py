@@ -39,7 +39,8 @@ class GPT2Decoder(Decoder):
 
     @property
     def positions(self) -> torch.Tensor | None:
-        return self.model.transformer.wpe.weight
+        table = self.model.transformer.wpe  # a CircuitGPT may have none
+        return None if table is None else table.weight
 
 
 register_decoder("gpt2", GPT2Decoder)

@@ -284,8 +284,8 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
         elif x.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_positions(position_ids)  # elsewhere that would wait for the device
         positions = None if self.wpe is None else self.wpe(position_ids).to(x.device)
-        if positions is not None and config.d_pos_emb is None:
-            x, positions = x + positions, None
+        if config.d_pos_emb is None:
+            x, positions = x if positions is None else x + positions, None
         elif config.dropout_cat_pos_emb:
             positions = self.drop(positions)
         x = self.drop(x)

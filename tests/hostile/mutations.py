@@ -181,6 +181,7 @@ MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     ".safetensors": mutate_safetensors,
     ".bpe": mutate_lines,
     ".pt": mutate_bytes,
+    ".bin": mutate_bytes,
 }
 
 

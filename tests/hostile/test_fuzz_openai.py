@@ -1,8 +1,9 @@
-"""Damaged checkpoints and tokenizers in OpenAI's layouts."""
+"""Damaged checkpoints and tokenizers in OpenAI's layouts, and checkpoints in the reproduction's."""
 
 import json
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -33,6 +34,29 @@ def test_fuzz_checkpoint(tmp_path, file):
     assert outcome["refused"] > 50 and outcome["loaded"] > 5, outcome
 
 
+def check_reproduction(model, folder):
+    stored = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    loaded = model.state_dict()
+    for name, tensor in stored.items():
+        name = name.replace("blocks.", "transformer.h.").replace("attn_fn", "attn_imp")
+        name = name if name in loaded else f"transformer.{name}"
+        torch.testing.assert_close(loaded[name], tensor.float(), rtol=0, atol=0, equal_nan=True)
+    fields = plain_json(folder / "config.json").get("model_config", {})
+    for name in ("n_layer", "d_model", "vocab_size", "d_mlp", "d_head"):
+        assert name not in fields or getattr(model.config, name) == fields[name]
+    model(torch.arange(4)[None] % model.config.vocab_size)
+
+
+@pytest.mark.parametrize("file", ["config.json", "pytorch_model.bin"])
+def test_fuzz_reproduction(tmp_path, file):
+    folder, load = (
+        FIXTURES / "reproduction" / "sparse_pretrain",
+        CircuitGPTForCausalLM.from_pretrained,
+    )
+    outcome = fuzz(folder, file, load, check_reproduction, tmp_path / "work")
+    assert outcome["refused"] > 40 and outcome["loaded"] > 5, outcome
+
+
 class Payload:
     """Unpickled, it makes a file."""
 
@@ -44,16 +68,27 @@ class Payload:
 
 
 @pytest.mark.parametrize("as_archive", [True, False])
-def test_nothing_in_a_pickle_is_executed(tmp_path, as_archive):
-    fields = (FIXTURES / "reference" / "paper" / "beeg_config.json").read_bytes()
-    (tmp_path / "beeg_config.json").write_bytes(fields)
+@pytest.mark.parametrize(
+    ("load", "config", "weights"),
+    [
+        (CircuitGPTForCausalLM.from_openai, "reference/paper/beeg_config.json", "final_model.pt"),
+        (
+            CircuitGPTForCausalLM.from_pretrained,
+            "reproduction/sparse_pretrain/config.json",
+            "pytorch_model.bin",
+        ),
+    ],
+    ids=["openai", "reproduction"],
+)
+def test_nothing_in_a_pickle_is_executed(tmp_path, as_archive, load, config, weights):
+    shutil.copy(FIXTURES / config, tmp_path)
     content = {"transformer.wte.weight": Payload(tmp_path / "made")}
     if as_archive:
-        torch.save(content, tmp_path / "final_model.pt")
+        torch.save(content, tmp_path / weights)
     else:
-        (tmp_path / "final_model.pt").write_bytes(pickle.dumps(content))
-    with pytest.raises(ArtifactError, match=r"final_model\.pt is not a readable"):
-        CircuitGPTForCausalLM.from_openai(tmp_path)
+        (tmp_path / weights).write_bytes(pickle.dumps(content))
+    with pytest.raises(ArtifactError, match=f"{weights} is not a readable"):
+        load(tmp_path)
     assert not (tmp_path / "made").exists()
 
 

@@ -57,9 +57,9 @@ def plain_logits(config, weights, ids):
         return sparse("attn_out", linear(f"{name}.c_proj", out))
 
     x = weights["transformer.wte.weight"][ids]
-    positions = weights["transformer.wpe.weight"][: ids.shape[1]].expand(len(ids), -1, -1)
-    if config.d_pos_emb is None:
-        x = x + positions
+    if config.use_positional_embeddings:
+        positions = weights["transformer.wpe.weight"][: ids.shape[1]].expand(len(ids), -1, -1)
+        x = x + positions if config.d_pos_emb is None else x
     for i in range(config.n_layer):
         block = f"transformer.h.{i}"
         read = norm(f"{block}.ln_1", x)

@@ -1,4 +1,4 @@
-"""The three checkpoint layouts, and the model's code travelling with its weights."""
+"""Our checkpoint layout and OpenAI's two, and the model's code travelling with its weights."""
 
 import json
 

@@ -102,6 +102,7 @@ SWITCHES = {
     "relu_residual": {"residual_activation_type": "relu", "activation_type": "relu"},
     "layer_norm": {"rms_norm": False},
     "layer_norm_without_bias": {"rms_norm": False, "ln_bias": False, "bias": False},
+    "no_positions": {"use_positional_embeddings": False, "dropout_cat_pos_emb": True},
     "concat_sinusoidal": {"d_pos_emb": 6, "sinusoidal_cat_pos_emb": True, "rms_norm": False},
     "concat_odd_width": {"d_pos_emb": 5, "sinusoidal_cat_pos_emb": True},
     "bigram_buffer": {"learnable_bigram_table": False},

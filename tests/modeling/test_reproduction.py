@@ -26,9 +26,14 @@ def folder_of(name):
 
 
 @every_checkpoint
+@pytest.mark.parametrize("sparse", [False, True], ids=["run dense", "run on nonzeros"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
-def test_it_gives_what_their_code_gives(name):
-    model = CircuitGPTForCausalLM.from_pretrained(folder_of(name))
+def test_it_gives_what_their_code_gives(name, attention, sparse):
+    model, info = CircuitGPTForCausalLM.from_pretrained(
+        folder_of(name), attn_implementation=attention, sparse=sparse, output_loading_info=True
+    )
+    assert not any(info.values()) and model.dtype == torch.float32
     expected = load_file(folder_of(name) / "expected.safetensors")
     ids, stream = expected["input_ids"], []
     model.transformer.ln_f.register_forward_pre_hook(lambda module, args: stream.append(args[0]))
@@ -120,6 +125,21 @@ def test_a_config_that_says_something_else(section, fields, named, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ArtifactError, match=named):
         CircuitGPTConfig.from_pretrained(tmp_path)
+
+
+def test_a_config_that_says_little_means_what_their_code_assumes(tmp_path):
+    def read(content):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        return CircuitGPTConfig.from_pretrained(tmp_path)
+
+    config = read({"model_config": {"vocab_size": 64}, "training_config": {"tokenizer_name": "a"}})
+    assert (config.d_model, config.n_layer, config.d_head, config.d_mlp) == (1024, 8, 16, 4096)
+    assert (config.block_size, config.afrac, config.use_positional_embeddings) == (256, 0.25, False)
+    assert config.enable_bigram_table and config.sink and config.rms_norm and config.bias
+    assert config.training_config == {"tokenizer_name": "a"} and config.vocab_size == 64
+    sites = {"activation_topk_fraction": 0.5, "activation_sparsity_locations": "resid_mid, mlp_in"}
+    config = read({"model_config": {"use_flash_attention": False}, "sparsity_config": sites})
+    assert config.activation_sites == ("resid_post_attn", "mlp_in") and config.afrac == 0.5
 
 
 def test_concatenated_positions_need_positions():

@@ -145,6 +145,12 @@ def test_channels_name_the_planted_tokens(planted):
     assert channels[0]["position"] == pytest.approx(wpe[:, 0].tolist())
 
 
+def test_channels_of_a_model_without_positions(tiny_config):
+    tiny_config.use_positional_embeddings = False
+    entries = channel_embeddings(random_model(tiny_config), {"h.0.attn.act_in": [3]})
+    assert entries[0]["channel"] == 3 and entries[0].get("position") is None
+
+
 def test_concatenated_positions_are_channels_past_the_residual_ones(tiny_config):
     config = type(tiny_config)(**{**tiny_config.to_dict(), "d_pos_emb": 8})
     model = random_model(config)
