@@ -6,10 +6,10 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from hf_circuit_sparsity import CircuitGPTConfig, CircuitGPTForCausalLM
-from tests.conftest import FIXTURES, random_model, sparsify
+from tests.conftest import FIXTURES, sparsify
 from tests.hub.outside import run_outside
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -38,31 +38,6 @@ def openai_hub_folder(path, model, *, extra=None, drop=(), **fields):
     }
     (path / "config.json").write_text(json.dumps(config, default=str))
     return path
-
-
-@pytest.mark.parametrize(
-    "switches", [{}, {"tied_unembed": True}, {"learnable_bigram_table": False}], ids=str
-)
-def test_own_layout_round_trips(tiny_config, tmp_path, switches):
-    model = random_model(CircuitGPTConfig(**{**tiny_config.to_dict(), **switches}))
-    model.save_pretrained(tmp_path)
-    again, info = CircuitGPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert torch.equal(logits_of(again), logits_of(model))
-    saved = load_file(tmp_path / "model.safetensors")
-    assert not any(key.startswith("circuit_model.") for key in saved)
-
-
-def test_auto_classes_without_remote_code(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path)
-    assert isinstance(AutoConfig.from_pretrained(tmp_path), CircuitGPTConfig)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(model) is CircuitGPTForCausalLM
-    assert torch.equal(logits_of(model), logits_of(tiny_model))
-    body = AutoModel.from_pretrained(tmp_path)
-    torch.testing.assert_close(
-        body(IDS).last_hidden_state, tiny_model.transformer(IDS).last_hidden_state
-    )
 
 
 def test_openai_hub_layout_loads_and_is_saved_in_ours(tiny_model, tmp_path):

@@ -1,5 +1,7 @@
 """The model against what OpenAI's own code gives for the same checkpoints."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,7 +25,8 @@ def attention(request):
     return request.param
 
 
-def record_activations(model, input_ids):
+@contextmanager
+def recorded_activations(model):
     """OpenAI's recorded activations by OpenAI's names, read with ordinary hooks."""
     seen = {}
 
@@ -44,33 +47,25 @@ def record_activations(model, input_ids):
             block.attn.c_proj.register_forward_pre_hook(input_as(f"{i}.attn.y")),
         ]
     handles.append(model.transformer.ln_f.register_forward_pre_hook(input_as("final_resid")))
-    with torch.no_grad():
-        model(input_ids)
+    yield seen
     for handle in handles:
         handle.remove()
-    return seen
 
 
-def test_logits_and_loss(reference, attention):
+def test_logits_loss_and_every_recorded_activation(reference, attention):
     model, expected = reference
     model.set_attn_implementation(attention)
     targets = expected["targets"].masked_fill(expected["targets"] == -1, -100)
-    with torch.no_grad():
+    with recorded_activations(model) as activations, torch.no_grad():
         output = model(expected["input_ids"], shift_labels=targets)
-    torch.testing.assert_close(output.logits, expected["logits"], atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(output.loss, expected["loss"][0], atol=TOLERANCE, rtol=0)
-
-
-def test_every_recorded_activation(reference, attention):
-    model, expected = reference
-    model.set_attn_implementation(attention)
-    activations = record_activations(model, expected["input_ids"])
-    recorded = {k.removeprefix("act."): v for k, v in expected.items() if k.startswith("act.")}
-    assert set(activations) == set(recorded)
-    for name, value in recorded.items():
+    activations |= {"logits": output.logits, "loss": output.loss[None]}
+    names = {name for name in expected if name.startswith("act.")} | {"logits", "loss"}
+    assert set(activations) == {name.removeprefix("act.") for name in names}
+    for name in names:
         torch.testing.assert_close(
-            activations[name], value, atol=TOLERANCE, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
-        )
+            activations[name.removeprefix("act.")], expected[name], atol=TOLERANCE, rtol=0,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
