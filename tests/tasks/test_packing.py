@@ -8,10 +8,11 @@ from datasets import (
     IterableDatasetDict,
     Value,
 )  # fmt: skip
+from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers import default_data_collator as collate
 
-from hf_circuit_sparsity.tasks.packing import pack_dataset
+from hf_circuit_sparsity.tasks.packing import pack_dataset, spread_sample
 
 TEXTS = ["x = 1\n", "def f(x):\n    return x\n", "import os\n", "y = [1, 2, 3]\n"]
 
@@ -65,12 +66,31 @@ def test_splits_and_columns(openai):
 
 
 @pytest.mark.parametrize("features", [None, Features({"text": Value("string")})])
-def test_a_stream_is_packed_as_a_dataset(openai, features):
-    stream = IterableDataset.from_generator(lambda: ({"text": t} for t in TEXTS), features=features)
-    expected = pack_dataset(Dataset.from_dict({"text": TEXTS}), openai, 4).to_dict()
-    assert pack_dataset(stream, openai, 4).to_dict() == expected
+def test_a_stream_is_packed_as_a_dataset_while_it_is_read(openai, features):
+    read = 0
+
+    def documents():
+        nonlocal read
+        for number in range(300):
+            read += 1
+            yield {"text": f"x{number} = {number}\n"}
+
+    stream = IterableDataset.from_generator(documents, features=features)
+    texts = [f"x{number} = {number}\n" for number in range(300)]
+    expected = pack_dataset(Dataset.from_dict({"text": texts}), openai, 4)
+    packed = pack_dataset(stream, openai, 4)
+    assert read == 0 and packed.features == expected.features
+    assert next(iter(packed)) == expected[0]
+    assert 0 < read <= 65  # a batch of documents, and one that a generator is ahead
+    for _ in range(2):  # nothing of one pass is left for the next
+        assert list(packed) == expected.to_list()
+    # Workers of a loader do not split the documents below the blocks.
+    by_workers = DataLoader(packed, num_workers=2, batch_size=None, collate_fn=lambda row: row)
+    assert list(by_workers) == expected.to_list()
+    assert spread_sample(packed, 7).to_dict() == expected.select(range(7)).to_dict()
     splits = pack_dataset(IterableDatasetDict({"train": stream}), openai, 4)
-    assert splits["train"].to_dict() == expected
+    assert isinstance(splits, IterableDatasetDict)
+    assert list(splits["train"]) == expected.to_list()
 
 
 def test_trainer_takes_the_blocks_as_they_are(openai, tmp_path):
@@ -98,10 +118,19 @@ def test_errors(openai):
         ((dataset, openai, 1), {}, "block_size"),
         ((dataset, openai, 1000), {}, "block_size"),
         ((dataset, openai, 4), {"text_column": "nothing"}, "nothing"),
-        ((dataset.to_iterable_dataset(), openai, 4), {"text_column": "nothing"}, "nothing"),
         ((Dataset.from_dict({"text": ["x", None]}), openai, 4), {}, "Row 1"),
         ((one_is_empty, openai, 4), {}, "validation"),
         ((dataset, without_end, 4), {}, "eos_token"),
     ):
         with pytest.raises(ValueError, match=argument):
             pack_dataset(*arguments, **options)
+    rows = [{"text": "x"}, {"text": None}, {"text": 3}]
+    for texts, column, argument in (
+        (rows[:1], "nothing", "nothing"),
+        (rows[:2], "text", "Row 1"),
+        (rows[2:], "text", "Row 0"),
+        ([], "text", "dataset"),
+    ):
+        stream = IterableDataset.from_generator(texts.__iter__)
+        with pytest.raises(ValueError, match=argument):
+            next(iter(pack_dataset(stream, openai, 4, text_column=column)))
