@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .optim.weight_mask import WeightMask, extract_mask
     from .tasks.binary_task import BinaryTask, TaskNotExpressibleError, TaskTooLongError
     from .tasks.corpus import build_corpus
+    from .tasks.documents import load_documents
     from .tasks.load import build_task_datasets, list_tasks, load_task
     from .tasks.packing import pack_dataset
     from .tasks.tokenizer import tokenizer_from_openai, train_tokenizer
@@ -79,6 +80,7 @@ _MODULES = {
     "list_circuits": "circuits.hub",
     "list_tasks": "tasks.load",
     "load_causal_lm": "modeling.causal_lm",
+    "load_documents": "tasks.documents",
     "load_task": "tasks.load",
     "pack_dataset": "tasks.packing",
     "plot_circuit": "circuits.viewer.plot",

@@ -1,12 +1,12 @@
 """What `train`, `quickstart` and `bridge` share: data, a training run, its summary."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict
+from datasets import DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..files import write_json
 from ..hub_cards.markdown import number
+from ..tasks.documents import documents_of
 from ..tasks.packing import pack_dataset, spread_sample
 from ..tasks.tokenizer import train_tokenizer
 from ..trainer.bigram_init import initialize_bigram_table_
@@ -28,6 +29,11 @@ from ..trainer.training_curves import plot_training_curves
 from .console import Interrupted, say
 
 SUMMARY_NAME = "training_summary.json"
+# Of a stream: what a tokenizer is trained on, what a bigram table is counted on, and the blocks
+# among which the next one is drawn.
+TOKENIZER_CHARACTERS = 20_000_000
+BIGRAM_TOKENS = 2_000_000
+SHUFFLE_BUFFER = 1000
 
 
 def checkpoint_to_resume(args: SparseTrainingArguments) -> str | None:
@@ -42,29 +48,48 @@ def checkpoint_to_resume(args: SparseTrainingArguments) -> str | None:
 
 
 def prepare_data(
-    corpus: DatasetDict,
+    corpus: DatasetDict | IterableDatasetDict,
     block_size: int,
     tokenizer: PreTrainedTokenizerBase | str | None = None,
     vocab_size: int = 2048,
-) -> tuple[PreTrainedTokenizerBase, DatasetDict]:
+    text_column: str = "text",
+) -> tuple[PreTrainedTokenizerBase, DatasetDict | IterableDatasetDict]:
     """Load a tokenizer, or train one on the corpus, and pack the corpus into blocks."""
+    streaming = isinstance(corpus, IterableDatasetDict)
+    learned = ""
     if tokenizer is None:
-        fast = train_tokenizer(corpus["train"], vocab_size=vocab_size)
+        documents = documents_of(corpus["train"], text_column, "train split")
+        if streaming:
+            documents = _beginning(documents, TOKENIZER_CHARACTERS)
+            learned = f", learned from its first {TOKENIZER_CHARACTERS:,} characters at most"
+        fast = train_tokenizer(documents, vocab_size=vocab_size)
     elif isinstance(tokenizer, str):
         fast = AutoTokenizer.from_pretrained(tokenizer)
     else:
         fast = tokenizer
-    blocks = pack_dataset(corpus, fast, block_size)
-    tokens = sum(len(split) for split in blocks.values()) * block_size
-    files = sum(len(split) for split in corpus.values())
-    say(f"  {files:,} files, {tokens:,} tokens of {len(fast):,} kinds")
+    blocks = pack_dataset(corpus, fast, block_size, text_column=text_column)
+    if streaming:
+        next(iter(blocks["train"]))  # raises if there is none
+        say(f"  a stream of documents, in tokens of {len(fast):,} kinds{learned}")
+    else:
+        tokens = sum(len(split) for split in blocks.values()) * block_size
+        documents = sum(len(split) for split in corpus.values())
+        say(f"  {documents:,} documents, {tokens:,} tokens of {len(fast):,} kinds")
     return fast, blocks
+
+
+def _beginning(documents: Iterator[str], characters: int) -> Iterator[str]:
+    for text in documents:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
 
 
 def train_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    blocks: DatasetDict,
+    blocks: DatasetDict | IterableDatasetDict,
     args: SparseTrainingArguments,
     *,
     resume_from_checkpoint: str | None = None,
@@ -77,12 +102,14 @@ def train_model(
     Args:
         model: as it starts.
         tokenizer: saved beside the model.
-        blocks: packed text, with the splits `train` and `validation`.
+        blocks: packed text, with the splits `train` and `validation`. A stream is repeated
+            without end, and shuffled within a buffer.
         args: of the training; everything is written into its `output_dir`.
         resume_from_checkpoint: folder of a checkpoint.
         measure: called with the model at every log; returns cells for the progress table.
         callbacks: more callbacks for the `Trainer`.
-        start_at_bigrams: whether the bigram table starts at the counts of the training blocks.
+        start_at_bigrams: whether the bigram table starts at the counts of the training blocks, or
+            of the first ones of a stream.
 
     Returns:
         The numbers of `training_summary.json`.
@@ -90,14 +117,22 @@ def train_model(
     Raises:
         Interrupted: after Ctrl-C.
     """
+    train, held_out = blocks["train"], spread_sample(blocks["validation"], 512)
+    block_size = len(held_out[0]["input_ids"])
+    streaming = isinstance(train, IterableDataset)
     if start_at_bigrams and resume_from_checkpoint is None:
-        initialize_bigram_table_(model, blocks["train"])
+        counted = spread_sample(train, BIGRAM_TOKENS // block_size) if streaming else train
+        initialize_bigram_table_(model, counted)
+        if streaming:
+            say(f"  the bigram table starts at its first {counted.num_rows * block_size:,} tokens")
+    if streaming:
+        # Endless, since resuming skips batches of a single epoch.
+        train = train.repeat(None).shuffle(seed=args.seed, buffer_size=SHUFFLE_BUFFER)
     trainer = SparseTrainer(
-        model=model, args=args, train_dataset=blocks["train"],
-        eval_dataset=spread_sample(blocks["validation"], 512), processing_class=tokenizer,
+        model=model, args=args, train_dataset=train, eval_dataset=held_out,
+        processing_class=tokenizer,
         data_collator=default_data_collator,  # many a tokenizer cannot pad, and blocks need none
     )  # fmt: skip
-    block_size = len(blocks["train"][0]["input_ids"])
     of_model = None if measure is None else lambda: measure(model)
     figures, log = fit(trainer, block_size, resume_from_checkpoint, of_model, callbacks)
     folder = Path(args.output_dir)

@@ -3,6 +3,7 @@
 from .adversarial import load_adversarial_tasks
 from .binary_task import BinaryTask, TaskNotExpressibleError, TaskTooLongError
 from .corpus import build_corpus
+from .documents import load_documents
 from .load import build_task_datasets, list_tasks, load_task
 from .packing import pack_dataset, spread_sample
 from .tokenizer import decode_bytes, encode_bytes, tokenizer_from_openai, train_tokenizer
@@ -17,6 +18,7 @@ __all__ = [
     "encode_bytes",
     "list_tasks",
     "load_adversarial_tasks",
+    "load_documents",
     "load_task",
     "pack_dataset",
     "spread_sample",

@@ -1,4 +1,4 @@
-"""Documents: of a folder of Python, which becomes one row per file, and of a dataset."""
+"""A folder of Python as a dataset, one row per file."""
 
 import hashlib
 import io
@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict
 
 # What the standard library folder holds besides the library: its tests, what people installed
 # into it, and what the build wrote there (compiled files and this machine's build settings).
@@ -127,33 +127,3 @@ def _python_files(root: Path, exclude: Sequence[str]) -> Iterator[Path]:
             path = Path(folder, name)
             if name.endswith(".py") and kept(name) and path.is_file():
                 yield path
-
-
-def documents_of(
-    dataset: Dataset | IterableDataset, column: str = "text", name: str = "dataset"
-) -> Iterator[str]:
-    """The texts in a column, one by one.
-
-    Args:
-        dataset: also one that is streamed, with or without known columns.
-        column: of the texts.
-        name: what the dataset is called in errors.
-
-    Raises:
-        ValueError: there is no such column, or a row has no text in it.
-    """
-    row = 0
-    for batch in dataset.with_format(None).iter(batch_size=64):
-        if column not in batch:
-            raise ValueError(
-                f"The {name} has the columns {sorted(batch)}, but not {column!r}, which holds the "
-                "documents; pass its name, or rename it."
-            )
-        for text in batch[column]:
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"Row {row} of the {name} has {text!r:.80} in {column!r}, expected a string; "
-                    "leave such rows out."
-                )
-            yield text
-            row += 1

@@ -17,7 +17,7 @@ from datasets import (
 )  # fmt: skip
 from transformers import PreTrainedTokenizerBase
 
-from .corpus import documents_of
+from .documents import documents_of
 
 # Enough documents to keep the tokenizer's threads busy, few enough to hold in memory at once.
 _DOCUMENTS_PER_BATCH = 64

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .corpus import documents_of
+from .documents import documents_of
 
 END_OF_TEXT = "<|endoftext|>"
 
