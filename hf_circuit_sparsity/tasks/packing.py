@@ -130,5 +130,5 @@ def spread_sample(dataset: Dataset | IterableDataset, most: int) -> Dataset:
     Of a stream it is the first `most` rows.
     """
     if isinstance(dataset, IterableDataset):
-        return Dataset.from_list(list(dataset.take(most)), features=dataset.features)
+        return Dataset(pa.concat_tables(dataset.take(most).with_format("arrow").iter(1000)))
     return dataset.select(range(0, len(dataset), max(1, len(dataset) // most)))
