@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
 from hf_circuit_sparsity import (
     Circuit,
@@ -107,6 +108,9 @@ def test_the_python_of_a_document_runs(path, names, hub_server):
         model = planted_model()
         names |= {"model": model, "circuit": planted_circuit(model), "task": on_off_task()}
         names["blocks"] = reference_ids()
+    if path.name == "data.md":
+        stories = [f"Once there were {number} stones." for number in range(1100)]
+        Dataset.from_dict({"story": stories}).push_to_hub("ada/stories")
     for block in blocks:
         for printed, small in SMALLER.items():
             block = re.sub(printed, small, block)
