@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from ..files import replacing
+from ..modeling.causal_lm import load_causal_lm
 from ..modeling.configuration_circuitgpt import FLOAT_DTYPES, ArtifactError
 from ..modeling.fingerprint import model_fingerprint
 from ..modeling.sparse_checkpoint import read_tensors
@@ -93,7 +94,7 @@ def load_dense(source: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
         OSError: it was not found.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(source, **kwargs)
+        return load_causal_lm(source, **kwargs)
     except OSError as error:
         raise OSError(
             f"The dense model {str(source)!r} was not found ({str(error).splitlines()[0]}); pass "

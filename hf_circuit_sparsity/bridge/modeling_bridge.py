@@ -76,19 +76,25 @@ class BridgedCausalLM(BridgePreTrainedModel):
         """Fresh bridges between a dense model and a sparse one.
 
         Args:
-            dense: a causal language model (CircuitGPT, GPT-2 or Llama architecture), or the folder
-                or Hub id of one. It is frozen.
+            dense: a causal language model of any architecture with a [`Decoder`] and without
+                parallel layers, or the folder or Hub id of one. It is frozen.
             sparse: the sparse model, or the config of a fresh one; [`default_sparse_config`] if
                 `None`.
             encoder_afrac, bridge_bias: see [`BridgeConfig`].
 
         Raises:
-            ValueError: an unknown architecture, or depths or vocabularies that differ.
+            ValueError: an unknown architecture, parallel layers, a sparse model that is no
+                CircuitGPT, or depths or vocabularies that differ.
         """
         if isinstance(dense, (str, os.PathLike)):
             dense = load_dense(dense)
         sparse = default_sparse_config(dense) if sparse is None else sparse
-        is_model = not isinstance(sparse, CircuitGPTConfig)
+        is_model = isinstance(sparse, CircuitGPTForCausalLM)
+        if not is_model and not isinstance(sparse, CircuitGPTConfig):
+            raise ValueError(
+                f"sparse is a {type(sparse).__name__}, but the sparse model beside a dense one is "
+                "a CircuitGPT; pass one, or leave it out for a fresh one."
+            )
         config = BridgeConfig(
             sparse_config=(sparse.config if is_model else sparse).to_dict(),
             base_model_name_or_path=str(dense.config.name_or_path or ""),
@@ -319,7 +325,9 @@ def default_sparse_config(dense: PreTrainedModel, **fields: Any) -> CircuitGPTCo
 
 def check_pair(dense: PreTrainedModel, sparse: CircuitGPTConfig) -> None:
     """Raise a `ValueError` if no bridges can be built between the two."""
-    depth = decoder_of(dense).depth
+    decoder = decoder_of(dense)
+    decoder.check_sequential()
+    depth = decoder.depth
     if depth != sparse.n_layer:
         raise ValueError(
             f"The dense model has {depth} layers and the sparse one {sparse.n_layer}, but bridges "

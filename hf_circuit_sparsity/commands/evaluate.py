@@ -26,7 +26,7 @@ def run_evaluate(
     """Measure a saved model on the tasks, print a table and write the numbers as JSON.
 
     Args:
-        model: folder or Hub id of a CircuitGPT with its tokenizer.
+        model: folder or Hub id of a model with its tokenizer.
         tasks: all if not given.
         output_dir: of `task_evaluation.json`; if not given the model's folder. Nothing is written
             for a model from the Hub.

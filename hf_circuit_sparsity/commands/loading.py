@@ -5,15 +5,17 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+import torch
 from datasets import Dataset, DatasetDict
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..circuits.circuit import Circuit
+from ..decoders.decoder import check_registered
+from ..modeling.causal_lm import load_causal_lm, model_type_of
 from ..modeling.configuration_circuitgpt import CircuitGPTConfig
-from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..tasks.corpus import build_corpus
 from ..tasks.packing import pack_dataset
 from .console import say
@@ -90,24 +92,25 @@ def read_corpus(folder: str | None) -> DatasetDict:
     return corpus
 
 
-def load_model(model: str) -> tuple[CircuitGPTForCausalLM, PreTrainedTokenizerBase]:
+def load_model(
+    model: str, dtype: torch.dtype | str = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A saved model, by any name that [`model_at`] knows, and its tokenizer.
 
+    Args:
+        model: of any architecture that has a [`Decoder`]; dense, or by its nonzeros.
+        dtype: to load it in, "auto" for that of the file; a CircuitGPT keeps the file's.
+
     Raises:
-        ValueError: it is damaged, of another architecture, or neither a folder nor a repository
+        ValueError: it is damaged, of an unknown architecture, or neither a folder nor a repository
             with both.
     """
     model = model_at(model)
     try:
-        ours = CircuitGPTConfig.model_type
-        kind = PreTrainedConfig.get_config_dict(model)[0].get("model_type", ours)
-        if kind != ours:
-            raise ValueError(
-                f"The model in {model} is of type {kind!r}, but the commands take a "
-                f"{ours}; from Python, find_circuit takes others too."
-            )
-        loaded = CircuitGPTForCausalLM.from_pretrained(model).eval()
-        return loaded, _tokenizer_beside(model)
+        kind = model_type_of(model)
+        check_registered(kind, f"The model in {model}")
+        options = {} if kind == CircuitGPTConfig.model_type else {"dtype": dtype}
+        return load_causal_lm(model, **options).eval(), _tokenizer_beside(model)
     except SafetensorError as error:
         raise ValueError(
             f"The weights in {model} are damaged ({error}); copy or download them again."
@@ -121,26 +124,30 @@ def load_model(model: str) -> tuple[CircuitGPTForCausalLM, PreTrainedTokenizerBa
 
 def _tokenizer_beside(model: str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        if len(tokenizer) < 2:  # transformers makes up an empty one where there is none
+            raise ValueError("the tokenizer is empty")
     except ValueError as error:
         raise ValueError(
             f"{model!r} holds a model, but no tokenizer beside it that could be read; save the "
             "tokenizer there too."
         ) from error
+    return tokenizer
 
 
 def reference_blocks(
-    corpus: str | None, model: CircuitGPTForCausalLM, tokenizer: PreTrainedTokenizerBase
+    corpus: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset | None:
-    """The Python files of a folder in blocks as long as the model's context; None for None."""
+    """The Python files of a folder in blocks that the model can read; None for None."""
     if corpus is None:
         return None
-    return pack_dataset(read_corpus(corpus)["train"], tokenizer, model.config.block_size)
+    length = min(256, model.config.max_position_embeddings)
+    return pack_dataset(read_corpus(corpus)["train"], tokenizer, length)
 
 
 def load_circuit(
     name: str, model: str | None, corpus: str | None
-) -> tuple[Circuit, CircuitGPTForCausalLM, PreTrainedTokenizerBase, Dataset | None]:
+) -> tuple[Circuit, PreTrainedModel, PreTrainedTokenizerBase, Dataset | None]:
     """A saved circuit, its model with the tokenizer, and the text of [`reference_blocks`]."""
     circuit = Circuit.from_pretrained(name)
     loaded, tokenizer = load_model(model or _model_of(circuit, Path(name)))

@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.utils import is_gguf_available
 
+from ..modeling.causal_lm import load_causal_lm
 from .loading import model_at, tokenizer_at
 
 _GGUF = ".gguf"
@@ -37,9 +38,8 @@ def load_pretrained(
     is_gguf = name.endswith(_GGUF)
     source, options = _gguf(name) if is_gguf else (model_at(name), {})
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, **_unpacked(options)
-        )
+        load = AutoModelForCausalLM.from_pretrained if is_gguf else load_causal_lm
+        model = load(source, dtype=torch.float32, **_unpacked(options))
     except SafetensorError as error:
         raise ValueError(
             f"The weights in {name} are damaged ({error}); copy or download them again."

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..circuits.circuit import Circuit
 from ..circuits.pruning.config import PruningConfig
 from ..circuits.pruning.find import find_circuit
 from ..circuits.pruning.tune import search_circuit
 from ..circuits.viewer.plot import plot_circuit
-from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..tasks.load import check_task_names, load_task
 from .console import check_can_draw, quiet_libraries, say, table
 from .loading import load_model, reference_blocks
@@ -63,7 +62,7 @@ def run_prune(arguments: PruneArguments, config: PruningConfig) -> Circuit:
 
 
 def prune_model(
-    model: CircuitGPTForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task_name: str,
     folder: Path,

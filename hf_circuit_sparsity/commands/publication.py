@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from huggingface_hub import DatasetCard, DatasetCardData, SpaceCard, SpaceCardData
 from jinja2 import Environment
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..circuits.card import circuit_card
 from ..circuits.circuit import Circuit
@@ -18,8 +18,9 @@ from ..circuits.task_scores import TaskScore
 from ..circuits.viewer.plot import plot_circuit
 from ..circuits.viewer.report import write_report
 from ..circuits.viewer.report_data import ReportConfig
+from ..modeling.causal_lm import save_nonzeros
 from ..modeling.fingerprint import model_fingerprint
-from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from ..modeling.sparse_checkpoint import SparsePreTrainedModel
 from ..tasks.card import task_dataset_card
 from ..tasks.load import build_task_datasets, list_tasks
 from ..trainer.model_card import model_card
@@ -47,7 +48,7 @@ class Run:
         scores: what `evaluate` measured on this very model; empty if it was not run.
     """
 
-    model: CircuitGPTForCausalLM
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     circuits: dict[str, Circuit]
     summary: dict[str, Any]
@@ -80,7 +81,7 @@ def read_run(run_dir: str) -> Run:
     folder = Path(run_dir)
     if not folder.is_dir():
         raise ValueError(f"There is no folder {run_dir!r}; pass that of quickstart or train.")
-    model, tokenizer = load_model(run_dir)
+    model, tokenizer = load_model(run_dir, dtype="auto")
     saved = Path(model.name_or_path)
     circuits: dict[str, Circuit] = {}
     for path in sorted(folder.rglob("circuit.json")):
@@ -122,12 +123,17 @@ def parts_of(run: Run, repo: str, *, tasks: Sequence[str] | None, reference: Any
     datasets = [f"{repo}-tasks"] if tasks else []
 
     def model(folder: Path, commit: str) -> None:
-        run.model.save_pretrained(folder, sparse=True)
+        if isinstance(run.model, SparsePreTrainedModel):
+            save_nonzeros(run.model, folder)
+            fields = {}
+        else:
+            run.model.save_pretrained(folder)  # dense, so that transformers alone reads it
+            fields = {"license": None}  # which is not ours to say
         run.tokenizer.save_pretrained(folder)
         card = model_card(
             run.model, repo_id=repo, summary=run.summary, task_scores=list(map(asdict, run.scores)),
             circuits={f"{repo}-circuits/{n}": c.to_dict() for n, c in run.circuits.items()},
-            datasets=datasets,
+            datasets=datasets, **fields,
         )  # fmt: skip
         card.save(folder / "README.md")
 

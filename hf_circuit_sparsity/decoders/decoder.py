@@ -144,7 +144,8 @@ class Decoder:
         """2L + 1."""
         return 2 * self.depth + 1
 
-    def _check_sequential(self) -> None:
+    def check_sequential(self) -> None:
+        """Raise a `ValueError` if the layers are parallel, so that bridges cannot enter them."""
         if any(layer.parallel for layer in self.layers):
             raise ValueError(
                 f"{type(self.model).__name__} has parallel layers, without a residual stream "
@@ -157,7 +158,7 @@ class Decoder:
         Raises:
             ValueError: the layers are parallel.
         """
-        self._check_sequential()
+        self.check_sequential()
         with _passed_over(self.blocks) as given:
             self.model.base_model(
                 input_ids,
@@ -218,7 +219,7 @@ class Decoder:
         Raises:
             ValueError: the layers are parallel.
         """
-        self._check_sequential()
+        self.check_sequential()
         if location % 2:
             return self.add_edit_after_attention(location // 2, edit)
         reader = [*self.blocks, self.final_norm][location // 2]
@@ -309,10 +310,20 @@ def decoder_of(model: nn.Module) -> Decoder:
         ValueError: `config.model_type` is not registered.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
+    check_registered(model_type, type(model).__name__)
+    return _DECODERS[model_type](model)
+
+
+def check_registered(model_type: str | None, what: str) -> None:
+    """Raise a `ValueError` unless the architecture is known.
+
+    Args:
+        model_type: as in a model's config.
+        what: has it, for people.
+    """
     if model_type not in _DECODERS:
         raise ValueError(
-            f"{type(model).__name__} has model_type {model_type!r}, expected one of "
+            f"{what} has model_type {model_type!r}, expected one of "
             f"{', '.join(sorted(_DECODERS))}; for another, implement layer in a subclass of "
             "Decoder (see LlamaDecoder) and call register_decoder(model_type, subclass)."
         )
-    return _DECODERS[model_type](model)

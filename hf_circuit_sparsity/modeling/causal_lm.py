@@ -21,12 +21,15 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
+from .configuration_circuitgpt import CircuitGPTConfig
 from .csr import CSR
+from .modeling_circuitgpt import CircuitGPTForCausalLM
 from .sparse_checkpoint import SparsePreTrainedModel
 from .sparse_layers import SPARSE_LAYERS, SparseLinear, to_sparse
 
@@ -125,16 +128,12 @@ def load_causal_lm(
         OSError: it was not found.
     """
     options = {option: kwargs[option] for option in _HUB_OPTIONS if option in kwargs}
-    trust = {n: kwargs[n] for n in ("trust_remote_code",) if n in kwargs}
-    config = kwargs.get("config") or AutoConfig.from_pretrained(name, **options, **trust)
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if known else None
-    if known and issubclass(cls, SparsePreTrainedModel):
-        return cls.from_pretrained(name, sparse=sparse, **kwargs)
+    if model_type_of(name, **options) == CircuitGPTConfig.model_type:
+        return CircuitGPTForCausalLM.from_pretrained(name, sparse=sparse, **kwargs)
     has_nonzeros = cached_file(
         name, NONZEROS_NAME, _raise_exceptions_for_missing_entries=False, **options
     )
-    if not known or not has_nonzeros:
+    if not has_nonzeros:
         model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
         return to_sparse(model) if sparse else model
     if dense := _dense_weights(Path(has_nonzeros).parent):
@@ -142,9 +141,16 @@ def load_causal_lm(
             f"{os.fspath(name)} holds a model twice, in {NONZEROS_NAME} and in {dense[0].name}; "
             "remove the one that is not meant."
         )
+    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(name, **options))]
     model = _by_nonzeros(cls).from_pretrained(name, sparse=sparse, **kwargs)
     model.__class__ = cls
     return model
+
+
+def model_type_of(name: str | os.PathLike, **hub_options: Any) -> str:
+    """The architecture that a saved model's config names; without one it is CircuitGPT's."""
+    content = PreTrainedConfig.get_config_dict(name, **hub_options)[0]
+    return content.get("model_type", CircuitGPTConfig.model_type)
 
 
 def weights_file(folder: str | os.PathLike) -> Path:

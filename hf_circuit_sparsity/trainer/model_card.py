@@ -1,4 +1,4 @@
-"""The card of a CircuitGPT."""
+"""The card of a model."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerState
 
 from ..hub_cards.card import TASKS_NAME, circuit_results, model_metadata, render, results_of
+from ..modeling.configuration_circuitgpt import CircuitGPTConfig
 from ..modeling.sparse_layers import SparseWeight
 
 
@@ -56,11 +57,11 @@ def model_card(
     tokenizer: bool = True,
     base_model: str | None = None,
     datasets: Sequence[str] = (),
-    license: str = "apache-2.0",
+    license: str | None = "apache-2.0",
     tags: Sequence[str] = (),
     mark: bool = False,
 ) -> ModelCard:
-    """The card of a CircuitGPT.
+    """The card of a CircuitGPT, or of a model of another architecture.
 
     Args:
         model: its config and the number of its nonzeros go onto the card.
@@ -74,7 +75,7 @@ def model_card(
         tokenizer: whether its tokenizer is in the repository too.
         base_model: Hub id of the model that it was trained on from.
         datasets: Hub ids of what it was trained or evaluated on; the first one with tasks.
-        license: as the Hub names it.
+        license: as the Hub names it; not stated if None.
         tags: beside the usual ones.
         mark: whether the next push may write the card anew.
     """
@@ -90,13 +91,18 @@ def model_card(
         results += results_of(score, scores, task=score["task"], dataset=dataset)
     for circuit in circuits.values():
         results += circuit_results(circuit, dataset)
+    total, nonzeros = weight_counts(model)
+    is_ours = model.config.model_type == CircuitGPTConfig.model_type
+    kinds = ["circuitgpt", "weight-sparse", "custom_code"] if is_ours else []
+    if not is_ours and nonzeros < total / 2:
+        kinds = ["weight-sparse"]
     data = model_metadata(
-        repo_id, results, tags=["circuitgpt", "weight-sparse", "custom_code", *tags],
+        repo_id, results, tags=[*kinds, *tags],
         datasets=datasets, library="transformers", license=license, base_model=base_model,
     )  # fmt: skip
-    total, nonzeros = weight_counts(model)
     return render(
         "model.md", data, repo_id, mark=mark, config=model.config, total=total, nonzeros=nonzeros,
+        is_ours=is_ours, architecture="CircuitGPT" if is_ours else type(model).__name__,
         picture=picture, tokenizer=tokenizer, corpus=corpus, summary=summary,
         task_scores=task_scores, circuits=circuits,
     )  # fmt: skip

@@ -8,8 +8,11 @@ import torch
 from peft import PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
+from hf_circuit_sparsity import load_causal_lm
 from hf_circuit_sparsity.adapters import CircuitPeftConfig
+from hf_circuit_sparsity.circuits.ablation import reference_means
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.task_scores import pair_logits
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
@@ -22,6 +25,7 @@ from tests.circuits.planted import (
     planted_model,
     reference_ids,
 )  # fmt: skip
+from tests.decoders.dense_models import DENSE, PARALLEL
 
 IDS = reference_ids()[:4]
 
@@ -167,6 +171,62 @@ def test_what_does_not_fit_is_refused(model, config):
     circuit = Circuit({}, planted_circuit(model).means, "on_off", model_fingerprint(model))
     with pytest.raises(ValueError, match="edge"):
         CircuitPeftConfig.from_circuit(circuit, model)
+
+
+ARCHITECTURES = {**DENSE, **PARALLEL}
+
+
+@pytest.mark.parametrize("make", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_circuits_of_every_architecture(make, tmp_path):
+    model = make().double()
+    means = reference_means(model, IDS).nodes
+    nodes = {site: [0, 3, 5] for site in means if site.startswith("h.1") or site.endswith("delta")}
+    circuit = Circuit(nodes, means, "task", model_fingerprint(model))
+    config = CircuitPeftConfig.from_circuit(circuit, model, tokens=[2, 7])
+    count = len(circuit.edges(model)) + 2 * 3
+    assert sum(map(len, config.edges.values())) == count
+    whole = model(IDS, labels=IDS, use_cache=False)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+    peft_model = get_peft_model(make().double(), config, autocast_adapter_dtype=False)
+    trained = [p for p in peft_model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == count
+    start = peft_model(IDS, labels=IDS, use_cache=False)
+    assert torch.equal(start.logits, whole.logits)
+    start.loss.backward()
+    if tied:  # the gradient of the unembedding alone
+        unembedding = model.get_output_embeddings()
+        unembedding.weight = torch.nn.Parameter(unembedding.weight.detach().clone())
+    model(IDS, labels=IDS, use_cache=False).loss.backward()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    index = {}
+    for name, pairs in config.edges.items():
+        rows, columns = torch.tensor(pairs).T
+        layer = model.get_submodule(name)
+        index[name] = (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
+        values = peft_model.get_submodule(f"base_model.model.{name}").circuit_values["default"]
+        torch.testing.assert_close(values.grad, layer.weight.grad[index[name]])
+
+    shaken(peft_model)
+    adapted = peft_model(IDS, use_cache=False).logits
+    assert not torch.allclose(adapted, whole.logits)
+    peft_model.save_pretrained(str(tmp_path / "adapter"))
+    again = PeftModel.from_pretrained(
+        make().double(), str(tmp_path / "adapter"), autocast_adapter_dtype=False
+    )
+    torch.testing.assert_close(again(IDS, use_cache=False).logits, adapted)
+    merged = peft_model.merge_and_unload()
+    torch.testing.assert_close(merged(IDS, use_cache=False).logits, adapted)
+    for name, tensor in merged.state_dict().items():
+        owner = name.removesuffix(".weight")
+        changed = torch.zeros_like(tensor, dtype=torch.bool)
+        if owner in index:
+            changed[index[owner]] = True
+        assert torch.equal(tensor != before[name], changed), name
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = load_causal_lm(tmp_path / "merged")
+    # Gemma's constants are made in float32 here.
+    torch.testing.assert_close(loaded(IDS, use_cache=False).logits, adapted, atol=1e-5, rtol=1e-4)
 
 
 def test_without_peft_the_error_says_what_to_install(monkeypatch):

@@ -178,13 +178,14 @@ def test_a_runs_folder_stands_for_its_model_and_its_circuit(saved_circuit, saved
 
 
 @pytest.mark.parametrize("command", ["evaluate", "prune --task with_as --output-dir {out}"])
-def test_another_architecture_is_refused_by_name(command, saved, tmp_path, capsys):
+def test_an_unknown_architecture_is_refused_by_name(command, saved, tmp_path, capsys):
     other, out = tmp_path / "other", tmp_path / "out"
     shutil.copytree(saved, other)
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "opt"}))
     assert main([*command.format(out=out).split(), "--model", str(other)]) == 2
-    assert "'gpt2'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "'opt'" in error and "register_decoder" in error
     assert not out.exists()
 
 

@@ -24,6 +24,7 @@ from hf_circuit_sparsity.modeling.sparse_layers import (
     to_dense,
     to_sparse,
 )
+from hf_circuit_sparsity.optim.weight_mask import extract_mask
 from tests.conftest import sparsify
 from tests.decoders.dense_models import DENSE, PARALLEL, PHI3, from_config, gpt2
 from tests.modeling.test_sparse_checkpoint import COUNTS, DAMAGE
@@ -46,7 +47,7 @@ def logits_of(model):
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_nonzeros_are_the_model(make, tmp_path):
     model = sparsify(make(), 0.12)
-    dense, layers = copy.deepcopy(model), [*model.named_modules()]
+    dense, layers, mask = copy.deepcopy(model), [*model.named_modules()], extract_mask(model)
     expected, fingerprint = logits_of(model), model_fingerprint(model)
     assert expected.std() > 0.01
     assert to_sparse(model, threshold=0.3) is model
@@ -56,6 +57,9 @@ def test_nonzeros_are_the_model(make, tmp_path):
         left = {layers.pop(-1)} if model.config.tie_word_embeddings else set()
         assert left <= {"lm_head"}
     assert list(sparse_layers(model)) == layers
+    on_nonzeros = extract_mask(model)
+    assert on_nonzeros.shapes == mask.shapes and mask.overlap(on_nonzeros) == 1.0
+    assert on_nonzeros.nonzeros() == mask.nonzeros()
     torch.testing.assert_close(logits_of(model), expected, atol=1e-4, rtol=1e-4)
     greedy = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     generated = dense.generate(IDS[:, :4], **greedy)

@@ -1,6 +1,6 @@
 """Which weights of a model the fine-tuning of one circuit trains."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +9,10 @@ from torch import nn
 
 from ...circuits.circuit import Circuit
 from ...circuits.edges import Edge
+from ...decoders.decoder import decoder_of
 from ..peft_types import peft_type
 
-UNEMBEDDING = "lm_head"
+UNEMBEDDINGS = ("lm_head", "embed_out")  # as models of transformers name theirs
 
 
 @dataclass
@@ -54,7 +55,7 @@ class CircuitPeftConfig(PeftConfig):
 
         Without the unembedding: PEFT would save the whole of a layer it takes for an embedding.
         """
-        return [name for name in self.edges if name != UNEMBEDDING]
+        return [name for name in self.edges if name not in UNEMBEDDINGS]
 
     @classmethod
     def from_circuit(
@@ -69,9 +70,9 @@ class CircuitPeftConfig(PeftConfig):
 
         Args:
             circuit: of `model`.
-            model: a CircuitGPT.
+            model: of any architecture that has a [`Decoder`].
             tokens: token ids whose unembedding weights on the channels the circuit writes to are
-                trained too.
+                trained too. An unembedding that is tied to the embedding is untied for that.
             into: train only the edges into these kinds of sites, for example `["resid_delta"]` for
                 those that write to the residual stream; all if `None`.
             kwargs: other fields of the config.
@@ -79,15 +80,14 @@ class CircuitPeftConfig(PeftConfig):
         Raises:
             ValueError: the circuit belongs to another model, or there is no such edge.
         """
-        edges: dict[str, list[list[int]]] = {}
-        for edge in circuit.edges(model):
-            if into is None or edge.target_site.rpartition(".")[2] in into:
-                name, row, column = edge_weight(model, edge)
-                edges.setdefault(name, []).append([row, column])
+        chosen = circuit.edges(model)
+        if into is not None:
+            chosen = [e for e in chosen if e.target_site.rpartition(".")[2] in into]
+        edges = edge_weights(model, chosen)
         written = {c for s, ids in circuit.nodes.items() if s.endswith("resid_delta") for c in ids}
         rows = [[int(t), channel] for t in sorted(set(tokens)) for channel in sorted(written)]
         if rows:
-            edges[UNEMBEDDING] = rows
+            edges[unembedding_name(model)] = rows
         if not edges:
             raise ValueError(
                 f"The circuit for {circuit.task!r} has no such edge, so there is nothing to train; "
@@ -102,12 +102,23 @@ class CircuitPeftConfig(PeftConfig):
         )
 
 
-def edge_weight(model: nn.Module, edge: Edge) -> tuple[str, int, int]:
-    """The layer of a CircuitGPT that an edge is a weight of, and its row and column there."""
-    block, _, target = edge.target_site.rpartition(".")
-    prefix = "transformer." if hasattr(model, "transformer") else ""
-    if target in ("q", "k", "v"):
-        inner = model.get_submodule(f"{prefix}{block}.c_attn").weight.shape[0] // 3
-        return f"{prefix}{block}.c_attn", "qkv".index(target) * inner + edge.target, edge.source
-    layer = "c_fc" if target == "post_act" else "c_proj"
-    return f"{prefix}{block}.{layer}", edge.target, edge.source
+def edge_weights(model: nn.Module, edges: Iterable[Edge]) -> dict[str, list[list[int]]]:
+    """The weights that edges are: name of a layer → `[output, input]` of each."""
+    names = {module: name for name, module in model.named_modules()}
+    layers = {
+        (projection.source, target.site, target.gate): (names[projection.module], target.rows)
+        for projection in decoder_of(model).projections()
+        for target in projection.targets
+    }
+    weights: dict[str, list[list[int]]] = {}
+    for edge in edges:
+        name, rows = layers[edge.source_site, edge.target_site, edge.gate]
+        row = edge.target if rows is None else int(rows[edge.target])
+        weights.setdefault(name, []).append([row, edge.column])
+    return weights
+
+
+def unembedding_name(model: nn.Module) -> str:
+    """The name of the layer that writes the logits."""
+    unembedding = model.get_output_embeddings()
+    return next(name for name, module in model.named_modules() if module is unembedding)

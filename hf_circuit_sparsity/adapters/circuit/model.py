@@ -1,5 +1,6 @@
 """Fine-tuning the weights of one circuit and nothing else, as a PEFT method."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -54,6 +55,7 @@ class CircuitTuner(BaseTuner):
                         f"The adapter names the weight [{row}, {column}] of {name}, which has "
                         f"the shape {list(shape)}."
                     )
+        untie(model, config.edges)
 
     @staticmethod
     def _check_target_module_exists(config: CircuitPeftConfig, key: str) -> bool:
@@ -78,3 +80,17 @@ class CircuitTuner(BaseTuner):
             setattr(parent, target_name, layer)
         layer.add(adapter_name, peft_config.edges[current_key], peft_config.inference_mode)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+
+
+def untie(model: nn.Module, edges: Mapping[str, Any]) -> None:
+    """Give an unembedding with edges a copy of the weight that it shares with the embedding.
+
+    The circuit's edges are weights of the one and not of the other, also once they are merged.
+    """
+    unembedding = getattr(model, "get_output_embeddings", lambda: None)()
+    name = next((n for n, m in model.named_modules() if m is unembedding), None)
+    if name in edges and unembedding.weight is model.get_input_embeddings().weight:
+        weight = unembedding.weight
+        unembedding.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        model.config.tie_word_embeddings = False
+        (model.all_tied_weights_keys or {}).pop(f"{name}.weight", None)
