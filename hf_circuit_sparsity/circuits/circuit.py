@@ -250,7 +250,8 @@ class Circuit:
     ) -> "Circuit":
         """Read one of OpenAI's released circuits, its `viz_data.pt`; nothing in it is executed.
 
-        The file has the kept nodes and no means, so these are measured.
+        The file has the kept nodes, but neither means, which are measured, nor the scale and shift
+        of the logits. Of the stream before the unembedding everything stays.
 
         Args:
             file: the path of `viz_data.pt`.

@@ -14,6 +14,8 @@ import torch
 from ..modeling.configuration_circuitgpt import ArtifactError
 from ..modeling.openai_checkpoint import read_pickle
 
+# How it was searched; and channels of the stream before the unembedding, where no node of ours is.
+_NO_SITES = ("prune_config", "final_resid")
 _SITE = re.compile(r"(\d+)\.((?:attn|mlp)\.\w+)")
 
 
@@ -32,12 +34,12 @@ def read_openai_masks(path: str | os.PathLike, widths: Mapping[str, int]) -> dic
         raise ArtifactError(path, ' has no masks: expected a dict named "circuit_data".')
     nodes = {}
     for name, mask in data.items():
-        match = _SITE.fullmatch(name) if isinstance(name, str) else None
-        if match is None:  # as "prune_config"
+        if name in _NO_SITES:
             continue
-        site = f"h.{match[1]}.{match[2]}"
+        match = _SITE.fullmatch(name) if isinstance(name, str) else None
+        site = f"h.{match[1]}.{match[2]}" if match else ""
         if site not in widths:
-            raise ArtifactError(path, f" has the site {name!r}, which this model has not.")
+            raise ArtifactError(path, f" has the site {name!r:.80}, which this model has not.")
         nodes[site] = _indices(path, name, mask, widths[site])
     if not any(nodes.values()):
         raise ArtifactError(path, " keeps no node at any site named as 0.attn.k.")
@@ -48,6 +50,8 @@ def _indices(path: str | os.PathLike, name: str, mask: Any, width: int) -> list[
     """The indices of one site, which may also be a bool per node."""
     expected = f"expected indices below {width}, or a bool for each of {width} nodes"
     is_flat = isinstance(mask, torch.Tensor) and mask.dim() == 1
+    if is_flat and not len(mask):  # whatever its dtype: torch.tensor([]) is one of floats
+        return []
     if not is_flat or mask.is_floating_point() or mask.is_complex():
         kind = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask)
         raise ArtifactError(path, f" has {name!r} of {kind}, {expected}.")

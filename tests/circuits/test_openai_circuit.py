@@ -13,6 +13,8 @@ def viz_data(**changes):
     """What their viewer reads: masks, and beside them samples and figures of the search."""
     masks = {site.removeprefix("h."): torch.tensor(ids) for site, ids in PLANTED_NODES.items()}
     masks["0.attn.q"] = torch.tensor([], dtype=torch.int64)
+    masks["0.attn.k"] = torch.tensor([])
+    masks["final_resid"] = torch.tensor([4])
     masks["prune_config"] = {"k_coef": 1e-4, "seed": 0}
     return {
         "circuit_data": {**masks, **changes},
@@ -71,6 +73,8 @@ class Code:
         (viz_data(**{"0.attn.v": [5]}), "0.attn.v"),
         (viz_data(**{"7.attn.v": torch.tensor([5])}), "7.attn.v"),
         (viz_data(**{"0.attn.router": torch.tensor([5])}), "0.attn.router"),
+        (viz_data(**{"h.0.attn.v": torch.tensor([5])}), "h.0.attn.v"),
+        ({"circuit_data": {5: torch.tensor([5])}}, "site 5"),
         ({"circuit_data": {"prune_config": {}}}, "keeps no node"),
         ({"circuit_data": [1]}, "circuit_data"),
         ({}, "circuit_data"),
