@@ -40,15 +40,6 @@ def test_every_matrix_gets_its_budget_and_keeps_its_size(support, make_gpt2):
             assert torch.equal(p, before[name])
 
 
-def test_outputs_vary_as_much_as_before():
-    torch.manual_seed(0)
-    layer = nn.Linear(512, 256, bias=False)
-    x = torch.randn(400, 512)
-    before = layer(x).std()
-    sparsify_initialization_(layer, 1 / 32)
-    torch.testing.assert_close(layer(x).std(), before, rtol=0.05, atol=0)
-
-
 def test_what_is_sparse_already_is_left_alone(make_gpt2):
     model = make_gpt2()
     sparsify_initialization_(model, 1 / 8)

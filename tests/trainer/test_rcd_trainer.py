@@ -54,16 +54,6 @@ def test_trains_within_the_budget_and_without_full_gradients(
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_mixed_precision(make_llama, make_trainer):
-    trainer = make_trainer(
-        make_llama(), sparsifier="rcd", bf16=True, rcd_config={"block_fraction": 0.25}
-    )
-    trainer.train()
-    logs = training_logs(trainer)
-    assert logs[-1]["loss"] < logs[0]["loss"]
-    assert "skipped_steps" not in logs[-1]
-
-
 def test_settings_reach_the_optimizer_and_the_start(make_gpt2, make_trainer):
     model = make_gpt2()
     largest = model.transformer.wte.weight.detach().abs().flatten().topk(50)

@@ -83,15 +83,6 @@ def test_values_equal_the_slice_in_circuitgpt(block, checkpointing, tiny_config)
     assert_slices_of_the_full_gradient(model, optimizer_for(model, block=block), backward)
 
 
-def test_several_backward_passes_add_up(make_llama):
-    def twice(model):
-        for part in TOKENS.split(1):
-            model(input_ids=part, labels=part).loss.backward()
-
-    model = make_llama()
-    assert_slices_of_the_full_gradient(model, optimizer_for(model), twice)
-
-
 def test_autocast(tiny_config):
     def run(model):
         with torch.autocast("cpu", dtype=torch.bfloat16):
