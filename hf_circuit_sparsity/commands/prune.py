@@ -102,5 +102,6 @@ def circuit_rows(circuit: Circuit) -> list[tuple[str, str]]:
         ("loss, whole model", f"{m['model_loss']:.3f}, accuracy {m['model_accuracy']:.1%}"),
         ("  its logits calibrated", f"{m['calibrated_model_loss']:.3f}, {calibrated}"),
         ("loss, circuit alone", f"{m['circuit_loss']:.3f}, accuracy {m['circuit_accuracy']:.1%}"),
+        ("  its logits uncalibrated", f"{m['uncalibrated_circuit_loss']:.3f}"),
         ("loss, circuit removed", f"{m['ablated_loss']:.3f}, accuracy {m['ablated_accuracy']:.1%}"),
     ]

@@ -29,7 +29,8 @@ def evaluate_circuit(
         embedding weights onto channels the circuit reads, where tokens were pruned.
         `model_loss`, `model_accuracy`: of the whole model; `calibrated_model_loss` after a scale
         and shift of its logits fitted on training prompts, as the circuit's logits have.
-        `circuit_loss`, `circuit_accuracy`: with everything else mean-ablated (sufficiency).
+        `circuit_loss`, `circuit_accuracy`: with everything else mean-ablated (sufficiency);
+        `uncalibrated_circuit_loss`: without scale and shift of its logits.
         `ablated_loss`, `ablated_accuracy`: with the circuit mean-ablated and everything else kept
         (necessity; ln 2 ≈ 0.69 is guessing).
         `train_circuit_loss`: sufficiency on the prompts it was found with.
@@ -45,18 +46,21 @@ def evaluate_circuit(
     model = unwrapped(model)
     test, train = task.tensors("test"), task.tensors("train")
     with in_eval_mode(model):
-        with circuit.apply(model):
-            alone, alone_train = all_pair_logits(model, test), all_pair_logits(model, train)
+        with circuit.apply(model, calibrated=False):
+            raw, raw_train = all_pair_logits(model, test), all_pair_logits(model, train)
         with circuit.apply(model, inverse=True):
             without = all_pair_logits(model, test)
         whole = whole or model_scores(model, train, test)
+    alone, alone_train = (
+        circuit.calibration.pairs(pairs, rows) for pairs, rows in ((raw, test), (raw_train, train))
+    )
     calibrated = whole.calibration.pairs(whole.test, test).numpy()
     nodes, edges = len(circuit), circuit.count_edges(model)
     all_nodes = sum(len(mean) for mean in circuit.means.values())
     all_edges = sum(int((m.weight != 0).sum()) for m in site_weights(model))
     node_share, edge_share = shares([nodes, edges], [all_nodes, all_edges]).tolist()
-    model_pairs, alone, without, alone_train = (
-        pairs.numpy() for pairs in (whole.test, alone, without, alone_train)
+    model_pairs, alone, raw, without, alone_train = (
+        pairs.numpy() for pairs in (whole.test, alone, raw, without, alone_train)
     )
     pruned_tokens = {}
     if circuit.tokens is not None:
@@ -72,6 +76,7 @@ def evaluate_circuit(
         "model_accuracy": task_accuracy(model_pairs),
         "calibrated_model_loss": task_loss(calibrated),
         "circuit_loss": task_loss(alone),
+        "uncalibrated_circuit_loss": task_loss(raw),
         "circuit_accuracy": task_accuracy(alone),
         "ablated_loss": task_loss(without),
         "ablated_accuracy": task_accuracy(without),

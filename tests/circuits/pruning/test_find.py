@@ -8,7 +8,12 @@ from hf_circuit_sparsity.circuits.ablation import TOKENS, mean_activations, refe
 from hf_circuit_sparsity.circuits.pruning.find import jaccard, mean_jaccard
 from hf_circuit_sparsity.circuits.pruning.masks import Gate, learn_masks
 from hf_circuit_sparsity.circuits.pruning.shrink import bisect
-from hf_circuit_sparsity.circuits.task_scores import binary_accuracy, binary_loss, model_scores
+from hf_circuit_sparsity.circuits.task_scores import (
+    all_pair_logits,
+    binary_accuracy,
+    binary_loss,
+    model_scores,
+)
 from tests.circuits.planted import (
     NO,
     PLANTED_EDGES,
@@ -34,6 +39,11 @@ def test_a_planted_circuit_is_found(seed):
     assert metrics["nodes"] == 6 and metrics["edges"] == 4
     assert metrics["circuit_loss"] <= 0.15 and metrics["circuit_accuracy"] == 1
     assert metrics["ablated_loss"] >= 0.6
+    test = on_off_task().tensors("test")
+    with circuit.apply(model, calibrated=False):
+        raw = binary_loss(all_pair_logits(model, test)).item()
+    assert metrics["uncalibrated_circuit_loss"] == pytest.approx(raw)
+    assert raw != pytest.approx(metrics["circuit_loss"])
     # The masks alone open the planted nodes and hardly another.
     scores, planted = (torch.cat(list(v.values())) for v in (circuit.scores, circuit.masks()))
     assert (scores[planted] > 0).all() and (scores[~planted] > 0).sum() <= 2
