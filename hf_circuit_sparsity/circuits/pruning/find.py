@@ -33,7 +33,7 @@ from ..edges import circuit_edges, cut_offsets
 from ..evaluation.faithfulness import evaluate_circuit
 from ..task_scores import TaskTensors, binary_loss, model_scores, task_rows
 from .config import PruningConfig
-from .masks import Masks, learn_masks
+from .masks import Masks, learn_masks, width
 from .shrink import Selector, bisect, drop_edges, drop_unconnected, drop_unneeded
 
 
@@ -103,7 +103,8 @@ def find_circuits(
     Raises:
         TaskNotLearnedError: the model itself does not reach the first target, or not without what
             is excluded.
-        ValueError: targets that do not ascend, or a prompt longer than the model's context.
+        ValueError: targets that do not ascend, a site that there is not, or a prompt longer than
+            the model's context.
     """
     config = config or PruningConfig()
     targets = [config.target_loss] if targets is None else list(targets)
@@ -127,20 +128,24 @@ def find_circuits(
         sites = dict(means.nodes)
         if config.token_nodes:
             sites[TOKENS] = means.token
-        allowed = {site: torch.ones(len(mean), dtype=torch.bool) for site, mean in sites.items()}
-        for site, indices in (exclude or {}).items():
-            allowed[site][list(indices)] = False
+        allowed = None
+        if unknown := sorted(set(exclude or ()) - set(sites)):
+            raise ValueError(f"exclude names {unknown[0]!r}, which is no node site of this model.")
         if exclude:
-            selector = Selector(model, selection, means, whole.calibration, configs[0])
-            if not selector.reaches(allowed):
+            allowed = {
+                s: torch.ones(width(model, s, m), dtype=torch.bool) for s, m in sites.items()
+            }
+            for site, indices in exclude.items():
+                allowed[site][list(indices)] = False
+            if not Selector(model, selection, means, whole.calibration, configs[0]).reaches(
+                allowed
+            ):
                 raise TaskNotLearnedError(
                     f"Without the {sum(map(len, exclude.values()))} nodes that are excluded the "
                     f"model does not reach target_loss={targets[0]:g} on the task {task.name!r}."
                 )
         seeds = range(config.seed, config.seed + config.num_seeds)
-        learned = learn_masks(
-            model, train, sites, config, seeds, progress, allowed if exclude else None
-        )
+        learned = learn_masks(model, train, sites, config, seeds, progress, allowed)
         by_target: list[list[Circuit]] = [[] for _ in targets]
         for seed, scores in zip(seeds, learned, strict=True):
             keep = None

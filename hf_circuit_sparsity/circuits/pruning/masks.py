@@ -214,13 +214,18 @@ def _initial(
 ) -> Masks:
     masks = {}
     for site, mean in means.items():
-        width = model.get_input_embeddings().num_embeddings if site == TOKENS else len(mean)
-        noise = config.init_std * torch.randn(width, generator=generator)
+        nodes = width(model, site, mean)
+        noise = config.init_std * torch.randn(nodes, generator=generator)
         masks[site] = (config.init_mean + noise).clamp(-1, 1)
         if site == TOKENS:
             # Tokens that never occur have no say: closed, and without a gradient they stay so.
-            masks[site][~occurring_tokens(train, width)] = -1.0
+            masks[site][~occurring_tokens(train, nodes)] = -1.0
     return masks
+
+
+def width(model: nn.Module, site: str, mean: torch.Tensor) -> int:
+    """How many nodes a site has, of which that is the mean; of `TOKENS`, the vocabulary."""
+    return model.get_input_embeddings().num_embeddings if site == TOKENS else len(mean)
 
 
 def occurring_tokens(tensors: TaskTensors, vocab_size: int) -> torch.Tensor:

@@ -198,8 +198,10 @@ def bisect(scores: Masks, selector: Selector, allowed: Masks | None = None) -> M
         allowed: nodes that may be kept, all if not given; all of them reach the target.
     """
     flat = torch.cat(list(scores.values()))
-    may = torch.cat([allowed[site] for site in scores]) if allowed else torch.ones_like(flat).bool()
-    order = flat.where(may.to(flat.device), -torch.inf).argsort(descending=True, stable=True)
+    may = torch.ones_like(flat, dtype=torch.bool)
+    if allowed is not None:
+        may = torch.cat([allowed[site].to(flat.device) for site in scores])
+    order = flat.where(may, -torch.inf).argsort(descending=True, stable=True)
 
     def best(k: int) -> Masks:
         mask = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
@@ -220,7 +222,7 @@ def bisect(scores: Masks, selector: Selector, allowed: Masks | None = None) -> M
     k = fewest(int(may.sum()))
     # The loss may rise again with nodes that the masks had closed, and bisection then stops above
     # them; the nodes left open are the ones that the masks were trained with.
-    opened = int(((flat > 0) & may.to(flat.device)).sum())
+    opened = int(((flat > 0) & may).sum())
     if 0 < opened < k and selector.reaches(best(opened)):
         k = fewest(opened)
     return best(k)

@@ -59,11 +59,17 @@ def test_two_equal_paths_are_found_one_after_the_other():
 
 
 def test_excluded_nodes_are_in_no_circuit():
+    tokens = replace(SEARCH, token_nodes=True)
     (circuit,) = find_circuits(
-        two_paths(), on_off_task(), SEARCH, reference=reference_ids(), progress=False,
+        two_paths(), on_off_task(), tokens, reference=reference_ids(), progress=False,
         exclude={"h.0.attn.v": [5]},
     )  # fmt: skip
     assert circuit.nodes["h.0.attn.v"] == [6]
+    with pytest.raises(ValueError, match=r"h\.9\.attn\.v"):
+        find_circuits(
+            planted_model(), on_off_task(), SEARCH, reference=reference_ids(), progress=False,
+            exclude={"h.9.attn.v": [5]},
+        )  # fmt: skip
     with pytest.raises(TaskNotLearnedError, match="excluded"):
         find_circuits(
             planted_model(), on_off_task(), replace(SEARCH, max_steps=1), progress=False,
