@@ -10,6 +10,7 @@ Circuits are searched alike in both, at the lowest target loss that both models 
 is left out: in dense models it would try thousands of nodes one by one.
 """
 
+import json
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ from hf_circuit_sparsity.circuits.task_scores import evaluate_tasks
 from hf_circuit_sparsity.commands.console import say
 from hf_circuit_sparsity.commands.pretrained import load_pretrained
 from hf_circuit_sparsity.commands.training import SUMMARY_NAME, train_model
+from hf_circuit_sparsity.hub_cards.markdown import NOT_MEASURED, number
 from hf_circuit_sparsity.tasks.corpus import build_corpus
 from hf_circuit_sparsity.tasks.load import load_task
 from hf_circuit_sparsity.tasks.packing import pack_dataset, spread_sample
@@ -55,25 +57,37 @@ def run(experiment: Experiment) -> str:
     """Measure what is not there yet; returns the report."""
     options, folder = experiment.options, experiment.folder
     torch.set_num_threads(options.threads)
-    make_dense(folder)
-    sparse = make_sparse(folder, options.density, options.steps)
-    scores = {name: task_scores(folder, name) for name in (DENSE, SPARSE)}
-    losses = {name: held_out_loss(folder, name) for name in (DENSE, SPARSE)}
-    circuits = {
-        task: {name: circuit(folder, name, task) for name in (DENSE, SPARSE)}
-        for task in options.tasks
-    }
+    sparse: dict[str, Any] | None = None
+    if not experiment.stored_only:
+        make_dense(folder)
+        sparse = make_sparse(folder, options.density, options.steps)
+        for name in (DENSE, SPARSE):
+            task_scores(folder, name)
+            held_out_loss(folder, name)
+        for task in options.tasks:
+            for name in (DENSE, SPARSE):
+                circuit(folder, name, task)
+    elif (folder / SPARSE / SUMMARY_NAME).is_file():
+        sparse = make_sparse(folder, options.density, options.steps)
     return "\n\n".join([
         "# A real pretrained model, dense and made sparse",
         __doc__.strip().split("\n\n", 1)[1],
-        f"Measured on: {machine()}. Training: {sparse['steps']} steps of 1,024 tokens, "
-        f"{sparse['seconds_per_step']:.1f} s each; one seed.",
-        _models(losses, sparse),
+        f"Measured on: {machine()}. One seed.",
+        _models(folder, sparse),
         "Accuracy and loss on the two candidates, 64 held-out prompts per task:",
-        _tasks(scores),
+        _tasks({name: _stored(folder, f"{name}_tasks") or {} for name in (DENSE, SPARSE)}),
         "Circuits:",
-        _circuits(circuits),
+        _circuits({
+            task: {name: _stored(folder, f"{name}/{task}") for name in (DENSE, SPARSE)}
+            for task in options.tasks
+        }),
     ])  # fmt: skip
+
+
+def _stored(folder: Path, name: str) -> Any:
+    """What was measured under a name; None if that was not reached."""
+    path = folder / "measured" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def make_dense(folder: Path) -> None:
@@ -186,51 +200,53 @@ def _means(folder: Path, name: str) -> ReferenceMeans:
     return reference_means(model, ids)
 
 
-def _models(losses: dict[str, float], summary: dict[str, Any]) -> str:
-    densities = {DENSE: 1.0, SPARSE: summary["density"]}
-    return table([
-        {
+def _models(folder: Path, summary: dict[str, Any] | None) -> str:
+    rows = []
+    for name in (DENSE, SPARSE):
+        loss = _stored(folder, f"{name}_loss")
+        trained = summary if name == SPARSE else None
+        rows.append({
             "model": name,
-            "density of attention and MLP": f"{densities[name]:.4f}",
-            "held-out loss, nats per token": f"{losses[name]:.3f}",
-            "perplexity": f"{exp(losses[name]):.1f}",
-        }
-        for name in (DENSE, SPARSE)
-    ])  # fmt: skip
+            "density of attention and MLP": f"{trained['density']:.4f}" if trained else "1",
+            "training": f"{trained['steps']} steps of 1,024 tokens, "
+            f"{trained['seconds_per_step']:.1f} s each" if trained else NOT_MEASURED,
+            "held-out loss, nats per token": number(loss),
+            "perplexity": number(loss and exp(loss), ".1f"),
+        })  # fmt: skip
+    return table(rows if summary else rows[:1])
 
 
 def _tasks(scores: dict[str, dict[str, dict[str, Any]]]) -> str:
-    def cells(name: str, score: dict[str, Any]) -> dict[str, str]:
-        if score["problem"]:
-            return {f"{name}: accuracy": "–", f"{name}: loss": "–"}
+    def cells(name: str, task: str) -> dict[str, str]:
+        score = scores[name].get(task, {})
         return {
-            f"{name}: accuracy": f"{score['accuracy']:.2f}",
-            f"{name}: loss": f"{score['loss']:.3f}",
+            f"{name}: accuracy": number(score.get("accuracy"), ".2f"),
+            f"{name}: loss": number(score.get("loss")),
         }
 
+    measured = [name for name in (DENSE, SPARSE) if scores[name]]
     return table([
-        {"task": task, **cells(DENSE, score), **cells(SPARSE, scores[SPARSE][task])}
-        for task, score in scores[DENSE].items()
+        {"task": task, **{k: v for name in measured for k, v in cells(name, task).items()}}
+        for task in scores[DENSE]
     ])  # fmt: skip
 
 
-def _circuits(circuits: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+def _circuits(circuits: dict[str, dict[str, list[dict[str, Any]] | None]]) -> str:
     lines = []
     for task, models in circuits.items():
         for name, rows in models.items():
-            for row in rows:
-                line = {"task": task, "model": name}
-                if "problem" in row:
-                    cells = {"target loss": "–", "nodes": "–", "edges": "–", "loss": "–"}
-                    lines.append({**line, **cells, "checks not passed": "task not learned"})
-                    continue
+            for row in rows or [{"failed": ["not searched"]}]:
                 lines.append({
-                    **line,
-                    "target loss": f"{row['target']:g}",
-                    "nodes": f"{row['nodes']:,} ({row['node_share']:.1%})",
-                    "edges": f"{row['edges']:,}",
-                    "loss": f"{row['circuit_loss']:.3f}",
-                    "checks not passed": ", ".join(row["failed"]) or "none",
+                    "task": task,
+                    "model": name,
+                    "target loss": number(row.get("target"), "g"),
+                    "nodes": number(row.get("nodes"), ","),
+                    "of all nodes": number(row.get("node_share"), ".2%"),
+                    "edges": number(row.get("edges"), ","),
+                    "held-out loss": number(row.get("circuit_loss")),
+                    "accuracy": number(row.get("circuit_accuracy"), ".2f"),
+                    "seconds": number(row.get("seconds"), ",.0f"),
+                    "checks not passed": row.get("problem") or ", ".join(row["failed"]) or "none",
                 })  # fmt: skip
     return table(lines)
 

@@ -151,7 +151,8 @@ def find_circuits(
             keep = None
             for at_target, circuits in zip(configs, by_target, strict=True):
                 selector = Selector(model, selection, means, whole.calibration, at_target)
-                keep = bisect(scores, selector, allowed) if keep is None else keep
+                if keep is None or not config.cleanup:  # which alone makes use of more room
+                    keep = bisect(scores, selector, allowed)
                 keep = drop_unconnected(model, keep, selector)
                 if config.cleanup:
                     keep = drop_unneeded(keep, selector, progress)

@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hf_circuit_sparsity.circuits.pruning import find
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.exhaust import exhaust_circuits
 from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError, find_circuits
+from hf_circuit_sparsity.circuits.pruning.shrink import bisect
 from tests.circuits.planted import (
     NO,
     PLANTED_NODES,
@@ -82,3 +84,20 @@ def test_nothing_to_exhaust():
         exhaust(unable_model())
     with pytest.raises(ValueError, match="rounds"):
         exhaust(planted_model(), rounds=0)
+
+
+@pytest.mark.parametrize("cleanup, bisected", [(True, [0.1]), (False, [0.1, 0.2])])
+def test_without_clean_up_each_target_is_bisected_anew(cleanup, bisected, monkeypatch):
+    """With it, the circuit of the next target is what the clean-up can still drop."""
+    targets = []
+
+    def recorded(scores, selector, allowed):
+        targets.append(selector.config.target_loss)
+        return bisect(scores, selector, allowed)
+
+    monkeypatch.setattr(find, "bisect", recorded)
+    find_circuits(
+        two_paths(), on_off_task(), replace(SEARCH, cleanup=cleanup), reference=reference_ids(),
+        progress=False, targets=[0.1, 0.2],
+    )  # fmt: skip
+    assert targets == bisected
