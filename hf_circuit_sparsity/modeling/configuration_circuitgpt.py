@@ -194,6 +194,6 @@ class CircuitGPTConfig(CheckedConfig, PreTrainedConfig):
 
     def site_k(self, site: str) -> int | None:
         """How many activations AbsTopK keeps at a site; `None` where it does not act."""
-        if self.afrac is None or site not in self.activation_sites:
+        if (afrac := self.afrac) is None or site not in self.activation_sites:
             return None
-        return int(self.afrac * self.site_width(site))
+        return int(afrac * self.site_width(site))

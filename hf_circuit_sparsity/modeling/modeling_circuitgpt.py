@@ -1,8 +1,7 @@
 """CircuitGPT: the weight-sparse GPT of Gao et al. 2025 (arXiv 2511.13653) as a `PreTrainedModel`.
 
 GPT-2 style decoder with AbsTopK at every site a circuit can be cut at ([`NodeSite`]), RMSNorm,
-attention sinks, and a dense bigram table beside the sparse weights. Parameter names are those of
-OpenAI's released checkpoints, against whose logits and activations the tests hold it.
+attention sinks, and a dense bigram table beside the sparse weights; parameter names are OpenAI's.
 
 Shapes in comments: B batch, T tokens, D `d_model`, H heads, K `d_head`, V vocabulary.
 """
@@ -32,9 +31,6 @@ from .sparse_checkpoint import SparsePreTrainedModel
 
 logger = logging.get_logger(__name__)
 
-# Not torch's default, which depends on the dtype: OpenAI's models were trained in float32.
-RMS_NORM_EPS = torch.finfo(torch.float32).eps
-
 
 class AbsTopK(nn.Module):
     """Keeps the k largest activations by magnitude, all of them where k is None."""
@@ -58,8 +54,8 @@ class NodeSite(AbsTopK):
 
 
 def make_norm(config: CircuitGPTConfig, width: int) -> nn.Module:
-    if config.rms_norm:
-        return nn.RMSNorm(width, eps=RMS_NORM_EPS)
+    if config.rms_norm:  # OpenAI's were trained in float32; torch's default depends on the dtype
+        return nn.RMSNorm(width, eps=torch.finfo(torch.float32).eps)
     return nn.LayerNorm(width, eps=1e-5, bias=config.ln_bias)
 
 
@@ -199,9 +195,7 @@ class CircuitGPTPreTrainedModel(SparsePreTrainedModel):
     _supports_sdpa = True  # not flex attention: that of transformers refuses sinks on the CPU
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": CircuitGPTBlock, "attentions": CircuitGPTAttention,
-    }  # fmt: skip
+    _can_record_outputs = {"hidden_states": CircuitGPTBlock, "attentions": CircuitGPTAttention}  # noqa: RUF012
     # Older releases lack the first; the others are causal or pruning masks stored as buffers.
     _keys_to_ignore_on_load_missing = ["final_logits_bias"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$", r"(^|[._])mask$"]  # noqa: RUF012
@@ -212,11 +206,10 @@ class CircuitGPTPreTrainedModel(SparsePreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
         if isinstance(module, SinusoidalPositions):
             init.copy_(module.weight, module.table())
-            return
-        super()._init_weights(module)
-        if isinstance(module, AttentionSink):
+        elif isinstance(module, AttentionSink):
             init.zeros_(module.sink_logit)
         elif isinstance(module, CircuitGPTForCausalLM):
             init.zeros_(module.final_logits_bias)
@@ -262,11 +255,8 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
 
     def check_positions(self, position_ids: Tensor) -> None:
         needed = int(position_ids.max()) + 1 if position_ids.numel() else 0
-        if needed > self.config.block_size:
-            raise ValueError(
-                f"The sequence has {needed} tokens, but this model reads at most "
-                f"block_size={self.config.block_size}; shorten it."
-            )
+        if needed > (most := self.config.block_size):
+            raise ValueError(f"{needed} tokens were passed, expected at most block_size={most}.")
 
     def embedded(
         self, x: Tensor, attention_mask: Tensor | None = None,
@@ -351,13 +341,12 @@ class CircuitGPTForCausalLM(CircuitGPTPreTrainedModel, GenerationMixin):
         """Load OpenAI's blob layout: a folder with `beeg_config.json` and `final_model.pt`.
 
         Args:
-            folder: where the two files are.
+            folder: where the two are; only the package reads them, no code beside a model.
             config_overrides: config fields to set over those read.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing, unreadable or does not fit the other.
         """
-        # In the package hf-circuit-sparsity only, not in the code beside a model on the Hub.
         reader = importlib.import_module("hf_circuit_sparsity.modeling.openai_checkpoint")
         return reader.load_openai_checkpoint(cls, folder, **config_overrides)
 

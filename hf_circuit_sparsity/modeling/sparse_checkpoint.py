@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.modeling_utils import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel, _load_parameter_into_model
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from .configuration_circuitgpt import FLOAT_DTYPES, REPRODUCTION, ArtifactError
 from .csr import CSR
@@ -75,11 +77,15 @@ class SparsePreTrainedModel(PreTrainedModel):
         if nonzeros is not None:
             device = next(p.device for p in model.parameters() if p.device.type != "meta")
             run_on_nonzeros(model, nonzeros)
-            for layer in sparse_layers(model).values():
+            for layer in sparse_layers(model).values() if device.type != "cpu" else ():
                 layer.to(device)
         elif sparse:
             to_sparse(model)
         return loaded
+
+    @classmethod
+    def get_init_context(cls, *args, **kwargs):  # nothing is drawn that is then read
+        return [*super().get_init_context(*args, **kwargs), init.no_init_weights()]
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
@@ -101,16 +107,24 @@ class SparsePreTrainedModel(PreTrainedModel):
         if _AS_NONZEROS.get():
             if len(set(device_map.values())) > 1:
                 raise ValueError("sparse=True was passed with a device_map over several devices.")
-            run_dense = {id(w) for n, w in weights.items() if not _runs_sparsely(model, n, w)}
+            layers = {f"{name}.weight": module for name, module in model.named_modules()}
+            run_dense = {id(w) for n, w in weights.items() if not _runs_sparsely(layers.get(n), w)}
             nonzeros = {n: w for n, w in weights.items() if id(w) not in run_dense}
             model._nonzeros = {n.rpartition(".")[0]: w for n, w in nonzeros.items()}
-            for name in nonzeros:  # `from_pretrained` replaces these layers at its end
-                model.get_parameter(name)._is_hf_initialized = True
         firsts = {id(w): n for n, w in reversed(weights.items())}.values()  # names of tied weights
         rest = {n: weights[n].to_dense() for n in set(firsts) - nonzeros.keys()}
-        info, offloaded = load(model, rest, None, load_config, expected_keys=list(rest))
-        info.missing_keys -= nonzeros.keys()  # so that they stay on the meta device
-        return info, offloaded
+        if not _AS_NONZEROS.get():
+            return load(model, rest, None, load_config, expected_keys=list(rest))
+        # Few and for one device. The nonzeros are put in place at the end of `from_pretrained`.
+        place = next(iter(device_map.values()), "cpu")
+        for name, weight in rest.items():
+            dtype = model.get_parameter_or_buffer(name).dtype
+            _load_parameter_into_model(model, name, weight.to(place, dtype))
+            model.get_parameter_or_buffer(name)._is_hf_initialized = True
+        for module in layers.values():  # all of it was read but buffers that no file holds
+            module._is_hf_initialized = not module._non_persistent_buffers_set
+        missing = weights.keys() - nonzeros.keys() - rest.keys()
+        return LoadStateDictInfo(missing, set(), set(), [], {}, set()), None
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True,
@@ -267,11 +281,11 @@ def _unpacked(
     return CSR(row_starts, torch.from_numpy(columns.astype(np.int32)), values, width)
 
 
-def _runs_sparsely(model: nn.Module, name: str, weight: Tensor | CSR) -> bool:
+def _runs_sparsely(layer: nn.Module | None, weight: Tensor | CSR) -> bool:
     """Whether the weight is of a layer that is faster on its nonzeros."""
     if not isinstance(weight, CSR) or len(weight) > MAX_DENSITY * weight.shape[0] * weight.shape[1]:
         return False
-    return type(model.get_submodule(name.rpartition(".")[0])) in SPARSE_LAYERS
+    return type(layer) in SPARSE_LAYERS
 
 
 def read_tensors(path: str | os.PathLike, names_only: bool = False) -> dict[str, Tensor]:

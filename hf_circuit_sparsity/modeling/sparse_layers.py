@@ -17,8 +17,7 @@ logger = logging.get_logger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# A layer runs on its nonzeros up to this share. On a CPU in float32 (`benchmarks.speed`) a layer of
-# 4096 × 1024 breaks even at about one nonzero in four, with 256 tokens and with one alike.
+# Up to this share a layer runs on its nonzeros; it breaks even at one in four (`benchmarks.speed`).
 MAX_DENSITY = 1 / 8
 
 

@@ -90,6 +90,24 @@ def test_what_from_pretrained_is_asked_for(saved, tiny_model, sparse):
     assert model.generation_config.pad_token_id == 7
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_ways_of_running_hold_the_same_weights(saved, dtype):
+    """What is not run on its nonzeros is read another way than the dense model's weights."""
+    generator_state = torch.get_rng_state()
+    dense, run = (
+        CircuitGPTForCausalLM.from_pretrained(saved, dtype=dtype, sparse=sparse)
+        for sparse in (False, True)
+    )
+    assert torch.equal(torch.get_rng_state(), generator_state)
+    assert sparse_layers(run) and not run.training
+    weights = run.state_dict()
+    for name, weight in dense.state_dict().items():
+        assert weights[name].dtype == dtype and torch.equal(weights[name], weight), name
+    trained = {n for n, p in dense.named_parameters() if p.requires_grad}
+    names = {n.replace(".values", ".weight") for n, p in run.named_parameters() if p.requires_grad}
+    assert names == trained
+
+
 def test_bfloat16_is_saved_in_bfloat16(tiny_model, tmp_path):
     sparsify(tiny_model).to(torch.bfloat16).save_pretrained(tmp_path, sparse=True)
     stored = load_file(tmp_path / "model.safetensors")
