@@ -6,7 +6,7 @@ weight stays dense: it decides which entries grow back. AbsTopK helps there, and
 are still dense: it leaves a quarter of the activations at a layer's input, and of the gradients at
 its output, so that each of the three products of a layer has an operand with many zeros.
 
-Within [`on_nonzeros`] every `nn.Linear` runs that way where it pays.
+Within [`on_nonzeros`] every `nn.Linear` and `Conv1D` runs that way where it pays.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from ..kernels.cpu import CpuKernels, compiled_kernels
+from ..modeling.causal_lm import TRANSPOSED_LAYERS
 from ..modeling.csr import CSR
 
 # Up to this share of nonzero weights products with them are faster. On a CPU in float32 a
@@ -81,7 +82,7 @@ def on_nonzeros(model: nn.Module) -> ReplacedForwards:
     It is faster on the CPU in float32 or float64; elsewhere, under autocast and under
     `torch.compile` the layers compute as they are.
     """
-    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    linears = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
     return ReplacedForwards(linears, NonzeroForward)
 
 
@@ -92,10 +93,8 @@ class LinearForward:
         layer: stores its weight outputs × inputs, or the other way round (`transposed`).
     """
 
-    transposed = False
-
     def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
+        self.layer, self.transposed = layer, isinstance(layer, TRANSPOSED_LAYERS)
 
     def kernels(self, x: Tensor, weight: Tensor) -> CpuKernels | None:
         """The kernels that multiply nonzeros of activations; None to do without."""
@@ -109,6 +108,8 @@ class LinearForward:
         self, x: Tensor, weight: Tensor, grad: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The gradients of input and weight by torch's own products."""
+        if self.transposed:
+            return grad @ weight.t(), x.t() @ grad
         return grad @ weight, grad.t() @ x
 
     def linear(
@@ -161,7 +162,7 @@ def _multiply(ctx: Any, x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
 
 
 class NonzeroForward(LinearForward):
-    """The forward pass of an `nn.Linear` that multiplies nonzeros if they are few.
+    """The forward pass of an `nn.Linear` or `Conv1D` that multiplies nonzeros if they are few.
 
     It looks for them in every pass. The scan costs about 1 % of the product, and no weight update
     can be missed.
@@ -174,7 +175,7 @@ class NonzeroForward(LinearForward):
             nonzeros = few_nonzeros(weight)
             if nonzeros is not None or kernels is not None:
                 return self.linear(x, weight, bias, nonzeros)
-        return F.linear(x, weight, bias)
+        return type(self.layer).forward(self.layer, x)
 
     def _pays(self, x: Tensor, kernels: CpuKernels | None) -> bool:
         weight = self.layer.weight
@@ -183,7 +184,7 @@ class NonzeroForward(LinearForward):
             x.device.type == "cpu"
             and x.dtype == weight.dtype
             and x.dtype in (torch.float32, torch.float64)
-            and x.numel() * weight.shape[0] >= enough
+            and x.numel() * weight.shape[1 if self.transposed else 0] >= enough
             and (kernels is not None or torch.backends.mkl.is_available())
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()

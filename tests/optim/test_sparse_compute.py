@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_circuit_sparsity import CircuitGPTForCausalLM, TopKAdamW
 from hf_circuit_sparsity.modeling.csr import CSR
@@ -52,15 +53,16 @@ CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 def layer(density, bias=True, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    module = nn.Linear(24, 36, bias=bias).double()
+    module = Conv1D(36, 24) if bias == "conv1d" else nn.Linear(24, 36, bias=bias)
+    module.double()
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
-        module.weight *= torch.rand(36, 24, generator=generator) < density
+        module.weight *= torch.rand(module.weight.shape, generator=generator) < density
     return module
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", [True, False, "conv1d"])
 @pytest.mark.parametrize("active", [{}, {"x": 6}, {"up": 9}, {"x": 6, "up": 9}], ids=str)
 @pytest.mark.parametrize(
     ("density", "dtype"),
@@ -84,6 +86,21 @@ def test_layer_gives_the_same_output_and_gradients(
         torch.testing.assert_close(ours, theirs, **({} if dtype.itemsize == 8 else CLOSE))
     # Dense: zeros may grow back.
     assert active or torch.count_nonzero(got[2]) == got[2].numel()
+
+
+@pytest.mark.parametrize("bias", [True, "conv1d"])
+def test_second_derivatives_of_a_layer(bias):
+    module = layer(0.05, bias)
+    x = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
+
+    def twice():
+        inputs = [x, module.weight]
+        gradients = torch.autograd.grad(module(x).sin().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs)
+
+    expected = twice()
+    with on_nonzeros(module):
+        torch.testing.assert_close(twice(), expected)
 
 
 def test_dense_layers_and_half_precision_are_computed_as_ever(sparse_calls):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ...kernels.cpu import CpuKernels, compiled_kernels
-from ...modeling.causal_lm import TRANSPOSED_LAYERS, SparseConv1D
+from ...modeling.causal_lm import SparseConv1D
 from ...modeling.csr import CSR
 from ...modeling.sparse_layers import SparseEmbedding, SparseLinear, SparseWeight
 from ..param_groups import trained_weight
@@ -189,7 +189,6 @@ class _PartialForward(LinearForward):
         super().__init__(layer)
         self.optimizer = optimizer
         self.threshold = threshold
-        self.transposed = isinstance(layer, TRANSPOSED_LAYERS)
 
     def __call__(self, x: Tensor) -> Tensor:
         device = x.device.type
