@@ -66,9 +66,9 @@ def test_circuit(expected):
     assert circuit.nodes == stored["nodes"] and len(circuit.edges(model)) == stored["edges"]
     assert circuit.metrics == stored["metrics"]
     assert PruningConfig.from_stored(circuit.config).max_steps == circuit.config["steps"] == 60
-    assert evaluate_circuit(circuit, model, on_off_task()) == pytest.approx(
-        stored["metrics"], rel=1e-4, abs=1e-6
-    )
+    measured = evaluate_circuit(circuit, model, on_off_task())  # by now more than then
+    measured = {name: measured[name] for name in stored["metrics"]}
+    assert measured == pytest.approx(stored["metrics"], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("by_name", [True, False])
