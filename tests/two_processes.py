@@ -21,8 +21,9 @@ def launch(script: str, folder: Path, *arguments: str) -> list[Any]:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "train.py"
     file.write_text(textwrap.dedent(script), encoding="utf-8")
+    paths = os.pathsep.join(map(str, (_ROOT, _ROOT / "loopback_hub" / "src")))
     environment = {
-        **os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"
+        **os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"
     }  # fmt: skip
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
                "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
@@ -30,3 +31,13 @@ def launch(script: str, folder: Path, *arguments: str) -> list[Any]:
                str(file), str(folder), *arguments]  # fmt: skip
     subprocess.run(command, check=True, env=environment, timeout=600)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def launch_and_resume(script: str, folder: Path, *arguments: str) -> list[Any]:
+    """As [`launch`]; the same run taken up at its third step must end alike, and so must ranks."""
+    runs = launch(script, folder / "whole", *arguments)
+    runs += launch(script, folder / "again", *arguments, str(folder / "whole" / "checkpoint-3"))
+    for other in runs[1:]:
+        for name, value in runs[0]["weights"].items():
+            assert torch.equal(value, other["weights"][name]), name
+    return runs[:2]

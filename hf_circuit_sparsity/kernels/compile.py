@@ -18,16 +18,9 @@ SWITCH = "HF_CIRCUIT_SPARSITY_KERNELS"
 # The order of additions is left to the compiler, as in any other fast product of matrices; that
 # needs the two flags behind it. NaN and infinity keep their meaning.
 _FLAGS = (
-    "-O3",
-    "-fno-strict-aliasing",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fassociative-math",
-    "-fno-signed-zeros",
-    "-fno-trapping-math",
-    "-shared",
-    "-fPIC",
-)
+    "-O3", "-fno-strict-aliasing", "-ffp-contract=fast", "-fno-math-errno", "-fassociative-math",
+    "-fno-signed-zeros", "-fno-trapping-math", "-shared", "-fPIC",
+)  # fmt: skip
 _NATIVE = ("-march=native", "-mprefer-vector-width=512")
 _NATIVE_ELSEWHERE = ("-mcpu=native",)  # what compilers for ARM call it
 

@@ -202,9 +202,10 @@ def test_a_copy_taken_while_the_model_trains_is_a_model_of_its_own(
 
 @pytest.mark.parametrize(
     ("accumulate", "settings"),
-    [(8, {}), (4, {"sparsifier": "rcd", "rcd_config": {"block_fraction": 0.25}})],
+    [(8, {}), (4, {"sparsifier": "rcd", "rcd_config": {"block_fraction": 0.25}}),
+     (4, {"distillation_weight": 0.5, "sparsifier": "none"})],
     ids=str,
-)
+)  # fmt: skip
 def test_accumulating_gradients_equals_the_larger_batch(
     accumulate, settings, make_gpt2, make_trainer
 ):
