@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from datasets import (
@@ -12,7 +14,11 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers import default_data_collator as collate
 
+from benchmarks.experiment import in_new_process, peak_memory
+from hf_circuit_sparsity.tasks.documents import load_documents
 from hf_circuit_sparsity.tasks.packing import pack_dataset, spread_sample
+from hf_circuit_sparsity.tasks.tokenizer import tokenizer_from_openai
+from tests.conftest import FIXTURES
 
 TEXTS = ["x = 1\n", "def f(x):\n    return x\n", "import os\n", "y = [1, 2, 3]\n"]
 
@@ -91,6 +97,27 @@ def test_a_stream_is_packed_as_a_dataset_while_it_is_read(openai, features):
     splits = pack_dataset(IterableDatasetDict({"train": stream}), openai, 4)
     assert isinstance(splits, IterableDatasetDict)
     assert list(splits["train"]) == expected.to_list()
+
+
+def peak_of_streaming(file):
+    """Bytes that reading a stream adds to the peak of this process."""
+    before = peak_memory()
+    stream = load_documents(file, streaming=True)["train"]
+    blocks = pack_dataset(stream, tokenizer_from_openai(FIXTURES / "tokenizer"), 128)
+    assert sum(1 for _ in blocks) > 1000
+    return peak_memory() - before
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_a_stream(tmp_path):
+    line = json.dumps({"text": "for index in range(10):\n    print(index)\n" * 40}) + "\n"
+    peaks = []
+    for megabytes in (15, 40):  # files are read in pieces of 10 MB
+        file = tmp_path / f"{megabytes}.jsonl"
+        file.write_text(line * (megabytes * 10**6 // len(line)))
+        peaks.append(in_new_process(peak_of_streaming, file))
+    # Held in memory, blocks of 25 MB of text take 270 MB.
+    assert peaks[1] - peaks[0] < 60e6, peaks
 
 
 def test_trainer_takes_the_blocks_as_they_are(openai, tmp_path):
