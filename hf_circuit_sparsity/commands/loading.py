@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..circuits.circuit import Circuit
 from ..decoders.decoder import check_registered
@@ -110,7 +110,8 @@ def load_model(
         kind = model_type_of(model)
         check_registered(kind, f"The model in {model}")
         options = {} if kind == CircuitGPTConfig.model_type else {"dtype": dtype}
-        return load_causal_lm(model, **options).eval(), _tokenizer_beside(model)
+        loaded = load_causal_lm(model, **options).eval()
+        return loaded, _tokenizer_of(model, loaded.config)
     except SafetensorError as error:
         raise ValueError(
             f"The weights in {model} are damaged ({error}); copy or download them again."
@@ -122,17 +123,28 @@ def load_model(
         ) from error
 
 
-def _tokenizer_beside(model: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        if len(tokenizer) < 2:  # transformers makes up an empty one where there is none
-            raise ValueError("the tokenizer is empty")
-    except ValueError as error:
-        raise ValueError(
-            f"{model!r} holds a model, but no tokenizer beside it that could be read; save the "
-            "tokenizer there too."
-        ) from error
-    return tokenizer
+def _tokenizer_of(model: str, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model, else the one that its config says it was trained with.
+
+    The public reproduction's checkpoints have none beside them, but say so.
+    """
+    training = getattr(config, "training_config", None)
+    named = training.get("tokenizer_name") if isinstance(training, dict) else None
+    problem: Exception | None = None
+    for name in (model, named) if named and isinstance(named, str) else (model,):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except (ValueError, OSError) as error:
+            problem = problem or error
+            continue
+        if len(tokenizer) > 1:  # transformers makes up an empty one where there is none
+            if name is named:
+                say(f"The tokenizer is {named}, which the model's config names.")
+            return tokenizer
+    raise ValueError(
+        f"{model!r} holds a model, but no tokenizer beside it that could be read; save the "
+        "tokenizer there too."
+    ) from problem
 
 
 def reference_blocks(

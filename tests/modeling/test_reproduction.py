@@ -67,8 +67,25 @@ def test_commands_and_the_hub_take_it(hub_server, tmp_path):
     api.create_repo("ada/stories")
     api.upload_folder(repo_id="ada/stories", folder_path=folder)
     again = CircuitGPTForCausalLM.from_pretrained("ada/stories")
+    assert again.config._commit_hash == api.model_info("ada/stories").sha
     for key, weight in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], weight)
+
+
+def test_the_tokenizer_may_be_the_one_that_the_config_names(hub_server, tmp_path, capsys):
+    api, folder = HfApi(), tmp_path / "model"
+    shutil.copytree(folder_of("sparse_pretrain"), folder)
+    content = json.loads((folder / "config.json").read_text())
+    content["training_config"]["tokenizer_name"] = "ada/words"
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="no tokenizer"):
+        load_model(str(folder))
+    word_tokenizer().push_to_hub("ada/words")
+    api.create_repo("ada/stories")
+    api.upload_folder(repo_id="ada/stories", folder_path=folder)
+    for name in (str(folder), "ada/stories"):
+        assert load_model(name)[1].get_vocab() == word_tokenizer().get_vocab()
+        assert "ada/words" in capsys.readouterr().out
 
 
 def without(weights, name):
