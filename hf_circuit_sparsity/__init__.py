@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from .optim.sparse_init import sparse_from_config, sparsify_initialization_
     from .optim.topk_adamw import TopKAdamW
     from .optim.weight_mask import WeightMask, extract_mask
-    from .tasks.binary_task import BinaryTask, TaskNotExpressibleError, TaskTooLongError
+    from .tasks.binary_task import BinaryTask, TaskTooLongError
     from .tasks.corpus import build_corpus
     from .tasks.documents import load_documents
+    from .tasks.encoding import TaskNotExpressibleError
     from .tasks.load import build_task_datasets, list_tasks, load_task
     from .tasks.packing import pack_dataset
     from .tasks.tokenizer import tokenizer_from_openai, train_tokenizer
@@ -65,7 +66,7 @@ _MODULES = {
     "RCDSparseOptimizer": "optim.rcd.optimizer",
     "SparseTrainer": "trainer.sparse_trainer",
     "SparseTrainingArguments": "trainer.sparse_config",
-    "TaskNotExpressibleError": "tasks.binary_task",
+    "TaskNotExpressibleError": "tasks.encoding",
     "TaskNotLearnedError": "circuits.pruning.find",
     "TaskTooLongError": "tasks.binary_task",
     "TopKAdamW": "optim.topk_adamw",

@@ -40,6 +40,7 @@ BY_FIELDS = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
 
+TASK = "Built-in task, CSV file, folder, or user/tasks:name on the Hub."
 Circuit = Annotated[
     str, Argument(help="Folder of a circuit or run, or Hub id.", show_default=False)
 ]
@@ -58,7 +59,7 @@ def quickstart(
         float | None, Option(help="Of training; the 2,500 steps of the README if not given.")
     ] = None,
     output_dir: Annotated[str, Option(help="Of model and circuit.")] = "runs/quickstart",
-    task: Annotated[str, Option(help="One of list_tasks().")] = "single_double_quote",
+    task: Annotated[str, Option(help=TASK)] = "single_double_quote",
     seed: Annotated[int, Option(help="Of everything random.")] = 0,
     corpus: Corpus = None,
 ) -> None:
@@ -134,7 +135,9 @@ def view(
 @app.command()
 def evaluate(
     model: Annotated[str, Option(help="Folder or Hub id, with its tokenizer.")],
-    task: Annotated[list[str] | None, Option(help="May be repeated; all if not given.")] = None,
+    task: Annotated[
+        list[str] | None, Option(help=f"{TASK} May be repeated; those on Python if not given.")
+    ] = None,
     output_dir: Annotated[str | None, Option(help="The model's folder if not given.")] = None,
     prompts: Annotated[int, Option(help="Per task, an even number.")] = 512,
     seed: Annotated[int, Option(help="Of the prompts.")] = 0,
@@ -153,7 +156,7 @@ def publish(
     public: Annotated[bool, Option("--public", help="New repositories are private else.")] = False,
     task: Annotated[
         list[str] | None,
-        Option(help="To publish as a dataset, may be repeated; the circuits' if not given."),
+        Option(help=f"To publish: {TASK} May be repeated; the circuits' if not given."),
     ] = None,
     corpus: Corpus = None,
 ) -> None:

@@ -26,7 +26,7 @@ from hf_circuit_sparsity.circuits.task_scores import (
 )
 from hf_circuit_sparsity.commands.console import say
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
-from hf_circuit_sparsity.tasks.binary_task import TaskNotExpressibleError
+from hf_circuit_sparsity.tasks.encoding import TaskNotExpressibleError
 from hf_circuit_sparsity.tasks.load import list_tasks, load_task
 
 from ..experiment import Experiment, machine, mean, table
@@ -116,7 +116,7 @@ def run(experiment: Experiment) -> str:
         PruningConfig(max_steps=200),
     )  # fmt: skip
     others = {}
-    for name in list_tasks():
+    for name in list_tasks("python"):
         if name == TASK or name.startswith("fstring"):
             continue
         with suppress(TaskNotExpressibleError):

@@ -13,10 +13,14 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..decoders.decoder import decoder_of
 from ..modeling.configuration_circuitgpt import ArtifactError
 from ..modeling.fingerprint import model_fingerprint
+from ..tasks.binary_task import BinaryTask
+from ..tasks.load import list_tasks, load_task
+from ..tasks.text import TaskText
 from .ablation import (
     TOKENS,
     ReferenceTokens,
@@ -35,6 +39,7 @@ from .circuit_file import (
     model_source,
     model_text,
     read_circuit,
+    read_own_task,
     write_circuit,
 )
 from .edges import Edge, circuit_edges, count_edges, edge_hooks
@@ -53,6 +58,7 @@ class Circuit:
             the model.
         calibration: scale and shift of the logits that belong to the circuit.
         task: name of the task it was found for.
+        own_task: that task as text, where it is not a built-in one; see [`Circuit.load_task`].
         model_fingerprint: of the model it was cut out of (see `model_fingerprint`).
         model_name: that model's path or Hub id, for people to find it.
         model_revision: commit hash of that model on the Hub; "" if it is not there.
@@ -86,6 +92,7 @@ class Circuit:
     tokens: list[int] | None = None
     token_mean: torch.Tensor | None = None
     verification: dict[str, dict[str, float]] = field(default_factory=dict)
+    own_task: TaskText | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.nodes = {site: sorted(ids) for site, ids in self.nodes.items() if ids}
@@ -109,9 +116,41 @@ class Circuit:
                 raise ValueError(f"{name} names {site}.{index}, which is not in nodes.")
         if (self.tokens is None) != (self.token_mean is None):
             raise ValueError("tokens and token_mean belong together, but one of them is missing.")
+        if self.own_task is not None and self.own_task.name != self.task:
+            raise ValueError(f"own_task is {self.own_task.name!r}, but task is {self.task!r}.")
 
     def __len__(self) -> int:
         return sum(len(ids) for ids in self.nodes.values())
+
+    def load_task(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int = 0,
+        max_length: int | None = None,
+    ) -> BinaryTask:
+        """The task it was found for, with the prompts that it was found and checked with.
+
+        A built-in task is generated anew, one of one's own is stored beside the circuit.
+
+        Args:
+            tokenizer: the model's.
+            seed: of a built-in task, where the circuit does not name its own.
+            max_length: the longest prompt that the model can take, in tokens.
+
+        Raises:
+            ValueError: the task is neither, or the tokenizer cannot express it.
+        """
+        if self.own_task is not None:
+            return BinaryTask.from_text(self.own_task, tokenizer, max_length=max_length)
+        if self.task not in list_tasks():
+            raise ValueError(
+                f"The circuit is for {self.task!r:.80}, which is neither a built-in task nor "
+                "stored beside it; pass the one it was found with as task=."
+            )
+        stored = self.config.get("seed")
+        seed = stored if type(stored) is int else seed
+        return load_task(self.task, tokenizer, seed=seed, max_length=max_length)
 
     def masks(self) -> dict[str, torch.Tensor]:
         """Site → bool `(width,)`, true for the circuit's nodes; every site of the model."""
@@ -282,6 +321,7 @@ class Circuit:
     def to_dict(self) -> dict[str, Any]:
         """The content of `circuit.json`: plain values, without the tensors."""
         fields = {name: getattr(self, name) for name in _STORED}
+        fields["own_task"] = self.own_task is not None
         shift = {str(token): value for token, value in self.calibration.shift.items()}
         fields["calibration"] = {"scale": self.calibration.scale, "shift": shift}
         if self.kept_edges is not None:
@@ -295,6 +335,8 @@ class Circuit:
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `circuit.json` and `circuit.safetensors` into a folder, each moved into place.
 
+        The task goes beside them as `task.json`, if it is one's own.
+
         Raises:
             ArtifactError: (a `ValueError`) a field that could not be read back, as a number that is
                 not finite; nothing is written.
@@ -303,7 +345,7 @@ class Circuit:
         tensors |= {f"scores.{site}": s.contiguous() for site, s in self.scores.items()}
         if self.token_mean is not None:
             tensors["token.mean"] = self.token_mean.contiguous()
-        write_circuit(save_directory, self.to_dict(), tensors)
+        write_circuit(save_directory, self.to_dict(), tensors, self.own_task)
 
     def push_to_hub(
         self,
@@ -403,12 +445,14 @@ class Circuit:
         fields = {name: content[name] for name in _STORED if name in content}
         if fields.get("kept_edges") is not None:
             fields["kept_edges"] = [tuple(edge) for edge in fields["kept_edges"]]
+        own_task = read_own_task(directory, content)
         fields["edge_offsets"] = {
             site: {int(index): float(value) for index, value in sums.items()}
             for site, sums in content.get("edge_offsets", {}).items()
         }
         try:
             return cls(
+                own_task=own_task,
                 calibration=calibration,
                 means=tensors["means"],
                 scores=tensors["scores"],

@@ -1,5 +1,7 @@
 """How a circuit is stored: `circuit.json` and `circuit.safetensors`, checked on both ways.
 
+A task of one's own lies beside them, as `task.json`.
+
 What is written passes the same checks as what is read, so what could be written can be read.
 """
 
@@ -19,6 +21,8 @@ from ..files import replacing
 from ..modeling.configuration_circuitgpt import ArtifactError
 from ..modeling.sparse_checkpoint import read_tensors
 from ..modeling.validation import Field, check_vector, read_json
+from ..tasks.text import FILE_NAME as TASK_NAME
+from ..tasks.text import TaskText, read_task_text
 
 FORMAT_VERSION = 2
 _READABLE = (1, 2)  # 1 had neither pruned edges, pruned tokens nor a verification
@@ -96,6 +100,7 @@ _OPTIONAL: dict[str, Check] = {
     "edge_offsets": _object_of(_object_of(Field.number, _INDEX), _SITE),
     "tokens": _or_null(_indices),
     "verification": _object_of(_object_of(Field.number)),
+    "own_task": Field.boolean,
 }
 
 
@@ -111,14 +116,18 @@ def check_content(content: Field) -> None:
 
 
 def write_circuit(
-    folder: str | os.PathLike, fields: dict[str, Any], tensors: dict[str, torch.Tensor]
+    folder: str | os.PathLike,
+    fields: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    own_task: TaskText | None = None,
 ) -> None:
-    """Write both files, each to a temporary name first and then moved into place.
+    """Write all files, each to a temporary name first and then moved into place.
 
     Args:
         folder: made if it is not there.
         fields: of `circuit.json`, as [`read_circuit`] returns them.
         tensors: `means.SITE` and `scores.SITE`, float32 `(width,)`, and `token.mean`.
+        own_task: the task, if it is not built in.
 
     Raises:
         ArtifactError: something could not be read back; nothing is written.
@@ -129,6 +138,8 @@ def write_circuit(
     _check_tensors(tensors, folder / TENSORS_NAME)
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     folder.mkdir(parents=True, exist_ok=True)
+    if own_task is not None:
+        own_task.save(folder)
     with replacing(folder / TENSORS_NAME) as path:
         save_file(tensors, path, metadata={"format": "pt"})
     with replacing(folder / JSON_NAME) as path:
@@ -169,6 +180,21 @@ def read_circuit(
         content["model_name"].name_of_folder()
     tensors = read_tensors(folder / TENSORS_NAME)
     return content.value, _check_tensors(tensors, folder / TENSORS_NAME)
+
+
+def read_own_task(folder: Path, content: dict[str, Any]) -> TaskText | None:
+    """The task beside a circuit, where its `circuit.json` says that there is one.
+
+    Raises:
+        ArtifactError: it is missing or damaged, or has the name of a built-in task.
+    """
+    if not content.get("own_task"):
+        return None
+    try:
+        return read_task_text(folder)
+    except (ValueError, FileNotFoundError) as error:
+        path = folder / TASK_NAME
+        raise ArtifactError(path, f": {str(error).removeprefix(f'{path}: ')}") from error
 
 
 def _check_tensors(
@@ -231,7 +257,7 @@ def download_circuit(
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """A folder of the cache with the two files of a circuit, both of the same commit.
+    """A folder of the cache with the files of a circuit, all of the same commit.
 
     Raises:
         FileNotFoundError: the repository holds no circuit there.
@@ -243,6 +269,8 @@ def download_circuit(
         path = Path(hf_hub_download(repo_id, JSON_NAME, revision=revision, **where))
         commit = path.parents[len(PurePosixPath(subfolder).parts)].name
         hf_hub_download(repo_id, TENSORS_NAME, revision=commit, **where)
+        if read_json(path).value.get("own_task"):
+            hf_hub_download(repo_id, TASK_NAME, revision=commit, **where)
     except LocalEntryNotFoundError:
         raise
     except EntryNotFoundError as error:

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..metrics.task_loss.pair_loss import task_accuracy
-from ..tasks.binary_task import TaskNotExpressibleError, TaskTooLongError
+from ..tasks.binary_task import TaskTooLongError
+from ..tasks.encoding import TaskNotExpressibleError
 from ..tasks.load import list_tasks, load_task
 from .ablation import in_eval_mode
 
@@ -226,7 +227,7 @@ def evaluate_tasks(
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        names: tasks; all of `list_tasks()` if not given.
+        names: tasks, as for [`load_task`]; the built-in ones on Python if not given.
         n_train: training prompts for the calibration.
         n_test: held-out prompts.
         seed: another seed, other prompts.
@@ -242,7 +243,7 @@ def evaluate_tasks(
     settings: dict[str, Any] = {"n_train": n_train, "n_test": n_test, "seed": seed}
     settings["max_length"] = getattr(model.config, "max_position_embeddings", None)
     scores = []
-    names = list_tasks() if names is None else list(names)
+    names = list_tasks("python") if names is None else list(names)
     with in_eval_mode(model):
         for name in tqdm(names, desc="tasks", disable=not progress, leave=False):
             try:
@@ -255,7 +256,7 @@ def evaluate_tasks(
             calibrated = whole.calibration.pairs(whole.test, test)
             scores.append(
                 TaskScore(
-                    name,
+                    task.name,
                     accuracy=binary_accuracy(whole.test),
                     loss=binary_loss(whole.test).item(),
                     calibrated_loss=binary_loss(calibrated).item(),

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..circuits.task_scores import TaskScore, evaluate_tasks
 from ..files import write_json
 from ..modeling.fingerprint import model_fingerprint
-from ..tasks.load import check_task_names
+from ..tasks.load import check_tasks, list_tasks
 from .console import columns, quiet_libraries, say
 from .loading import load_model
 
@@ -27,7 +27,7 @@ def run_evaluate(
 
     Args:
         model: folder or Hub id of a model with its tokenizer.
-        tasks: all if not given.
+        tasks: as for [`load_task`]; the built-in ones on Python if not given.
         output_dir: of `task_evaluation.json`; if not given the model's folder. Nothing is written
             for a model from the Hub.
         prompts: held-out prompts per task, and as many training prompts for the calibration.
@@ -37,7 +37,8 @@ def run_evaluate(
         ValueError, OSError: no such model or task, or prompts that `load_task` refuses.
     """
     quiet_libraries()
-    check_task_names(tasks or ())
+    tasks = list_tasks("python") if tasks is None else tasks
+    check_tasks(tasks)
     loaded, tokenizer = load_model(model)
     scores = evaluate_tasks(loaded, tokenizer, tasks, n_train=prompts, n_test=prompts, seed=seed)
     say(scores_table(scores))

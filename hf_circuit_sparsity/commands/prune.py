@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..circuits.circuit import Circuit
 from ..circuits.pruning.config import PruningConfig
 from ..circuits.pruning.find import find_circuit
 from ..circuits.pruning.tune import search_circuit
 from ..circuits.viewer.plot import plot_circuit
-from ..tasks.load import check_task_names, load_task
+from ..tasks.binary_task import BinaryTask
+from ..tasks.load import check_tasks, load_task
 from .console import check_can_draw, quiet_libraries, say, table
 from .loading import load_model, reference_blocks
 
@@ -23,7 +24,7 @@ class PruneArguments:
     model: str
     """Folder or Hub id of a model with its tokenizer."""
     task: str
-    """One of `list_tasks()`."""
+    """Built-in task, CSV file, folder, or user/tasks:name on the Hub."""
     output_dir: str | None = None
     """Of the circuit; MODEL/circuits/TASK if not given."""
     corpus: str | None = None
@@ -45,14 +46,14 @@ def run_prune(arguments: PruneArguments, config: PruningConfig) -> Circuit:
     """
     quiet_libraries()
     check_can_draw()
-    check_task_names([arguments.task])
+    check_tasks([arguments.task])
     model, tokenizer = load_model(arguments.model)
+    longest = model.config.max_position_embeddings
+    task = load_task(arguments.task, tokenizer, seed=config.seed, max_length=longest)
     reference = reference_blocks(arguments.corpus, model, tokenizer)
-    default = Path(model.name_or_path) / "circuits" / arguments.task
+    default = Path(model.name_or_path) / "circuits" / task.name
     folder = Path(arguments.output_dir or default)
-    circuit = prune_model(
-        model, tokenizer, arguments.task, folder, config, reference, arguments.trials
-    )
+    circuit = prune_model(model, task, folder, config, reference, arguments.trials)
     rows = [*circuit_rows(circuit), ("files", folder), ("picture", folder / "circuit.png")]
     say("\n" + table(rows))
     say("\nLosses are on held-out prompts, in nats; guessing is 0.693.")
@@ -63,16 +64,13 @@ def run_prune(arguments: PruneArguments, config: PruningConfig) -> Circuit:
 
 def prune_model(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task_name: str,
+    task: BinaryTask,
     folder: Path,
     config: PruningConfig,
     reference: Dataset | None = None,
     trials: int = 1,
 ) -> Circuit:
     """Find the circuit of a task, then write it and its picture into `folder`."""
-    longest = model.config.max_position_embeddings
-    task = load_task(task_name, tokenizer, seed=config.seed, max_length=longest)
     if trials > 1:
         circuit = search_circuit(
             model, task, config, trials=trials, folder=folder / "search", reference=reference
@@ -80,7 +78,7 @@ def prune_model(
     else:
         circuit = find_circuit(model, task, config, reference=reference)
     circuit.save_pretrained(folder)
-    plot_circuit(circuit, folder / "circuit.png", model, tokenizer)
+    plot_circuit(circuit, folder / "circuit.png", model, task.tokenizer)
     return circuit
 
 

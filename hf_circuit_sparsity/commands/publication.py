@@ -7,7 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import DatasetCard, DatasetCardData, SpaceCard, SpaceCardData
+from datasets import DatasetDict
+from huggingface_hub import SpaceCard, SpaceCardData
 from jinja2 import Environment
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,8 +22,8 @@ from ..circuits.viewer.report_data import ReportConfig
 from ..modeling.causal_lm import save_nonzeros
 from ..modeling.fingerprint import model_fingerprint
 from ..modeling.sparse_checkpoint import SparsePreTrainedModel
-from ..tasks.card import task_dataset_card
-from ..tasks.load import build_task_datasets, list_tasks
+from ..tasks.load import list_tasks, load_task
+from ..tasks.task_repository import write_task_datasets
 from ..trainer.model_card import model_card
 from .console import check_can_draw
 from .evaluate import FILE_NAME as SCORES_NAME
@@ -93,6 +94,12 @@ def read_run(run_dir: str) -> Run:
         except ValueError as error:
             raise ValueError(f"{path.parent}: {error}") from error
         name = circuit.task
+        same = [c for c in circuits.values() if c.task == name]
+        if any(other.own_task != circuit.own_task for other in same):
+            raise ValueError(
+                f"{path.parent}: another circuit of this run is for a task {name!r} with other "
+                "prompts; give one of the tasks another name and find its circuit anew."
+            )
         if name in circuits:  # a second one of the task is named after its folder
             name = "-".join(path.parent.relative_to(folder).parts)
         circuits[name] = circuit
@@ -114,12 +121,13 @@ def parts_of(run: Run, repo: str, *, tasks: Sequence[str] | None, reference: Any
     Args:
         run: what is published.
         repo: `user/name` of the model; the other names begin with it.
-        tasks: which to publish as datasets; those of the circuits if None.
+        tasks: which to publish as datasets, as for [`load_task`]; those of the circuits if None.
         reference: text for the viewer's examples; see [`write_report`].
     """
-    built_in = set(list_tasks())
+    of_circuits = {circuit.task: circuit for circuit in run.circuits.values()}
     if tasks is None:
-        tasks = sorted({circuit.task for circuit in run.circuits.values()} & built_in)
+        built_in = set(list_tasks())
+        tasks = sorted(n for n, c in of_circuits.items() if c.own_task or n in built_in)
     datasets = [f"{repo}-tasks"] if tasks else []
 
     def model(folder: Path, commit: str) -> None:
@@ -152,7 +160,20 @@ def parts_of(run: Run, repo: str, *, tasks: Sequence[str] | None, reference: Any
         card.save(folder / "README.md")
 
     def task_files(folder: Path, commit: str) -> None:
-        _lay_out_tasks(folder, run.tokenizer, tasks, repo)
+        built = [
+            of_circuits[name].load_task(run.tokenizer)
+            if name in of_circuits and of_circuits[name].own_task
+            else load_task(name, run.tokenizer, **ROWS)
+            for name in tasks
+        ]
+        write_task_datasets(
+            folder,
+            {task.name: DatasetDict({"train": task.train, "test": task.test}) for task in built},
+            {task.name: task.description for task in built if task.text is not None},
+            repo_id=f"{repo}-tasks",
+            tokenizer=repo,
+            seed=0,
+        )
 
     def viewer(folder: Path, commit: str) -> None:
         circuits = {name: _of_model(run.circuits[name], repo, commit) for name in shown}
@@ -173,25 +194,6 @@ def parts_of(run: Run, repo: str, *, tasks: Sequence[str] | None, reference: Any
 
 def _of_model(circuit: Circuit, name: str, commit: str) -> Circuit:
     return replace(circuit, model_name=name, model_revision=commit)
-
-
-def _lay_out_tasks(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], repo: str
-) -> None:
-    """Write one configuration per task, as `DatasetDict.push_to_hub` does."""
-    built = build_task_datasets(tokenizer, tasks, **ROWS)
-    configs = []
-    for name, splits in built.items():
-        (folder / name).mkdir(parents=True)
-        for split, rows in splits.items():
-            rows.to_parquet(folder / name / f"{split}-00000-of-00001.parquet")
-        files = [{"split": split, "path": f"{name}/{split}-*"} for split in splits]
-        configs.append({"config_name": name, "data_files": files})
-    configured = DatasetCard(f"---\n{DatasetCardData(configs=configs).to_yaml()}\n---\n")
-    card = task_dataset_card(
-        built, repo_id=f"{repo}-tasks", tokenizer=repo, seed=0, existing=configured
-    )
-    card.save(folder / "README.md")
 
 
 def _lay_out_viewer(

@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
-from ..tasks.load import check_task_names
+from ..tasks.load import check_tasks
 from .console import columns, quiet_libraries, say
 from .loading import reference_blocks
 from .publication import UNKNOWN_COMMIT, Part, parts_of, read_run
@@ -40,7 +40,7 @@ def run_publish(
     validate_repo_id(repo)
     if "/" not in repo:
         raise ValueError(f"repo is {repo!r}, but a repository is named like user/name.")
-    check_task_names(tasks or ())
+    check_tasks(tasks or ())
     run = read_run(run_dir)
     reference = reference_blocks(corpus, run.model, run.tokenizer)
     parts = parts_of(run, repo, tasks=tasks, reference=reference)

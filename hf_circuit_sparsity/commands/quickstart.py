@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..circuits.ablation import in_eval_mode
@@ -23,7 +23,7 @@ from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..optim.param_groups import sparse_param_groups
 from ..optim.topk_adamw import TopKAdamW
 from ..tasks.binary_task import BinaryTask
-from ..tasks.load import check_task_names, load_task
+from ..tasks.load import check_tasks, load_task
 from ..trainer.sparse_config import SparseTrainingArguments
 from .console import check_can_draw, quiet_libraries, say, table
 from .loading import read_corpus
@@ -52,7 +52,7 @@ class QuickstartSettings:
     Attributes:
         minutes: of training, turned into steps by timing a few; None for the 2,500 steps that the
             README's numbers are from.
-        task: one of `list_tasks()`.
+        task: as for [`load_task`].
         seed: of tasks, model, training and pruning.
         corpus: folder of Python files; the standard library if None.
     """
@@ -85,7 +85,7 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
         raise ValueError(f"minutes={settings.minutes:g} was passed, but it must be above 0.")
     started = time.perf_counter()
     folder = Path(output_dir)
-    check_task_names([settings.task])
+    check_tasks([settings.task])
     stored = _stored_settings(folder, settings)
 
     say("1/4  Reading Python and learning its tokens")
@@ -127,9 +127,9 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
             start_at_bigrams=True,
         )
 
-    say(f"3/4  Cutting out the circuit of {settings.task}")
+    say(f"3/4  Cutting out the circuit of {task.name}")
     model = CircuitGPTForCausalLM.from_pretrained(model_folder).eval()
-    circuit = _prune(model, model_folder, settings, folder / "circuit", blocks["train"])
+    circuit = _prune(model, task, settings.seed, folder / "circuit", blocks["train"])
     say("4/4  Done")
     summary = {**trained, **circuit.metrics, "total_seconds": time.perf_counter() - started}
     write_json(folder / "summary.json", summary)
@@ -139,8 +139,8 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
 
 def _prune(
     model: CircuitGPTForCausalLM,
-    model_folder: Path,
-    settings: QuickstartSettings,
+    task: BinaryTask,
+    seed: int,
     folder: Path,
     reference: Dataset,
 ) -> Circuit:
@@ -148,11 +148,10 @@ def _prune(
 
     With another seed, library or number of minutes the model may not reach the paper's target.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
     for target in TARGETS:
-        config = PruningConfig(seed=settings.seed, target_loss=target)
+        config = PruningConfig(seed=seed, target_loss=target)
         try:
-            return prune_model(model, tokenizer, settings.task, folder, config, reference)
+            return prune_model(model, task, folder, config, reference)
         except TaskNotLearnedError:
             if target == TARGETS[-1]:
                 raise

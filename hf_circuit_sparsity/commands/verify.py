@@ -4,7 +4,6 @@ from pathlib import Path
 
 from ..circuits.evaluation.checks import Verification
 from ..circuits.evaluation.verification import verify_circuit
-from ..tasks.load import load_task
 from .console import quiet_libraries, say
 from .loading import circuit_at, load_circuit
 
@@ -16,7 +15,7 @@ def run_verify(
     corpus: str | None = None,
     stability_seeds: int = 2,
 ) -> Verification:
-    """Check a saved circuit of a built-in task, print the checks and keep them with it.
+    """Check a saved circuit, print the checks and keep them with it.
 
     Args:
         name: folder or Hub id of the circuit.
@@ -36,8 +35,7 @@ def run_verify(
     name = circuit_at(name)
     circuit, loaded, tokenizer, reference = load_circuit(name, model, corpus)
     longest = loaded.config.max_position_embeddings
-    seed = circuit.config.get("seed", 0)
-    task = load_task(circuit.task, tokenizer, seed=seed, max_length=longest)
+    task = circuit.load_task(tokenizer, max_length=longest)
     verification = verify_circuit(
         circuit, loaded, task, stability_seeds=stability_seeds, reference=reference
     )

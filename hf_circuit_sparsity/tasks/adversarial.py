@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
-from .binary_task import BinaryTask, EncodedPair, encode_pairs
+from .binary_task import BinaryTask
 from .definitions.base import DEFINITIONS, Example, Pair
 from .definitions.brackets import TEMPLATES as LIST_TEMPLATES
 from .definitions.words import WORDS, surround
+from .encoding import EncodedPair, encode_pairs
 
 PairGenerator = Callable[[random.Random], Pair]
 

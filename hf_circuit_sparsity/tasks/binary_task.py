@@ -1,15 +1,20 @@
 """A behaviour as pairs of prompts and two tokens to decide between."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, DatasetDict, Features, List, Value
+from huggingface_hub import CommitInfo
 from transformers import PreTrainedTokenizerBase
 
-from .definitions.base import Example, Pair, Split
+from .definitions.base import Example, Split
+from .encoding import EncodedPair, check_expressible, encode_pairs, pad_left
+from .task_repository import push_task, read_task, table_of_dataset
+from .text import TaskText, check_task_name, read_csv, text_of_table
 
 FEATURES = Features(
     {
@@ -23,10 +28,6 @@ FEATURES = Features(
         "counterfactual_target_id": Value("int32"),
     }
 )
-
-
-class TaskNotExpressibleError(ValueError):
-    """The tokenizer has no single tokens that tell the task's two answers apart."""
 
 
 class TaskTooLongError(ValueError):
@@ -43,6 +44,7 @@ class BinaryTask:
         train: rows to find a circuit with.
         test: rows to check it with; the built-in tasks share no template and no name with `train`.
         tokenizer: the one that made the rows.
+        text: for a task of one's own, the pairs it was made of; None for a built-in one.
 
     Both datasets have the columns
 
@@ -60,6 +62,7 @@ class BinaryTask:
     train: Dataset
     test: Dataset
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    text: TaskText | None = field(default=None, repr=False)
     _tensors: dict[str, dict[str, torch.Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -78,7 +81,7 @@ class BinaryTask:
         """A task of one's own.
 
         Args:
-            name: any name.
+            name: letters, digits, "_", "-" and "."; not that of a built-in task.
             tokenizer: the model's tokenizer.
             train_pairs: pairs `((prompt, target), (counterfactual_prompt, counterfactual_target))`,
                 each used in both directions.
@@ -92,16 +95,201 @@ class BinaryTask:
             ValueError: no pairs, or an empty prompt.
             TaskTooLongError: (a `ValueError`) A prompt longer than `max_length`.
         """
+        check_task_name(name)
         splits = []
         for split, given in (("train", train_pairs), ("test", test_pairs)):
-            pairs = [(Example(*first), Example(*second)) for first, second in given]
+            pairs = tuple((Example(*first), Example(*second)) for first, second in given)
             if not pairs:
                 raise ValueError(f"Task {name!r}: the {split} split has no pairs; pass some.")
+            splits.append(pairs)
+        return cls.from_text(TaskText(name, description, *splits), tokenizer, max_length=max_length)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Dataset | DatasetDict,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        *,
+        description: str = "",
+        test_fraction: float = 0.2,
+        seed: int = 0,
+        max_length: int | None = None,
+        equal_length: bool = False,
+    ) -> "BinaryTask":
+        """A task of one's own from a table.
+
+        Each row is a pair: `prompt`, `target`, `counterfactual_prompt` and `counterfactual_target`,
+        strings. It is used in both directions, and a row that is there already, or its mirror
+        image, is left out. Other columns are ignored, but for two that say what is held out:
+
+        - `split`: "train" or "test", of every row.
+        - `template`: rows with the same one stay together; where no `split` is given, some
+          templates are held out at random. Without either, some pairs are.
+
+        No prompt and no template may be in both splits.
+
+        Args:
+            dataset: with the columns above; of a `DatasetDict` its `train` and `test`.
+            tokenizer: the model's.
+            name: letters, digits, "_", "-" and "."; not that of a built-in task.
+            description: one line, for cards and reports.
+            test_fraction: share of templates or pairs to hold out at random.
+            seed: of that choice.
+            max_length: the longest prompt allowed, in tokens.
+            equal_length: whether both prompts of every pair must have as many tokens, which
+                interchange and steering need.
+
+        Raises:
+            TaskNotExpressibleError: (a `ValueError`) An answer is not exactly one token after its
+                prompt; names the row.
+            TaskTooLongError: (a `ValueError`) A prompt longer than `max_length`.
+            ValueError: missing columns, an empty value, answers or prompts that are the same,
+                too few rows, prompts of unequal length; names the row.
+        """
+        splits = table_of_dataset(dataset, name)
+        text = text_of_table(name, splits, description, test_fraction=test_fraction, seed=seed)
+        return cls.from_text(text, tokenizer, max_length=max_length, equal_length=equal_length)
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | os.PathLike,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str | None = None,
+        *,
+        description: str = "",
+        test_fraction: float = 0.2,
+        seed: int = 0,
+        max_length: int | None = None,
+        equal_length: bool = False,
+    ) -> "BinaryTask":
+        """A task of one's own from a CSV file: UTF-8, commas, a header.
+
+        Args:
+            path: of the file, with the columns of [`BinaryTask.from_dataset`].
+            tokenizer: the model's.
+            name: that of the file if not given.
+            description, test_fraction, seed, max_length, equal_length: as there.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: as there; names the row and the line.
+        """
+        text = text_of_table(
+            Path(path).stem if name is None else name, {"all": read_csv(path)}, description,
+            test_fraction=test_fraction, seed=seed,
+        )  # fmt: skip
+        return cls.from_text(text, tokenizer, max_length=max_length, equal_length=equal_length)
+
+    @classmethod
+    def from_text(
+        cls,
+        text: TaskText,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int | None = None,
+        equal_length: bool = False,
+    ) -> "BinaryTask":
+        """A task of one's own under a tokenizer; see [`BinaryTask.from_dataset`]."""
+        splits = []
+        for pairs in (text.train, text.test):
             encoded = encode_pairs(tokenizer, pairs)
-            for pair in encoded:
-                check_expressible(name, tokenizer, pair, single_tokens=True)
+            for pair, sides in zip(pairs, encoded, strict=True):
+                row = text.rows.get(pair, "")
+                check_expressible(text.name, tokenizer, sides, single_tokens=True, row=row)
+                if equal_length and not sides.is_equal_length:
+                    counts = " and ".join(str(len(side.input_ids)) for side in sides)
+                    raise ValueError(
+                        f"Task {text.name!r}, {row}: the prompts have {counts} tokens under this "
+                        "tokenizer, but equal_length=True was passed; make them equally long."
+                    )
             splits.append(encoded)
-        return cls.from_encoded(name, description, tokenizer, *splits, max_length=max_length)
+        return cls.from_encoded(
+            text.name, text.description, tokenizer, *splits, max_length=max_length, text=text
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write a task of one's own into a folder: `task.json`, its pairs as text.
+
+        Raises:
+            ValueError: it is a built-in task, which name and seed are enough for.
+        """
+        if self.text is None:
+            raise ValueError(
+                f"{self.name!r} is a built-in task, which need not be saved; load_task makes it."
+            )
+        self.text.save(save_directory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        config_name: str | None = None,
+        name: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        max_length: int | None = None,
+    ) -> "BinaryTask":
+        """Read a task of one's own from a folder or from a dataset on the Hub.
+
+        Args:
+            name_or_path: folder that [`BinaryTask.save_pretrained`] wrote or that holds the circuit
+                of such a task; else a folder or `user/name` that `datasets.load_dataset` reads,
+                with the columns of [`BinaryTask.from_dataset`].
+            tokenizer: the model's.
+            config_name: which of several in a dataset.
+            name: of the task; what is stored or `config_name` if not given.
+            revision: branch, tag or commit hash on the Hub.
+            token: access token; the saved one if not given, none if False.
+            cache_dir: where downloads are kept; the usual cache if not given.
+            max_length: the longest prompt allowed, in tokens.
+
+        Raises:
+            FileNotFoundError: there is no such folder or dataset.
+            ValueError: several tasks and no `config_name`, a damaged file, or a table that
+                [`BinaryTask.from_dataset`] refuses.
+        """
+        text = read_task(
+            name_or_path, config_name, name, revision=revision, token=token, cache_dir=cache_dir
+        )
+        return cls.from_text(text, tokenizer, max_length=max_length)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Upload the task to the Hub: a configuration, named as the task, of a dataset.
+
+        Others load it by `load_task("user/name:task", tokenizer)`, and as a table by
+        `load_dataset("user/name", "task")`. A dataset may hold several tasks; its card names them,
+        and a card that a person wrote keeps its text.
+
+        Args:
+            repo_id: `user/name`; made if it is not there.
+            private: whether a new repository is private.
+            revision: branch to write to.
+            token: access token; the saved one if not given.
+            commit_message: of the one commit made.
+            create_pr: open a pull request with the commit instead of writing to the branch.
+
+        Raises:
+            HfHubHTTPError: (an `OSError`) nobody is signed in, or there is no right to write.
+        """
+        return push_task(
+            self.name, self.description, DatasetDict({"train": self.train, "test": self.test}),
+            repo_id, built_in=self.text is None, private=private, revision=revision, token=token,
+            create_pr=create_pr, commit_message=commit_message or f"Upload the task {self.name}",
+        )  # fmt: skip
 
     @classmethod
     def from_encoded(
@@ -109,10 +297,11 @@ class BinaryTask:
         name: str,
         description: str,
         tokenizer: PreTrainedTokenizerBase,
-        train: Sequence["EncodedPair"],
-        test: Sequence["EncodedPair"],
+        train: Sequence[EncodedPair],
+        test: Sequence[EncodedPair],
         *,
         max_length: int | None = None,
+        text: TaskText | None = None,
     ) -> "BinaryTask":
         """A task of pairs that `encode_pairs` made and the caller has checked.
 
@@ -128,7 +317,8 @@ class BinaryTask:
                     f"tokens long under this tokenizer, but max_length is {max_length}; use a "
                     "model with a longer context or a tokenizer with longer tokens."
                 )
-        return cls(name, description, _rows(tokenizer, train), _rows(tokenizer, test), tokenizer)
+        splits = (_rows(tokenizer, train), _rows(tokenizer, test))
+        return cls(name, description, *splits, tokenizer, text)
 
     @property
     def pad_token_id(self) -> int:
@@ -183,125 +373,18 @@ class BinaryTask:
         return tensors
 
 
-def pad_left(
-    sequences: Sequence[Sequence[int]], length: int | None = None, pad_token_id: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask `(n, length)`, int64, of sequences padded on the left.
-
-    Args:
-        sequences: token ids, of any lengths.
-        length: the longest sequence's if not given.
-        pad_token_id: what stands before the shorter ones.
-    """
-    length = max(map(len, sequences)) if length is None else length
-    ids = torch.full((len(sequences), length), pad_token_id)
-    mask = torch.zeros(len(sequences), length, dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        ids[row, length - len(sequence) :] = torch.tensor(sequence)
-        mask[row, length - len(sequence) :] = 1
-    return ids, mask
-
-
-class EncodedExample(NamedTuple):
-    """An example under a tokenizer.
-
-    `continuation_ids` are the tokens of the continuation as they come after this prompt; empty
-    where the tokenizer fuses the prompt's end with it, so that there is no token to ask for.
-    """
-
-    prompt: str
-    continuation: str
-    input_ids: list[int]
-    continuation_ids: list[int]
-
-
-class EncodedPair(NamedTuple):
-    """Two examples, each the other's counterfactual."""
-
-    first: EncodedExample
-    second: EncodedExample
-
-    @property
-    def is_equal_length(self) -> bool:
-        """Whether both prompts have the same number of tokens."""
-        return len(self.first.input_ids) == len(self.second.input_ids)
-
-    @property
-    def is_expressible(self) -> bool:
-        """Whether both answers are tokens of their own, and different ones."""
-        first, second = self.first.continuation_ids, self.second.continuation_ids
-        return bool(first and second) and first[0] != second[0]
-
-
-def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], *, equal_only: bool = False
-) -> list[EncodedPair]:
-    """Tokenize pairs, without special tokens.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        pairs: any pairs.
-        equal_only: leave out those whose prompts differ in length, before the rest is tokenized.
-
-    Raises:
-        ValueError: an empty prompt.
-    """
-    examples = [example for pair in pairs for example in pair]
-    prompts = _tokenize(tokenizer, [example.prompt for example in examples])
-    if equal_only:
-        # i ^ 1 is the other side of the pair.
-        kept = [i for i in range(len(examples)) if len(prompts[i]) == len(prompts[i ^ 1])]
-        examples, prompts = [examples[i] for i in kept], [prompts[i] for i in kept]
-    wholes = _tokenize(tokenizer, [example.prompt + example.continuation for example in examples])
-    encoded = []
-    for example, ids, whole in zip(examples, prompts, wholes, strict=True):
-        if not ids:
-            raise ValueError("A prompt is empty; every prompt needs at least one token.")
-        continuation = whole[len(ids) :] if whole[: len(ids)] == ids else []
-        encoded.append(EncodedExample(*example, ids, continuation))
-    return [EncodedPair(*sides) for sides in zip(encoded[::2], encoded[1::2], strict=True)]
-
-
-def check_expressible(
-    name: str, tokenizer: PreTrainedTokenizerBase, pair: EncodedPair, single_tokens: bool = False
-) -> None:
-    """Raise `TaskNotExpressibleError` where no single token tells the two answers apart.
-
-    Args:
-        name: the task's name.
-        tokenizer: the one that encoded the pair.
-        pair: any pair.
-        single_tokens: whether each answer must also be no more than one token.
-    """
-    for side, other in (pair, pair[::-1]):
-        ids = side.continuation_ids
-        if not ids:
-            problem = "is fused with the prompt's end, so that the answer is no token of its own"
-        elif single_tokens and len(ids) > 1:
-            problem = "must be a single token, such as its first"
-        elif ids[0] == next(iter(other.continuation_ids), None):
-            problem = f"begins with the same token as {other.continuation!r}"
-        else:
-            continue
-        tokens = ", ".join(repr(tokenizer.decode([index])) for index in ids)
-        raise TaskNotExpressibleError(
-            f"Task {name!r}: after {side.prompt!r} the candidate {side.continuation!r} (tokens: "
-            f"{tokens or 'none'}) {problem}; use another candidate or tokenizer."
-        )
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    if not texts:  # of which transformers makes an IndexError
-        return []
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-
 def _rows(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair]) -> Dataset:
     rows = []
     for first, second in pairs:
         for side, other in ((first, second), (second, first)):
             target, other_target = side.continuation_ids[0], other.continuation_ids[0]
-            texts = tokenizer.decode([target]), tokenizer.decode([other_target])
+            texts = [
+                # As it was written: decoding may add or drop a space.
+                one.continuation
+                if len(one.continuation_ids) == 1
+                else tokenizer.decode(one.continuation_ids[:1])
+                for one in (side, other)
+            ]
             ids = side.input_ids, other.input_ids
             rows.append((side.prompt, other.prompt, *texts, *ids, target, other_target))
     return Dataset.from_list(

@@ -180,6 +180,7 @@ MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     ".json": mutate_json,
     ".safetensors": mutate_safetensors,
     ".bpe": mutate_lines,
+    ".csv": mutate_lines,
     ".pt": mutate_bytes,
     ".bin": mutate_bytes,
 }

@@ -2,8 +2,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_circuit_sparsity.tasks.binary_task import BinaryTask, TaskNotExpressibleError, encode_pairs
+from hf_circuit_sparsity.tasks.binary_task import BinaryTask
 from hf_circuit_sparsity.tasks.definitions.base import DEFINITIONS, Example, TaskDefinition
+from hf_circuit_sparsity.tasks.encoding import TaskNotExpressibleError, encode_pairs
 from hf_circuit_sparsity.tasks.load import build_task_datasets, list_tasks, load_task
 
 PAIRS = [

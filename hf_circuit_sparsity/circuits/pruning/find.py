@@ -271,6 +271,7 @@ def _circuit(
         scores={site: score.cpu() for site, score in scores.items() if site != TOKENS},
         calibration=selector.calibration,
         task=task.name,
+        own_task=task.text,
         model_fingerprint=model_fingerprint(model),
         model_name=model_name,
         model_revision=model_revision,

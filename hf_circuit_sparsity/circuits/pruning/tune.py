@@ -76,8 +76,9 @@ def search_circuit(
     model = unwrapped(model)
     folder = Path(folder)
     means = means_over(model, task, reference, config.reference_tokens, progress)
+    rows = {} if task.text is None else {"task_digest": task.text.digest()}
     _check_settings(
-        folder, {"model": model_fingerprint(model), "task": task.name, **asdict(config)}
+        folder, {"model": model_fingerprint(model), "task": task.name, **rows, **asdict(config)}
     )
 
     best = folder / BEST_NAME

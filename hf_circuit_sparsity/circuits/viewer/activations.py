@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ...tasks.binary_task import pad_left
+from ...tasks.encoding import pad_left
 from ..ablation import recorded_sites
 from ..task_scores import trimmed
 

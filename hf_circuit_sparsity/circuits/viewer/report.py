@@ -46,7 +46,7 @@ def write_report(
         path: where to, e.g. `index.html`.
         model: the model the circuit was cut out of.
         tokenizer: the model's.
-        task: the task it was found for; made anew if it is a built-in one.
+        task: the task it was found for; that of [`Circuit.load_task`] if not given.
         reference: sample of the pretraining distribution for examples; see [`find_circuit`].
         config: how many prompts, tokens and examples.
         progress: show progress bars.
@@ -55,8 +55,8 @@ def write_report(
         The path.
 
     Raises:
-        ValueError: an empty circuit, one of another model, or of a task that is not built in and
-            was not passed.
+        ValueError: an empty circuit, one of another model, or of a task that is neither built in
+            nor stored with it and was not passed.
     """
     data = report_data(
         circuit, model, tokenizer, task=task, reference=reference, config=config, progress=progress

@@ -12,7 +12,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...tasks.binary_task import BinaryTask
-from ...tasks.load import list_tasks, load_task
 from ..ablation import ReferenceTokens, in_eval_mode, reference_input_ids, unwrapped
 from ..circuit import Circuit
 from ..pruning.find import task_example
@@ -78,24 +77,10 @@ def report_data(
         )
     with in_eval_mode(model):
         attention_patterns(model, [0, 0], [0])  # refused before the long measurements
-        task = task or _task_of(circuit, model, tokenizer, config.seed)
+        if task is None:
+            longest = model.config.max_position_embeddings
+            task = circuit.load_task(tokenizer, seed=config.seed, max_length=longest)
         return _rounded(_Report(circuit, model, tokenizer, task, config, progress).data(reference))
-
-
-def _task_of(circuit: Circuit, model: nn.Module, tokenizer: Any, seed: int) -> BinaryTask:
-    """The built-in task, with the prompts that the circuit was found and checked with."""
-    if circuit.task not in list_tasks():
-        raise ValueError(
-            f"The circuit is for {_shortened(circuit.task, 80)!r}, which is not a built-in task; "
-            "pass the task it was found with as task=."
-        )
-    stored = circuit.config.get("seed")
-    return load_task(
-        circuit.task,
-        tokenizer,
-        seed=stored if type(stored) is int else seed,
-        max_length=model.config.max_position_embeddings,
-    )
 
 
 def _shortened(text: str, longest: int = LONGEST_TEXT) -> str:

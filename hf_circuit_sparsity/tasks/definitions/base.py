@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Split = Literal["train", "test"]
+Language = Literal["python", "english"]
 
 
 class Example(NamedTuple):
-    """A prompt and the code that follows it, of which the first token is the answer."""
+    """A prompt and the code or text that follows it, of which the first token is the answer."""
 
     prompt: str
     continuation: str
@@ -31,12 +32,15 @@ class TaskDefinition:
     name: str
     description: str
     generate: PairGenerator
+    language: Language = "python"
 
 
 DEFINITIONS: dict[str, TaskDefinition] = {}
 
 
-def define(name: str, description: str) -> Callable[[PairGenerator], PairGenerator]:
+def define(
+    name: str, description: str, language: Language = "python"
+) -> Callable[[PairGenerator], PairGenerator]:
     """Register the decorated generator of pairs as the task `name`.
 
     Raises:
@@ -46,7 +50,7 @@ def define(name: str, description: str) -> Callable[[PairGenerator], PairGenerat
     def register(generate: PairGenerator) -> PairGenerator:
         if name in DEFINITIONS:
             raise ValueError(f"The task {name!r} is defined twice; give one of them another name.")
-        DEFINITIONS[name] = TaskDefinition(name, description, generate)
+        DEFINITIONS[name] = TaskDefinition(name, description, generate, language)
         return generate
 
     return register
