@@ -21,7 +21,7 @@ def list_tasks(language: Language | None = None) -> list[str]:
     """The names of the built-in tasks, in alphabetical order.
 
     Args:
-        language: "python" for the twenty on code; all if not given.
+        language: "python" for the twenty on code, "english" for the five on text; all if not given.
 
     Raises:
         ValueError: another language.

@@ -1,3 +1,12 @@
 """The tasks as text: one file per family. Importing this package registers them all."""
 
-from . import blocks, brackets, calls, conditions, containers, quotes, variables  # noqa: F401
+from . import (  # noqa: F401
+    blocks,
+    brackets,
+    calls,
+    conditions,
+    containers,
+    english,
+    quotes,
+    variables,
+)
