@@ -58,7 +58,7 @@ SMALLER = {
     "max_steps=2000": "max_steps=2",
     "n_layer=4, d_model=512": "n_layer=1, d_model=64",
     "reference=blocks\\)\n$": "reference=blocks, config=small_report)",
-    r"PruningConfig\(target_loss=0.3\)": "PruningConfig(target_loss=9.0, max_steps=2, cleanup=False)",
+    r"target_loss=0.3": "target_loss=9.0, max_steps=2, cleanup=False",
     r"build_task_datasets\(tokenizer\)": "build_task_datasets(tokenizer, [task.name], n_test=2)",
 }
 
