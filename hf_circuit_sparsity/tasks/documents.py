@@ -55,7 +55,7 @@ def load_documents(
             f"validation_split is {split!r}, as is the split to train on; pass another, or none to "
             "hold out the first documents."
         )
-    path = Path(dataset).expanduser()
+    path = Path(dataset).expanduser().absolute()  # load_dataset(".") knows no name for that folder
     name, options = (str(path) if path.exists() else str(dataset)), {"name": config}
     if path.is_file():
         name, options["data_files"] = str(path.parent), escape(path.name)

@@ -99,12 +99,13 @@ def test_says_what_is_wrong_before_training(arguments, named, on_hub, capsys):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_is_held_out_is_not_trained_on(streaming, data):
+def test_what_is_held_out_is_not_trained_on(streaming, data, monkeypatch):
     splits = load_documents(data / "book.txt", streaming=streaming, validation_documents=8)
     assert isinstance(splits["train"], IterableDataset if streaming else Dataset)
     train, held_out = ([row["text"] for row in splits[n]] for n in ("train", "validation"))
     assert held_out == TALES[:8] and train == TALES[8:]
-    whole = load_documents(data / "book.txt", sample_by="line", validation_documents=1)
+    monkeypatch.chdir(data)
+    whole = load_documents("book.txt", sample_by="line", validation_documents=1)
     assert whole["train"].num_rows > len(TALES)
 
 
