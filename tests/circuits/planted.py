@@ -4,9 +4,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.findings.planted import builder
 from hf_circuit_sparsity import BinaryTask, Circuit, CircuitGPTConfig, CircuitGPTForCausalLM
 from hf_circuit_sparsity.circuits.ablation import mean_activations
 from hf_circuit_sparsity.circuits.task_scores import Calibration
@@ -59,9 +59,7 @@ def planted_model(noise: float = 0.01, seed: int = 0) -> CircuitGPTForCausalLM:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<pad>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>")
+    return builder.word_tokenizer(WORDS)
 
 
 @cache

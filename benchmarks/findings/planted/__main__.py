@@ -1,0 +1,161 @@
+"""Precision and recall of searches on planted mechanisms, of which the true nodes are known."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_circuit_sparsity.circuits.circuit import Circuit
+from hf_circuit_sparsity.circuits.evaluation.verification import random_circuit
+from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
+from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError, find_circuit
+from hf_circuit_sparsity.circuits.task_scores import all_pair_logits, binary_accuracy
+
+from ...experiment import Experiment, machine, mean, stored, table
+from .builder import ARCHITECTURES
+from .mechanisms import MECHANISMS, Nodes, Planted, plant
+
+METHODS: dict[str, PruningConfig] = {
+    "paper": PruningConfig(),
+    "no masks": PruningConfig(max_steps=0),
+}
+"""The searches that are compared: name → settings. Without masks nodes are ranked at random, and
+the clean-up, which goes by gradients, does all the work."""
+CONTROL = "random"
+NOISES = (0.0, 0.01, 0.02)
+
+
+def run(experiment: Experiment) -> str:
+    """Measure what is not there yet; returns the report."""
+    o = experiment.options
+    cells = [
+        (method, name, architecture, noise, seed)
+        for name in o.mechanisms for noise in o.noises for seed in range(o.seeds)
+        for architecture in o.architectures for method in o.methods
+    ]  # fmt: skip
+    rows = []
+    for method, name, architecture, noise, seed in cells:
+        path = experiment.folder / f"{method} {name} {architecture} {noise:g} {seed}.json"
+        if experiment.stored_only and not path.is_file():
+            continue
+
+        def measure(cell: tuple = (method, name, architecture, noise, seed)) -> list[dict]:
+            return measured(METHODS[cell[0]], plant(*cell[1:]), cell[4])
+
+        for row, which in zip(stored(path, measure), (method, CONTROL), strict=True):
+            of = {"architecture": architecture, "noise": noise, "sized": method, "method": which}
+            rows.append({**row, **of, "mechanism": name})
+    return report(rows)
+
+
+def measured(config: PruningConfig, planted: Planted, seed: int) -> list[dict[str, Any]]:
+    """What a search finds, and what a random circuit of as many nodes at every site is."""
+    config = replace(config, seed=seed)
+    try:
+        found = find_circuit(
+            planted.model, planted.task, config, reference=planted.reference, progress=False
+        )
+    except TaskNotLearnedError:
+        return [{"refused": True}] * 2
+    generator = torch.Generator().manual_seed(seed)
+    return [score(planted, found), score(planted, random_circuit(found, generator))]
+
+
+def score(planted: Planted, circuit: Circuit) -> dict[str, Any]:
+    """A circuit beside the truth.
+
+    Returns:
+        `precision` and `recall` of nodes; `nodes`; `decoys` among them; `accuracy` alone, on
+        held-out prompts; `turned`: share of the whole model's answers that change when the
+        circuit's nodes are swapped from the counterfactual.
+    """
+    nodes: Nodes = frozenset((site, i) for site, ids in circuit.nodes.items() for i in ids)
+    precision, recall = planted.truth.precision_and_recall(nodes)
+    test = planted.task.tensors("test")
+    with circuit.apply(planted.model):
+        alone = all_pair_logits(planted.model, test)
+    whole, swapped = all_pair_logits(planted.model, test), planted.swapped(nodes)
+    turned = ((whole[:, 0] > whole[:, 1]) != (swapped[:, 0] > swapped[:, 1])).float().mean()
+    return {
+        "precision": precision,
+        "recall": recall,
+        "nodes": len(nodes),
+        "decoys": len(nodes & planted.truth.decoys),
+        "accuracy": binary_accuracy(alone),
+        "turned": turned.item(),
+    }
+
+
+def report(rows: Sequence[dict[str, Any]]) -> str:
+    """The tables, of rows with the keys of [`score`] and what they were measured on."""
+    by_mechanism = _table(rows, lambda r: {"mechanism": r["mechanism"], "method": _method(r)})
+    by_noise = _table(
+        rows,
+        lambda r: {
+            "method": _method(r), "architecture": r["architecture"], "noise": f"{r['noise']:g}"
+        },
+    )  # fmt: skip
+    return "\n\n".join([
+        "# Searches on planted mechanisms", EXPLANATION, f"Measured on: {machine()}.",
+        "By mechanism, over architectures, noises and seeds:", by_mechanism,
+        "By architecture and noise, over mechanisms and seeds:", by_noise,
+    ])  # fmt: skip
+
+
+EXPLANATION = """\
+Every mechanism of `benchmarks/findings/planted/mechanisms.py` is written into the weights of a
+CircuitGPT and of a Llama of two or three layers, d_model 32; all other weights are noise of the
+standard deviation given. The seed draws the noise, where the mechanism lies, the prompts and what
+the search draws. Precision: share of the nodes found that are the mechanism's. Recall: share of the
+mechanism's nodes that are found. Where one of several sets suffices, the one counts that most was
+found of, and the nodes of the others count neither for nor against. "exact" is the share of runs
+with both at 1. Decoys are nodes that go with the answer, or cancel each other, and do not cause it.
+"alone" is the accuracy with all else mean-ablated; "turned" the share of the whole model's answers
+that change when the nodes found are swapped from the counterfactual: the mechanism itself turns
+all. "random" has as many nodes at every site as the search before it. After ± is the standard
+deviation over runs."""
+
+
+def _method(row: dict[str, Any]) -> str:
+    return row["method"] if row["method"] != CONTROL else f"{CONTROL}, as {row['sized']}"
+
+
+def _table(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], dict[str, str]]) -> str:
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(key(row).items()), []).append(row)
+    lines = []
+    for group, members in groups.items():
+        found = [row for row in members if "refused" not in row]
+        line = {**dict(group), "runs": len(members), "refused": len(members) - len(found)}
+        for name in ("precision", "recall"):
+            line[name] = _spread([row[name] for row in found])
+        exact = [float(row["precision"] == row["recall"] == 1) for row in found]
+        line["exact"] = f"{mean(exact):.2f}" if found else "–"
+        for name, title in (
+            ("nodes", "nodes"), ("decoys", "decoys"), ("accuracy", "alone"), ("turned", "turned")
+        ):  # fmt: skip
+            line[title] = f"{mean([row[name] for row in found]):.2f}" if found else "–"
+        lines.append(line)
+    return table(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    deviation = (mean([v**2 for v in values]) - mean(values) ** 2) ** 0.5 if len(values) > 1 else 0
+    return f"{mean(values):.2f} ± {max(0.0, deviation):.2f}"
+
+
+def main() -> None:
+    """The command line."""
+    Experiment.main(
+        run, __doc__, "planted", str(Path("runs") / "planted"), mechanisms=tuple(MECHANISMS),
+        methods=tuple(METHODS), architectures=tuple(ARCHITECTURES), noises=NOISES, seeds=5,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
