@@ -24,9 +24,7 @@ Nodes = frozenset[tuple[str, int]]
 """Site and index of each."""
 
 LENGTH = 12
-"""Tokens of every prompt."""
-CONTEXT = 16
-"""Tokens that the models read; positions of a table are all equally frequent in so many."""
+"""Tokens of every prompt, and of what the models read."""
 _WIDTH, _HEADS, _HEAD_DIM, _NEURONS = 32, 4, 8, 32
 _BALLAST = 2.0
 # What a norm makes of an entry of 1 beside the ballast, roughly.
@@ -67,7 +65,7 @@ def _circuitgpt(n_layers: int) -> PreTrainedModel:
     return CircuitGPTForCausalLM(
         CircuitGPTConfig(
             n_layer=n_layers, n_head=_HEADS, d_head=_HEAD_DIM, d_model=_WIDTH, d_mlp=_NEURONS,
-            block_size=CONTEXT, vocab_size=len(WORDS), afrac=None, sink=False,
+            block_size=LENGTH, vocab_size=len(WORDS), afrac=None, sink=False,
             enable_bigram_table=False, activation_type="relu",
         )
     )  # fmt: skip
@@ -78,7 +76,7 @@ def _llama(n_layers: int) -> PreTrainedModel:
         LlamaConfig(
             num_hidden_layers=n_layers, num_attention_heads=_HEADS, num_key_value_heads=_HEADS,
             head_dim=_HEAD_DIM, hidden_size=_WIDTH, intermediate_size=_NEURONS,
-            max_position_embeddings=CONTEXT, vocab_size=len(WORDS), hidden_act="relu",
+            max_position_embeddings=LENGTH, vocab_size=len(WORDS), hidden_act="relu",
             attention_bias=True, mlp_bias=True, tie_word_embeddings=False, pad_token_id=0,
             bos_token_id=None, eos_token_id=None,
             rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
@@ -193,17 +191,17 @@ class Builder:
                 _connect(parts.key, first + half + i, {}, bias=length * math.sin(turn))
             return frozenset()
         # A table: cosine and sine of the position, in the key's case of the next one.
-        turn = 2 * math.pi / CONTEXT
+        turn = 2 * math.pi / LENGTH
         if not self._position_channels:
             self._position_channels = self.channels(2)
-            angles = turn * torch.arange(CONTEXT)
+            angles = turn * torch.arange(LENGTH)
             for channel, values in zip(
                 self._position_channels, (angles.cos(), angles.sin()), strict=True
             ):
                 self._position_table[:, channel] = 1.5 * values
         cosine, sine = self._position_channels
         c, s = math.cos(turn), math.sin(turn)
-        length = math.sqrt(24 * _SHARPNESS) / (1.5 * _UNIT)
+        length = math.sqrt(12 * _SHARPNESS) / (1.5 * _UNIT)
         rows = (first, {cosine: 1, sine: 0}, {cosine: c, sine: -s}), (
             first + half, {cosine: 0, sine: 1}, {cosine: s, sine: c},
         )  # fmt: skip

@@ -20,7 +20,7 @@ from hf_circuit_sparsity.circuits.task_scores import all_pair_logits, model_scor
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from hf_circuit_sparsity.tasks.binary_task import BinaryTask
 
-from .builder import CONTEXT, FILLERS, LENGTH, WORDS, Builder, Match, Nodes, word_tokenizer
+from .builder import FILLERS, LENGTH, WORDS, Builder, Match, Nodes, word_tokenizer
 
 Prompt = list[str]
 NOTHING: Nodes = frozenset()
@@ -161,7 +161,7 @@ def _binding(b: Builder) -> Truth:
     b.embed(name, {"x": 1, "y": -1})
     b.embed(value, {"yes": 1, "no": -1})
     b.answer(out)
-    nodes = b.head(0, name, at_is, look="previous") | b.head(1, at_is, at_value, look="previous")
+    nodes = b.head(0, name, at_is, 1.0, "previous") | b.head(1, at_is, at_value, 1.0, "previous")
     return Truth(nodes | b.head(2, value, out, look=Match(name, at_value)))
 
 
@@ -203,10 +203,10 @@ def _composition_pair(p: Prompts, i: int) -> tuple[Prompt, Prompt]:
 def _both_sides(b: Builder, bias: float, threshold: float) -> Truth:
     """Two heads that see a word each, and a neuron that adds up what they saw."""
     left, right, saw_left, saw_right, out = b.channels(5)
-    b.embed(left, {"left": 1})
-    b.embed(right, {"right": 1})
+    b.embed(left, {"left": 2})
+    b.embed(right, {"right": 2})
     b.answer(out, threshold)
-    nodes = b.head(0, left, saw_left, 3.0) | b.head(0, right, saw_right, 3.0)
+    nodes = b.head(0, left, saw_left, 1.9) | b.head(0, right, saw_right, 1.9)
     return Truth(nodes | b.neuron(1, {saw_left: 3, saw_right: 3}, 3 * bias, out, 1.0))
 
 
@@ -383,7 +383,7 @@ def plant(
     generator = torch.Generator().manual_seed(seed)
     return Planted(
         name, builder.model, _task(name, mechanism, seed), truth,
-        torch.randint(1, len(WORDS), (256, CONTEXT), generator=generator), mechanism.correlation,
+        torch.randint(1, len(WORDS), (256, LENGTH), generator=generator), mechanism.correlation,
     )  # fmt: skip
 
 
