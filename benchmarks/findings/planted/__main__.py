@@ -19,10 +19,11 @@ from .mechanisms import MECHANISMS, Nodes, Planted, plant
 
 METHODS: dict[str, PruningConfig] = {
     "paper": PruningConfig(),
+    "short": PruningConfig(max_steps=60, batch_size=16, learning_rate=3e-2, node_penalty=3e-3),
     "no masks": PruningConfig(max_steps=0),
 }
-"""The searches that are compared: name → settings. Without masks nodes are ranked at random, and
-the clean-up, which goes by gradients, does all the work."""
+"""The searches that are compared: name → settings. "short" is the paper's in a tenth of the time.
+Without masks nodes are ranked at random, and the clean-up, which goes by gradients, does all."""
 CONTROL = "random"
 NOISES = (0.0, 0.01, 0.02)
 
@@ -32,7 +33,7 @@ def run(experiment: Experiment) -> str:
     o = experiment.options
     cells = [
         (method, name, architecture, noise, seed)
-        for name in o.mechanisms for noise in o.noises for seed in range(o.seeds)
+        for seed in range(o.seeds) for name in o.mechanisms for noise in o.noises
         for architecture in o.architectures for method in o.methods
     ]  # fmt: skip
     rows = []
