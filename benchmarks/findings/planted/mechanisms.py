@@ -394,4 +394,6 @@ def _task(name: str, mechanism: Mechanism, seed: int) -> BinaryTask:
             yes, no = (" ".join(prompt) for prompt in mechanism.pair(prompts, i))
             yield (yes, " yes"), (no, " no")
 
-    return BinaryTask.from_pairs(name, word_tokenizer(WORDS), pairs("train"), pairs("test"))
+    return BinaryTask.from_pairs(
+        name.replace(" ", "_"), word_tokenizer(WORDS), pairs("train"), pairs("test")
+    )
