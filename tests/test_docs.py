@@ -17,6 +17,7 @@ from hf_circuit_sparsity import (
     Circuit,
     CircuitGPTConfig,
     CircuitGPTForCausalLM,
+    PruningConfig,
     SparseTrainer,
     SparseTrainingArguments,
     build_corpus,
@@ -28,6 +29,7 @@ from hf_circuit_sparsity.circuits.ablation import mean_activations
 from hf_circuit_sparsity.circuits.viewer.report_data import ReportConfig
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from tests.circuits.planted import on_off_task, planted_circuit, planted_model, reference_ids
+from tests.conftest import FIXTURES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"]
@@ -59,6 +61,7 @@ SMALLER = {
     "n_layer=4, d_model=512": "n_layer=1, d_model=64",
     "reference=blocks\\)\n$": "reference=blocks, config=small_report)",
     r"target_loss=0.3": "target_loss=9.0, max_steps=2, cleanup=False",
+    r"rounds=4\)": "rounds=1, config=quick)",
     r"build_task_datasets\(tokenizer\)": "build_task_datasets(tokenizer, [task.name], n_test=2)",
 }
 
@@ -96,6 +99,7 @@ def names(tmp_path, monkeypatch, hub_server, make_gpt2):
         "trainer": SparseTrainer(model, args, processing_class=tokenizer),
         "CircuitGPTForCausalLM": CircuitGPTForCausalLM,
         "small_report": ReportConfig(8, 8, 256, 1),
+        "quick": PruningConfig(max_steps=40, batch_size=8, selection_prompts=64),
     }  # fmt: skip
 
 
@@ -109,6 +113,8 @@ def test_the_python_of_a_document_runs(path, names, hub_server):
         model = planted_model()
         names |= {"model": model, "circuit": planted_circuit(model), "task": on_off_task()}
         names["blocks"] = reference_ids()
+        shutil.copytree(FIXTURES / "reference" / "paper", "csp_yolo1")
+        torch.save({"circuit_data": {"0.attn.v": torch.tensor([1])}}, "viz_data.pt")
     if path.name == "data.md":
         stories = [f"Once there were {number} stones." for number in range(1100)]
         Dataset.from_dict({"story": stories}).push_to_hub("ada/stories")
