@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_circuit_sparsity.circuits.ablation import ReferenceMeans, reference_means
@@ -33,7 +33,7 @@ from hf_circuit_sparsity.circuits.task_scores import evaluate_tasks
 from hf_circuit_sparsity.commands.console import say
 from hf_circuit_sparsity.commands.pretrained import load_pretrained
 from hf_circuit_sparsity.commands.training import SUMMARY_NAME, train_model
-from hf_circuit_sparsity.hub_cards.markdown import NOT_MEASURED, number
+from hf_circuit_sparsity.hub_cards.markdown import number
 from hf_circuit_sparsity.tasks.corpus import build_corpus
 from hf_circuit_sparsity.tasks.load import load_task
 from hf_circuit_sparsity.tasks.packing import pack_dataset, spread_sample
@@ -72,7 +72,7 @@ def run(experiment: Experiment) -> str:
     return "\n\n".join([
         "# A real pretrained model, dense and made sparse",
         __doc__.strip().split("\n\n", 1)[1],
-        f"Measured on: {machine()}. One seed.",
+        f"Measured on: {machine()}. One seed. {_unfinished(folder, options.steps)}".strip(),
         _models(folder, sparse),
         "Accuracy and loss on the two candidates, 64 held-out prompts per task:",
         _tasks({name: _stored(folder, f"{name}_tasks") or {} for name in (DENSE, SPARSE)}),
@@ -82,6 +82,20 @@ def run(experiment: Experiment) -> str:
             for task in options.tasks
         }),
     ])  # fmt: skip
+
+
+def _unfinished(folder: Path, steps: int) -> str:
+    """How far training came that was stopped; empty if it was not."""
+    output = folder / SPARSE
+    last = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if last is None or (output / SUMMARY_NAME).is_file():
+        return ""
+    state = TrainerState.load_from_json(str(Path(last) / "trainer_state.json"))
+    log = state.log_history[-1]
+    return (
+        f"Making it sparse was stopped after step {state.global_step} of {steps}, at density "
+        f"{log['density']:.2f} and a training loss of {log['loss']:.2f}; the same command goes on."
+    )
 
 
 def _stored(folder: Path, name: str) -> Any:
@@ -183,8 +197,8 @@ def circuit(folder: Path, name: str, task: str) -> list[dict[str, Any]]:
         seconds = time.perf_counter() - started
         found[0].save_pretrained(folder / "circuits" / name / task)
         checks = verify_circuit(
-            found[0], model, made, prompts=64, random_circuits=4, subsets=2, stability_seeds=0,
-            others=[], adversarial={},
+            found[0], model, made, prompts=64, random_circuits=4, subsets=2, supersets=4,
+            adversary_steps=4, stability_seeds=0, others=[], adversarial={},
         )  # fmt: skip
         rows = [{"target": t, **c.metrics} for t, c in zip(TARGETS, found, strict=True)]
         names = [check.name for check in checks.checks if check.passed is False]
@@ -208,8 +222,8 @@ def _models(folder: Path, summary: dict[str, Any] | None) -> str:
         rows.append({
             "model": name,
             "density of attention and MLP": f"{trained['density']:.4f}" if trained else "1",
-            "training": f"{trained['steps']} steps of 1,024 tokens, "
-            f"{trained['seconds_per_step']:.1f} s each" if trained else NOT_MEASURED,
+            "training here": f"{trained['steps']} steps of 1,024 tokens, "
+            f"{trained['seconds_per_step']:.1f} s each" if trained else "none",
             "held-out loss, nats per token": number(loss),
             "perplexity": number(loss and exp(loss), ".1f"),
         })  # fmt: skip
