@@ -57,7 +57,7 @@ def test_a_sweep_turns_the_answer_and_its_controls_do_not(bridged, where, tmp_pa
         random_channels=4, text=reference_ids()[:4],
     )  # fmt: skip
     assert sweep.strengths == [-10, -5, 0]
-    assert (sweep.answer, sweep.other) == ("yes", "no")
+    assert (sweep.answer, sweep.other) == (" yes", " no")
     assert sweep.other_probability[0] > 0.5 > sweep.unsteered_probability
     assert sweep.answer_probability[0] < 0.3 < 0.5 < sweep.answer_probability[2]
     assert len(sweep.random_probability) == 4
