@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..bridge.bridge_config import BridgeTrainingArguments
 from ..bridge.bridge_trainer import BridgeTrainer
@@ -17,7 +17,7 @@ from ..bridge.modeling_bridge import BridgedCausalLM, default_sparse_config
 from ..files import write_json
 from ..tasks.packing import pack_dataset, spread_sample
 from .console import columns, quiet_libraries, say, table
-from .loading import load_model, model_at, read_corpus
+from .loading import load_model, model_at, read_corpus, read_tokenizer
 from .training import checkpoint_to_resume, fit, speed_row
 
 SUMMARY_NAME = "bridge_summary.json"
@@ -110,8 +110,8 @@ def build_bridge(
     name = model_at(arguments.dense_model)
     dense = load_dense(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except OSError as error:
+        tokenizer = read_tokenizer(name)
+    except (OSError, ValueError) as error:
         raise OSError(
             f"{arguments.dense_model} has no tokenizer, which the sparse model needs too; "
             "save it beside the model."

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
@@ -123,6 +124,21 @@ def load_model(
         ) from error
 
 
+def read_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """That of `AutoTokenizer`, but only where there is one.
+
+    Beside a model of an architecture that it knows transformers makes one up, of special tokens
+    alone, to which every text is the same.
+
+    Raises:
+        ValueError, OSError: there is none that could be read.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(f"there is no tokenizer in {name}")
+    return tokenizer
+
+
 def _tokenizer_of(model: str, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model, else the one that its config says it was trained with.
 
@@ -133,14 +149,13 @@ def _tokenizer_of(model: str, config: PreTrainedConfig) -> PreTrainedTokenizerBa
     problem: Exception | None = None
     for name in (model, named) if named and isinstance(named, str) else (model,):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            tokenizer = read_tokenizer(name)
         except (ValueError, OSError) as error:
             problem = problem or error
             continue
-        if len(tokenizer) > 1:  # transformers makes up an empty one where there is none
-            if name is named:
-                say(f"The tokenizer is {named}, which the model's config names.")
-            return tokenizer
+        if name is named:
+            say(f"The tokenizer is {named}, which the model's config names.")
+        return tokenizer
     raise ValueError(
         f"{model!r} holds a model, but no tokenizer beside it that could be read; save the "
         "tokenizer there too."

@@ -8,14 +8,13 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import is_gguf_available
 
 from ..modeling.causal_lm import load_causal_lm
-from .loading import model_at, tokenizer_at
+from .loading import model_at, read_tokenizer, tokenizer_at
 
 _GGUF = ".gguf"
 
@@ -49,10 +48,10 @@ def load_pretrained(
             f"{name!r} could not be loaded as a model that predicts the next token: {error}"
         ) from error
     try:
-        if is_gguf and tokenizer is None:
-            tokens = AutoTokenizer.from_pretrained(source, **options)
-        else:  # looked for first, since transformers makes up an empty one where there is none
-            tokens = AutoTokenizer.from_pretrained(tokenizer_at(tokenizer or source))
+        if tokenizer is None:
+            tokens = read_tokenizer(source, **options)
+        else:
+            tokens = read_tokenizer(tokenizer_at(tokenizer))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{tokenizer or name!r} holds no tokenizer that could be read ({error}); pass one with "

@@ -129,6 +129,8 @@ def run_train(
         ValueError, OSError: bad data, or no such checkpoint or tokenizer.
     """
     quiet_libraries()
+    if model_arguments.model is not None:
+        model_arguments.check_pretrained()
     resume = checkpoint_to_resume(args)
     corpus = data.read(args.max_steps)
     column = data.text_column if data.dataset else "text"
@@ -143,7 +145,6 @@ def run_train(
         )
         model = CircuitGPTForCausalLM(config)
     else:
-        model_arguments.check_pretrained()
         model, tokenizer = load_pretrained(name, data.tokenizer)
         longest = getattr(model.config, "max_position_embeddings", block_size)
         if block_size > longest:

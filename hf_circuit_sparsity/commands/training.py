@@ -8,7 +8,6 @@ from typing import Any
 
 from datasets import DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -27,6 +26,7 @@ from ..trainer.sparse_config import SparseTrainingArguments
 from ..trainer.sparse_trainer import SparseTrainer
 from ..trainer.training_curves import plot_training_curves
 from .console import Interrupted, say
+from .loading import read_tokenizer
 
 SUMMARY_NAME = "training_summary.json"
 # Of a stream: what a tokenizer is trained on, what a bigram table is counted on, and the blocks
@@ -64,7 +64,7 @@ def prepare_data(
             learned = f", learned from its first {TOKENIZER_CHARACTERS:,} characters at most"
         fast = train_tokenizer(documents, vocab_size=vocab_size)
     elif isinstance(tokenizer, str):
-        fast = AutoTokenizer.from_pretrained(tokenizer)
+        fast = read_tokenizer(tokenizer)
     else:
         fast = tokenizer
     blocks = pack_dataset(corpus, fast, block_size, text_column=text_column)

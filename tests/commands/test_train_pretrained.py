@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_circuit_sparsity import train_tokenizer
 from hf_circuit_sparsity.cli import main
 from hf_circuit_sparsity.commands import pretrained
+from hf_circuit_sparsity.commands.loading import load_model
 from hf_circuit_sparsity.tasks.corpus import build_corpus
+from tests.decoders.dense_models import from_config
 
 from .test_cli import TRAINING
 
@@ -155,3 +157,18 @@ def test_what_cannot_be_made_sparse(options, named, gpt2, corpus, tmp_path, caps
     assert main([*arguments, "--corpus", str(corpus), *TRAINING, *filled]) == 2
     assert named in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("load", [load_model, pretrained.load_pretrained])
+def test_no_tokenizer_is_made_up(load, name, tmp_path):
+    """As transformers does, of special tokens alone, beside most architectures."""
+    from_config(name).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tokenizer"):
+        load(str(tmp_path))
+
+
+def test_options_that_contradict_are_said_before_text_is_read(gpt2, tmp_path, capsys):
+    arguments = ["train", "--model", str(gpt2), "--n-layer", "9", "--corpus", "nowhere"]
+    assert main([*arguments, "--output-dir", str(tmp_path / "run"), "--max-steps", "1"]) == 2
+    assert "--n-layer" in capsys.readouterr().err
