@@ -156,6 +156,16 @@ class Circuit:
         """Site → bool `(width,)`, true for the circuit's nodes; every site of the model."""
         return {s: _mask(len(mean), self.nodes.get(s, [])) for s, mean in self.means.items()}
 
+    def masks_and_means(
+        self, model: nn.Module
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """[`masks`] and `means`, with an entry `TOKENS` where tokens were pruned."""
+        masks, means = self.masks(), dict(self.means)
+        if self.tokens is not None:
+            vocabulary = model.get_input_embeddings().num_embeddings
+            masks[TOKENS], means[TOKENS] = _mask(vocabulary, self.tokens), self.token_mean
+        return masks, means
+
     def edges(self, model: nn.Module) -> list[Edge]:
         """The nonzero weights of `model` between the circuit's nodes, without pruned ones."""
         self.check_model(model)
@@ -257,11 +267,7 @@ class Circuit:
         """
         self.check_model(model)
         inner = unwrapped(model)
-        masks, means = self.masks(), dict(self.means)
-        if self.tokens is not None:
-            vocabulary = inner.get_input_embeddings().num_embeddings
-            masks[TOKENS] = _mask(vocabulary, self.tokens)
-            means[TOKENS] = self.token_mean
+        masks, means = self.masks_and_means(inner)
         if inverse:
             masks = {site: ~mask for site, mask in masks.items()}
         for site, mask in (beside or {}).items():

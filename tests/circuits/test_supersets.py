@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from hf_circuit_sparsity.circuits.ablation import mean_ablated, reference_means
+from hf_circuit_sparsity.circuits.evaluation import verification
+from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
 from hf_circuit_sparsity.circuits.gating import GatedModel
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import find_circuit
@@ -14,9 +16,17 @@ from hf_circuit_sparsity.circuits.task_scores import (
     all_pair_logits,
     binary_accuracy,
     binary_loss,
+    pair_logits,
     task_rows,
 )
-from tests.circuits.planted import PLANTED_NODES, on_off_task, planted_model, reference_ids
+from tests.circuits.planted import (
+    PLANTED_NODES,
+    full_circuit,
+    on_off_task,
+    planted_circuit,
+    planted_model,
+    reference_ids,
+)
 
 # Two neurons that say opposite things of the last word, loudly, and so nothing together.
 LOUD = (1, 2)
@@ -66,6 +76,38 @@ def test_the_adversary_finds_what_breaks_a_circuit(loud):
     assert loss(nothing) < 0.1 and loss(everything) < 0.1 and loss(outside) > 1.0
     assert all(p.grad is None for p in loud.parameters())
     assert all(p.requires_grad for p in loud.parameters())
+
+
+def test_the_adversary_attacks_a_circuit_with_its_tokens_and_edges_cut(monkeypatch):
+    model, seen = planted_model(), []
+
+    def recorded(gated, rows, keep, calibrated, *args, **kwargs):
+        gates = {site: mask[None] for site, mask in keep.items()}
+        with torch.no_grad():
+            seen.append((calibrated(gated.run(rows, gates), rows), rows))
+        return adversarial_superset(gated, rows, keep, calibrated, *args, **kwargs)
+
+    monkeypatch.setattr(verification, "adversarial_superset", recorded)
+    circuit = full_circuit(model, config={"target_loss": 0.15}, edge_offsets={})
+    verify_circuit(
+        circuit, model, on_off_task(), prompts=32, random_circuits=2, stability_seeds=0,
+        adversarial={}, progress=False, adversary_steps=1,
+    )  # fmt: skip
+    answers, rows = seen[0]
+    with circuit.apply(model), torch.no_grad():
+        torch.testing.assert_close(answers, pair_logits(model, rows))
+
+
+def test_a_circuit_that_the_rest_can_break_does_not_pass(loud):
+    circuit = planted_circuit(loud, config={"target_loss": 0.15})
+    checks = verify_circuit(
+        circuit, loud, on_off_task(), prompts=64, random_circuits=4, stability_seeds=0,
+        adversarial={}, progress=False,
+    )  # fmt: skip
+    failed = [check.name for check in checks.checks if not check.passed]
+    assert failed == ["random supersets", "adversarial superset"]
+    # Random parts of the rest often have both neurons on, or neither; the adversary has one.
+    assert checks["adversarial superset"].value < 0.1 < checks["random supersets"].value
 
 
 def test_a_random_superset_has_the_share_that_was_asked_for():

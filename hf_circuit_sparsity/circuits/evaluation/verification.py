@@ -301,7 +301,8 @@ class _Suite:
     ) -> dict[str, float]:
         """Skill on held-out prompts with parts of the rest on, one part for all prompts."""
         model, generator = self.model, torch.Generator().manual_seed(self.seed)
-        widths = {site: len(mean) for site, mean in circuit.means.items()}
+        keep, means = circuit.masks_and_means(model)
+        widths = {site: len(mask) for site, mask in keep.items()}
 
         def skill(beside: dict[str, torch.Tensor]) -> float:
             with circuit.apply(model, calibrated=False, beside=beside):
@@ -315,11 +316,10 @@ class _Suite:
             numbers["random supersets"] = sum(skills) / len(skills)
             numbers["worst superset"] = min(skills)
         if self.adversary_steps and attack:
-            keep = circuit.masks()
             cut = [] if circuit.kept_edges is None else circuit.split_edges(model)[1]
-            with hooked(edge_hooks(model, cut, circuit.edge_offsets) if cut else []):
+            with hooked(edge_hooks(model, cut, circuit.edge_offsets)):
                 worst = adversarial_superset(
-                    GatedModel(model, circuit.means), trimmed(self.seen), keep, calibration.pairs,
+                    GatedModel(model, means), trimmed(self.seen), keep, calibration.pairs,
                     generator, self.adversary_steps, restarts=3,
                 )  # fmt: skip
             numbers["adversarial superset"] = skill(worst)

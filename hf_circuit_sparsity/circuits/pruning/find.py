@@ -128,18 +128,10 @@ def find_circuits(
         sites = dict(means.nodes)
         if config.token_nodes:
             sites[TOKENS] = means.token
-        allowed = None
-        if unknown := sorted(set(exclude or ()) - set(sites)):
-            raise ValueError(f"exclude names {unknown[0]!r}, which is no node site of this model.")
-        if exclude:
-            allowed = {
-                s: torch.ones(width(model, s, m), dtype=torch.bool) for s, m in sites.items()
-            }
-            for site, indices in exclude.items():
-                allowed[site][list(indices)] = False
-            if not Selector(model, selection, means, whole.calibration, configs[0]).reaches(
-                allowed
-            ):
+        allowed = _allowed(model, sites, exclude) if exclude else None
+        if allowed is not None:
+            selector = Selector(model, selection, means, whole.calibration, configs[0])
+            if not selector.reaches(allowed):
                 raise TaskNotLearnedError(
                     f"Without the {sum(map(len, exclude.values()))} nodes that are excluded the "
                     f"model does not reach target_loss={targets[0]:g} on the task {task.name!r}."
@@ -161,6 +153,18 @@ def find_circuits(
                 circuit.metrics = evaluate_circuit(circuit, model, task, whole=whole)
                 circuits.append(circuit)
         return [circuit for circuits in by_target for circuit in circuits]
+
+
+def _allowed(
+    model: nn.Module, sites: Mapping[str, torch.Tensor], exclude: Mapping[str, Collection[int]]
+) -> Masks:
+    """Site → bool `(width,)`: every node but those that are excluded."""
+    if unknown := sorted(exclude.keys() - sites.keys()):
+        raise ValueError(f"exclude names {unknown[0]!r}, which is no node site of this model.")
+    allowed = {s: torch.ones(width(model, s, m), dtype=torch.bool) for s, m in sites.items()}
+    for site, indices in exclude.items():
+        allowed[site][list(indices)] = False
+    return allowed
 
 
 def _means(
