@@ -6,8 +6,8 @@ layers of attention and MLP are made sparse by `SparseTrainer`, from the weights
 half of the loss the divergence from the dense model; the tied embedding stays dense. Text for both
 is the Python standard library, of which whole files are held out.
 
-Circuits are searched alike in both, at the lowest target loss that both models reach. The clean-up
-is left out: in dense models it would try thousands of nodes one by one.
+Circuits are searched alike in both, at three target losses, from one seed. The clean-up is left
+out: in dense models it would try thousands of nodes one by one.
 """
 
 import json

@@ -1,6 +1,9 @@
 """`train --model`: a model that others have trained becomes sparse."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import gguf
 import pytest
@@ -15,6 +18,8 @@ from hf_circuit_sparsity.tasks.corpus import build_corpus
 from tests.decoders.dense_models import from_config
 
 from .test_cli import TRAINING
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "pretrained.md"
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +65,17 @@ def test_a_model_of_others_becomes_sparse(gpt2, corpus, tmp_path, capsys):
             torch.testing.assert_close(weight[kept], before[kept])
         elif weight.ndim > 1:
             torch.testing.assert_close(weight, before)
+
+
+def test_the_command_of_the_document_runs(tokenizer, make_gpt2, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_gpt2(vocab_size=len(tokenizer), n_positions=256).save_pretrained("runs/my_gpt2")
+    tokenizer.save_pretrained("runs/my_gpt2")
+    (command,) = re.findall(r"```bash\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
+    argv = shlex.split(command.replace("\\\n", ""))[1:]
+    smaller = ["--max-steps", "2", "--corpus", str(corpus), "--report-to", "none"]
+    assert main([*argv, *smaller]) == 0
+    assert AutoModelForCausalLM.from_pretrained("runs/sparse").config.model_type == "gpt2"
 
 
 def test_the_default_rate_is_for_a_model_that_has_learned(gpt2, corpus, tmp_path):
