@@ -2,7 +2,8 @@
 
 Sufficiency, necessity and the sizes are those of Gao et al. 2025, section 2; completeness is
 that of Wang et al. 2022 (arXiv 2211.00593, section 4); interchange is the intervention of Geiger et
-al. 2021 (arXiv 2106.02997).
+al. 2021 (arXiv 2106.02997); ablation in other ways is asked for by Miller et al. 2024 (arXiv
+2407.08734).
 """
 
 from collections.abc import Sequence
@@ -18,12 +19,9 @@ from ...tasks.adversarial import load_adversarial_tasks
 from ...tasks.binary_task import BinaryTask
 from ..ablation import (
     ReferenceTokens,
-    ablation_hook,
     hooked,
-    hooked_sites,
     in_eval_mode,
     mean_ablated,
-    recorded_sites,
     unwrapped,
 )
 from ..circuit import Circuit
@@ -47,14 +45,14 @@ from ..task_scores import (
     candidates,
     model_scores,
     next_token_logits,
-    pair_logits,
     task_rows,
     trimmed,
 )
 from .checks import Check, Verification
+from .interventions import OtherAblations, equally_long, interchange
 
 GUESSING = 0.6931  # nats; ln 2
-_ATTACKED = 4  # random circuits that an adversary attacks, which takes long
+_ATTACKED = 4  # random circuits that what takes long is done to: an adversary, other ablations
 # Threshold (a string is a setting of the search), whether it must be at least that, and meaning.
 _CHECKS: dict[str, tuple[float | str | None, bool, str]] = {
     "sufficiency": ("target_loss", False, "loss of the circuit alone, nats"),
@@ -68,9 +66,15 @@ _CHECKS: dict[str, tuple[float | str | None, bool, str]] = {
         "skill with the part of the rest on that an adversary picks",
     ),
     "interchange": (0.75, True, "answers that flip when only its nodes see the other prompt"),
+    "logit difference moved": (None, True, "by those nodes, of the way to the other prompt's"),
+    "moved by layer": (None, True, "by those of {where} alone"),
     "transfer": (0.9, True, "skill on unseen templates, as a share of the model's"),
     "pair KL": ("target_loss", False, "model's answer against the circuit's, of two candidates"),
     "vocabulary KL": (None, False, "model's next token against the circuit's"),
+    "task-mean ablation": (None, False, "loss alone, the rest at its mean on the task's prompts"),
+    "zero ablation": (None, False, "loss alone, the rest at zero"),
+    "resample ablation": (None, False, "loss alone, the rest as in the counterfactual prompt"),
+    "frozen norms": (None, False, "loss alone, norms dividing as in the whole model"),
     "stability": (0.5, True, "nodes shared with circuits of other seeds (Jaccard)"),
     "adversarial": (0.75, True, "agreement with the model where {where}"),
     "accuracy": (None, True, "right where {where}; the model: {accuracy:.3f}"),
@@ -122,9 +126,10 @@ def verify_circuit(
     Returns:
         A [`Verification`]: `.passed`, `.table()`, and `[name]` for one check with its value,
         control and threshold. The checks: sufficiency, necessity, completeness, transfer, pair KL,
-        vocabulary KL, random supersets (mean and worst), adversarial superset, interchange (where
-        prompts are as long as their counterfactuals), stability, adversarial (where there are such
-        prompts).
+        vocabulary KL, random supersets (mean and worst), adversarial superset, interchange and
+        the logit difference it moves, in all and by layer (where prompts are as long as their
+        counterfactuals), the loss under other ablations, stability, adversarial (where there are
+        such prompts).
 
     Raises:
         TaskNotLearnedError: the model does not solve the task, so there is nothing to check.
@@ -175,9 +180,11 @@ def verify_circuit(
         threshold, at_least, meaning = _CHECKS[kind]
         if isinstance(threshold, str):
             threshold = circuit.config.get(threshold, 0.15)
-        if detail:
+        if detail in suite.adversarial:
             accuracy = binary_accuracy(suite.adversarial[detail][1])
             meaning = meaning.format(where=detail.replace("_", " "), accuracy=accuracy)
+        elif detail:
+            meaning = meaning.format(where=detail)
         control = mean_and_interval([m[name] for m in of_controls if name in m], seed)
         checks.append(Check(name, value, *control, threshold, at_least, meaning))
     verification = Verification(tuple(checks))
@@ -231,7 +238,8 @@ class _Suite:
         generator = torch.Generator().manual_seed(seed)
         self.seen = train = _some(task.tensors("train"), prompts, generator)
         self.test = _some(task.tensors("test"), prompts, generator)
-        self.swaps = _equally_long(task, prompts)
+        self.swaps = equally_long(task, prompts)
+        self.other_ablations = OtherAblations(model, train, self.test, self.swaps)
         self.whole = model_scores(model, train, self.test)
         self.model_loss = self._loss(self.whole.test, self.whole.calibration)
         self.model_accuracy = binary_accuracy(self.whole.test)
@@ -255,7 +263,7 @@ class _Suite:
     def measure(self, circuit: Circuit, real: bool, attack: bool) -> dict[str, float]:
         """All numbers of one candidate; nothing is calibrated to it. Random circuits, and the model
         without a part of itself, are calibrated as the whole model is. Only with `attack` does an
-        adversary look for what breaks it."""
+        adversary look for what breaks it, and is it ablated otherwise."""
         model, test = self.model, self.test
         calibration = circuit.calibration if real else self.whole.calibration
         with circuit.apply(model, calibrated=False):
@@ -280,7 +288,9 @@ class _Suite:
         }
         numbers |= self._beside_others(circuit, calibration, attack)
         if self.swaps is not None:
-            numbers["interchange"] = self._interchange(circuit)
+            numbers |= interchange(circuit, model, self.swaps, self.whole.calibration, attack)
+        if attack:
+            numbers |= self.other_ablations.losses(circuit, calibration)
         if self.others:
             shared = [jaccard(circuit, other) for other in self.others]
             numbers["stability"] = (
@@ -345,35 +355,7 @@ class _Suite:
             gaps.append(abs(losses[0] - losses[1]))
         return sum(gaps) / max(1, len(gaps))
 
-    @torch.no_grad()
-    def _interchange(self, circuit: Circuit) -> float:
-        """Share of prompts that get the other answer when the circuit's nodes are the other's.
-
-        The prompts of a pair are equally long; everything outside the circuit sees its own prompt.
-        """
-        swapped, masks = [], circuit.masks()
-        for rows in torch.arange(len(self.swaps[0]["target_ids"])).split(128):
-            base, source = (task_rows(part, rows) for part in self.swaps)
-            with recorded_sites(self.model, circuit.nodes) as activations:
-                pair_logits(self.model, source)
-            swap = {s: ablation_hook(~masks[s], theirs) for s, theirs in activations.items()}
-            with hooked_sites(self.model, swap):
-                pairs = pair_logits(self.model, base).cpu()
-            swapped.append(self.whole.calibration.pairs(pairs, base))
-        return binary_accuracy(torch.cat(swapped).flip(1))
-
 
 def _some(tensors: TaskTensors, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     rows = torch.randperm(len(tensors["target_ids"]), generator=generator)[:count]
     return task_rows(tensors, rows)
-
-
-def _equally_long(task: BinaryTask, count: int) -> tuple[TaskTensors, TaskTensors] | None:
-    """Held-out prompts and their counterfactuals, row by row; None if none are equally long."""
-    tensors = task.tensors("test")
-    lengths = tensors["attention_mask"].sum(1)
-    other = torch.arange(len(lengths)) ^ 1  # rows 2k and 2k+1 are a pair
-    rows = (lengths == lengths[other]).nonzero()[:, 0][:count]
-    if not len(rows):
-        return None
-    return task_rows(tensors, rows), task_rows(tensors, other[rows])

@@ -1,0 +1,142 @@
+"""A circuit under other interventions than the one it was found with.
+
+Its nodes are swapped from the counterfactual prompt into the otherwise untouched model (Geiger et
+al. 2021, arXiv 2106.02997), or everything else is ablated otherwise: every number about a circuit
+depends on how one ablates (Miller et al. 2024, arXiv 2407.08734).
+"""
+
+import torch
+from torch import nn
+
+from ...tasks.binary_task import BinaryTask
+from ..ablation import TOKENS, ablation_hook, hooked, hooked_sites, recorded_sites, task_means
+from ..circuit import Circuit
+from ..edges import edge_hooks
+from ..gating import GatedModel
+from ..task_scores import (
+    Calibration,
+    TaskTensors,
+    binary_accuracy,
+    binary_loss,
+    pair_logits,
+    task_rows,
+    trimmed,
+)
+
+BATCH_SIZE = 128
+Swaps = tuple[TaskTensors, TaskTensors]
+"""Prompts and their counterfactuals, row by row, equally long."""
+
+
+def equally_long(task: BinaryTask, count: int) -> Swaps | None:
+    """At most `count` held-out prompts with their counterfactuals; None if none are as long."""
+    tensors = task.tensors("test")
+    lengths = tensors["attention_mask"].sum(1)
+    other = torch.arange(len(lengths)) ^ 1  # rows 2k and 2k+1 are a pair
+    rows = (lengths == lengths[other]).nonzero()[:, 0][:count]
+    if not len(rows):
+        return None
+    return task_rows(tensors, rows), task_rows(tensors, other[rows])
+
+
+def layer_of(site: str) -> str:
+    """`h.3` of `h.3.attn.v`; sites outside of layers stand for themselves."""
+    parts = site.split(".")
+    return ".".join(parts[:2]) if parts[0] == "h" else site
+
+
+@torch.no_grad()
+def interchange(
+    circuit: Circuit, model: nn.Module, swaps: Swaps, calibration: Calibration, by_layer: bool
+) -> dict[str, float]:
+    """What the circuit's nodes do to the whole model when they alone see the other prompt.
+
+    Args:
+        circuit: of `model`.
+        model: in eval mode; everything outside the circuit sees its own prompt, and answers to
+            what the circuit's nodes are.
+        swaps: prompts and counterfactuals.
+        calibration: of the whole model.
+        by_layer: also swap the nodes of one layer at a time.
+
+    Returns:
+        `interchange`: share of prompts that get the other answer. `logit difference moved`: of
+        the way from the model's difference between the candidates to its difference on the other
+        prompt, the share that the circuit's nodes move it, mean over prompts over mean; 1 is all
+        of it. The same by layer, as `moved by layer: h.0`.
+    """
+    masks = circuit.masks()
+    parts = {"": list(circuit.nodes)}
+    if by_layer:
+        for site in circuit.nodes:
+            parts.setdefault(layer_of(site), []).append(site)
+    before, after, swapped = [], [], {part: [] for part in parts}
+    for rows in torch.arange(len(swaps[0]["target_ids"])).split(BATCH_SIZE):
+        base, source = (trimmed(task_rows(side, rows)) for side in swaps)
+        with recorded_sites(model, circuit.nodes) as activations:
+            after.append(calibration.pairs(pair_logits(model, source).cpu(), source).flip(1))
+        swap = {s: ablation_hook(~masks[s], theirs) for s, theirs in activations.items()}
+        before.append(calibration.pairs(pair_logits(model, base).cpu(), base))
+        for part, sites in parts.items():
+            with hooked_sites(model, {site: swap[site] for site in sites}):
+                pairs = pair_logits(model, base).cpu()
+            swapped[part].append(calibration.pairs(pairs, base))
+    of_part = {part: torch.cat(pairs) for part, pairs in swapped.items()}
+    start = _difference(torch.cat(before))
+    way = start - _difference(torch.cat(after))
+    moved = {part: (start - _difference(pairs)) / way for part, pairs in of_part.items()}
+    numbers = {
+        "interchange": binary_accuracy(of_part[""].flip(1)),
+        "logit difference moved": moved.pop(""),
+    }
+    return numbers | {f"moved by layer: {layer}": share for layer, share in moved.items()}
+
+
+def _difference(pairs: torch.Tensor) -> float:
+    return (pairs[:, 0] - pairs[:, 1]).mean().item()
+
+
+class OtherAblations:
+    """The circuit alone, with everything else ablated in other ways than at the reference mean.
+
+    Args:
+        model: in eval mode.
+        seen: training prompts, for the task's own means.
+        test: held-out prompts.
+        swaps: of those whose counterfactual is as long, if there are any.
+    """
+
+    def __init__(self, model: nn.Module, seen: TaskTensors, test: TaskTensors, swaps: Swaps | None):
+        self.model, self.test, self.swaps = model, test, swaps
+        means = task_means(model, seen)
+        self.task_means = {**means.nodes, TOKENS: means.token}
+
+    def losses(self, circuit: Circuit, calibration: Calibration) -> dict[str, float]:
+        """Loss in nats, by name of the ablation; with edges cut as the circuit has them."""
+        keep, means = circuit.masks_and_means(self.model)
+        of_task = {site: self.task_means[site] for site in keep}
+        nothing = {site: torch.zeros_like(mean) for site, mean in means.items()}
+        ways = {
+            "task-mean ablation": (GatedModel(self.model, of_task), self.test),
+            "zero ablation": (GatedModel(self.model, nothing), self.test),
+            "frozen norms": (GatedModel(self.model, means, freeze_norms=True), self.test),
+        }
+        if self.swaps is not None:
+            base, source = self.swaps
+            others = {f"counterfactual_{k}": source[k] for k in ("input_ids", "attention_mask")}
+            resampled = GatedModel(self.model, means, resample=True)
+            ways["resample ablation"] = (resampled, {**base, **others})
+        cut = [] if circuit.kept_edges is None else circuit.split_edges(self.model)[1]
+        hooks = edge_hooks(self.model, cut, circuit.edge_offsets)
+        gates = {site: mask[None] for site, mask in keep.items()}
+        losses = {}
+        for name, (gated, tensors) in ways.items():
+            pairs = []
+            for index in torch.arange(len(tensors["target_ids"])).split(BATCH_SIZE):
+                rows = trimmed(task_rows(tensors, index))
+                prepared = gated.prepare(rows)  # of the whole model, before edges are cut
+                with torch.no_grad(), hooked(hooks):
+                    pairs.append(gated.run(rows, gates, prepared).cpu())
+            calibrated = calibration.pairs(torch.cat(pairs), tensors)
+            losses[name] = binary_loss(calibrated).item()
+        return losses
