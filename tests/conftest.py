@@ -3,6 +3,7 @@
 # Before anything that imports huggingface_hub: the only Hub that tests can reach is this one.
 from loopback_hub.plugin import hub_server  # noqa: F401  isort: skip
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from hf_circuit_sparsity.kernels.cpu import load_kernels, without_kernels
 from hf_circuit_sparsity.trainer import SparseTrainer, SparseTrainingArguments
 
 # Test models are tiny: a second thread costs more than it brings, and several test runs beside each
-# other would wait for each other's threads.
+# other would wait for each other's threads. The same holds for the processes that tests start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

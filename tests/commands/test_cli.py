@@ -23,11 +23,15 @@ TRAINING = [
 ]  # fmt: skip
 
 
-def train(corpus, output, *more):
-    return main([
+def train_arguments(corpus, output, *more):
+    return [
         "train", "--output-dir", str(output), "--corpus", str(corpus), "--vocab-size", "400",
         *TINY, *TRAINING, *more,
-    ])  # fmt: skip
+    ]  # fmt: skip
+
+
+def train(corpus, output, *more):
+    return main(train_arguments(corpus, output, *more))
 
 
 def test_train_writes_a_model_that_loads(corpus, tmp_path, capsys):
@@ -202,21 +206,14 @@ def weights_of(folder):
 
 
 def test_ctrl_c_leaves_a_run_that_resumes_bit_for_bit(corpus, tmp_path):
-    def command(folder, *more):
-        return [
-            sys.executable, "-m", "hf_circuit_sparsity.cli", "train", "--output-dir", str(folder),
-            "--corpus", str(corpus), "--vocab-size", "400", "--max-steps", "250",
-            "--save-strategy", "no", *TINY, *TRAINING, *more,
-        ]  # fmt: skip
+    steps = ["--max-steps", "250", "--save-strategy", "no"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train(corpus, whole, *steps) == 0
 
-    whole = tmp_path / "whole"
-    done = subprocess.run(command(whole), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-    cut = tmp_path / "cut"
     running = subprocess.Popen(
-        command(cut), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [sys.executable, "-m", "hf_circuit_sparsity.cli", *train_arguments(corpus, cut, *steps)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
     seen = ""
     while "10/250" not in seen and running.poll() is None:
         seen += running.stdout.readline()
@@ -227,10 +224,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_bit_for_bit(corpus, tmp_path):
     assert "--resume-from-checkpoint last" in rest
     assert not (cut / "model.safetensors").exists()
 
-    resumed = subprocess.run(
-        command(cut, "--resume-from-checkpoint", "last"), capture_output=True, text=True
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    assert train(corpus, cut, *steps, "--resume-from-checkpoint", "last") == 0
     expected, got = weights_of(whole), weights_of(cut)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 

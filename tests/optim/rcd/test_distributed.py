@@ -72,7 +72,8 @@ def work(rank, size, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (2, str(folder)), nprocs=2)
+    # Forked, so that the two need not import everything again.
+    mp.start_processes(work, (2, str(folder)), nprocs=2, start_method="fork")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
