@@ -8,12 +8,14 @@ al. 2021 (arXiv 2106.02997); ablation in other ways is asked for by Miller et al
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property, partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ...decoders.decoder import decoder_of
 from ...metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
 from ...tasks.adversarial import load_adversarial_tasks
 from ...tasks.binary_task import BinaryTask
@@ -24,6 +26,7 @@ from ..ablation import (
     mean_ablated,
     unwrapped,
 )
+from ..attention import attention_patterns, overlap, value_heads
 from ..circuit import Circuit
 from ..edges import edge_hooks
 from ..gating import GatedModel
@@ -75,6 +78,7 @@ _CHECKS: dict[str, tuple[float | str | None, bool, str]] = {
     "zero ablation": (None, False, "loss alone, the rest at zero"),
     "resample ablation": (None, False, "loss alone, the rest as in the counterfactual prompt"),
     "frozen norms": (None, False, "loss alone, norms dividing as in the whole model"),
+    "attention agreement": (None, True, "its heads' patterns, circuit alone against the model"),
     "stability": (0.5, True, "nodes shared with circuits of other seeds (Jaccard)"),
     "adversarial": (0.75, True, "agreement with the model where {where}"),
     "accuracy": (None, True, "right where {where}; the model: {accuracy:.3f}"),
@@ -128,8 +132,8 @@ def verify_circuit(
         control and threshold. The checks: sufficiency, necessity, completeness, transfer, pair KL,
         vocabulary KL, random supersets (mean and worst), adversarial superset, interchange and
         the logit difference it moves, in all and by layer (where prompts are as long as their
-        counterfactuals), the loss under other ablations, stability, adversarial (where there are
-        such prompts).
+        counterfactuals), the loss under other ablations, agreement of attention (where the model
+        can keep its weights), stability, adversarial (where there are such prompts).
 
     Raises:
         TaskNotLearnedError: the model does not solve the task, so there is nothing to check.
@@ -291,6 +295,7 @@ class _Suite:
             numbers |= interchange(circuit, model, self.swaps, self.whole.calibration, attack)
         if attack:
             numbers |= self.other_ablations.losses(circuit, calibration)
+            numbers |= self._attention_agreement(circuit)
         if self.others:
             shared = [jaccard(circuit, other) for other in self.others]
             numbers["stability"] = (
@@ -335,6 +340,27 @@ class _Suite:
             numbers["adversarial superset"] = skill(worst)
         return numbers
 
+    @cached_property
+    def _patterns(self) -> list[dict[int, torch.Tensor]] | None:
+        """The whole model's attention on some held-out prompts; None if it keeps no weights."""
+        layers = range(len(decoder_of(self.model).layers))
+        try:
+            return [attention_patterns(self.model, ids, layers) for ids in _prompts(self.test)]
+        except ValueError:
+            return None
+
+    def _attention_agreement(self, circuit: Circuit) -> dict[str, float]:
+        """Overlap of the patterns of the heads whose values the circuit has."""
+        heads = value_heads(self.model, circuit.nodes)
+        if not heads or self._patterns is None:
+            return {}
+        within = partial(circuit.apply, self.model, calibrated=False)
+        overlaps = []
+        for ids, whole in zip(_prompts(self.test), self._patterns, strict=True):
+            alone = attention_patterns(self.model, ids, list(heads), within)
+            overlaps += [overlap(alone[i][own], whole[i][own]) for i, own in heads.items()]
+        return {"attention agreement": sum(overlaps) / len(overlaps)}
+
     def _incompleteness(self, circuit: Circuit, calibration: Calibration, halves: int) -> float:
         """Mean |loss(circuit without K) − loss(model without K)| over random halves K of it."""
         generator = torch.Generator().manual_seed(self.seed)
@@ -354,6 +380,11 @@ class _Suite:
                     losses.append(self._loss(all_pair_logits(self.model, self.test), calibrated))
             gaps.append(abs(losses[0] - losses[1]))
         return sum(gaps) / max(1, len(gaps))
+
+
+def _prompts(tensors: TaskTensors, count: int = 24) -> list[list[int]]:
+    rows = zip(tensors["input_ids"][:count], tensors["attention_mask"][:count], strict=True)
+    return [ids[mask.bool()].tolist() for ids, mask in rows]
 
 
 def _some(tensors: TaskTensors, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:

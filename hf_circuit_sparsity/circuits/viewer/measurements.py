@@ -1,7 +1,7 @@
 """What a page shows of a circuit's parts: their effects, smaller circuits, attention, channels."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -98,48 +98,6 @@ def nested_losses(
             pairs = circuit.calibration.pairs(all_pair_logits(model, test), test)
         losses.append(binary_loss(pairs).item())
     return losses
-
-
-@torch.no_grad()
-def attention_patterns(
-    model: nn.Module,
-    token_ids: Sequence[int],
-    layers: Sequence[int],
-    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> dict[int, torch.Tensor]:
-    """Attention weights of some layers on one sequence.
-
-    Args:
-        model: of an architecture that is described, see `docs/decoders.md`.
-        token_ids: one sequence.
-        layers: whose.
-        within: made and entered around the run, e.g. to run on a circuit alone.
-
-    Returns:
-        Layer → `(heads, tokens, tokens)`, by query and then key. A row sums to less than 1 where
-        the head has a sink.
-
-    Raises:
-        ValueError: the model has no attention that keeps its weights.
-    """
-    ids = torch.tensor([list(token_ids)], device=next(model.parameters()).device)
-    missing = ValueError(
-        f"{type(model).__name__} gives no attention weights, which a page shows: it needs an "
-        'implementation of attention named "eager", as the models of transformers have.'
-    )
-    implementation = model.config._attn_implementation
-    try:
-        model.set_attn_implementation("eager")  # the others keep no weights
-    except (AttributeError, ValueError, ImportError) as error:
-        raise missing from error
-    try:
-        with within():
-            output = model(ids, use_cache=False, logits_to_keep=1, output_attentions=True)
-    finally:
-        model.set_attn_implementation(implementation)
-    if not output.attentions or any(output.attentions[layer] is None for layer in layers):
-        raise missing
-    return {layer: output.attentions[layer][0].float().cpu() for layer in layers}
 
 
 def channel_embeddings(

@@ -13,13 +13,13 @@ from tqdm.auto import tqdm
 
 from ...tasks.binary_task import BinaryTask
 from ..ablation import ReferenceTokens, in_eval_mode, reference_input_ids, unwrapped
+from ..attention import attention_patterns
 from ..circuit import Circuit
 from ..pruning.find import task_example
 from ..task_scores import task_rows
 from .activations import Activations, Example, extreme_examples, histogram, record_activations
 from .layout import Key, LayeredGraph, layered_graph
 from .measurements import (
-    attention_patterns,
     before_and_after,
     by_score,
     channel_embeddings,

@@ -41,7 +41,8 @@ def test_the_planted_circuit_passes_every_check(planted):
         "sufficiency", "necessity", "completeness", "transfer", "pair KL", "vocabulary KL",
         "random supersets", "worst superset", "adversarial superset", "interchange",
         "logit difference moved", "moved by layer: h.0", "moved by layer: h.1",
-        "task-mean ablation", "zero ablation", "frozen norms", "resample ablation", "stability",
+        "task-mean ablation", "zero ablation", "frozen norms", "resample ablation",
+        "attention agreement", "stability",
         "adversarial: other_rows", "accuracy: other_rows",
     ]  # fmt: skip
     for name, value in [("sufficiency", 0), ("interchange", 1), ("transfer", 1), ("stability", 1)]:

@@ -9,6 +9,7 @@ import torch
 
 from hf_circuit_sparsity import Circuit, write_report
 from hf_circuit_sparsity.circuits.ablation import hooked_sites, mean_ablated, node_sites
+from hf_circuit_sparsity.circuits.attention import attention_patterns
 from hf_circuit_sparsity.circuits.task_scores import all_pair_logits, binary_loss
 from hf_circuit_sparsity.circuits.viewer.activations import (
     extreme_examples,
@@ -16,7 +17,6 @@ from hf_circuit_sparsity.circuits.viewer.activations import (
     record_activations,
 )
 from hf_circuit_sparsity.circuits.viewer.measurements import (
-    attention_patterns,
     channel_embeddings,
     curve_sizes,
     node_effects,
