@@ -3,6 +3,7 @@
 # Before anything that imports huggingface_hub: the only Hub that tests can reach is this one.
 from loopback_hub.plugin import hub_server  # noqa: F401  isort: skip
 
+import gc
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,6 +25,13 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def pytest_collection_finish(session):
+    """What the libraries made when imported stays: the collector need not look at it each time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(params=["kernels", "torch and numpy"])
