@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -58,13 +59,20 @@ def test_names_are_imported_when_they_are_used():
     assert not HEAVY & set(loaded)
 
 
-@pytest.mark.parametrize("library", [TRANSFORMERS, PEFT], ids=["transformers", "peft"])
 @pytest.mark.parametrize("order", ["first", "last"])
-def test_types_are_registered_whatever_is_imported_first(library, order):
+def test_types_are_registered_whatever_is_imported_first(order):
+    """In two processes, one for each library, which share the imports before they part."""
     ours = "import hf_circuit_sparsity\n"
-    imports, *rest = library.strip().split("\n")
-    rest = "\n".join(rest)
-    run(f"{ours}{imports}\n{rest}" if order == "first" else f"{imports}\n{ours}{rest}")
+    common = f"{ours}import torch" if order == "first" else "import transformers.modeling_utils"
+    codes = []
+    for library in (TRANSFORMERS, PEFT):
+        imports, rest = library.strip().split("\n", 1)
+        code = f"{imports}\n{rest}" if order == "first" else f"{imports}\n{ours}{rest}"
+        codes.append(indent(code, "    "))
+    child, parent = codes
+    parent += "\n    assert os.waitpid(child, 0)[1] == 0"
+    fork = f"import os\nchild = os.fork()\nif not child:\n{child}\nelse:\n{parent}"
+    run(f"{common}\n{fork}")
 
 
 @pytest.mark.slow
