@@ -290,7 +290,7 @@ class _Suite:
                 log_target=True,
             ).item(),
         }
-        numbers |= self._beside_others(circuit, calibration, attack)
+        numbers |= self._beside_others(circuit, calibration, attack, numbers["transfer"])
         if self.swaps is not None:
             numbers |= interchange(circuit, model, self.swaps, self.whole.calibration, attack)
         if attack:
@@ -312,7 +312,7 @@ class _Suite:
         return (binary_accuracy(pairs) - 0.5) / (self.model_accuracy - 0.5)
 
     def _beside_others(
-        self, circuit: Circuit, calibration: Calibration, attack: bool
+        self, circuit: Circuit, calibration: Calibration, attack: bool, alone: float
     ) -> dict[str, float]:
         """Skill on held-out prompts with parts of the rest on, one part for all prompts."""
         model, generator = self.model, torch.Generator().manual_seed(self.seed)
@@ -330,7 +330,9 @@ class _Suite:
             skills = [skill(random_superset(widths, generator)) for _ in drawn]
             numbers["random supersets"] = sum(skills) / len(skills)
             numbers["worst superset"] = min(skills)
-        if self.adversary_steps and attack:
+        if self.adversary_steps and attack and alone <= 0:
+            numbers["adversarial superset"] = alone  # nobody need be on for it to guess
+        elif self.adversary_steps and attack:
             cut = [] if circuit.kept_edges is None else circuit.split_edges(model)[1]
             with hooked(edge_hooks(model, cut, circuit.edge_offsets)):
                 worst = adversarial_superset(
