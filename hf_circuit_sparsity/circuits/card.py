@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from ..hub_cards.card import TASKS_NAME, circuit_results, model_metadata, render
 from .circuit_file import is_hub_id
+from .evaluation.verdict import verdict
 
 
 def circuit_card(
@@ -70,6 +71,7 @@ def circuit_card(
                 "folder": folder,
                 "picture": f"{folder}/circuit.png".lstrip("/") if folder in pictures else "",
                 "size": sum(map(len, content["nodes"].values())),
+                "verdict": verdict(content["verification"]),
             }
             for folder, content in circuits.items()
         ],

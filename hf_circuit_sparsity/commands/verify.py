@@ -39,7 +39,7 @@ def run_verify(
     verification = verify_circuit(
         circuit, loaded, task, stability_seeds=stability_seeds, reference=reference
     )
-    say(verification.table())
+    say(f"{verification.table()}\n\n{verification.verdict()}")
     if output_dir or Path(name).is_dir():
         circuit.save_pretrained(output_dir or name)
         say(f"\nKept in {Path(output_dir or name) / 'circuit.json'}")

@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass
 
+from .verdict import verdict
+
 
 @dataclass(frozen=True)
 class Check:
@@ -53,6 +55,10 @@ class Verification:
                 return check
         names = ", ".join(check.name for check in self.checks)
         raise KeyError(f"There is no check {name!r}; there are {names}.")
+
+    def verdict(self) -> str:
+        """One paragraph: what held, what did not, and what the circuit may be used for."""
+        return verdict(self.numbers())
 
     def table(self) -> str:
         """All checks as a Markdown table."""

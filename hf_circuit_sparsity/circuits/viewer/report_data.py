@@ -15,6 +15,7 @@ from ...tasks.binary_task import BinaryTask
 from ..ablation import ReferenceTokens, in_eval_mode, reference_input_ids, unwrapped
 from ..attention import attention_patterns
 from ..circuit import Circuit
+from ..evaluation.verdict import verdict
 from ..pruning.find import task_example
 from ..task_scores import task_rows
 from .activations import Activations, Example, extreme_examples, histogram, record_activations
@@ -182,6 +183,7 @@ class _Report:
             },
             "samples": {"prompts": len(self.test_rows), "seed": self.config.seed},
             "checks": {_shortened(name, 40): check for name, check in circuit.verification.items()},
+            "verdict": _shortened(verdict(circuit.verification), 2000),
             "ranking": "mask score" if circuit.scores else "ablation effect",
         }
 

@@ -61,12 +61,14 @@ function showLosses() {
 // What `Circuit.verify` measured, where it did.
 function showChecks() {
   const checks = Object.entries(data.checks);
+  byId("verdict").append(h("strong", {}, "May it be believed? "), visible(data.verdict, false));
   if (!checks.length) return;
+  const bounded = checks.filter(([, check]) => check.threshold !== undefined);
   const show = (value) => (value === undefined ? "" : value.toFixed(3));
   const cells = (tag, list) => list.map((text, i) => h(tag, { class: i ? "value" : "" }, text));
   byId("losses").append(h("details", { class: "checks" },
-    h("summary", {}, `${checks.filter(([, check]) => check.passed).length} of `
-      + `${count(checks.length, "check")} passed`),
+    h("summary", {}, `${bounded.filter(([, check]) => check.passed).length} of `
+      + `${count(bounded.length, "check")} passed`),
     h("table", {},
       h("thead", {}, h("tr", {}, cells("th", ["Check", "Circuit", "Random", "Wanted", ""]))),
       h("tbody", {}, checks.map(([name, check]) => h("tr", {}, cells("td", [
@@ -74,7 +76,7 @@ function showChecks() {
         show(check.control) + (check.control_low === undefined ? ""
           : ` (${show(check.control_low)} to ${show(check.control_high)})`),
         check.threshold === undefined ? "" : `${check.at_least ? "≥" : "≤"} ${plain(check.threshold)}`,
-        check.passed ? "✓" : "✗",
+        check.threshold === undefined ? "–" : check.passed ? "✓" : "✗",
       ]))))),
     h("p", { class: "note" }, "Random: circuits of equal size, drawn at random: "
       + "their mean and its 95 % interval.")));

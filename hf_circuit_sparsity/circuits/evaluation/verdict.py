@@ -1,0 +1,76 @@
+"""What the checks of a circuit mean, in words."""
+
+from collections.abc import Mapping
+
+# What it means that a check failed. The first groups weigh most.
+_MEANINGS = {
+    "sufficiency": "alone it does not carry the task",
+    "pair KL": "alone it does not answer as the model does",
+    "transfer": "it fails on wordings that it was not found with",
+    "necessity": "the model answers without it as well",
+    "interchange": "swapped into the whole model, its nodes do not decide the answer",
+    "completeness": "with parts removed it and the model differ, so something is missing from it",
+    "random supersets": "it answers only while the rest of the model is silent",
+    "adversarial superset": "some part of the model makes it fail when that is switched on",
+    "adversarial": "it and the model differ on prompts made to mislead the mechanism",
+    "stability": "searches from other seeds find other nodes",
+}
+# The first group in which a check failed, or was not made, decides.
+_USES = (
+    (("sufficiency", "pair KL", "transfer"), "Do not use it as an account of this task."),
+    (
+        ("necessity", "interchange"),
+        "It can be read as one way to the answer, not as what the model does.",
+    ),
+    (
+        ("completeness", "random supersets", "adversarial superset"),
+        "It can be read as nodes that take part in the answer, not as all that decides it: what is "
+        "said of it holds with the rest of the model fixed.",
+    ),
+    (
+        ("adversarial", "stability"),
+        "It can be read as a mechanism of the model on prompts like those of the task, not beyond, "
+        "and perhaps as one of several.",
+    ),
+)
+_ALL_HELD = (
+    "It may be read as the model's mechanism on prompts of this task, as far as these checks see."
+)
+
+
+def verdict(verification: Mapping[str, Mapping[str, float]]) -> str:
+    """One paragraph: what was tested, what held, what did not, and what the circuit is good for.
+
+    Args:
+        verification: as [`Circuit`] stores it; empty if the circuit was not verified. Numbers
+            without a threshold are only reported, and count neither way.
+    """
+    bounded = {name: check for name, check in verification.items() if "threshold" in check}
+    if not bounded:
+        return "It was not verified: nothing is known of whether it is the model's mechanism."
+    failed = [name for name, check in bounded.items() if not check.get("passed")]
+    tested = {_kind(name) for name in bounded}
+    missing = [kind for kind in _MEANINGS if kind not in tested]
+    sentences = [f"{len(bounded) - len(failed)} of {len(bounded)} checks passed."]
+    for name in failed:
+        meaning = _MEANINGS.get(_kind(name))
+        sentences.append(f"Failed: {name}{f' ({meaning})' if meaning else ''}.")
+    if missing:
+        sentences.append(f"Not tested: {', '.join(missing)}.")
+    return " ".join([*sentences, _use({_kind(name) for name in failed}, set(missing))])
+
+
+def _use(failed: set[str], missing: set[str]) -> str:
+    # A check that is unknown here and failed is no reason to believe in the circuit.
+    if failed - set(_MEANINGS):
+        return _USES[0][1]
+    for kinds, use in _USES:
+        if failed.intersection(kinds):
+            return use
+        if untested := [kind for kind in kinds if kind in missing]:
+            return f"Without a test of {' and '.join(untested)}: {use[0].lower()}{use[1:]}"
+    return _ALL_HELD
+
+
+def _kind(name: str) -> str:
+    return name.partition(": ")[0]
