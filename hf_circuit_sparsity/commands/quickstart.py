@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..circuits.ablation import in_eval_mode
 from ..circuits.circuit import Circuit
+from ..circuits.evaluation.verification import verify_circuit
 from ..circuits.pruning.config import PruningConfig
 from ..circuits.pruning.find import TaskNotLearnedError
 from ..circuits.task_scores import all_pair_logits, binary_accuracy
@@ -42,6 +43,8 @@ STEPS = 2500
 LEARNING_RATE = 4e-3
 # Target losses of the circuit, in nats, tried in this order; the first is the paper's.
 TARGETS = (0.15, 0.3, 0.5)
+# The checks in under a minute: fewer prompts and draws than `verify`, no search from other seeds.
+QUICK_CHECKS = {"prompts": 128, "random_circuits": 4, "subsets": 3, "supersets": 4}
 SETTINGS_NAME = "quickstart.json"
 
 
@@ -88,7 +91,7 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
     check_tasks([settings.task])
     stored = _stored_settings(folder, settings)
 
-    say("1/4  Reading Python and learning its tokens")
+    say("1/5  Reading Python and learning its tokens")
     corpus = read_corpus(settings.corpus)
     model_folder = folder / "model"
     saved_tokenizer = str(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
@@ -101,7 +104,7 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
         eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     if (model_folder / SUMMARY_NAME).is_file():
-        say("2/4  Training: done before")
+        say("2/5  Training: done before")
         trained = json.loads((model_folder / SUMMARY_NAME).read_text())
     else:
         seconds = _seconds_per_step(config, blocks["train"])
@@ -110,7 +113,7 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
             steps = max(50, int(60 * settings.minutes / seconds))
         write_json(folder / SETTINGS_NAME, {**asdict(settings), "steps": steps})
         say(
-            f"2/4  Training a transformer of {N_LAYER} layers and width {D_MODEL} for {steps:,} "
+            f"2/5  Training a transformer of {N_LAYER} layers and width {D_MODEL} for {steps:,} "
             f"steps, about {steps * seconds / 60:.0f} min"
         )
         say(f"     keeping {DENSITY:.0%} of its weights in the end")
@@ -127,13 +130,17 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
             start_at_bigrams=True,
         )
 
-    say(f"3/4  Cutting out the circuit of {task.name}")
+    say(f"3/5  Cutting out the circuit of {task.name}")
     model = CircuitGPTForCausalLM.from_pretrained(model_folder).eval()
     circuit = _prune(model, task, settings.seed, folder / "circuit", blocks["train"])
-    say("4/4  Done")
+    say("4/5  Asking whether it may be believed")
+    verdict = _check(circuit, model, task, folder / "circuit")
+    say("5/5  Done")
     summary = {**trained, **circuit.metrics, "total_seconds": time.perf_counter() - started}
     write_json(folder / "summary.json", summary)
     _print_summary(folder, trained, circuit, summary)
+    say(f"\n{verdict}")
+    _print_next(folder)
     return summary
 
 
@@ -156,6 +163,16 @@ def _prune(
             if target == TARGETS[-1]:
                 raise
             say(f"     the model itself does not reach a loss of {target:g}; trying a higher one")
+
+
+def _check(circuit: Circuit, model: CircuitGPTForCausalLM, task: BinaryTask, folder: Path) -> str:
+    """The verdict on the circuit; its numbers are stored with it."""
+    try:
+        checked = verify_circuit(circuit, model, task, others=[], **QUICK_CHECKS)
+    except ValueError as error:  # no nodes, or a model that guesses: said, as the circuit is there
+        return str(error)
+    circuit.save_pretrained(folder)
+    return checked.verdict()
 
 
 def _stored_settings(folder: Path, settings: QuickstartSettings) -> dict[str, Any]:
@@ -226,8 +243,12 @@ def _print_summary(
     ]
     say("\n" + table(rows))
     say("\nTask losses are on held-out prompts, in nats; guessing is 0.693.")
-    say("Next:")
+
+
+def _print_next(folder: Path) -> None:
+    say("\nNext:")
     say(f"  look at {folder / 'circuit' / 'circuit.png'}")
     say(f"  hf-circuit-sparsity view {folder / 'circuit'}")
+    say(f"  hf-circuit-sparsity verify {folder / 'circuit'}")
     say(f"  hf-circuit-sparsity prune --model {folder / 'model'} --task while_return_true")
     say("  hf-circuit-sparsity train --output-dir runs/wider --d-model 256 --n-layer 4")

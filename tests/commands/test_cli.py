@@ -15,6 +15,7 @@ from hf_circuit_sparsity import Circuit, CircuitGPTForCausalLM, PruningConfig
 from hf_circuit_sparsity.cli import main
 from hf_circuit_sparsity.commands import quickstart
 from hf_circuit_sparsity.commands.loading import circuit_at, model_at
+from tests.circuits.planted import on_off_task, planted_circuit, planted_model
 
 TINY = ["--d-model", "32", "--n-layer", "1", "--d-mlp", "32", "--block-size", "128"]
 TRAINING = [
@@ -90,7 +91,7 @@ def test_quickstart_from_corpus_to_picture_and_again(corpus, tmp_path, monkeypat
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     # 30 steps teach no task, so the first of the targets is out of reach.
-    for expected in ("1/4", "loss of 0.001", "4/4", "perplexity", "nodes,", "picture"):
+    for expected in ("1/5", "loss of 0.001", "nothing to verify", "5/5", "perplexity", "picture"):
         assert expected in printed
     model = CircuitGPTForCausalLM.from_pretrained(tmp_path / "q" / "model")
     circuit = Circuit.from_pretrained(tmp_path / "q" / "circuit")
@@ -104,6 +105,15 @@ def test_quickstart_from_corpus_to_picture_and_again(corpus, tmp_path, monkeypat
     assert json.loads((tmp_path / "q" / "quickstart.json").read_text())["steps"] == 30
     assert main([*arguments, "--seed", "1"]) == 2
     assert "seed=0" in capsys.readouterr().err
+
+
+def test_quickstart_says_which_checks_its_circuit_passes(tmp_path):
+    model, task = planted_model(), on_off_task()
+    verdict = quickstart._check(planted_circuit(model), model, task, tmp_path)
+    assert verdict.startswith("8 of 8 checks passed") and "Not tested: adversarial" in verdict
+    assert Circuit.from_pretrained(tmp_path).verification["interchange"]["value"] == 1.0
+    silent = planted_circuit(model, nodes={"h.1.mlp.post_act": [3]})
+    assert "sufficiency" in quickstart._check(silent, model, task, tmp_path)
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
