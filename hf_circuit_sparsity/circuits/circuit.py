@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -179,6 +179,12 @@ class Circuit:
         kept = set(self.kept_edges)
         return [e for e in edges if e.name in kept], [e for e in edges if e.name not in kept]
 
+    def edge_cuts(self, model: nn.Module) -> list[tuple[nn.Module, Callable]]:
+        """Forward hooks that cut the pruned edges; none where edges were not pruned."""
+        if self.kept_edges is None:
+            return []
+        return edge_hooks(unwrapped(model), self.split_edges(model)[1], self.edge_offsets)
+
     def count_edges(self, model: nn.Module) -> int:
         """How many [`edges`] there are, without listing the millions of a dense model."""
         if self.kept_edges is None:
@@ -272,9 +278,7 @@ class Circuit:
             masks = {site: ~mask for site, mask in masks.items()}
         for site, mask in (beside or {}).items():
             masks[site] = masks[site] | mask
-        hooks = []
-        if self.kept_edges is not None and not inverse:
-            hooks = edge_hooks(inner, self.split_edges(inner)[1], self.edge_offsets)
+        hooks = [] if inverse else self.edge_cuts(inner)
         if calibrated and not inverse:
             calibrate = self.calibration.logits
             hooks.append(

@@ -138,9 +138,7 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
     say("5/5  Done")
     summary = {**trained, **circuit.metrics, "total_seconds": time.perf_counter() - started}
     write_json(folder / "summary.json", summary)
-    _print_summary(folder, trained, circuit, summary)
-    say(f"\n{verdict}")
-    _print_next(folder)
+    _print_summary(folder, trained, circuit, summary, verdict)
     return summary
 
 
@@ -231,7 +229,7 @@ def _task_accuracy(task: BinaryTask) -> Callable[[CircuitGPTForCausalLM], dict[s
 
 
 def _print_summary(
-    folder: Path, trained: dict[str, Any], circuit: Circuit, summary: dict[str, Any]
+    folder: Path, trained: dict[str, Any], circuit: Circuit, summary: dict[str, Any], verdict: str
 ) -> None:
     rows = [
         *training_rows(trained),
@@ -243,9 +241,7 @@ def _print_summary(
     ]
     say("\n" + table(rows))
     say("\nTask losses are on held-out prompts, in nats; guessing is 0.693.")
-
-
-def _print_next(folder: Path) -> None:
+    say(f"\n{verdict}")
     say("\nNext:")
     say(f"  look at {folder / 'circuit' / 'circuit.png'}")
     say(f"  hf-circuit-sparsity view {folder / 'circuit'}")

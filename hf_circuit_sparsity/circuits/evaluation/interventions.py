@@ -11,11 +11,11 @@ from torch import nn
 from ...tasks.binary_task import BinaryTask
 from ..ablation import TOKENS, ablation_hook, hooked, hooked_sites, recorded_sites, task_means
 from ..circuit import Circuit
-from ..edges import edge_hooks
 from ..gating import GatedModel
 from ..task_scores import (
     Calibration,
     TaskTensors,
+    all_pair_logits,
     binary_accuracy,
     binary_loss,
     pair_logits,
@@ -39,57 +39,55 @@ def equally_long(task: BinaryTask, count: int) -> Swaps | None:
     return task_rows(tensors, rows), task_rows(tensors, other[rows])
 
 
-def layer_of(site: str) -> str:
-    """`h.3` of `h.3.attn.v`; sites outside of layers stand for themselves."""
-    parts = site.split(".")
-    return ".".join(parts[:2]) if parts[0] == "h" else site
-
-
-@torch.no_grad()
-def interchange(
-    circuit: Circuit, model: nn.Module, swaps: Swaps, calibration: Calibration, by_layer: bool
-) -> dict[str, float]:
-    """What the circuit's nodes do to the whole model when they alone see the other prompt.
+class Interchange:
+    """What a circuit's nodes do to the whole model when they alone see the other prompt.
 
     Args:
-        circuit: of `model`.
         model: in eval mode; everything outside the circuit sees its own prompt, and answers to
             what the circuit's nodes are.
         swaps: prompts and counterfactuals.
         calibration: of the whole model.
-        by_layer: also swap the nodes of one layer at a time.
-
-    Returns:
-        `interchange`: share of prompts that get the other answer. `logit difference moved`: of
-        the way from the model's difference between the candidates to its difference on the other
-        prompt, the share that the circuit's nodes move it, mean over prompts over mean; 1 is all
-        of it. The same by layer, as `moved by layer: h.0`.
     """
-    masks = circuit.masks()
-    parts = {"": list(circuit.nodes)}
-    if by_layer:
-        for site in circuit.nodes:
-            parts.setdefault(layer_of(site), []).append(site)
-    before, after, swapped = [], [], {part: [] for part in parts}
-    for rows in torch.arange(len(swaps[0]["target_ids"])).split(BATCH_SIZE):
-        base, source = (trimmed(task_rows(side, rows)) for side in swaps)
-        with recorded_sites(model, circuit.nodes) as activations:
-            after.append(calibration.pairs(pair_logits(model, source).cpu(), source).flip(1))
-        swap = {s: ablation_hook(~masks[s], theirs) for s, theirs in activations.items()}
-        before.append(calibration.pairs(pair_logits(model, base).cpu(), base))
-        for part, sites in parts.items():
-            with hooked_sites(model, {site: swap[site] for site in sites}):
-                pairs = pair_logits(model, base).cpu()
-            swapped[part].append(calibration.pairs(pairs, base))
-    of_part = {part: torch.cat(pairs) for part, pairs in swapped.items()}
-    start = _difference(torch.cat(before))
-    way = start - _difference(torch.cat(after))
-    moved = {part: (start - _difference(pairs)) / way for part, pairs in of_part.items()}
-    numbers = {
-        "interchange": binary_accuracy(of_part[""].flip(1)),
-        "logit difference moved": moved.pop(""),
-    }
-    return numbers | {f"moved by layer: {layer}": share for layer, share in moved.items()}
+
+    def __init__(self, model: nn.Module, swaps: Swaps, calibration: Calibration):
+        self.model, self.swaps, self.calibration = model, swaps, calibration
+        self.base, source = (
+            _difference(calibration.pairs(all_pair_logits(model, side), side)) for side in swaps
+        )
+        self.way = self.base + source  # each is that of the right answer to its own prompt
+
+    @torch.no_grad()
+    def measure(self, circuit: Circuit, by_layer: bool) -> dict[str, float]:
+        """Swap the nodes of a circuit, and, `by_layer`, those of one layer at a time.
+
+        Returns:
+            `interchange`: share of prompts that get the other answer. `logit difference moved`: of
+            the way from the model's difference between the candidates to its difference on the
+            other prompt, the share that the circuit's nodes move it, mean over prompts over mean;
+            1 is all of it. The same by layer, as `moved by layer: h.0`.
+        """
+        model, masks = self.model, circuit.masks()
+        parts = {"": list(circuit.nodes)}
+        if by_layer:
+            for site in circuit.nodes:
+                parts.setdefault(".".join(site.split(".")[:2]), []).append(site)
+        swapped: dict[str, list[torch.Tensor]] = {part: [] for part in parts}
+        for rows in torch.arange(len(self.swaps[0]["target_ids"])).split(BATCH_SIZE):
+            base, source = (trimmed(task_rows(side, rows)) for side in self.swaps)
+            with recorded_sites(model, circuit.nodes) as activations:
+                pair_logits(model, source)
+            swap = {s: ablation_hook(~masks[s], theirs) for s, theirs in activations.items()}
+            for part, sites in parts.items():
+                with hooked_sites(model, {site: swap[site] for site in sites}):
+                    pairs = pair_logits(model, base).cpu()
+                swapped[part].append(self.calibration.pairs(pairs, base))
+        of_part = {part: torch.cat(pairs) for part, pairs in swapped.items()}
+        moved = {part: (self.base - _difference(p)) / self.way for part, p in of_part.items()}
+        return {
+            "interchange": binary_accuracy(of_part[""].flip(1)),
+            "logit difference moved": moved.pop(""),
+            **{f"moved by layer: {layer}": share for layer, share in moved.items()},
+        }
 
 
 def _difference(pairs: torch.Tensor) -> float:
@@ -126,8 +124,7 @@ class OtherAblations:
             others = {f"counterfactual_{k}": source[k] for k in ("input_ids", "attention_mask")}
             resampled = GatedModel(self.model, means, resample=True)
             ways["resample ablation"] = (resampled, {**base, **others})
-        cut = [] if circuit.kept_edges is None else circuit.split_edges(self.model)[1]
-        hooks = edge_hooks(self.model, cut, circuit.edge_offsets)
+        hooks = circuit.edge_cuts(self.model)
         gates = {site: mask[None] for site, mask in keep.items()}
         losses = {}
         for name, (gated, tensors) in ways.items():

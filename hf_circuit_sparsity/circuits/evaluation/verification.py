@@ -28,7 +28,6 @@ from ..ablation import (
 )
 from ..attention import attention_patterns, overlap, value_heads
 from ..circuit import Circuit
-from ..edges import edge_hooks
 from ..gating import GatedModel
 from ..pruning.config import PruningConfig
 from ..pruning.find import (
@@ -52,7 +51,7 @@ from ..task_scores import (
     trimmed,
 )
 from .checks import Check, Verification
-from .interventions import OtherAblations, equally_long, interchange
+from .interventions import Interchange, OtherAblations, equally_long
 
 GUESSING = 0.6931  # nats; ln 2
 _ATTACKED = 4  # random circuits that what takes long is done to: an adversary, other ablations
@@ -243,7 +242,6 @@ class _Suite:
         self.seen = train = _some(task.tensors("train"), prompts, generator)
         self.test = _some(task.tensors("test"), prompts, generator)
         self.swaps = equally_long(task, prompts)
-        self.other_ablations = OtherAblations(model, train, self.test, self.swaps)
         self.whole = model_scores(model, train, self.test)
         self.model_loss = self._loss(self.whole.test, self.whole.calibration)
         self.model_accuracy = binary_accuracy(self.whole.test)
@@ -253,6 +251,9 @@ class _Suite:
                 f"{self.model_accuracy:.1%} on the task {task.name!r}, hardly more than "
                 "guessing, so no circuit of it can be checked; train the model longer."
             )
+        if self.swaps is not None:
+            self.interchange = Interchange(model, self.swaps, self.whole.calibration)
+        self.other_ablations = OtherAblations(model, train, self.test, self.swaps)
         self.vocabulary = all_pair_logits(model, self.test, logits=next_token_logits)
         self.adversarial: dict[str, tuple[TaskTensors, torch.Tensor]] = {}
         for kind, adverse in adversarial.items():
@@ -292,7 +293,7 @@ class _Suite:
         }
         numbers |= self._beside_others(circuit, calibration, attack, numbers["transfer"])
         if self.swaps is not None:
-            numbers |= interchange(circuit, model, self.swaps, self.whole.calibration, attack)
+            numbers |= self.interchange.measure(circuit, by_layer=attack)
         if attack:
             numbers |= self.other_ablations.losses(circuit, calibration)
             numbers |= self._attention_agreement(circuit)
@@ -333,8 +334,7 @@ class _Suite:
         if self.adversary_steps and attack and alone <= 0:
             numbers["adversarial superset"] = alone  # nobody need be on for it to guess
         elif self.adversary_steps and attack:
-            cut = [] if circuit.kept_edges is None else circuit.split_edges(model)[1]
-            with hooked(edge_hooks(model, cut, circuit.edge_offsets)):
+            with hooked(circuit.edge_cuts(model)):
                 worst = adversarial_superset(
                     GatedModel(model, means), trimmed(self.seen), keep, calibration.pairs,
                     generator, self.adversary_steps, restarts=3,

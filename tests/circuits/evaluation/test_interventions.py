@@ -11,9 +11,9 @@ from hf_circuit_sparsity.circuits.ablation import (
     task_means,
 )
 from hf_circuit_sparsity.circuits.evaluation.interventions import (
+    Interchange,
     OtherAblations,
     equally_long,
-    interchange,
 )
 from hf_circuit_sparsity.circuits.task_scores import (
     Calibration,
@@ -110,7 +110,7 @@ def test_one_path_of_two_moves_half_and_both_move_all():
     def moved(*neurons):
         nodes = {"h.1.mlp.post_act": list(neurons)}
         circuit = planted_circuit(model, nodes=nodes)
-        numbers = interchange(circuit, model, swaps, Calibration(), by_layer=True)
+        numbers = Interchange(model, swaps, Calibration()).measure(circuit, by_layer=True)
         assert numbers["moved by layer: h.1"] == numbers["logit difference moved"]
         return numbers
 
