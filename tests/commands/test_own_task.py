@@ -60,11 +60,13 @@ def test_verify_view_and_evaluate_find_it_there(far_away, capsys):
     circuit = far_away / "circuits" / "switch"
     corpus = ["--corpus", str(far_away / "text")]
     assert main(["verify", str(circuit), *corpus, "--stability-seeds", "0"]) == 0
+    verdict = capsys.readouterr().out.split("\n\n")[1].strip()
+    assert "checks passed. " in verdict and "Not tested: " in verdict
     assert Circuit.from_pretrained(circuit).verification
     assert main(["view", str(circuit), *corpus]) == 0
     page = (circuit / "index.html").read_text(encoding="utf-8")
     shown = json.loads(page.split('id="data">', 1)[1].split("</script>", 1)[0])
-    assert shown["task"] == "switch"
+    assert shown["task"] == "switch" and shown["verdict"] == verdict
     assert main(["evaluate", "--model", str(far_away), "--task", str(circuit)]) == 0
     printed = capsys.readouterr().out
     assert "switch" in printed and "100.0%" in printed

@@ -1,8 +1,25 @@
 """The outcome of the faithfulness suite: numbers, thresholds, controls, a table."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import inf
 
 from .verdict import verdict
+
+
+def holds(numbers: Mapping[str, float]) -> bool:
+    """Whether a check's value reaches its threshold and is better than the controls' interval.
+
+    Args:
+        numbers: `value`, `threshold` and, where there are such, `at_least`, `control_low` and
+            `control_high`; files of before have the mean `control` alone.
+    """
+    value, threshold, control = numbers["value"], numbers["threshold"], numbers.get("control")
+    if numbers.get("at_least"):
+        high = numbers.get("control_high", -inf if control is None else control)
+        return value >= threshold and value > high
+    low = numbers.get("control_low", inf if control is None else control)
+    return value <= threshold and value < low
 
 
 @dataclass(frozen=True)
@@ -31,11 +48,12 @@ class Check:
     @property
     def passed(self) -> bool:
         """Whether the value reaches the threshold and is better than the controls' interval."""
-        if self.threshold is None:
-            return True
-        if self.at_least:
-            return self.value >= self.threshold and self.value > self.control_high
-        return self.value <= self.threshold and self.value < self.control_low
+        return self.threshold is None or holds(self.numbers())
+
+    def numbers(self) -> dict[str, float]:
+        """Its numbers as `circuit.json` stores them, without `passed`."""
+        fields = {k: v for k, v in asdict(self).items() if k not in ("name", "meaning")}
+        return {k: float(v) for k, v in fields.items() if v is not None}
 
 
 @dataclass(frozen=True)
@@ -77,9 +95,4 @@ class Verification:
 
     def numbers(self) -> dict[str, dict[str, float]]:
         """Check by check, as `circuit.json` stores it."""
-        stored = {}
-        for check in self.checks:
-            fields = {k: v for k, v in asdict(check).items() if k not in ("name", "meaning")}
-            fields = {k: float(v) for k, v in fields.items() if v is not None}
-            stored[check.name] = {**fields, "passed": float(check.passed)}
-        return stored
+        return {c.name: {**c.numbers(), "passed": float(c.passed)} for c in self.checks}

@@ -51,13 +51,17 @@ def verdict(verification: Mapping[str, Mapping[str, float]]) -> str:
     failed = [name for name, check in bounded.items() if not check.get("passed")]
     tested = {_kind(name) for name in bounded}
     missing = [kind for kind in _MEANINGS if kind not in tested]
-    sentences = [f"{len(bounded) - len(failed)} of {len(bounded)} checks passed."]
+    # The conclusion first: a page cuts what is very long.
+    sentences = [
+        f"{len(bounded) - len(failed)} of {len(bounded)} checks passed.",
+        _use({_kind(name) for name in failed}, set(missing)),
+    ]
     for name in failed:
         meaning = _MEANINGS.get(_kind(name))
         sentences.append(f"Failed: {name}{f' ({meaning})' if meaning else ''}.")
     if missing:
         sentences.append(f"Not tested: {', '.join(missing)}.")
-    return " ".join([*sentences, _use({_kind(name) for name in failed}, set(missing))])
+    return " ".join(sentences)
 
 
 def _use(failed: set[str], missing: set[str]) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hf_circuit_sparsity import Circuit
 from hf_circuit_sparsity.circuits.card import circuit_card
 from hf_circuit_sparsity.circuits.evaluation.verdict import verdict
 from tests.circuits.planted import full_circuit, planted_model
@@ -41,6 +42,24 @@ def test_the_weightiest_failure_decides(others):
 @pytest.mark.parametrize("numbers", [{}, {"vocabulary KL": {"value": 0.1, "passed": 1.0}}])
 def test_without_checks_it_says_so(numbers):
     assert "not verified" in verdict(numbers) and "passed" not in verdict(numbers)
+
+
+def test_a_file_that_claims_more_than_its_numbers_is_not_believed(tmp_path):
+    honest = {"value": 0.9, "control_low": 0.0, "control_high": 0.2, "at_least": 1.0}
+    claims = {name: {**honest, "threshold": 0.5, "passed": 1.0} for name in KINDS}
+    claims["necessity"]["threshold"] = 0.95  # not reached
+    claims["interchange"]["control_high"] = 0.9  # no better than by chance
+    claims["sufficiency"] |= {"at_least": 0.0, "control_low": 1.0}  # should be small
+    del claims["stability"]["value"]
+    claims["vocabulary KL"] = {"value": 9.0, "passed": 1.0}  # has nothing to pass
+    full_circuit(planted_model(), verification=claims).save_pretrained(tmp_path)
+    read = Circuit.from_pretrained(tmp_path).verification
+    wrong = {"necessity", "interchange", "sufficiency", "stability"}
+    assert {name for name, check in read.items() if not check["passed"]} == wrong
+    assert verdict(read).startswith("6 of 10 checks passed. Do not use it")
+    again = full_circuit(planted_model(), verification=read)
+    again.save_pretrained(tmp_path / "again")
+    assert verdict(Circuit.from_pretrained(tmp_path / "again").verification) == verdict(read)
 
 
 def test_the_card_says_it_and_escapes_names():
