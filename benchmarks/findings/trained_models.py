@@ -87,7 +87,12 @@ _RCD = Recipe(d_model=64, sparsifier="rcd", learning_rate=1e-2)
 RECIPES: dict[str, Recipe] = {
     **{f"topk-128-seed{s}": Recipe(seed=s) for s in range(3)},
     **{f"dense-128-seed{s}": replace(_DENSE, seed=s) for s in range(2)},
-    "dense-abstopk-128-seed0": replace(_DENSE, afrac=0.25),
+    **{
+        f"dense-abstopk-128-seed{s}": replace(
+            _DENSE, afrac=0.25, seed=s, stop_at_loss_of=f"topk-128-seed{s}"
+        )
+        for s in range(2)
+    },
     **{f"rcd-64-seed{s}": replace(_RCD, seed=s) for s in range(2)},
     **{f"topk-{width}-seed0": Recipe(d_model=width) for width in (32, 64, 256)},
     "taught-64-seed0": Recipe(d_model=64, taught=("bracket_counting", "set_or_string")),
