@@ -185,12 +185,16 @@ def _named(
 
 
 def _composition(b: Builder) -> Truth:
+    return Truth(_composed(b)[0])
+
+
+def _composed(b: Builder) -> tuple[Nodes, int]:
     switch, mark, before, out = b.channels(4)
     b.embed(switch, {"on": 1, "off": -1})
     b.embed(mark, {"here": 1})
     b.answer(out)
     nodes = b.head(0, switch, before, look="previous")
-    return Truth(nodes | b.head(1, before, out, look=Match(None, mark)))
+    return nodes | b.head(1, before, out, look=Match(None, mark)), out
 
 
 def _composition_pair(p: Prompts, i: int) -> tuple[Prompt, Prompt]:
@@ -310,6 +314,22 @@ def _distractor(b: Builder) -> Truth:
     return Truth(nodes, decoys=decoys)
 
 
+def _leak(b: Builder, leak: float) -> Truth:
+    """Beside two heads that compose one that carries the colour straight to the answer, so much
+    weaker."""
+    truth, out = _composed(b)
+    (colour,) = b.channels(1)
+    b.embed(colour, {"red": 1, "blue": -1})
+    return Truth(truth, decoys=b.head(0, colour, out, 2.0 * leak) - truth)
+
+
+def _leak_pair(p: Prompts, i: int, correlation: float) -> tuple[Prompt, Prompt]:
+    """As of a composition, and a colour that goes with the answer so often."""
+    pair = _composition_pair(p, i)
+    free = [at for at, word in enumerate(pair[0]) if word in FILLERS]
+    return _coloured(pair, p.pick(*free), i, correlation)
+
+
 def _cancelling(b: Builder) -> Truth:
     """Beside a switch two neurons that say opposite things of the colour, loudly."""
     nodes, out = _switch(b)
@@ -328,11 +348,17 @@ def _switch_pair(p: Prompts, i: int, correlation: float | None = None) -> tuple[
     yes, no = _put(prompt, {at: "on"}), _put(prompt, {at: "off"})
     if correlation is None:
         return yes, no
+    return _coloured((yes, no), other, i, correlation)
+
+
+def _coloured(
+    pair: tuple[Prompt, Prompt], at: int, i: int, correlation: float
+) -> tuple[Prompt, Prompt]:
     # Evenly spread, so that the share is exact in every split.
     share = (1 + correlation) / 2
     agrees = int((i + 1) * share + 1e-9) > int(i * share + 1e-9)
     colours = ("red", "blue") if agrees else ("blue", "red")
-    return _put(yes, {other: colours[0]}), _put(no, {other: colours[1]})
+    return _put(pair[0], {at: colours[0]}), _put(pair[1], {at: colours[1]})
 
 
 class Mechanism(NamedTuple):
@@ -348,6 +374,10 @@ def _beside(write: Callable[[Builder], Truth], correlation: float) -> Mechanism:
     return Mechanism(write, partial(_switch_pair, correlation=correlation), 2, correlation)
 
 
+def _leaking(leak: float) -> Mechanism:
+    return Mechanism(partial(_leak, leak=leak), partial(_leak_pair, correlation=0.99), 2, 0.99)
+
+
 MECHANISMS: dict[str, Mechanism] = {
     "induction": Mechanism(_induction, _induction_pair),
     "and": Mechanism(_and, _and_pair),
@@ -361,6 +391,7 @@ MECHANISMS: dict[str, Mechanism] = {
     "distractor 0.7": _beside(_distractor, 0.7),
     "distractor 0.9": _beside(_distractor, 0.9),
     "distractor 0.99": _beside(_distractor, 0.99),
+    **{f"leaking {leak:g}": _leaking(leak) for leak in (0.1, 0.3)},
     "cancelling parts": _beside(_cancelling, 0.0),
 }
 

@@ -118,8 +118,8 @@ def verify_circuit(
         supersets: random parts of the rest that are switched on beside the circuit.
         adversary_steps: of the ascent by which an adversary picks such a part on training prompts,
             three times from random ones; the worst is tried on held-out prompts. Of the random
-            circuits, a few are attacked likewise; of those that alone have less skill than the check
-            asks for, the skill alone is taken.
+            circuits, a few are attacked likewise; of those that alone have less skill than the
+            check asks for, the skill alone is taken.
         stability_seeds: circuits to find from other seeds, as this one was found.
         reference: see [`find_circuit`]; used for those.
         others: circuits of other seeds, if they exist already; none are searched then.

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from ..ablation import TOKENS, ReferenceMeans, hooked
 from ..edges import Edge, circuit_edges, cut_offsets, edge_hooks, site_weights
+from ..gating import Gates
 from ..supersets import adversarial_superset, random_superset
 from ..task_scores import (
     Calibration,
@@ -30,6 +31,8 @@ _FEW_NODES = 24
 # So many supersets that broke a candidate are tried on the next one before the adversary looks for
 # another.
 _REMEMBERED = 8
+# Rows of a forward pass, roughly.
+_ROWS = 256
 
 
 class Selector:
@@ -71,11 +74,21 @@ class Selector:
             return max(alone, self._beside(keep, rows, search=not few))
 
     def _alone(self, keep: Masks, rows: TaskTensors) -> float:
-        gates = {site: mask[None] for site, mask in keep.items()}
-        pairs = all_pair_logits(
-            self.model, rows, logits=lambda _, part: self.gated.run(part, gates)
-        )
-        return binary_loss(self.calibration.pairs(pairs, rows)).item()
+        return self._losses({site: mask[None] for site, mask in keep.items()}, rows)[0]
+
+    def _losses(self, gates: Gates, rows: TaskTensors) -> list[float]:
+        """Of every row of gates, all in one forward pass."""
+        copies = len(next(iter(gates.values())))
+
+        def logits(_: nn.Module, part: TaskTensors) -> torch.Tensor:
+            pairs = self.gated.run(part, gates, copies=copies)
+            return pairs.unflatten(0, (copies, -1)).transpose(0, 1)
+
+        pairs = all_pair_logits(self.model, rows, max(1, _ROWS // copies), logits)
+        return [
+            binary_loss(self.calibration.pairs(of_gates, rows)).item()
+            for of_gates in pairs.unbind(1)
+        ]
 
     def _beside(self, keep: Masks, rows: TaskTensors, search: bool) -> float:
         """The loss with other nodes on; `search` lets the adversary look for a new choice."""
@@ -84,17 +97,19 @@ class Selector:
             count = self.config.selection_supersets
             self._outside = [random_superset(widths, self._generator) for _ in range(count)]
 
-        def measured(outside: Masks) -> float:
-            return self._alone({s: mask | outside[s].to(mask) for s, mask in keep.items()}, rows)
+        def measured(outside: list[Masks]) -> list[float]:
+            stacked = {s: torch.stack([masks[s] for masks in outside]) for s in keep}
+            gates = {s: mask | stacked[s].to(mask) for s, mask in keep.items()}
+            return self._losses(gates, rows)
 
-        losses = [measured(outside) for outside in self._outside]
+        losses = measured(self._outside) if self._outside else []
         if self.config.outside == "random":
             return sum(losses) / len(losses)
         worst = max(losses, default=0.0)
         if search and worst <= self.target:
             self._outside.append(self._attacked(keep))
             del self._outside[:-_REMEMBERED]
-            worst = max(worst, measured(self._outside[-1]))
+            worst = max(worst, *measured(self._outside[-1:]))
         return worst
 
     def _attacked(self, keep: Masks) -> Masks:
