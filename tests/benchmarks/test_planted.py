@@ -40,11 +40,15 @@ def test_the_mechanism_is_what_solves_the_task(name, architecture):
     assert alone(planted, truth.required) <= 0.9 or not truth.choices
     # In the whole model it is the cause, and the decoys are not.
     assert binary_accuracy(planted.swapped(truth.nodes)) == 0.0
-    whole = planted.swapped(frozenset())
-    torch.testing.assert_close(planted.swapped(truth.decoys), whole, rtol=0, atol=1e-3)
+    whole, swapped = planted.swapped(frozenset()), planted.swapped(truth.decoys)
+    if "leaking" in name:  # it says a little, but decides nothing
+        moved = 1 - (swapped[:, 0] - swapped[:, 1]).mean() / (whole[:, 0] - whole[:, 1]).mean()
+        assert binary_accuracy(swapped) == 1.0 and 0.02 < moved < 0.5
+    else:
+        torch.testing.assert_close(swapped, whole, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in MECHANISMS if "distractor" in name])
+@pytest.mark.parametrize("name", [n for n, m in MECHANISMS.items() if m.correlation])
 def test_a_distractor_goes_with_the_answer_as_often_as_it_says(name):
     planted = plant(name)
     for split in (planted.task.train, planted.task.test):
