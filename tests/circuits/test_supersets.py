@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_circuit_sparsity.circuits.ablation import mean_ablated, reference_means
-from hf_circuit_sparsity.circuits.evaluation import verification
+from hf_circuit_sparsity.circuits.evaluation import suite
 from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
 from hf_circuit_sparsity.circuits.gating import GatedModel
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
@@ -87,7 +87,7 @@ def test_the_adversary_attacks_a_circuit_with_its_tokens_and_edges_cut(monkeypat
             seen.append((calibrated(gated.run(rows, gates), rows), rows))
         return adversarial_superset(gated, rows, keep, calibrated, *args, **kwargs)
 
-    monkeypatch.setattr(verification, "adversarial_superset", recorded)
+    monkeypatch.setattr(suite, "adversarial_superset", recorded)
     circuit = full_circuit(model, config={"target_loss": 0.15}, edge_offsets={})
     verify_circuit(
         circuit, model, on_off_task(), prompts=32, random_circuits=2, stability_seeds=0,

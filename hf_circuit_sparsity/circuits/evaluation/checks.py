@@ -29,21 +29,26 @@ class Check:
     Attributes:
         name: of the check.
         value: the circuit's.
-        control: the mean over random circuits of equal size.
+        control: the mean over random circuits of equal size; None where there are none.
         control_low, control_high: the 95 % interval of that mean.
+        as_good: the share of them whose value is at least as good.
         threshold: what the value must reach; None for a number that is only reported.
         at_least: whether it must be at least the threshold, or at most.
         meaning: what is measured, in a few words.
+        low, high: where the value is a mean of several, its 95 % interval.
     """
 
     name: str
     value: float
-    control: float
-    control_low: float
-    control_high: float
+    control: float | None
+    control_low: float | None
+    control_high: float | None
+    as_good: float | None
     threshold: float | None
     at_least: bool
     meaning: str
+    low: float | None = None
+    high: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -80,19 +85,25 @@ class Verification:
 
     def table(self) -> str:
         """All checks as a Markdown table."""
-        lines = ["| check | circuit | random (95 % interval) | must be | | what it is |"]
+        lines = ["| check | circuit | random (95 % interval), as good | must be | | what it is |"]
         lines.append("| --- " * 6 + "|")
         for c in self.checks:
             bound, verdict = "", "–"
             if c.threshold is not None:
                 bound = f"{'≥' if c.at_least else '≤'} {c.threshold:g}"
                 verdict = "pass" if c.passed else "FAIL"
-            lines.append(
-                f"| {c.name} | {c.value:.3f} | {c.control:.3f} ({c.control_low:.3f} to "
-                f"{c.control_high:.3f}) | {bound} | {verdict} | {c.meaning} |"
-            )
+            own = _with_spread(c.value, c.low, c.high)
+            random = _with_spread(c.control, c.control_low, c.control_high)
+            random += "" if c.as_good is None else f", {c.as_good:.0%}"
+            lines.append(f"| {c.name} | {own} | {random} | {bound} | {verdict} | {c.meaning} |")
         return "\n".join(lines)
 
     def numbers(self) -> dict[str, dict[str, float]]:
         """Check by check, as `circuit.json` stores it."""
         return {c.name: {**c.numbers(), "passed": float(c.passed)} for c in self.checks}
+
+
+def _with_spread(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" + ("" if low is None else f" ({low:.3f} to {high:.3f})")

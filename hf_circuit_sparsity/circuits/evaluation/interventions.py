@@ -51,28 +51,54 @@ class Interchange:
 
     def __init__(self, model: nn.Module, swaps: Swaps, calibration: Calibration):
         self.model, self.swaps, self.calibration = model, swaps, calibration
-        self.base, source = (
-            _difference(calibration.pairs(all_pair_logits(model, side), side)) for side in swaps
-        )
-        self.way = self.base + source  # each is that of the right answer to its own prompt
+        self.answers = [calibration.pairs(all_pair_logits(model, side), side) for side in swaps]
 
     @torch.no_grad()
-    def measure(self, circuit: Circuit, by_layer: bool) -> dict[str, float]:
+    def measure(
+        self, circuit: Circuit, by_layer: bool = False, few: bool = False
+    ) -> dict[str, float]:
         """Swap the nodes of a circuit, and, `by_layer`, those of one layer at a time.
+
+        Args:
+            circuit: its nodes are swapped.
+            by_layer: layer by layer too, and that within the circuit alone as well.
+            few: on one batch of prompts only.
 
         Returns:
             `interchange`: share of prompts that get the other answer. `logit difference moved`: of
             the way from the model's difference between the candidates to its difference on the
             other prompt, the share that the circuit's nodes move it, mean over prompts over mean;
-            1 is all of it. The same by layer, as `moved by layer: h.0`.
+            1 is all of it. The same by layer, as `moved by layer: h.0`, and as `moved by layer,
+            alone: h.0` of the way of the circuit while it runs alone.
         """
-        model, masks = self.model, circuit.masks()
-        parts = {"": list(circuit.nodes)}
+        layers: dict[str, list[str]] = {}
+        for site in circuit.nodes if by_layer else ():
+            layers.setdefault(".".join(site.split(".")[:2]), []).append(site)
+        swapped = self._swapped(circuit, {"": list(circuit.nodes), **layers}, few)
+        moved = self._moved(swapped, self.answers)
+        numbers = {
+            "interchange": binary_accuracy(swapped[""].flip(1)),
+            "logit difference moved": moved.pop(""),
+            **{f"moved by layer: {layer}": share for layer, share in moved.items()},
+        }
         if by_layer:
-            for site in circuit.nodes:
-                parts.setdefault(".".join(site.split(".")[:2]), []).append(site)
+            with circuit.apply(self.model, calibrated=False):
+                alone = [
+                    self.calibration.pairs(all_pair_logits(self.model, rows), rows)
+                    for rows in (task_rows(side, slice(BATCH_SIZE)) for side in self.swaps)
+                ]
+                moved = self._moved(self._swapped(circuit, layers, few=True), alone)
+            numbers |= {f"moved by layer, alone: {layer}": s for layer, s in moved.items()}
+        return numbers
+
+    def _swapped(
+        self, circuit: Circuit, parts: dict[str, list[str]], few: bool
+    ) -> dict[str, torch.Tensor]:
+        """Part → logits `(n, 2)` with the circuit's nodes at its sites from the counterfactual."""
+        model, masks = self.model, circuit.masks()
         swapped: dict[str, list[torch.Tensor]] = {part: [] for part in parts}
-        for rows in torch.arange(len(self.swaps[0]["target_ids"])).split(BATCH_SIZE):
+        batches = torch.arange(len(self.swaps[0]["target_ids"])).split(BATCH_SIZE)
+        for rows in batches[: 1 if few else None]:
             base, source = (trimmed(task_rows(side, rows)) for side in self.swaps)
             with recorded_sites(model, circuit.nodes) as activations:
                 pair_logits(model, source)
@@ -81,13 +107,19 @@ class Interchange:
                 with hooked_sites(model, {site: swap[site] for site in sites}):
                     pairs = pair_logits(model, base).cpu()
                 swapped[part].append(self.calibration.pairs(pairs, base))
-        of_part = {part: torch.cat(pairs) for part, pairs in swapped.items()}
-        moved = {part: (self.base - _difference(p)) / self.way for part, p in of_part.items()}
-        return {
-            "interchange": binary_accuracy(of_part[""].flip(1)),
-            "logit difference moved": moved.pop(""),
-            **{f"moved by layer: {layer}": share for layer, share in moved.items()},
-        }
+        return {part: torch.cat(pairs) for part, pairs in swapped.items()}
+
+    @staticmethod
+    def _moved(swapped: dict[str, torch.Tensor], answers: list[torch.Tensor]) -> dict[str, float]:
+        """Of the way from the answers to the prompts to those to their counterfactuals; where
+        that is less than a hundredth of a nat there is nothing to be moved."""
+        shares = {}
+        for part, pairs in swapped.items():
+            # Each is that of the right answer to its own prompt.
+            base, source = (_difference(side[: len(pairs)]) for side in answers)
+            way = base + source
+            shares[part] = (base - _difference(pairs)) / way if abs(way) > 0.01 else 0.0
+        return shares
 
 
 def _difference(pairs: torch.Tensor) -> float:

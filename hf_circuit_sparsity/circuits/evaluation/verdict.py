@@ -9,17 +9,20 @@ _MEANINGS = {
     "transfer": "it fails on wordings that it was not found with",
     "necessity": "the model answers without it as well",
     "interchange": "swapped into the whole model, its nodes do not decide the answer",
+    "logit difference moved": "swapped in, they move only a part of the way to the other answer",
     "completeness": "with parts removed it and the model differ, so something is missing from it",
     "random supersets": "it answers only while the rest of the model is silent",
     "adversarial superset": "some part of the model makes it fail when that is switched on",
     "adversarial": "it and the model differ on prompts made to mislead the mechanism",
-    "stability": "searches from other seeds find other nodes",
+    "stability": "searches from other seeds or prompts find other nodes",
+    "minimality": "some of its nodes do no more than nodes of the rest would",
+    "vocabulary KL": "it tells two answers apart, and not what else the model might say",
 }
 # The first group in which a check failed, or was not made, decides.
 _USES = (
     (("sufficiency", "pair KL", "transfer"), "Do not use it as an account of this task."),
     (
-        ("necessity", "interchange"),
+        ("necessity", "interchange", "logit difference moved"),
         "It can be read as one way to the answer, not as what the model does.",
     ),
     (
@@ -31,6 +34,15 @@ _USES = (
         ("adversarial", "stability"),
         "It can be read as a mechanism of the model on prompts like those of the task, not beyond, "
         "and perhaps as one of several.",
+    ),
+    (
+        ("minimality",),
+        "It can be read as holding the mechanism, and more than that.",
+    ),
+    (
+        ("vocabulary KL",),
+        "It can be read as what decides between the two answers on prompts of this task, not as "
+        "what else the model says there.",
     ),
 )
 _ALL_HELD = (

@@ -6,57 +6,26 @@ al. 2021 (arXiv 2106.02997); ablation in other ways is asked for by Miller et al
 2407.08734).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
-from math import inf
+from itertools import combinations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ...decoders.decoder import decoder_of
-from ...metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
 from ...tasks.adversarial import load_adversarial_tasks
 from ...tasks.binary_task import BinaryTask
-from ..ablation import (
-    ReferenceTokens,
-    hooked,
-    in_eval_mode,
-    mean_ablated,
-    unwrapped,
-)
-from ..attention import attention_patterns, overlap, value_heads
+from ..ablation import ReferenceTokens, in_eval_mode, unwrapped
 from ..circuit import Circuit
-from ..gating import GatedModel
-from ..pruning.config import PruningConfig
-from ..pruning.find import (
-    TaskNotLearnedError,
-    check_prompts_fit,
-    find_circuits,
-    jaccard,
-    mean_jaccard,
-)
-from ..supersets import adversarial_superset, random_superset
-from ..task_scores import (
-    Calibration,
-    TaskTensors,
-    all_pair_logits,
-    binary_accuracy,
-    binary_loss,
-    candidates,
-    model_scores,
-    next_token_logits,
-    task_rows,
-    trimmed,
-)
+from ..pruning.find import check_prompts_fit, jaccard
+from ..task_scores import Calibration, binary_accuracy
+from .alternatives import SEEDS, fabricated_circuits, other_circuits
 from .checks import Check, Verification
-from .interventions import Interchange, OtherAblations, equally_long
+from .suite import ADVERSARIAL_SKILL, Suite
 
-GUESSING = 0.6931  # nats; ln 2
 _ATTACKED = 4  # random circuits that what takes long is done to: an adversary, other ablations
-# Threshold (a string is a setting of the search), whether it must be at least that, and meaning.
+# Threshold (a string is looked up for the circuit), whether it must be at least that, and meaning.
 _CHECKS: dict[str, tuple[float | str | None, bool, str]] = {
     "sufficiency": ("target_loss", False, "loss of the circuit alone, nats"),
     "necessity": (0.5, True, "share of the model's skill that goes with the circuit"),
@@ -64,22 +33,28 @@ _CHECKS: dict[str, tuple[float | str | None, bool, str]] = {
     "random supersets": (0.8, True, "skill with random parts of the rest on, mean; of the model's"),
     "worst superset": (None, True, "the least of those"),
     "adversarial superset": (
-        0.8,
+        ADVERSARIAL_SKILL,
         True,
         "skill with the part of the rest on that an adversary picks",
     ),
     "interchange": (0.75, True, "answers that flip when only its nodes see the other prompt"),
-    "logit difference moved": (None, True, "by those nodes, of the way to the other prompt's"),
+    "logit difference moved": (0.8, True, "by those nodes, of the way to the other prompt's"),
     "moved by layer": (None, True, "by those of {where} alone"),
+    "moved by layer, alone": (None, True, "the same while the circuit runs alone"),
     "transfer": (0.9, True, "skill on unseen templates, as a share of the model's"),
     "pair KL": ("target_loss", False, "model's answer against the circuit's, of two candidates"),
-    "vocabulary KL": (None, False, "model's next token against the circuit's"),
+    "vocabulary KL": ("half_silent", False, "model's next token against the circuit's"),
+    "minimality": (0.9, True, "nodes that do more than 19 of 20 nodes of the rest would, added"),
+    "independence": (None, True, "p-value: answers without it tell nothing of the model's"),
     "task-mean ablation": (None, False, "loss alone, the rest at its mean on the task's prompts"),
     "zero ablation": (None, False, "loss alone, the rest at zero"),
     "resample ablation": (None, False, "loss alone, the rest as in the counterfactual prompt"),
     "frozen norms": (None, False, "loss alone, norms dividing as in the whole model"),
     "attention agreement": (None, True, "its heads' patterns, circuit alone against the model"),
-    "stability": (0.5, True, "nodes shared with circuits of other seeds (Jaccard)"),
+    "stability": (0.5, True, "nodes shared with circuits from {where} (Jaccard)"),
+    "fabricated nodes": (None, False, "that the search makes use of: {where}"),
+    "fabricated loss": (None, False, "that it reaches on its own prompts: {where}"),
+    "fabricated held-out loss": (None, False, "of the same: {where}"),
     "adversarial": (0.75, True, "agreement with the model where {where}"),
     "accuracy": (None, True, "right where {where}; the model: {accuracy:.3f}"),
 }
@@ -97,7 +72,7 @@ def verify_circuit(
     adversary_steps: int = 12,
     stability_seeds: int = 2,
     reference: ReferenceTokens = None,
-    others: Sequence[Circuit] | None = None,
+    others: Sequence[Circuit] | Mapping[str, Sequence[Circuit]] | None = None,
     adversarial: dict[str, BinaryTask] | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -120,9 +95,12 @@ def verify_circuit(
             three times from random ones; the worst is tried on held-out prompts. Of the random
             circuits, a few are attacked likewise; of those that alone have less skill than the
             check asks for, the skill alone is taken.
-        stability_seeds: circuits to find from other seeds, as this one was found.
+        stability_seeds: circuits to find from other seeds, as many on other prompts and on other
+            wordings, all as this one was found; and one each on a nonsense task and on the model
+            with its weights shuffled, for what the search can make up. 0 for none of these.
         reference: see [`find_circuit`]; used for those.
-        others: circuits of other seeds, if they exist already; none are searched then.
+        others: circuits of other seeds, or such by what is other, if they exist already; nothing
+            is searched then.
         adversarial: prompts the mechanism may stumble over, by kind; those of
             `load_adversarial_tasks` if not given.
         seed: of every random choice.
@@ -134,7 +112,8 @@ def verify_circuit(
         vocabulary KL, random supersets (mean and worst), adversarial superset, interchange and
         the logit difference it moves, in all and by layer (where prompts are as long as their
         counterfactuals), the loss under other ablations, agreement of attention (where the model
-        can keep its weights), stability, adversarial (where there are such prompts).
+        can keep its weights), minimality, independence, adversarial (where there are such
+        prompts), stability, and what the search fabricates.
 
     Raises:
         TaskNotLearnedError: the model does not solve the task, so there is nothing to check.
@@ -154,12 +133,9 @@ def verify_circuit(
     model = unwrapped(model)
     check_prompts_fit(model, task)
     with in_eval_mode(model):
-        if others is None and stability_seeds > 0:
-            seed_of_others = int(circuit.config.get("seed", 0)) + 1000
-            config = PruningConfig.from_stored(
-                circuit.config, num_seeds=stability_seeds, seed=seed_of_others
-            )
-            others = find_circuits(model, task, config, reference=reference, progress=progress)
+        search = others is None and stability_seeds > 0
+        if search:
+            others = other_circuits(circuit, model, task, stability_seeds, reference, progress)
         if adversarial is None:
             adversarial = load_adversarial_tasks(
                 task.name,
@@ -168,8 +144,8 @@ def verify_circuit(
                 seed=seed,
                 max_length=getattr(model.config, "max_position_embeddings", None),
             )
-        suite = _Suite(
-            model, task, prompts, subsets, supersets, adversary_steps, seed, others or (),
+        suite = Suite(
+            model, task, circuit.means, prompts, subsets, supersets, adversary_steps, seed,
             adversarial,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
@@ -179,19 +155,51 @@ def verify_circuit(
         numbers, *of_controls = [
             suite.measure(c, real=c is circuit, attack=i <= _ATTACKED) for i, c in enumerate(bar)
         ]
+        bounds = {
+            "target_loss": float(circuit.config.get("target_loss", 0.15)),
+            "half_silent": suite.silent_kl / 2,
+        }
+        made = {}
+        if search:
+            made = fabricated_circuits(
+                circuit, model, task, suite.whole.calibration, reference, progress
+            )
     checks = []
-    for name, value in numbers.items():
-        kind, _, detail = name.partition(": ")
+
+    def add(
+        name: str, values: Sequence[float], of_random: Sequence[float], **words: object
+    ) -> None:
+        kind = name if name in _CHECKS else name.partition(": ")[0]
         threshold, at_least, meaning = _CHECKS[kind]
         if isinstance(threshold, str):
-            threshold = circuit.config.get(threshold, 0.15)
-        if detail in suite.adversarial:
-            accuracy = binary_accuracy(suite.adversarial[detail][1])
-            meaning = meaning.format(where=detail.replace("_", " "), accuracy=accuracy)
-        elif detail:
-            meaning = meaning.format(where=detail)
-        control = mean_and_interval([m[name] for m in of_controls if name in m], seed)
-        checks.append(Check(name, value, *control, threshold, at_least, meaning))
+            threshold = bounds[threshold]
+        meaning = meaning.format(**words)
+        value, *spread = values
+        if len(values) > 1:
+            value, *spread = mean_and_interval(values, seed)
+        control: tuple = (None,) * 4
+        if of_random:
+            as_good = sum(v >= value if at_least else v <= value for v in of_random)
+            control = (*mean_and_interval(of_random, seed), as_good / len(of_random))
+        checks.append(Check(name, value, *control, threshold, at_least, meaning, *spread))
+
+    for name, value in numbers.items():
+        where = name.partition(": ")[2]
+        words = {"where": where.replace("_", " ")}
+        if where in suite.adversarial:
+            words["accuracy"] = binary_accuracy(suite.adversarial[where][1])
+        add(name, [value], [m[name] for m in of_controls if name in m], **words)
+    kinds = others if isinstance(others, Mapping) else {SEEDS: others or ()}
+    for kind, of_kind in kinds.items():
+        if of_kind:
+            shared = [jaccard(*pair) for pair in combinations([circuit, *of_kind], 2)]
+            by_random = [sum(jaccard(c, o) for o in of_kind) / len(of_kind) for c in controls]
+            add(f"stability: {kind}", shared, by_random, where=kind)
+    for kind, of_kind in made.items():
+        for part, value in (
+            ("nodes", of_kind.nodes), ("loss", of_kind.loss), ("held-out loss", of_kind.held_out)
+        ):  # fmt: skip
+            add(f"fabricated {part}: {kind}", [float(value)], [], where=kind)
     verification = Verification(tuple(checks))
     circuit.verification = verification.numbers()
     return verification
@@ -221,178 +229,3 @@ def random_circuit(circuit: Circuit, generator: torch.Generator, vocabulary: int
         circuit, nodes=nodes, tokens=tokens, calibration=Calibration(), scores={}, metrics={},
         kept_edges=None, edge_offsets={}, verification={},
     )  # fmt: skip
-
-
-class _Suite:
-    """What every candidate is measured on; the whole model is measured once."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        task: BinaryTask,
-        prompts: int,
-        subsets: int,
-        supersets: int,
-        adversary_steps: int,
-        seed: int,
-        others: Sequence[Circuit],
-        adversarial: dict[str, BinaryTask],
-    ):
-        self.model, self.subsets, self.seed, self.others = model, subsets, seed, others
-        self.supersets, self.adversary_steps = supersets, adversary_steps
-        generator = torch.Generator().manual_seed(seed)
-        self.seen = train = _some(task.tensors("train"), prompts, generator)
-        self.test = _some(task.tensors("test"), prompts, generator)
-        self.swaps = equally_long(task, prompts)
-        self.whole = model_scores(model, train, self.test)
-        self.model_loss = self._loss(self.whole.test, self.whole.calibration)
-        self.model_accuracy = binary_accuracy(self.whole.test)
-        if self.model_loss > 0.9 * GUESSING or self.model_accuracy <= 0.5:
-            raise TaskNotLearnedError(
-                f"The whole model reaches a loss of {self.model_loss:.3f} and an accuracy of "
-                f"{self.model_accuracy:.1%} on the task {task.name!r}, hardly more than "
-                "guessing, so no circuit of it can be checked; train the model longer."
-            )
-        if self.swaps is not None:
-            self.interchange = Interchange(model, self.swaps, self.whole.calibration)
-        self.other_ablations = OtherAblations(model, train, self.test, self.swaps)
-        self.vocabulary = all_pair_logits(model, self.test, logits=next_token_logits)
-        self.adversarial: dict[str, tuple[TaskTensors, torch.Tensor]] = {}
-        for kind, adverse in adversarial.items():
-            tensors = adverse.tensors("test")
-            pairs = self.whole.calibration.pairs(all_pair_logits(model, tensors), tensors)
-            self.adversarial[kind] = (tensors, pairs)
-
-    def _loss(self, pairs: torch.Tensor, calibration: Calibration) -> float:
-        """At most that of guessing: who does worse has no skill left to lose."""
-        return min(GUESSING, binary_loss(calibration.pairs(pairs, self.test)).item())
-
-    def measure(self, circuit: Circuit, real: bool, attack: bool) -> dict[str, float]:
-        """All numbers of one candidate; nothing is calibrated to it. Random circuits, and the model
-        without a part of itself, are calibrated as the whole model is. Only with `attack` does an
-        adversary look for what breaks it, and is it ablated otherwise."""
-        model, test = self.model, self.test
-        calibration = circuit.calibration if real else self.whole.calibration
-        with circuit.apply(model, calibrated=False):
-            next_token = all_pair_logits(model, test, logits=next_token_logits)
-            adverse = {k: all_pair_logits(model, t) for k, (t, _) in self.adversarial.items()}
-        with circuit.apply(model, inverse=True):
-            without = self._loss(all_pair_logits(model, test), self.whole.calibration)
-        alone = calibration.pairs(next_token.gather(1, candidates(test)), test)
-        whole = self.whole.calibration.pairs(self.whole.test, test)
-        numbers = {
-            "sufficiency": binary_loss(alone).item(),
-            "necessity": (without - self.model_loss) / (GUESSING - self.model_loss),
-            "completeness": self._incompleteness(circuit, calibration, self.subsets if real else 1),
-            "transfer": self._skill(alone),
-            "pair KL": pair_kl(alone.numpy(), whole.numpy()),
-            "vocabulary KL": F.kl_div(
-                calibration.logits(next_token).log_softmax(-1),
-                self.vocabulary.log_softmax(-1),
-                reduction="batchmean",
-                log_target=True,
-            ).item(),
-        }
-        skill = inf if real else numbers["transfer"]
-        numbers |= self._beside_others(circuit, calibration, attack, skill)
-        if self.swaps is not None:
-            numbers |= self.interchange.measure(circuit, by_layer=attack)
-        if attack:
-            numbers |= self.other_ablations.losses(circuit, calibration)
-            numbers |= self._attention_agreement(circuit)
-        if self.others:
-            shared = [jaccard(circuit, other) for other in self.others]
-            numbers["stability"] = (
-                mean_jaccard([circuit, *self.others]) if real else sum(shared) / len(shared)
-            )
-        for kind, (tensors, whole_pairs) in self.adversarial.items():
-            answers = calibration.pairs(adverse[kind], tensors)
-            numbers[f"adversarial: {kind}"] = agreement(answers.numpy(), whole_pairs.numpy())
-            numbers[f"accuracy: {kind}"] = binary_accuracy(answers)
-        return numbers
-
-    def _skill(self, pairs: torch.Tensor) -> float:
-        """How far above guessing, as a share of the model's."""
-        return (binary_accuracy(pairs) - 0.5) / (self.model_accuracy - 0.5)
-
-    def _beside_others(
-        self, circuit: Circuit, calibration: Calibration, attack: bool, alone: float
-    ) -> dict[str, float]:
-        """Skill on held-out prompts with parts of the rest on, one part for all prompts; who has
-        little `alone` is not attacked."""
-        model, generator = self.model, torch.Generator().manual_seed(self.seed)
-        keep, means = circuit.masks_and_means(model)
-        widths = {site: len(mask) for site, mask in keep.items()}
-
-        def skill(beside: dict[str, torch.Tensor]) -> float:
-            with circuit.apply(model, calibrated=False, beside=beside):
-                return self._skill(calibration.pairs(all_pair_logits(model, self.test), self.test))
-
-        numbers = {}
-        if self.supersets:
-            # For a random circuit a few are enough: there is little skill to lose.
-            drawn = range(self.supersets if attack else min(2, self.supersets))
-            skills = [skill(random_superset(widths, generator)) for _ in drawn]
-            numbers["random supersets"] = sum(skills) / len(skills)
-            numbers["worst superset"] = min(skills)
-        if self.adversary_steps and attack and alone < _CHECKS["adversarial superset"][0]:
-            numbers["adversarial superset"] = alone  # nobody need be on for it to fail
-        elif self.adversary_steps and attack:
-            with hooked(circuit.edge_cuts(model)):
-                worst = adversarial_superset(
-                    GatedModel(model, means), trimmed(self.seen), keep, calibration.pairs,
-                    generator, self.adversary_steps, restarts=3,
-                )  # fmt: skip
-            numbers["adversarial superset"] = skill(worst)
-        return numbers
-
-    @cached_property
-    def _patterns(self) -> list[dict[int, torch.Tensor]] | None:
-        """The whole model's attention on some held-out prompts; None if it keeps no weights."""
-        layers = range(len(decoder_of(self.model).layers))
-        try:
-            return [attention_patterns(self.model, ids, layers) for ids in _prompts(self.test)]
-        except ValueError:
-            return None
-
-    def _attention_agreement(self, circuit: Circuit) -> dict[str, float]:
-        """Overlap of the patterns of the heads whose values the circuit has."""
-        heads = value_heads(self.model, circuit.nodes)
-        if not heads or self._patterns is None:
-            return {}
-        within = partial(circuit.apply, self.model, calibrated=False)
-        overlaps = []
-        for ids, whole in zip(_prompts(self.test), self._patterns, strict=True):
-            alone = attention_patterns(self.model, ids, list(heads), within)
-            overlaps += [overlap(alone[i][own], whole[i][own]) for i, own in heads.items()]
-        return {"attention agreement": sum(overlaps) / len(overlaps)}
-
-    def _incompleteness(self, circuit: Circuit, calibration: Calibration, halves: int) -> float:
-        """Mean |loss(circuit without K) − loss(model without K)| over random halves K of it."""
-        generator = torch.Generator().manual_seed(self.seed)
-        masks = circuit.masks()
-        gaps = []
-        for _ in range(halves):
-            removed = {
-                site: mask & (torch.rand(len(mask), generator=generator) < 0.5)
-                for site, mask in masks.items()
-            }
-            losses = []
-            for keep, calibrated in (
-                ({site: masks[site] & ~gone for site, gone in removed.items()}, calibration),
-                ({site: ~gone for site, gone in removed.items()}, self.whole.calibration),
-            ):
-                with mean_ablated(self.model, keep, circuit.means):
-                    losses.append(self._loss(all_pair_logits(self.model, self.test), calibrated))
-            gaps.append(abs(losses[0] - losses[1]))
-        return sum(gaps) / max(1, len(gaps))
-
-
-def _prompts(tensors: TaskTensors, count: int = 24) -> list[list[int]]:
-    rows = zip(tensors["input_ids"][:count], tensors["attention_mask"][:count], strict=True)
-    return [ids[mask.bool()].tolist() for ids, mask in rows]
-
-
-def _some(tensors: TaskTensors, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    rows = torch.randperm(len(tensors["target_ids"]), generator=generator)[:count]
-    return task_rows(tensors, rows)

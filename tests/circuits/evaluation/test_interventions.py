@@ -128,6 +128,7 @@ def test_by_layer_names_every_layer_of_the_circuit(model):
         random_circuits=2, progress=False,
     )  # fmt: skip
     layers = [c.name for c in verification.checks if c.name.startswith("moved by layer")]
-    assert layers == ["moved by layer: h.0", "moved by layer: h.1"]
+    kinds = ("moved by layer", "moved by layer, alone")
+    assert layers == [f"{kind}: h.{layer}" for kind in kinds for layer in (0, 1)]
     assert all(verification[name].value > 0.9 for name in layers)
     assert all(abs(verification[name].control) < 0.5 for name in layers)

@@ -10,6 +10,7 @@ from tests.circuits.planted import full_circuit, planted_model
 KINDS = (
     "sufficiency", "pair KL", "transfer", "necessity", "interchange", "completeness",
     "random supersets", "adversarial superset", "adversarial: other_rows", "stability",
+    "logit difference moved", "minimality", "vocabulary KL",
 )  # fmt: skip
 BELIEVED = "It may be read as the model's mechanism"
 
@@ -20,15 +21,15 @@ def stored(*failed, without=()):
         for name in (*KINDS, *failed)
         if name not in without
     }
-    return {**checks, "vocabulary KL": {"value": 9.0, "passed": 1.0}}
+    return {**checks, "worst superset": {"value": 9.0, "passed": 1.0}}
 
 
 def test_only_what_was_tested_and_held_is_believed():
-    assert verdict(stored()).startswith("10 of 10 checks passed. " + BELIEVED)
+    assert verdict(stored()).startswith("13 of 13 checks passed. " + BELIEVED)
     for name in KINDS:
         failed, missing = verdict(stored(name)), verdict(stored(without=[name]))
         assert f"Failed: {name} (" in failed and BELIEVED not in failed
-        assert failed.startswith("9 of 10")
+        assert failed.startswith("12 of 13")
         assert "Not tested: " + name.partition(":")[0] in missing and BELIEVED not in missing
     assert "Do not use it" in verdict(stored("a check of tomorrow"))
 
@@ -39,7 +40,7 @@ def test_the_weightiest_failure_decides(others):
     assert "not as what the model does" in verdict(stored("necessity", *others))
 
 
-@pytest.mark.parametrize("numbers", [{}, {"vocabulary KL": {"value": 0.1, "passed": 1.0}}])
+@pytest.mark.parametrize("numbers", [{}, {"worst superset": {"value": 0.1, "passed": 1.0}}])
 def test_without_checks_it_says_so(numbers):
     assert "not verified" in verdict(numbers) and "passed" not in verdict(numbers)
 
@@ -51,12 +52,12 @@ def test_a_file_that_claims_more_than_its_numbers_is_not_believed(tmp_path):
     claims["interchange"]["control_high"] = 0.9  # no better than by chance
     claims["sufficiency"] |= {"at_least": 0.0, "control_low": 1.0}  # should be small
     del claims["stability"]["value"]
-    claims["vocabulary KL"] = {"value": 9.0, "passed": 1.0}  # has nothing to pass
+    claims["worst superset"] = {"value": 9.0, "passed": 1.0}  # has nothing to pass
     full_circuit(planted_model(), verification=claims).save_pretrained(tmp_path)
     read = Circuit.from_pretrained(tmp_path).verification
     wrong = {"necessity", "interchange", "sufficiency", "stability"}
     assert {name for name, check in read.items() if not check["passed"]} == wrong
-    assert verdict(read).startswith("6 of 10 checks passed. Do not use it")
+    assert verdict(read).startswith("9 of 13 checks passed. Do not use it")
     again = full_circuit(planted_model(), verification=read)
     again.save_pretrained(tmp_path / "again")
     assert verdict(Circuit.from_pretrained(tmp_path / "again").verification) == verdict(read)
@@ -66,5 +67,5 @@ def test_the_card_says_it_and_escapes_names():
     hostile = "<script>x</script>| [a](b)"
     content = full_circuit(planted_model(), verification=stored(hostile)).to_dict()
     card = str(circuit_card({"": content}, repo_id="me/circuits"))
-    assert "10 of 11 checks passed" in card and "Do not use it" in card
+    assert "13 of 14 checks passed" in card and "Do not use it" in card
     assert "<script>" not in card and "[a](b)" not in card

@@ -41,11 +41,13 @@ def test_the_planted_circuit_passes_every_check(planted):
         "sufficiency", "necessity", "completeness", "transfer", "pair KL", "vocabulary KL",
         "random supersets", "worst superset", "adversarial superset", "interchange",
         "logit difference moved", "moved by layer: h.0", "moved by layer: h.1",
+        "moved by layer, alone: h.0", "moved by layer, alone: h.1",
         "task-mean ablation", "zero ablation", "frozen norms", "resample ablation",
-        "attention agreement", "stability",
-        "adversarial: other_rows", "accuracy: other_rows",
+        "attention agreement", "minimality", "independence",
+        "adversarial: other_rows", "accuracy: other_rows", "stability: other seeds",
     ]  # fmt: skip
-    for name, value in [("sufficiency", 0), ("interchange", 1), ("transfer", 1), ("stability", 1)]:
+    expected = {"sufficiency": 0, "interchange": 1, "transfer": 1, "stability: other seeds": 1}
+    for name, value in expected.items():
         assert verification[name].value == pytest.approx(value, abs=0.02)
 
 
@@ -75,7 +77,8 @@ def test_half_the_mechanism_and_idle_company_are_noticed(model):
     # A circuit of everything is sufficient, yet no random circuit of its size is any worse.
     everything = {s: list(range(m.width)) for s, m in model.node_sites().items()}
     verification = verify(planted_circuit(model, nodes=everything), model)
-    assert not verification["sufficiency"].passed and not verification["stability"].passed
+    for name in ("sufficiency", "stability: other seeds", "minimality"):
+        assert not verification[name].passed
 
 
 def test_outcome_is_stored_and_shown(planted, tmp_path):
@@ -84,11 +87,11 @@ def test_outcome_is_stored_and_shown(planted, tmp_path):
     again = Circuit.from_pretrained(tmp_path)
     assert again.verification == circuit.verification == verification.numbers()
     assert again.verification["necessity"]["passed"] == 1.0
-    assert "threshold" not in again.verification["vocabulary KL"]
+    assert "threshold" not in again.verification["independence"]
     with pytest.raises(KeyError, match=r"no such check.*sufficiency"):
         verification["no such check"]
     for check in verification.checks:
-        assert check.control_low <= check.control <= check.control_high
+        assert check.control_low <= check.control <= check.control_high and check.as_good <= 1
         assert f"{check.control:.3f} ({check.control_low:.3f} to {check.control_high:.3f})" in (
             verification.table()
         )
