@@ -111,7 +111,10 @@ def verify(
     model: CircuitModel = None,
     output_dir: CircuitFolder = None,
     corpus: Corpus = None,
-    stability_seeds: Annotated[int, Option(help="Circuits to find from other seeds.")] = 2,
+    stability_seeds: Annotated[
+        int,
+        Option(help="Circuits to find from other seeds, prompts and wordings; 0 for no search."),
+    ] = 2,
 ) -> None:
     """Check a circuit beside random ones of its size."""
     from .commands.verify import run_verify

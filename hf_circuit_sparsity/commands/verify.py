@@ -25,7 +25,8 @@ def run_verify(
             of a circuit from the Hub are then only printed.
         corpus: folder of Python files over which the means of circuits from other seeds are taken;
             the standard library if not given.
-        stability_seeds: circuits to find from other seeds.
+        stability_seeds: circuits to find from other seeds, as many on other prompts and wordings;
+            0 for none, and for no search on a nonsense task and shuffled weights.
 
     Raises:
         TaskNotLearnedError: (a `ValueError`) the model does not solve the task.

@@ -130,10 +130,14 @@ def test_a_verification_is_shown():
                         "passed": 1.0},
         "transfer": {"value": 0.2, "control": 0.9, "control_low": 0.8, "control_high": 1.0,
                      "at_least": 1.0, "passed": 1.0},
+        "stability: other seeds": {"value": 0.6, "low": 0.5, "high": 0.7, "control": 0.1},
+        "fabricated loss: nonsense task": {"value": 0.5},
     }  # fmt: skip
     card = circuit_card({"": planted_circuit(verification=stored).to_dict()}, repo_id="ada/c")
     assert "| <code>sufficiency</code> | 0.100 | 0.800 | ≤ 0.15 | pass |" in card.text
     assert "| <code>transfer</code> | 0.200 | 0.900 (0.800 to 1.000) | – | – |" in card.text
+    assert "other seeds</code> | 0.600 (0.500 to 0.700) | 0.100 | – | – |" in card.text
+    assert "nonsense task</code> | 0.500 | – | – | – |" in card.text
 
 
 def test_a_dataset_card_keeps_what_the_viewer_needs():

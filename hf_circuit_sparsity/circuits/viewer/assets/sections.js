@@ -65,6 +65,7 @@ function showChecks() {
   if (!checks.length) return;
   const bounded = checks.filter(([, check]) => check.threshold !== undefined);
   const show = (value) => (value === undefined ? "" : value.toFixed(3));
+  const interval = (low, high) => (low === undefined ? "" : ` (${show(low)} to ${show(high)})`);
   const cells = (tag, list) => list.map((text, i) => h(tag, { class: i ? "value" : "" }, text));
   byId("losses").append(h("details", { class: "checks" },
     h("summary", {}, `${bounded.filter(([, check]) => check.passed).length} of `
@@ -72,9 +73,8 @@ function showChecks() {
     h("table", {},
       h("thead", {}, h("tr", {}, cells("th", ["Check", "Circuit", "Random", "Wanted", ""]))),
       h("tbody", {}, checks.map(([name, check]) => h("tr", {}, cells("td", [
-        clip(visible(name, false), 40), show(check.value),
-        show(check.control) + (check.control_low === undefined ? ""
-          : ` (${show(check.control_low)} to ${show(check.control_high)})`),
+        clip(visible(name, false), 40), show(check.value) + interval(check.low, check.high),
+        show(check.control) + interval(check.control_low, check.control_high),
         check.threshold === undefined ? "" : `${check.at_least ? "≥" : "≤"} ${plain(check.threshold)}`,
         check.threshold === undefined ? "–" : check.passed ? "✓" : "✗",
       ]))))),
