@@ -113,7 +113,7 @@ def verify(
     corpus: Corpus = None,
     stability_seeds: Annotated[
         int,
-        Option(help="Circuits to find from other seeds, prompts and wordings; 0 for no search."),
+        Option(help="Circuits to find from other seeds, prompts, wordings; 0 for no search."),
     ] = 2,
 ) -> None:
     """Check a circuit beside random ones of its size."""
