@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from hf_circuit_sparsity.circuits.ablation import (
@@ -21,11 +22,20 @@ from hf_circuit_sparsity.circuits.ablation import (
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.evaluation.alternatives import fabricated_circuits
 from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
+from hf_circuit_sparsity.circuits.gating import GatedModel
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError, find_circuits
-from hf_circuit_sparsity.circuits.task_scores import model_scores
+from hf_circuit_sparsity.circuits.supersets import adversarial_superset
+from hf_circuit_sparsity.circuits.task_scores import (
+    all_pair_logits,
+    binary_accuracy,
+    model_scores,
+    task_rows,
+    trimmed,
+)
 from hf_circuit_sparsity.commands.console import say
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from hf_circuit_sparsity.tasks.binary_task import BinaryTask
 from hf_circuit_sparsity.tasks.load import load_task
 
 from ..experiment import Experiment, machine, mean, stored, table
@@ -36,18 +46,21 @@ BASE = replace(SEARCHES["dear"], num_seeds=1)
 RESTS: dict[str, PruningConfig] = {
     "off": BASE,
     "random": replace(BASE, outside="random"),
-    "adversarial": replace(BASE, outside="adversarial", adversary_steps=4, selection_supersets=12),
+    "adversarial": replace(
+        BASE, outside="adversarial", adversary_steps=2, selection_supersets=12, adversary_nodes=16
+    ),
 }
 """What the rest does while circuits are looked for."""
 CHECKS = (
-    "sufficiency", "random supersets", "worst superset", "adversarial superset", "interchange",
-    "logit difference moved", "minimality", "transfer",
+    "sufficiency", "random supersets", "worst superset", "adversarial superset",
+    "adversary of 16 nodes", "interchange", "logit difference moved", "minimality", "transfer",
 )  # fmt: skip
 QUICKSTART = "quickstart"
 SPARSE = (QUICKSTART, "topk-128-seed0", "topk-128-seed1")
 DENSE = ("dense-abstopk-128-seed0", "dense-abstopk-128-seed1")
 PAIRS = dict(zip(SPARSE[1:], DENSE, strict=True))
 TARGET = 0.3
+ADVERSARIES = (8, 16, 32, 64)
 
 
 def run(experiment: Experiment) -> str:
@@ -91,13 +104,32 @@ def _cell(
             adversarial={}, progress=False,
         )  # fmt: skip
         found = {c.name: c.value for c in checks.checks}
+        attacked = _attacked(circuit, model, of_task)
+        found |= {f"adversary of {n} nodes": skill for n, skill in attacked.items()}
         return {
             "nodes": len(circuit),
             "edges": circuit.metrics["edges"],
             **{check: found[check] for check in CHECKS if check in found},
+            "attacked": attacked,
         }
 
     return {"model": name, "task": task, "rest": rest, "seed": seed, **stored(path, measure)}
+
+
+def _attacked(circuit: Circuit, model: Any, task: BinaryTask) -> dict[int, float]:
+    """Skill beside the worst of so many nodes of the rest, picked on training prompts."""
+    keep, means = circuit.masks_and_means(model)
+    seen, test = task_rows(task.tensors("train"), slice(128)), task.tensors("test")
+    gated, skills = GatedModel(model, means), {}
+    whole = binary_accuracy(all_pair_logits(model, test)) - 0.5
+    for most in ADVERSARIES:
+        worst = adversarial_superset(
+            gated, trimmed(seen), keep, circuit.calibration.pairs,
+            torch.Generator().manual_seed(0), steps=16, restarts=2, most=most,
+        )  # fmt: skip
+        with circuit.apply(model, beside=worst):
+            skills[most] = (binary_accuracy(all_pair_logits(model, test)) - 0.5) / whole
+    return skills
 
 
 def _nonsense(experiment: Experiment, name: str, task: str, rest: str) -> dict[str, Any]:

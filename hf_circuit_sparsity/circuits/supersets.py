@@ -45,8 +45,12 @@ def ascend(
     steps: int,
     rate: float,
     prepared: Prepared | None = None,
+    most: int | None = None,
 ) -> Gates:
-    """Gates of the rest that make a circuit fail: sign gradient ascent on its loss.
+    """Gates of the rest that make a circuit fail: gradient ascent on its loss.
+
+    Every gate moves by the sign of its gradient. Where only so many may be on, half of them are
+    left out at every step until they are as few, those with the least gradient.
 
     Args:
         gated: the model.
@@ -57,9 +61,10 @@ def ascend(
         steps: of the ascent, each a forward and a backward pass.
         rate: how far each gate moves per step.
         prepared: of these rows, where it is known already.
+        most: how many nodes may be on in the end; from a random half it takes about ten steps.
 
     Returns:
-        Site → `(k, width)`, in [0, 1].
+        Site → `(k, width)`, in [0, 1]; 0 or 1 with `most`.
     """
     gates = {site: gate.detach().float() for site, gate in gates.items()}
     prepared = prepared or gated.prepare(rows)
@@ -68,11 +73,30 @@ def ascend(
             outside = {s: gate.detach().float().requires_grad_() for s, gate in outside.items()}
             total = loss(gated.run(rows, beside(gates, outside), prepared)).sum()
             gradients = torch.autograd.grad(total, list(outside.values()), allow_unused=True)
-            outside = {
-                site: gate if g is None else (gate + rate * g.sign()).clamp(0, 1)
-                for (site, gate), g in zip(outside.items(), gradients, strict=True)
+            steep = {
+                site: torch.zeros_like(gate) if gradient is None else gradient
+                for (site, gate), gradient in zip(outside.items(), gradients, strict=True)
             }
+            if most is None:
+                outside = {s: (g + rate * steep[s].sign()).clamp(0, 1) for s, g in outside.items()}
+            else:
+                outside = _fewer(gates, outside, steep, rate, most)
     return {site: gate.detach() for site, gate in outside.items()}
+
+
+@torch.no_grad()
+def _fewer(gates: Gates, outside: Gates, steep: Gates, rate: float, most: int) -> Gates:
+    """Half as many on, but not fewer than `most`: those with the steepest ascent, and by so much
+    rather those that are on already."""
+    on = torch.cat([gate * (1 - gates[site]) for site, gate in outside.items()], 1)
+    slope = torch.cat(list(steep.values()), 1)
+    open_rest = 1 - torch.cat(list(gates.values()), 1)
+    scores = rate * on + slope / slope.abs().amax(1, keepdim=True).clamp_min(1e-12)
+    count = max(most, int((on > 0).sum(1).max()) // 2)
+    values, ids = scores.where(open_rest > 0, -torch.inf).topk(min(count, on.shape[1]), dim=1)
+    chosen = torch.zeros_like(on).scatter_(1, ids, (values > 0).to(on))
+    parts = chosen.split([gate.shape[1] for gate in outside.values()], 1)
+    return dict(zip(outside, parts, strict=True))
 
 
 def adversarial_superset(
@@ -84,6 +108,7 @@ def adversarial_superset(
     steps: int,
     rate: float = 0.25,
     restarts: int = 1,
+    most: int | None = None,
 ) -> dict[str, Tensor]:
     """The worst subset of the rest that was found, on these rows.
 
@@ -96,6 +121,7 @@ def adversarial_superset(
         steps: of the ascent.
         rate: see [`ascend`].
         restarts: starts, each from another random subset.
+        most: how many nodes it may have.
 
     Returns:
         Site → bool `(width,)`, the circuit's nodes not among them.
@@ -105,10 +131,11 @@ def adversarial_superset(
     worst: dict[str, Tensor] = {}
     highest = -float("inf")
     for _ in range(restarts):
-        start = random_superset({s: len(m) for s, m in keep.items()}, generator)
+        widths = {site: len(mask) for site, mask in keep.items()}
+        start = {s: m[None].float() for s, m in random_superset(widths, generator).items()}
         outside = ascend(
-            gated, rows, gates, {s: m[None].float() for s, m in start.items()},
-            lambda pairs: binary_loss(calibrated(pairs, rows)), steps, rate, prepared,
+            gated, rows, gates, start, lambda pairs: binary_loss(calibrated(pairs, rows)), steps,
+            rate, prepared, most,
         )  # fmt: skip
         chosen = {s: (gate[0] > 0.5).cpu() & ~keep[s].cpu() for s, gate in outside.items()}
         with torch.no_grad():

@@ -105,7 +105,7 @@ def test_a_circuit_that_the_rest_can_break_does_not_pass(loud):
         adversarial={}, progress=False,
     )  # fmt: skip
     failed = [check.name for check in checks.checks if not check.passed]
-    assert failed == ["random supersets", "adversarial superset"]
+    assert failed == ["random supersets", "adversarial superset", "adversary of equal size"]
     # Random parts of the rest often have both neurons on, or neither; the adversary has one.
     assert checks["adversarial superset"].value < 0.1 < checks["random supersets"].value
 
@@ -155,3 +155,24 @@ def test_other_ways_to_ablate_find_the_planted_circuit(changes):
     )  # fmt: skip
     assert circuit.metrics["circuit_loss"] < 0.15
     assert {s: ids for s, ids in circuit.nodes.items() if ids} == PLANTED_NODES
+
+
+def test_an_adversary_of_few_nodes_picks_those_that_break_most(loud):
+    means = reference_means(loud, reference_ids())
+    keep, test = planted_masks(means.nodes), on_off_task().tensors("test")
+    seen = task_rows(on_off_task().tensors("train"), slice(64))
+
+    def chosen(most):
+        outside = adversarial_superset(
+            GatedModel(loud, means.nodes), seen, keep, lambda pairs, rows: pairs,
+            torch.Generator().manual_seed(0), steps=12, restarts=6, most=most,
+        )  # fmt: skip
+        with mean_ablated(loud, {s: keep[s] | outside[s] for s in keep}, means.nodes):
+            reached = float(binary_loss(all_pair_logits(loud, test)))
+        return {(s, i) for s, m in outside.items() for i in m.nonzero()[:, 0].tolist()}, reached
+
+    (none, quiet), (one, heard), (few, loudest) = chosen(0), chosen(1), chosen(6)
+    assert not none and len(one) == 1 and len(few) == 6
+    assert quiet < 0.1 < heard < loudest and loudest > 1.0
+    for nodes in (one, few):  # one of the two, and not the other
+        assert sum(("h.1.mlp.post_act", i) in nodes for i in LOUD) == 1

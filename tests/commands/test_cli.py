@@ -110,7 +110,7 @@ def test_quickstart_from_corpus_to_picture_and_again(corpus, tmp_path, monkeypat
 def test_quickstart_says_which_checks_its_circuit_passes(tmp_path):
     model, task = planted_model(), on_off_task()
     verdict = quickstart._check(planted_circuit(model), model, task, tmp_path)
-    assert verdict.startswith("8 of 8 checks passed") and "Not tested: adversarial" in verdict
+    assert verdict.startswith("12 of 12 checks passed") and "Not tested: adversarial" in verdict
     assert Circuit.from_pretrained(tmp_path).verification["interchange"]["value"] == 1.0
     silent = planted_circuit(model, nodes={"h.1.mlp.post_act": [3]})
     assert "sufficiency" in quickstart._check(silent, model, task, tmp_path)

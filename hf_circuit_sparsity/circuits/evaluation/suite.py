@@ -180,15 +180,18 @@ class Suite:
             skills = [skill(random_superset(widths, generator)) for _ in drawn]
             numbers["random supersets"] = sum(skills) / len(skills)
             numbers["worst superset"] = min(skills)
-        if self.adversary_steps and attack and alone < ADVERSARIAL_SKILL:
-            numbers["adversarial superset"] = alone  # nobody need be on for it to fail
-        elif self.adversary_steps and attack:
+        adversaries = {"adversarial superset": None, "adversary of equal size": len(circuit)}
+        for name, most in adversaries.items() if self.adversary_steps and attack else ():
+            if alone < ADVERSARIAL_SKILL:
+                numbers[name] = alone  # nobody need be on for it to fail
+                continue
             with hooked(circuit.edge_cuts(model)):
                 worst = adversarial_superset(
                     GatedModel(model, means), trimmed(seen), keep, calibration.pairs,
-                    generator, self.adversary_steps, restarts=3,
+                    generator, self.adversary_steps, restarts=2,
+                    most=most,
                 )  # fmt: skip
-            numbers["adversarial superset"] = skill(worst)
+            numbers[name] = skill(worst)
         return numbers
 
     @cached_property

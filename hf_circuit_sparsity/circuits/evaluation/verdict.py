@@ -13,6 +13,7 @@ _MEANINGS = {
     "completeness": "with parts removed it and the model differ, so something is missing from it",
     "random supersets": "it answers only while the rest of the model is silent",
     "adversarial superset": "some part of the model makes it fail when that is switched on",
+    "adversary of equal size": "as many other nodes as it has can make it fail",
     "adversarial": "it and the model differ on prompts made to mislead the mechanism",
     "stability": "searches from other seeds or prompts find other nodes",
     "minimality": "some of its nodes do no more than nodes of the rest would",
@@ -26,7 +27,12 @@ _USES = (
         "It can be read as one way to the answer, not as what the model does.",
     ),
     (
-        ("completeness", "random supersets", "adversarial superset"),
+        (
+            "completeness",
+            "random supersets",
+            "adversarial superset",
+            "adversary of equal size",
+        ),
         "It can be read as nodes that take part in the answer, not as all that decides it: what is "
         "said of it holds with the rest of the model fixed.",
     ),

@@ -37,6 +37,11 @@ _CHECKS: dict[str, tuple[float | str | None, bool, str]] = {
         True,
         "skill with the part of the rest on that an adversary picks",
     ),
+    "adversary of equal size": (
+        ADVERSARIAL_SKILL,
+        True,
+        "the same if it may pick as many nodes as the circuit has",
+    ),
     "interchange": (0.75, True, "answers that flip when only its nodes see the other prompt"),
     "logit difference moved": (0.8, True, "by those nodes, of the way to the other prompt's"),
     "moved by layer": (None, True, "by those of {where} alone"),
@@ -92,9 +97,9 @@ def verify_circuit(
         subsets: random halves of the circuit, for completeness; of a random circuit one.
         supersets: random parts of the rest that are switched on beside the circuit.
         adversary_steps: of the ascent by which an adversary picks such a part on training prompts,
-            three times from random ones; the worst is tried on held-out prompts. Of the random
-            circuits, a few are attacked likewise; of those that alone have less skill than the
-            check asks for, the skill alone is taken.
+            twice from random ones, and again with no more nodes than the circuit has; the worst is
+            tried on held-out prompts. Of the random circuits, a few are attacked likewise; of those
+            that alone have less skill than the check asks for, the skill alone is taken.
         stability_seeds: circuits to find from other seeds, as many on other prompts and on other
             wordings, all as this one was found; and one each on a nonsense task and on the model
             with its weights shuffled, for what the search can make up. 0 for none of these.

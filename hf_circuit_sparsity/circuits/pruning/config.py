@@ -19,6 +19,7 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "max_steps", "screen_prompts", "node_penalty", "weight_decay", "init_std", "adversary_restart",
+    "adversary_nodes",
 )  # fmt: skip
 
 
@@ -84,6 +85,8 @@ class PruningConfig:
     """Mask updates after which it starts anew, from a random part; 0 for never."""
     adversary_rate: float = 0.25
     """How far a gate moves in one of its steps."""
+    adversary_nodes: int = 0
+    """How many nodes of the rest it may switch on; 0 for as many as it likes."""
     selection_supersets: int = 8
     """Where candidate circuits are compared: random parts, or ascent steps of the adversary."""
     ablation: AblationKind = "mean"

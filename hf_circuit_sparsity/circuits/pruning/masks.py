@@ -192,6 +192,7 @@ class _Outside:
                 self.gated, rows, gates, self.chosen,
                 lambda pairs: binary_loss(pairs.unflatten(0, (len(self.generators), -1))),
                 config.adversary_steps, config.adversary_rate, prepared,
+                config.adversary_nodes or None,
             )  # fmt: skip
         both = beside(gates, self.chosen)
         return {site: torch.cat([gate, both[site]]) for site, gate in gates.items()}

@@ -117,6 +117,7 @@ class Selector:
         return adversarial_superset(
             self.gated, rows, keep, lambda pairs, part: self.calibration.pairs(pairs, part),
             self._generator, self.config.selection_supersets, self.config.adversary_rate,
+            most=self.config.adversary_nodes or None,
         )  # fmt: skip
 
     def reaches(self, keep: Masks, cut: Sequence[Edge] = ()) -> bool:

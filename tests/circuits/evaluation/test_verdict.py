@@ -10,7 +10,7 @@ from tests.circuits.planted import full_circuit, planted_model
 KINDS = (
     "sufficiency", "pair KL", "transfer", "necessity", "interchange", "completeness",
     "random supersets", "adversarial superset", "adversarial: other_rows", "stability",
-    "logit difference moved", "minimality", "vocabulary KL",
+    "logit difference moved", "minimality", "vocabulary KL", "adversary of equal size",
 )  # fmt: skip
 BELIEVED = "It may be read as the model's mechanism"
 
@@ -25,11 +25,11 @@ def stored(*failed, without=()):
 
 
 def test_only_what_was_tested_and_held_is_believed():
-    assert verdict(stored()).startswith("13 of 13 checks passed. " + BELIEVED)
+    assert verdict(stored()).startswith("14 of 14 checks passed. " + BELIEVED)
     for name in KINDS:
         failed, missing = verdict(stored(name)), verdict(stored(without=[name]))
         assert f"Failed: {name} (" in failed and BELIEVED not in failed
-        assert failed.startswith("12 of 13")
+        assert failed.startswith("13 of 14")
         assert "Not tested: " + name.partition(":")[0] in missing and BELIEVED not in missing
     assert "Do not use it" in verdict(stored("a check of tomorrow"))
 
@@ -57,7 +57,7 @@ def test_a_file_that_claims_more_than_its_numbers_is_not_believed(tmp_path):
     read = Circuit.from_pretrained(tmp_path).verification
     wrong = {"necessity", "interchange", "sufficiency", "stability"}
     assert {name for name, check in read.items() if not check["passed"]} == wrong
-    assert verdict(read).startswith("9 of 13 checks passed. Do not use it")
+    assert verdict(read).startswith("10 of 14 checks passed. Do not use it")
     again = full_circuit(planted_model(), verification=read)
     again.save_pretrained(tmp_path / "again")
     assert verdict(Circuit.from_pretrained(tmp_path / "again").verification) == verdict(read)
@@ -67,5 +67,5 @@ def test_the_card_says_it_and_escapes_names():
     hostile = "<script>x</script>| [a](b)"
     content = full_circuit(planted_model(), verification=stored(hostile)).to_dict()
     card = str(circuit_card({"": content}, repo_id="me/circuits"))
-    assert "13 of 14 checks passed" in card and "Do not use it" in card
+    assert "14 of 15 checks passed" in card and "Do not use it" in card
     assert "<script>" not in card and "[a](b)" not in card

@@ -39,7 +39,8 @@ def test_the_planted_circuit_passes_every_check(planted):
     assert verification.passed, verification.table()
     assert [check.name for check in verification.checks] == [
         "sufficiency", "necessity", "completeness", "transfer", "pair KL", "vocabulary KL",
-        "random supersets", "worst superset", "adversarial superset", "interchange",
+        "random supersets", "worst superset", "adversarial superset",
+        "adversary of equal size", "interchange",
         "logit difference moved", "moved by layer: h.0", "moved by layer: h.1",
         "moved by layer, alone: h.0", "moved by layer, alone: h.1",
         "task-mean ablation", "zero ablation", "frozen norms", "resample ablation",
