@@ -42,7 +42,7 @@ from ..experiment import Experiment, machine, mean, stored, table
 from .findings import SEARCHES, Loaded, loaded
 from .trained_models import FOLDER, training_summary
 
-BASE = replace(SEARCHES["dear"], num_seeds=1)
+BASE = replace(SEARCHES["dear"], max_steps=120, learning_rate=2e-2, num_seeds=1)
 RESTS: dict[str, PruningConfig] = {
     "off": BASE,
     "random": replace(BASE, outside="random"),
@@ -53,14 +53,15 @@ RESTS: dict[str, PruningConfig] = {
 """What the rest does while circuits are looked for."""
 CHECKS = (
     "sufficiency", "random supersets", "worst superset", "adversarial superset",
-    "adversary of 16 nodes", "interchange", "logit difference moved", "minimality", "transfer",
+    "adversary of 16 nodes", "adversary of 64 nodes", "interchange", "logit difference moved",
+    "minimality", "transfer",
 )  # fmt: skip
 QUICKSTART = "quickstart"
 SPARSE = (QUICKSTART, "topk-128-seed0", "topk-128-seed1")
 DENSE = ("dense-abstopk-128-seed0", "dense-abstopk-128-seed1")
 PAIRS = dict(zip(SPARSE[1:], DENSE, strict=True))
 TARGET = 0.3
-ADVERSARIES = (8, 16, 32, 64)
+ADVERSARIES = (16, 64)
 
 
 def run(experiment: Experiment) -> str:
@@ -100,7 +101,7 @@ def _cell(
             return {"refused": str(error)}
         circuit.save_pretrained(folder / "circuits" / path.stem)
         checks = verify_circuit(
-            circuit, model, of_task, random_circuits=2, subsets=2, stability_seeds=0,
+            circuit, model, of_task, prompts=128, random_circuits=2, subsets=1, stability_seeds=0,
             adversarial={}, progress=False,
         )  # fmt: skip
         found = {c.name: c.value for c in checks.checks}

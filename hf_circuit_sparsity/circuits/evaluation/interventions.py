@@ -141,8 +141,11 @@ class OtherAblations:
         means = task_means(model, seen)
         self.task_means = {**means.nodes, TOKENS: means.token}
 
-    def losses(self, circuit: Circuit, calibration: Calibration) -> dict[str, float]:
-        """Loss in nats, by name of the ablation; with edges cut as the circuit has them."""
+    def losses(
+        self, circuit: Circuit, calibration: Calibration, few: bool = False
+    ) -> dict[str, float]:
+        """Loss in nats, by name of the ablation; with edges cut as the circuit has them. `few`
+        measures on one batch of prompts only."""
         keep, means = circuit.masks_and_means(self.model)
         of_task = {site: self.task_means[site] for site in keep}
         nothing = {site: torch.zeros_like(mean) for site, mean in means.items()}
@@ -161,11 +164,13 @@ class OtherAblations:
         losses = {}
         for name, (gated, tensors) in ways.items():
             pairs = []
-            for index in torch.arange(len(tensors["target_ids"])).split(BATCH_SIZE):
+            batches = torch.arange(len(tensors["target_ids"])).split(BATCH_SIZE)
+            for index in batches[: 1 if few else None]:
                 rows = trimmed(task_rows(tensors, index))
                 prepared = gated.prepare(rows)  # of the whole model, before edges are cut
                 with torch.no_grad(), hooked(hooks):
                     pairs.append(gated.run(rows, gates, prepared).cpu())
-            calibrated = calibration.pairs(torch.cat(pairs), tensors)
-            losses[name] = binary_loss(calibrated).item()
+            measured = torch.cat(pairs)
+            rows = task_rows(tensors, slice(len(measured)))
+            losses[name] = binary_loss(calibration.pairs(measured, rows)).item()
         return losses

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import cached_property, partial
-from math import inf
 
 import torch
 from torch import nn
@@ -37,7 +36,7 @@ GUESSING = 0.6931  # nats; ln 2
 ADVERSARIAL_SKILL = 0.8
 # Prompts: of random circuits, whose mean and spread do not need all; for the adversary; for what is
 # done node by node.
-_FEW, _ATTACK_ROWS, _TESTED = 96, 128, 48
+_FEW, _ATTACK_ROWS, _TESTED = 96, 128, 24
 
 
 class Suite:
@@ -135,12 +134,11 @@ class Suite:
             "pair KL": pair_kl(alone.numpy(), whole.numpy()),
             "vocabulary KL": self.vocabulary_kl(next_token),
         }
-        skill = inf if real else numbers["transfer"]
-        numbers |= self._beside_others(circuit, calibration, attack, skill)
+        numbers |= self._beside_others(circuit, calibration, real, attack, numbers["transfer"])
         if self.swaps is not None:
             numbers |= self.interchange.measure(circuit, by_layer=attack, few=not real)
         if attack:
-            numbers |= self.other_ablations.losses(circuit, calibration)
+            numbers |= self.other_ablations.losses(circuit, calibration, few=not real)
             numbers |= self._attention_agreement(circuit)
             generator = torch.Generator().manual_seed(self.seed)
             some = task_rows(test, slice(_TESTED))
@@ -160,12 +158,12 @@ class Suite:
         return (binary_accuracy(pairs) - 0.5) / (self.model_accuracy - 0.5)
 
     def _beside_others(
-        self, circuit: Circuit, calibration: Calibration, attack: bool, alone: float
+        self, circuit: Circuit, calibration: Calibration, real: bool, attack: bool, alone: float
     ) -> dict[str, float]:
-        """Skill on held-out prompts with parts of the rest on, one part for all prompts; who has
-        little `alone` is not attacked."""
+        """Skill on held-out prompts with parts of the rest on, one part for all prompts; a
+        random circuit of little skill `alone` is not attacked."""
         model, generator = self.model, torch.Generator().manual_seed(self.seed)
-        test, seen = (self.test if attack else self.few), task_rows(self.seen, slice(_ATTACK_ROWS))
+        test, seen = (self.test if real else self.few), task_rows(self.seen, slice(_ATTACK_ROWS))
         keep, means = circuit.masks_and_means(model)
         widths = {site: len(mask) for site, mask in keep.items()}
 
@@ -176,13 +174,13 @@ class Suite:
         numbers = {}
         if self.supersets:
             # For a random circuit a few are enough: there is little skill to lose.
-            drawn = range(self.supersets if attack else min(2, self.supersets))
+            drawn = range(self.supersets if real else min(2, self.supersets))
             skills = [skill(random_superset(widths, generator)) for _ in drawn]
             numbers["random supersets"] = sum(skills) / len(skills)
             numbers["worst superset"] = min(skills)
         adversaries = {"adversarial superset": None, "adversary of equal size": len(circuit)}
         for name, most in adversaries.items() if self.adversary_steps and attack else ():
-            if alone < ADVERSARIAL_SKILL:
+            if not real and alone < ADVERSARIAL_SKILL:
                 numbers[name] = alone  # nobody need be on for it to fail
                 continue
             with hooked(circuit.edge_cuts(model)):
