@@ -299,7 +299,7 @@ def _losses(experiment: Experiment) -> str:
     lines = [
         {"model": name, "validation loss": f"{summary['loss']:.3f}",
          "nonzeros": f"{summary['nonzeros']:,}"}
-        for name in experiment.options.models
+        for name in dict.fromkeys(experiment.options.models)
         if (summary := training_summary(name, experiment.folder))
     ]  # fmt: skip
     return table(lines)
