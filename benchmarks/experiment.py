@@ -138,6 +138,24 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and standard deviation, as a table shows them."""
+    if not values:
+        return "–"
+    variance = mean([v**2 for v in values]) - mean(values) ** 2
+    return f"{mean(values):.{digits}f} ± {max(0.0, variance) ** 0.5:.{digits}f}"
+
+
+def grouped(
+    rows: Sequence[Mapping[str, Any]], *keys: str
+) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
+    """The rows by what they have under these keys, in the order they come in."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
+
+
 def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
     """Call a module's function in a process of its own, so that its peak memory is its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

@@ -5,20 +5,16 @@ that the circuit answers beside a random part of the rest, or beside the part th
 picks. Every circuit is then checked alike by `verify_circuit`, on held-out prompts.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from hf_circuit_sparsity.circuits.ablation import (
-    ReferenceMeans,
-    reference_input_ids,
-    reference_means,
-)
+from hf_circuit_sparsity.circuits.ablation import reference_input_ids, reference_means
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.evaluation.alternatives import fabricated_circuits
 from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
@@ -34,11 +30,12 @@ from hf_circuit_sparsity.circuits.task_scores import (
     trimmed,
 )
 from hf_circuit_sparsity.commands.console import say
+from hf_circuit_sparsity.metrics.circuit_size.geometric_mean import geometric_mean
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.tasks.binary_task import BinaryTask
 from hf_circuit_sparsity.tasks.load import load_task
 
-from ..experiment import Experiment, machine, mean, stored, table
+from ..experiment import Experiment, grouped, machine, mean, spread, stored, table
 from .findings import SEARCHES, Loaded, loaded
 from .trained_models import FOLDER, training_summary
 
@@ -105,19 +102,17 @@ def _cell(
             adversarial={}, progress=False,
         )  # fmt: skip
         found = {c.name: c.value for c in checks.checks}
-        attacked = _attacked(circuit, model, of_task)
-        found |= {f"adversary of {n} nodes": skill for n, skill in attacked.items()}
+        found |= _attacked(circuit, model, of_task)
         return {
             "nodes": len(circuit),
             "edges": circuit.metrics["edges"],
             **{check: found[check] for check in CHECKS if check in found},
-            "attacked": attacked,
         }
 
     return {"model": name, "task": task, "rest": rest, "seed": seed, **stored(path, measure)}
 
 
-def _attacked(circuit: Circuit, model: Any, task: BinaryTask) -> dict[int, float]:
+def _attacked(circuit: Circuit, model: Any, task: BinaryTask) -> dict[str, float]:
     """Skill beside the worst of so many nodes of the rest, picked on training prompts."""
     keep, means = circuit.masks_and_means(model)
     seen, test = task_rows(task.tensors("train"), slice(128)), task.tensors("test")
@@ -129,7 +124,8 @@ def _attacked(circuit: Circuit, model: Any, task: BinaryTask) -> dict[int, float
             torch.Generator().manual_seed(0), steps=16, restarts=2, most=most,
         )  # fmt: skip
         with circuit.apply(model, beside=worst):
-            skills[most] = (binary_accuracy(all_pair_logits(model, test)) - 0.5) / whole
+            right = binary_accuracy(all_pair_logits(model, test))
+        skills[f"adversary of {most} nodes"] = (right - 0.5) / whole
     return skills
 
 
@@ -149,7 +145,7 @@ def _nonsense(experiment: Experiment, name: str, task: str, rest: str) -> dict[s
         made = fabricated_circuits(
             circuit, model, of_task, whole.calibration, means, progress=False
         )["nonsense task"]
-        return {"nodes": made.nodes, "loss": made.loss, "held-out loss": made.held_out}
+        return {"nodes": made.nodes, "loss": made.loss, "accuracy": made.accuracy}
 
     return stored(path, measure)
 
@@ -159,22 +155,14 @@ def _is_there(folder: Path, name: str) -> bool:
     return name != QUICKSTART or (folder / QUICKSTART / "model").is_dir()
 
 
+@lru_cache(maxsize=2)
 def _loaded(name: str, folder: Path) -> Loaded:
     if name != QUICKSTART:
         return loaded(name, folder)
     model = CircuitGPTForCausalLM.from_pretrained(folder / name / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / name / "tokenizer")
-    return Loaded(model, tokenizer, _quickstart_means(model, tokenizer))
-
-
-_MEANS: dict[str, ReferenceMeans] = {}
-
-
-def _quickstart_means(model: Any, tokenizer: Any) -> ReferenceMeans:
-    if QUICKSTART not in _MEANS:
-        ids = reference_input_ids(model, tokenizer, None, BASE.reference_tokens)
-        _MEANS[QUICKSTART] = reference_means(model, ids)
-    return _MEANS[QUICKSTART]
+    ids = reference_input_ids(model, tokenizer, None, BASE.reference_tokens)
+    return Loaded(model, tokenizer, reference_means(model, ids))
 
 
 def _task(task: str, tokenizer: Any, model: Any) -> Any:
@@ -188,15 +176,16 @@ def report(rows: Sequence[dict[str, Any]], experiment: Experiment) -> str:
     """The tables."""
     found = [row for row in rows if "refused" not in row]
     lines = []
-    for (name, task, rest), of_search in _grouped(found, "model", "task", "rest").items():
-        nonsense = _nonsense(experiment, name, task, rest) if experiment else {}
+    for (name, task, rest), of_search in grouped(found, "model", "task", "rest").items():
+        nonsense = _nonsense(experiment, name, task, rest)
         line: dict[str, object] = {
             "model": name, "task": task, "rest": rest, "seeds": len(of_search),
         }  # fmt: skip
         for key in ("nodes", "edges", *CHECKS):
-            line[key] = _spread([row[key] for row in of_search if key in row])
-        line["nonsense: nodes, loss"] = (
-            f"{nonsense['nodes']}, {nonsense['loss']:.2f}" if nonsense else "–"
+            values = [row[key] for row in of_search if key in row]
+            line[key] = spread(values, 0 if max(values, default=0) >= 10 else 2)
+        line["nonsense: nodes, right"] = (
+            f"{nonsense['nodes']}, {nonsense['accuracy']:.0%}" if nonsense else "–"
         )
         lines.append(line)
     refused = sorted({f"{row['model']}: {row['task']}" for row in rows if "refused" in row})
@@ -217,47 +206,29 @@ Target loss {TARGET:g} nats (selected at 0.8 of it on training prompts), {BASE.m
 updates of {BASE.batch_size} pairs, the masks' seed drawn anew. Skills (supersets, transfer) are
 shares of the whole model's accuracy above guessing. "nonsense" is what the same search, with the
 check bypassed that the model has learned the task, makes of answers that an irrelevant token
-decides: nodes used and the loss they reach on the prompts searched with (guessing is 0.69). After ±
-is the standard deviation over seeds."""
-
-
-def _grouped(rows: Sequence[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[str, Any]]]:
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return groups
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    deviation = max(0.0, mean([v**2 for v in values]) - mean(values) ** 2) ** 0.5
-    digits = 0 if max(values) >= 10 else 2
-    return f"{mean(values):.{digits}f} ± {deviation:.{digits}f}"
-
-
-def _geometric(values: Sequence[float]) -> float:
-    return math.exp(mean([math.log(v) for v in values]))
+decides: nodes used, and how often they are right on the prompts searched with (guessing is 50 %).
+After ± is the standard deviation over seeds."""
 
 
 def _ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
-    by_cell = {k: v for k, v in _grouped(rows, "model", "task", "rest").items()}
+    by_cell = grouped(rows, "model", "task", "rest")
+    rests = [rest for rest in RESTS if any(r == rest for _, _, r in by_cell)]
+    # Only where every search was made, so that all means are of the same models and tasks.
+    common = [
+        (name, task)
+        for name, task in grouped(rows, "model", "task")
+        if name in SPARSE and all((name, task, rest) in by_cell for rest in rests)
+    ]
     lines = []
-    for rest in RESTS:
-        pairs = [
-            (by_cell[name, task, "off"], of_rest)
-            for (name, task, r), of_rest in by_cell.items()
-            if r == rest and (name, task, "off") in by_cell and name in SPARSE
-        ]
-        if not pairs:
-            continue
+    for rest in rests if common else ():
+        pairs = [(by_cell[(*cell, "off")], by_cell[(*cell, rest)]) for cell in common]
         line: dict[str, object] = {"rest": rest, "models and tasks": len(pairs)}
         for size in ("nodes", "edges"):
             ratios = [
                 mean([max(1, r[size]) for r in other]) / mean([max(1, r[size]) for r in off])
                 for off, other in pairs
             ]
-            line[f"{size}, against off"] = f"{_geometric(ratios):.2f} ×"
+            line[f"{size}, against off"] = f"{geometric_mean(ratios):.2f} ×"
         for check in CHECKS[1:]:
             values = [
                 mean([r[check] for r in other if check in r])
@@ -270,7 +241,7 @@ def _ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
 
 
 def _dense_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
-    by_cell = _grouped(rows, "model", "task", "rest")
+    by_cell = grouped(rows, "model", "task", "rest")
     lines = []
     for rest in RESTS:
         for size in ("nodes", "edges"):
@@ -283,12 +254,12 @@ def _dense_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
             }
             if ratios:
                 by_pair = {
-                    sparse: _geometric([v for (s, _), v in ratios.items() if s == sparse])
+                    sparse: geometric_mean([v for (s, _), v in ratios.items() if s == sparse])
                     for sparse in {s for s, _ in ratios}
                 }
                 lines.append({
                     "rest": rest, "size": size, "models and tasks": len(ratios),
-                    "dense / sparse": f"{_geometric(list(ratios.values())):.1f} ×",
+                    "dense / sparse": f"{geometric_mean(list(ratios.values())):.1f} ×",
                     "from": f"{min(ratios.values()):.1f} to {max(ratios.values()):.1f} ×",
                     "by training run": ", ".join(f"{v:.1f} ×" for _, v in sorted(by_pair.items())),
                 })  # fmt: skip

@@ -1,7 +1,7 @@
 """Precision and recall of searches on planted mechanisms, of which the true nodes are known."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError, find_circuit
 from hf_circuit_sparsity.circuits.task_scores import all_pair_logits, binary_accuracy
 
-from ...experiment import Experiment, machine, mean, stored, table
+from ...experiment import Experiment, grouped, machine, mean, spread, stored, table
 from .builder import ARCHITECTURES
 from .mechanisms import MECHANISMS, Nodes, Planted, plant
 
@@ -104,13 +104,9 @@ def score(planted: Planted, circuit: Circuit) -> dict[str, Any]:
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
     """The tables, of rows with the keys of [`score`] and what they were measured on."""
-    by_mechanism = _table(rows, lambda r: {"mechanism": r["mechanism"], "method": _method(r)})
-    by_noise = _table(
-        rows,
-        lambda r: {
-            "method": _method(r), "architecture": r["architecture"], "noise": f"{r['noise']:g}"
-        },
-    )  # fmt: skip
+    named = [{**row, "method": _method(row), "noise": f"{row['noise']:g}"} for row in rows]
+    by_mechanism = _table(named, "mechanism", "method")
+    by_noise = _table(named, "method", "architecture", "noise")
     return "\n\n".join([
         "# Searches on planted mechanisms", EXPLANATION, f"Measured on: {machine()}.",
         "By mechanism, over architectures, noises and seeds:", by_mechanism,
@@ -136,16 +132,14 @@ def _method(row: dict[str, Any]) -> str:
     return row["method"] if row["method"] != CONTROL else f"{CONTROL}, as {row['sized']}"
 
 
-def _table(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], dict[str, str]]) -> str:
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(key(row).items()), []).append(row)
+def _table(rows: Sequence[dict[str, Any]], *keys: str) -> str:
     lines = []
-    for group, members in groups.items():
+    for group, members in grouped(rows, *keys).items():
         found = [row for row in members if "refused" not in row]
-        line = {**dict(group), "runs": len(members), "refused": len(members) - len(found)}
+        line = dict(zip(keys, group, strict=True))
+        line |= {"runs": len(members), "refused": len(members) - len(found)}
         for name in ("precision", "recall"):
-            line[name] = _spread([row[name] for row in found])
+            line[name] = spread([row[name] for row in found])
         exact = [float(row["precision"] == row["recall"] == 1) for row in found]
         line["exact"] = f"{mean(exact):.2f}" if found else "–"
         for name, title in (
@@ -154,13 +148,6 @@ def _table(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], dict[
             line[title] = f"{mean([row[name] for row in found]):.2f}" if found else "–"
         lines.append(line)
     return table(lines)
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    deviation = (mean([v**2 for v in values]) - mean(values) ** 2) ** 0.5 if len(values) > 1 else 0
-    return f"{mean(values):.2f} ± {max(0.0, deviation):.2f}"
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
 from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError
 
-from ...experiment import Experiment, machine, stored, table
+from ...experiment import Experiment, grouped, machine, stored, table
 from .__main__ import NOISES
 from .builder import ARCHITECTURES, Nodes
 from .mechanisms import MECHANISMS, Planted, plant
@@ -96,11 +96,10 @@ not solve its task, nothing is verified. "failed by" counts runs in which a chec
 
 
 def _table(rows: Sequence[dict[str, Any]], *keys: str) -> str:
-    groups: dict[tuple, list[list[str]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row["failed"])
     lines = []
-    for group, runs in sorted(groups.items(), key=lambda item: tuple(map(str, item[0]))):
+    ordered = sorted(rows, key=lambda row: [str(row[key]) for key in keys])
+    for group, members in grouped(ordered, *keys).items():
+        runs = [row["failed"] for row in members]
         counted = Counter(name for failed in runs for name in failed)
         lines.append({
             **dict(zip(keys, group, strict=True)), "runs": len(runs),
