@@ -12,15 +12,22 @@ from datasets import Dataset
 from torch import nn
 
 from ...tasks.binary_task import BinaryTask
-from ..ablation import ReferenceMeans, ReferenceTokens, means_over
+from ..ablation import ReferenceMeans, ReferenceTokens, mean_ablated, means_over
 from ..circuit import Circuit
 from ..pruning.config import PruningConfig
-from ..pruning.find import TaskNotLearnedError, find_circuits
+from ..pruning.find import TaskNotLearnedError, find_circuits, means_for
 from ..pruning.masks import Masks, learn_masks
 from ..pruning.shrink import Selector, bisect, drop_unconnected, drop_unneeded
-from ..task_scores import Calibration, TaskTensors, candidates, task_rows
-
-SEEDS, PROMPTS, WORDINGS = "other seeds", "other prompts", "other wordings"
+from ..task_scores import (
+    Calibration,
+    TaskTensors,
+    all_pair_logits,
+    binary_accuracy,
+    binary_loss,
+    candidates,
+    task_rows,
+)
+from .verdict import PROMPTS, SEEDS, WORDINGS
 
 
 def other_circuits(
@@ -83,12 +90,14 @@ class Fabricated:
         nodes: of the circuit; where the target is out of reach, the nodes whose masks are open.
         loss: on the training prompts it was selected on, nats.
         held_out: on held-out prompts.
+        accuracy: on the former, which no calibration has a say in; guessing is 0.5.
         reached: whether the target was.
     """
 
     nodes: int
     loss: float
     held_out: float
+    accuracy: float
     reached: bool
 
 
@@ -112,13 +121,13 @@ def fabricated_circuits(
         progress: show progress bars.
     """
     config = PruningConfig.from_stored(circuit.config, num_seeds=1)
-    means = means_over(model, task, reference, config.reference_tokens, progress)
-    nonsense = [nonsense_answers(task.tensors(split)) for split in ("train", "test")]
     real = [task.tensors(split) for split in ("train", "test")]
+    nonsense = [nonsense_answers(tensors) for tensors in real]
+    means = means_for(model, task, real[0], reference, config, progress)
     made = {"nonsense task": _fabricated(model, *nonsense, means, calibration, config, progress)}
     if not isinstance(reference, ReferenceMeans):
         shuffled = shuffled_weights(model, torch.Generator().manual_seed(config.seed))
-        means = means_over(shuffled, task, reference, config.reference_tokens)
+        means = means_for(shuffled, task, real[0], reference, config, progress=False)
         made["shuffled weights"] = _fabricated(
             shuffled, *real, means, calibration, config, progress
         )
@@ -133,9 +142,8 @@ def _fabricated(
         len(train["target_ids"]), generator=torch.Generator().manual_seed(config.seed)
     )
     train = task_rows(train, order)
-    selector = Selector(
-        model, task_rows(train, slice(config.selection_prompts)), means, calibration, config
-    )
+    selection = task_rows(train, slice(config.selection_prompts))
+    selector = Selector(model, selection, means, calibration, config)
     (scores,) = learn_masks(model, train, means.nodes, config, [config.seed], progress)
     keep: Masks = {site: score > 0 for site, score in scores.items()}
     reached = selector.reaches(keep)
@@ -143,11 +151,17 @@ def _fabricated(
         keep = drop_unconnected(model, bisect(scores, selector, keep), selector)
         if config.cleanup:
             keep = drop_unneeded(keep, selector, progress)
-    held_out = Selector(model, test, means, calibration, config)
+    with mean_ablated(model, keep, means.nodes):
+        on_train, on_test = (
+            calibration.pairs(all_pair_logits(model, rows), rows) for rows in (selection, test)
+        )
     return Fabricated(
-        sum(int(mask.sum()) for mask in keep.values()), selector.loss(keep), held_out.loss(keep),
-        reached,
-    )  # fmt: skip
+        nodes=sum(int(mask.sum()) for mask in keep.values()),
+        loss=binary_loss(on_train).item(),
+        held_out=binary_loss(on_test).item(),
+        accuracy=binary_accuracy(on_train),
+        reached=reached,
+    )
 
 
 def nonsense_answers(tensors: TaskTensors) -> dict[str, torch.Tensor]:

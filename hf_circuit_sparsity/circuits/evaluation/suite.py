@@ -186,8 +186,7 @@ class Suite:
             with hooked(circuit.edge_cuts(model)):
                 worst = adversarial_superset(
                     GatedModel(model, means), trimmed(seen), keep, calibration.pairs,
-                    generator, self.adversary_steps, restarts=2,
-                    most=most,
+                    generator, self.adversary_steps, restarts=2, most=most,
                 )  # fmt: skip
             numbers[name] = skill(worst)
         return numbers

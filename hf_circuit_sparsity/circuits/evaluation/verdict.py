@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+# Where the circuit was looked for again.
+SEEDS, PROMPTS, WORDINGS = "other seeds", "other prompts", "other wordings"
 # What it means that a check failed. The first groups weigh most.
 _MEANINGS = {
     "sufficiency": "alone it does not carry the task",
@@ -77,6 +79,9 @@ def verdict(verification: Mapping[str, Mapping[str, float]]) -> str:
     for name in failed:
         meaning = _MEANINGS.get(_kind(name))
         sentences.append(f"Failed: {name}{f' ({meaning})' if meaning else ''}.")
+    if any(name.startswith("stability: ") for name in bounded):
+        again = (f"stability: {kind}" for kind in (SEEDS, PROMPTS, WORDINGS))
+        missing += [name for name in again if name not in bounded]
     if missing:
         sentences.append(f"Not tested: {', '.join(missing)}.")
     return " ".join(sentences)

@@ -16,13 +16,15 @@ from tqdm.auto import tqdm
 
 from ...tasks.adversarial import load_adversarial_tasks
 from ...tasks.binary_task import BinaryTask
-from ..ablation import ReferenceTokens, in_eval_mode, unwrapped
+from ..ablation import ReferenceTokens, in_eval_mode, reference_input_ids, unwrapped
 from ..circuit import Circuit
+from ..pruning.config import PruningConfig
 from ..pruning.find import check_prompts_fit, jaccard
 from ..task_scores import Calibration, binary_accuracy
-from .alternatives import SEEDS, fabricated_circuits, other_circuits
+from .alternatives import fabricated_circuits, other_circuits
 from .checks import Check, Verification
 from .suite import ADVERSARIAL_SKILL, Suite
+from .verdict import SEEDS
 
 _ATTACKED = 4  # random circuits that what takes long is done to: an adversary, other ablations
 # Threshold (a string is looked up for the circuit), whether it must be at least that, and meaning.
@@ -60,6 +62,7 @@ _CHECKS: dict[str, tuple[float | str | None, bool, str]] = {
     "fabricated nodes": (None, False, "that the search makes use of: {where}"),
     "fabricated loss": (None, False, "that it reaches on its own prompts: {where}"),
     "fabricated held-out loss": (None, False, "of the same: {where}"),
+    "fabricated accuracy": (None, False, "on its own prompts, guessing is 0.5: {where}"),
     "adversarial": (0.75, True, "agreement with the model where {where}"),
     "accuracy": (None, True, "right where {where}; the model: {accuracy:.3f}"),
 }
@@ -140,6 +143,8 @@ def verify_circuit(
     with in_eval_mode(model):
         search = others is None and stability_seeds > 0
         if search:
+            tokens = PruningConfig.from_stored(circuit.config).reference_tokens
+            reference = reference_input_ids(model, task.tokenizer, reference, tokens, progress)
             others = other_circuits(circuit, model, task, stability_seeds, reference, progress)
         if adversarial is None:
             adversarial = load_adversarial_tasks(
@@ -202,7 +207,8 @@ def verify_circuit(
             add(f"stability: {kind}", shared, by_random, where=kind)
     for kind, of_kind in made.items():
         for part, value in (
-            ("nodes", of_kind.nodes), ("loss", of_kind.loss), ("held-out loss", of_kind.held_out)
+            ("nodes", of_kind.nodes), ("loss", of_kind.loss), ("held-out loss", of_kind.held_out),
+            ("accuracy", of_kind.accuracy),
         ):  # fmt: skip
             add(f"fabricated {part}: {kind}", [float(value)], [], where=kind)
     verification = Verification(tuple(checks))

@@ -124,7 +124,7 @@ def find_circuits(
         selection = task_rows(train, slice(config.selection_prompts))
         pairs = whole.train[order[: config.selection_prompts]]
         _check_learned(task, whole.calibration.pairs(pairs, selection), configs[0])
-        means = _means(model, task, train, reference, config, progress)
+        means = means_for(model, task, train, reference, config, progress)
         sites = dict(means.nodes)
         if config.token_nodes:
             sites[TOKENS] = means.token
@@ -167,7 +167,7 @@ def _allowed(
     return allowed
 
 
-def _means(
+def means_for(
     model: nn.Module,
     task: BinaryTask,
     train: TaskTensors,

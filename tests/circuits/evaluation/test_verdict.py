@@ -34,6 +34,11 @@ def test_only_what_was_tested_and_held_is_believed():
     assert "Do not use it" in verdict(stored("a check of tomorrow"))
 
 
+def test_where_a_circuit_was_not_looked_for_again_is_named():
+    told = verdict({**stored(without=["stability"]), "stability: other seeds": {"threshold": 0.5}})
+    assert "Not tested: stability: other prompts, stability: other wordings." in told
+
+
 @pytest.mark.parametrize("others", [(), ("stability",), ("adversarial superset", "interchange")])
 def test_the_weightiest_failure_decides(others):
     assert "Do not use it" in verdict(stored("sufficiency", *others))
