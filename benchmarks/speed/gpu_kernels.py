@@ -114,7 +114,7 @@ class _Bench:
             yield case | _or_error(measure)
 
     def abs_topk_variants(self) -> Iterator[dict]:
-        from hf_circuit_sparsity.kernels.triton_selection import TritonKernels
+        from hf_circuit_sparsity.kernels.gpu import TritonKernels
 
         for width, dtype in itertools.product((1024, 4096), DTYPES):
             inputs = [self.random(2048, width, dtype=dtype) for _ in range(4)]
@@ -169,7 +169,7 @@ class _Bench:
             yield case | {"kept": f"1/{round(1 / density)}"} | _or_error(measure)
 
     def projection_variants(self) -> Iterator[dict]:
-        from hf_circuit_sparsity.kernels.triton_selection import TritonKernels
+        from hf_circuit_sparsity.kernels.gpu import TritonKernels
 
         weight = self.random(8192, 2048, dtype=torch.float32)
         scratch, k = torch.empty_like(weight), weight.numel() // 64
@@ -180,7 +180,7 @@ class _Bench:
 
                 def project(minimum: int) -> None:
                     scratch.copy_(weight)
-                    kernels.project_(scratch, k, minimum, 0)
+                    kernels.project_([scratch], [k], [minimum], [0])
 
                 return self.time(
                     {

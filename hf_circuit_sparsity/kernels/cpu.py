@@ -21,7 +21,7 @@ from .products import ProductKernels
 from .selection import SelectionKernels
 
 if TYPE_CHECKING:
-    from .triton_selection import TritonKernels
+    from .gpu import TritonKernels
 
 logger = logging.get_logger(__name__)
 
@@ -50,7 +50,7 @@ def load_triton_kernels() -> "TritonKernels | None":
     if os.environ.get(SWITCH) == "0":
         return None
     try:
-        from .triton_selection import TritonKernels
+        from .gpu import TritonKernels
     except ImportError as error:
         logger.warning_once(
             f"Triton cannot be imported ({error}): slower torch code selects on the GPU instead. "

@@ -5,6 +5,8 @@ The definition is [`project_topk_reference_`], which sorts. Training calls
 `projection_cpu.py` on the CPU, by Triton on CUDA, by bisection elsewhere.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,15 +44,47 @@ def project_topk_(weight: Tensor, k: int, min_nonzeros: int = 0, row_dim: int = 
             finite is left alone and a later call raises this.
         TypeError: if `weight` is not a floating-point tensor of a supported dtype.
     """
-    _check_arguments(weight, k, min_nonzeros, row_dim)
-    if weight.numel() == 0:
-        return
-    matrix = _as_matrix(weight)
-    project = project_cpu_ if weight.device.type == "cpu" else _project_on_device_
-    with torch.no_grad():
-        project(matrix, k, min_nonzeros, row_dim)
-        if matrix.data_ptr() != weight.data_ptr():  # a non-contiguous weight had to be copied
-            weight.copy_(matrix.view(weight.shape))
+    project_topk_each_([weight], [k], [min_nonzeros], [row_dim])
+
+
+@torch.no_grad()
+def project_topk_each_(
+    weights: Sequence[Tensor],
+    budgets: Sequence[int],
+    minima: Sequence[int],
+    row_dims: Sequence[int],
+) -> None:
+    """[`project_topk_`] of several tensors, each with its own k, row minimum and row dimension.
+
+    On CUDA all are projected together, in about as many launches as one of them takes.
+
+    Raises:
+        ValueError, TypeError: as there, before any weight has been changed if an argument is out of
+            range; on the CPU, weights before one that is not finite have been projected.
+    """
+    cases = list(zip(weights, budgets, minima, row_dims, strict=True))
+    for case in cases:
+        _check_arguments(*case)
+    together: dict[torch.device, list[tuple[Tensor, int, int, int]]] = {}
+    copies = []
+    for weight, *settings in cases:
+        if weight.numel() == 0:
+            continue
+        matrix = _as_matrix(weight)
+        if matrix.data_ptr() != weight.data_ptr():  # one that is not contiguous had to be copied
+            copies.append((weight, matrix))
+        if weight.device.type == "cpu":
+            project_cpu_(matrix, *settings)
+            continue
+        kernels = selection_kernels(matrix)
+        if kernels is None or not kernels.can_project(matrix, *settings[1:]):
+            project_bisection_(matrix, *settings)
+        else:
+            together.setdefault(weight.device, []).append((matrix, *settings))
+    for members in together.values():
+        _project_together_(*zip(*members, strict=True))
+    for weight, matrix in copies:
+        weight.copy_(matrix.view(weight.shape))
 
 
 def project_topk_reference_(
@@ -72,12 +106,15 @@ def project_topk_reference_(
         weight.masked_fill_(~keep.view(weight.shape), 0.0)
 
 
-def _project_on_device_(matrix: Tensor, k: int, min_nonzeros: int, row_dim: int) -> None:
-    kernels = selection_kernels(matrix)
-    if kernels is None or not kernels.can_project(matrix, min_nonzeros, row_dim):
-        return project_bisection_(matrix, k, min_nonzeros, row_dim)
+def _project_together_(
+    matrices: Sequence[Tensor],
+    budgets: Sequence[int],
+    minima: Sequence[int],
+    row_dims: Sequence[int],
+) -> None:
+    """By the kernels of the device that all matrices are on."""
     try:
-        kernels.project_(matrix, k, min_nonzeros, row_dim)
+        selection_kernels(matrices[0]).project_(matrices, budgets, minima, row_dims)
     except FloatingPointError as error:
         raise not_finite(error.args[0], "in an earlier call") from None
 

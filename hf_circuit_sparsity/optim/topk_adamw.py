@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
-from .projection import nonzero_budget, project_topk_
+from .projection import nonzero_budget, project_topk_each_
 from .schedules import check_linear_density, linear_density
 from .sparse_optimizer import Normalization, SparseOptimizer, refuse_sparse
 
@@ -117,9 +117,13 @@ class TopKAdamW(SparseOptimizer):
         for gradient in gradients:
             refuse_sparse(gradient)
         # In float32 at least: a sum of squares of half-precision numbers loses digits or overflows.
+        by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+        for g in gradients:
+            by_kind.setdefault((g.device, g.dtype), []).append(g)
         norms = [
-            torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))
-            for g in gradients
+            norm
+            for (_, dtype), alike in by_kind.items()
+            for norm in torch._foreach_norm(alike, dtype=torch.promote_types(dtype, torch.float32))
         ]
         norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
         return norm.item() / math.sqrt(max(1, sum(g.numel() for g in gradients)))
@@ -132,14 +136,19 @@ class TopKAdamW(SparseOptimizer):
             self._adamw(group, 1.0)
 
     def _sparsify(self) -> None:
-        for group in self.param_groups:
-            density = group["density"]
-            if not group["sparse"] or density == 1.0:
-                continue
-            for p in group["params"]:
-                minimum = group["min_nonzeros"] if p.ndim > 1 else 0
-                budget = nonzero_budget(p.numel(), density)
-                project_topk_(p, budget, minimum, group["row_dim"])
+        cases = [
+            (
+                p,
+                nonzero_budget(p.numel(), group["density"]),
+                group["min_nonzeros"] if p.ndim > 1 else 0,
+                group["row_dim"],
+            )
+            for group in self.param_groups
+            if group["sparse"] and group["density"] < 1.0
+            for p in group["params"]
+        ]
+        if cases:
+            project_topk_each_(*zip(*cases, strict=True))
 
     def _gradients(self) -> list[torch.Tensor]:
         every = [p.grad for group in self.param_groups for p in group["params"]]

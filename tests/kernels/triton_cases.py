@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from hf_circuit_sparsity.kernels import cpu
-from hf_circuit_sparsity.kernels.triton_selection import TritonKernels
+from hf_circuit_sparsity.kernels import cpu, triton_projection
+from hf_circuit_sparsity.kernels.gpu import TritonKernels
 from hf_circuit_sparsity.modeling import functional
 from hf_circuit_sparsity.modeling.functional import abs_topk, abs_topk_reference
 from hf_circuit_sparsity.optim import projection
@@ -27,7 +27,10 @@ def through_kernels(kernels, monkeypatch):
     """The public functions find these kernels, as they do for a CUDA tensor."""
     for module in (functional, projection):
         monkeypatch.setattr(module, "selection_kernels", lambda x: kernels)
-    monkeypatch.setattr(projection, "project_cpu_", projection._project_on_device_)
+    monkeypatch.setattr(
+        projection, "project_cpu_",
+        lambda *case: projection._project_together_(*([part] for part in case)),
+    )  # fmt: skip
 
 
 def rows_of_every_kind(width, dtype):
@@ -96,7 +99,7 @@ def matrices(rows, width, dtype):
 def check_projection(kernels, matrix, k, min_nonzeros=0, row_dim=0):
     expected, got = matrix.clone(), matrix.clone()
     project_topk_reference_(expected, k, min_nonzeros, row_dim)
-    kernels.project_(got, k, min_nonzeros, row_dim)
+    kernels.project_([got], [k], [min_nonzeros], [row_dim])
     assert torch.equal(got, expected), (k, min_nonzeros, row_dim)
 
 
@@ -149,6 +152,30 @@ def test_projection_of_other_shapes(through_kernels):
     assert torch.equal(storage, expected.T)
 
 
+@pytest.mark.parametrize("most_entries", [2**26, 1000])
+def test_matrices_of_every_kind_together(kernels, monkeypatch, most_entries):
+    monkeypatch.setattr(triton_projection, "MOST_ENTRIES", most_entries)
+    cases = [  # matrix, budget, row minimum, row dimension
+        (torch.randn(12, 70), 90, 4, 0),
+        (torch.randn(70, 12), 120, 3, 1),
+        (torch.randn(5, 200), 60, 20, 0),  # more than the budget, and not one after the other
+        (torch.randn(33, 1), 5, 0, 0),
+        (torch.randn(10, 15, dtype=torch.bfloat16), 30, 2, 0),
+        (torch.randint(-2, 3, (9, 65)).float(), 130, 1, 0),
+        (torch.randn(3, 3).half(), 4, 1, 1),
+    ]
+    got = [matrix.to(DEVICE) for matrix, *_ in cases]
+    expected = [matrix.clone() for matrix in got]
+    settings = list(zip(*(case[1:] for case in cases), strict=True))
+    for _ in range(2):  # with other budgets and the same tables
+        for matrix, *rest in zip(expected, *settings, strict=True):
+            project_topk_reference_(matrix, *rest)
+        kernels.project_(got, *settings)
+        for ours, plain, case in zip(got, expected, cases, strict=True):
+            assert torch.equal(ours, plain), case[1:]
+        settings[0] = [budget // 2 for budget in settings[0]]
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_finite_is_left_alone_and_reported_later(through_kernels, bad, dtype):
@@ -167,7 +194,7 @@ def test_what_is_not_finite_is_left_alone_and_reported_later(through_kernels, ba
 
 
 def test_without_triton_the_plain_path_is_taken_and_said_once(monkeypatch):
-    monkeypatch.setitem(sys.modules, f"{cpu.__package__}.triton_selection", None)
+    monkeypatch.setitem(sys.modules, f"{cpu.__package__}.gpu", None)
     cpu.load_triton_kernels.cache_clear()
     try:
         assert cpu.load_triton_kernels() is None
