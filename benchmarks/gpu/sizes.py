@@ -19,16 +19,16 @@ class Size:
     d_model: int = 1024
     n_layer: int = 8
     block_size: int = 256
-    batch_size: int = 64
+    batch_size: int = 32
     timed_steps: int = 40
-    train_seconds: float = 280
+    train_seconds: float = 240
     validation_blocks: int = 2048
     task_prompts: int = 512
     circuit_tasks: int = 3
     mask_steps: int = 200
     speed_widths: tuple[int, ...] = (1024, 2048)
     speed_batch: int = 16
-    speed_seconds: float = 40
+    speed_seconds: float = 85
 
     def config(self, vocab_size: int, eos_token_id: int | None = None) -> CircuitGPTConfig:
         """The model's."""
@@ -72,6 +72,11 @@ SIZES = {
         speed_seconds=10,
     ),
 }
+
+
+def compile_mode(device: str) -> str | None:
+    """How blocks are compiled for training: on CUDA their launches are recorded and replayed."""
+    return "reduce-overhead" if device == "cuda" else None
 
 
 class TokenBlocks(Dataset):

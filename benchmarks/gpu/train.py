@@ -1,7 +1,9 @@
 """A training run of a given time: top-k annealed AdamW from bigram counts, by `SparseTrainer`."""
 
+import argparse
 import csv
 import gc
+import math
 import statistics
 import time
 from contextlib import suppress
@@ -23,7 +25,7 @@ from hf_circuit_sparsity.trainer.sparse_trainer import SparseTrainer
 from hf_circuit_sparsity.trainer.training_curves import plot_training_curves
 
 from ..experiment import machine, table
-from .sizes import SIZES, TokenBlocks, stage_arguments, write_section
+from .sizes import SIZES, TokenBlocks, compile_mode, stage_arguments, write_section
 
 DENSITY = 1 / 64
 LOGS = 50
@@ -34,6 +36,9 @@ class Clock(TrainerCallback):
 
     def __init__(self, seconds: float = float("inf")) -> None:
         self.seconds, self.ends = seconds, [time.perf_counter()]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        torch.compiler.cudagraph_mark_step_begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.ends.append(time.perf_counter())
@@ -92,7 +97,7 @@ class Run:
         model = self.model()
         if self.args.compile:
             for block in model.transformer.h:
-                block.compile(dynamic=False)
+                block.compile(dynamic=False, mode=compile_mode(self.args.device))
         arguments = SparseTrainingArguments(
             output_dir=str(self.args.work / "trainer"),
             max_steps=steps,
@@ -124,20 +129,25 @@ class Run:
         trainer.add_callback(trainer.clock)
         return trainer
 
-    def time_step(self) -> tuple[float, float]:
-        """Seconds of a step and of a log, from a training that is thrown away."""
+    def time_step(self) -> tuple[float, float, float]:
+        """Seconds of a step and of a log, and the loss, from a training that is thrown away."""
         timing = self.trainer(self.size.timed_steps, self.args.rates[0])
-        timing.train()
+        loss = timing.train().training_loss
         started = time.perf_counter()
         timing._monitor.measure()
-        return timing.clock.seconds_per_step(), time.perf_counter() - started
+        return timing.clock.seconds_per_step(), time.perf_counter() - started, loss
 
 
 def main() -> None:
     parser = stage_arguments(__doc__)
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-3], help="tried in turn")
     parser.add_argument("--trial-seconds", type=float, default=6, help="for each of several rates")
-    parser.add_argument("--compile", action="store_true", help="torch.compile every block")
+    parser.add_argument("--seconds", type=float, help="of training; else by the size")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile every block; on CUDA it is done unless it fails",
+    )
     quiet_libraries()
     train(parser.parse_args())
 
@@ -161,15 +171,22 @@ def check_device(device: str) -> None:
 def train(args: Any) -> None:
     """Time a step, try the learning rates if there are several, train, save, report."""
     check_device(args.device)
-    run, size = Run(args), SIZES[args.size]
-    try:
-        per_step, per_log = run.time_step()
-    except Exception as error:
-        if not args.compile:
-            raise
-        print(f"Compiling failed, so blocks run as they are: {error}", flush=True)
-        args.compile = False
-        per_step, per_log = run.time_step()
+    run, seconds = Run(args), args.seconds or SIZES[args.size].train_seconds
+    wanted = args.device == "cuda" if args.compile is None else args.compile
+    args.compile = False
+    per_step, per_log, loss = run.time_step()
+    eager_step = per_step
+    if wanted:
+        try:
+            args.compile = True
+            per_step, per_log, compiled_loss = run.time_step()
+            print(f"Loss of the same steps: {loss:.4f}, compiled {compiled_loss:.4f}", flush=True)
+            if not math.isclose(loss, compiled_loss, rel_tol=0.005):
+                raise ArithmeticError(f"compiled, {loss:.4f} became {compiled_loss:.4f}")
+        except Exception as error:
+            print(f"Compiling failed, so blocks run as they are: {error!r:.2000}", flush=True)
+            args.compile, per_step = False, eager_step
+    print(f"{1e3 * eager_step:.1f} ms per step as it is")
     print(f"{1e3 * per_step:.1f} ms per step, {1e3 * per_log:.0f} ms per log", flush=True)
     rate, trials = args.rates[0], []
     for tried in args.rates if len(args.rates) > 1 else []:
@@ -184,9 +201,9 @@ def train(args: Any) -> None:
         write_section(args.work, "2-rates", "## Learning rates tried\n\n" + table(trials))
         rate = min(trials, key=lambda trial: trial["held-out loss"])["learning rate"]
 
-    logs = min(LOGS, int(0.05 * size.train_seconds / per_log) + 1)
-    steps = max(8, int((0.99 * size.train_seconds - logs * per_log) / per_step))
-    trainer = run.trainer(steps, rate, 1.04 * size.train_seconds, logs)
+    logs = min(LOGS, int(0.05 * seconds / per_log) + 1)
+    steps = max(8, int((0.97 * seconds - logs * per_log) / per_step))
+    trainer = run.trainer(steps, rate, 1.04 * seconds, logs)
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
@@ -194,16 +211,23 @@ def train(args: Any) -> None:
     model.save_pretrained(args.work / "model", sparse=True)
     run.tokenizer.save_pretrained(args.work / "model")
     model.to(args.device)
-    report(args.work, run, trainer, rate, seconds, per_step)
+    report(args.work, run, trainer, rate, seconds, per_step, eager_step)
 
 
 def held_out(trainer: SparseTrainer) -> float:
     """Loss on the validation packages, nats per token."""
-    return round(trainer.evaluate()["eval_loss"], 4)
+    with torch.compiler.set_stance("force_eager"):  # the graphs are for training
+        return round(trainer.evaluate()["eval_loss"], 4)
 
 
 def report(
-    work: Path, run: Run, trainer: SparseTrainer, rate: float, seconds: float, per_step: float
+    work: Path,
+    run: Run,
+    trainer: SparseTrainer,
+    rate: float,
+    seconds: float,
+    per_step: float,
+    eager_step: float,
 ) -> None:
     """Write the curves and the section on training."""
     size, state = run.size, trainer.state
@@ -237,8 +261,9 @@ def report(
         f"# Run on {machine(run.args.device)}\n\n## Training\n\nCircuitGPT, d_model "
         f"{size.d_model}, {size.n_layer} layers, context {size.block_size}, {size.batch_size} "
         f"sequences per step, blocks {'' if run.args.compile else 'not '}compiled; "
-        f"{1e3 * per_step:.1f} ms per step when timed{memory}. The held-out packages share no "
-        f"file with the training ones.\n\n{table([row])}\n\n![Loss and density](loss.png)",
+        f"{1e3 * per_step:.1f} ms per step when timed, {1e3 * eager_step:.1f} if not "
+        f"compiled{memory}. The held-out packages share no file with the training ones.\n\n"
+        f"{table([row])}\n\n![Loss and density](loss.png)",
     )
 
 

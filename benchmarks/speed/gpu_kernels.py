@@ -11,20 +11,28 @@ from collections.abc import Callable, Iterator
 import torch
 
 from hf_circuit_sparsity.kernels.cpu import load_triton_kernels, without_kernels
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.functional import abs_topk, abs_topk_reference
-from hf_circuit_sparsity.optim.projection import project_topk_, project_topk_reference_
+from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from hf_circuit_sparsity.optim.param_groups import sparse_param_groups
+from hf_circuit_sparsity.optim.projection import (
+    nonzero_budget,
+    project_topk_,
+    project_topk_each_,
+    project_topk_reference_,
+)
 
 from ..experiment import Experiment, table
 from .plain import abs_topk_plain, project_plain_
 from .timing import interleaved, main, ratio
 
-SHAPES = ((2048, 1024), (2048, 2048), (2048, 4096), (256, 16384))
+SHAPES = ((2048, 1024), (2048, 2048), (2048, 4096), (256, 16384), (16384, 1024), (16384, 4096))
 MATRICES = ((1024, 4096), (4096, 1024), (8192, 2048))
 DTYPES = (torch.float32, torch.bfloat16)
 DENSITIES = (1 / 64, 1 / 2)
 # Entries that a thread holds of a row; entries and warps of a program that reads a matrix.
 PER_THREAD = (8, 16, 64)
-PROGRAMS = ((2048, 4), (4096, 4), (8192, 8), (16384, 16))
+PROGRAMS = ((2048, 4), (4096, 4), (4096, 8), (8192, 8))
 
 
 def run(experiment: Experiment) -> str:
@@ -38,13 +46,14 @@ def run(experiment: Experiment) -> str:
     for title, section in (
         ("Ceilings", bench.ceilings),
         ("AbsTopK", bench.abs_topk),
+        ("Projection of all matrices of a model", bench.projection_of_models),
         ("Projection", bench.projection),
-        ("Launches of one projection", bench.profile),
+        ("What the launches of these projections take", bench.profile),
         ("Variants of the projection", bench.projection_variants),
         ("Variants of AbsTopK", bench.abs_topk_variants),
     ):
         start = time.perf_counter()
-        text = section() if title.startswith("Launches") else _table(section())
+        text = section() if title.startswith("What") else _table(section())
         parts += [f"### {title} ({time.perf_counter() - start:.0f} s)", text]
         print("\n\n".join(["", *parts[-2:]]), flush=True)
     return "\n\n".join(parts)
@@ -104,11 +113,22 @@ class _Bench:
                     }
                 )
                 plain, ours, plain_both, ours_both = times.values()
+                # As in compiled code, whose launches a graph replays: the device's time alone.
+                replayed = self.time(
+                    {
+                        "plain, replayed": graphed(forward(abs_topk_plain), len(inputs)),
+                        "ours, replayed": graphed(forward(abs_topk), len(inputs)),
+                    }
+                )
+                replayed = {name: t.divided(len(inputs)) for name, t in replayed.items()}
+                on_device = list(replayed.values())
                 return {
                     **times,
                     "forward": ratio(plain, ours),
                     "both": ratio(plain_both, ours_both),
-                    "of a copy's bandwidth": _rate(2 * up.nbytes, ours),
+                    **replayed,
+                    "forward, replayed": ratio(*on_device),
+                    "of a copy's bandwidth": _rate(2 * up.nbytes, on_device[1]),
                 }
 
             yield case | _or_error(measure)
@@ -130,6 +150,37 @@ class _Bench:
                 return self.time(sides)
 
             yield {"shape": f"2048 × {width}", "dtype": _short(dtype)} | _or_error(measure)
+
+    def projection_of_models(self) -> Iterator[dict]:
+        """What ends a step of training: every sparse parameter, each with its row minimum."""
+        for width, density in itertools.product((1024, 2048), DENSITIES):
+            case = {"d_model": width, "kept": f"1/{round(1 / density)}"}
+
+            def measure(width=width, density=density) -> dict:
+                model = _Matrices(self, width, density)
+                model.one_by_one(project_topk_reference_)
+                expected = [matrix.clone() for matrix in model.scratch]
+                model.together(project_topk_each_)
+                for got, right in zip(model.scratch, expected, strict=True):
+                    _same(got, right)
+                del expected
+                times = self.time(
+                    {
+                        "copy, in each": model.fresh,
+                        "topk": lambda: model.one_by_one(project_plain_),
+                        "ours, one by one": lambda: model.one_by_one(project_topk_),
+                        "ours": lambda: model.together(project_topk_each_),
+                    }
+                )
+                copy, plain, single, ours = (t.median for t in times.values())
+                return {
+                    "parameters": str(model),
+                    **times,
+                    "topk / one by one, less the copy": f"{(plain - copy) / (single - copy):.1f} ×",
+                    "topk / ours": f"{(plain - copy) / (ours - copy):.1f} ×",
+                }
+
+            yield case | _or_error(measure)
 
     def projection(self) -> Iterator[dict]:
         for shape, dtype, density in itertools.product(MATRICES, DTYPES, DENSITIES):
@@ -171,22 +222,18 @@ class _Bench:
     def projection_variants(self) -> Iterator[dict]:
         from hf_circuit_sparsity.kernels.gpu import TritonKernels
 
-        weight = self.random(8192, 2048, dtype=torch.float32)
-        scratch, k = torch.empty_like(weight), weight.numel() // 64
+        model = _Matrices(self, 1024, 1 / 64)
         for block, warps in PROGRAMS:
 
             def measure(block=block, warps=warps) -> dict:
                 kernels = TritonKernels(block=block, warps=warps)
-
-                def project(minimum: int) -> None:
-                    scratch.copy_(weight)
-                    kernels.project_([scratch], [k], [minimum], [0])
-
+                matrices = [m.view(len(m), -1) for m in model.scratch]
                 return self.time(
                     {
-                        "copy, in each": lambda: scratch.copy_(weight),
-                        "ours": lambda: project(0),
-                        "ours + minimum 4": lambda: project(4),
+                        "copy, in each": model.fresh,
+                        "ours": lambda: model.together(
+                            lambda _, *settings: kernels.project_(matrices, *settings)
+                        ),
                     }
                 )
 
@@ -197,21 +244,71 @@ class _Bench:
         from torch.profiler import ProfilerActivity, profile
 
         lines = []
-        for dtype, minimum in itertools.product(DTYPES, (0, 4)):
-            weight = self.random(8192, 2048, dtype=dtype)
-            k = weight.numel() // 64
+        for width in (1024, 2048):
+            model = _Matrices(self, width, 1 / 64)
             try:
-                project_topk_(weight.clone(), k, minimum)
+                model.together(project_topk_each_)
                 torch.cuda.synchronize()
                 with profile(activities=[ProfilerActivity.CUDA]) as seen:
-                    project_topk_(weight, k, minimum)
+                    project_topk_each_(model.scratch, *model.settings)
                     torch.cuda.synchronize()
-                events = [(e.name[:40], e.time_range.elapsed_us()) for e in seen.events()]
-                launches = [f"{name} {took:.1f}" for name, took in events]
-                lines.append(f"{_short(dtype)}, minimum {minimum}, µs: " + "; ".join(launches))
+                took: dict[str, float] = {}
+                for event in seen.events():
+                    if event.device_type == torch.autograd.DeviceType.CUDA:
+                        name = event.name[:40]
+                        took[name] = took.get(name, 0.0) + event.time_range.elapsed_us()
+                launches = "; ".join(f"{name} {us:.0f}" for name, us in took.items())
+                lines.append(f"d_model {width}, {sum(took.values()):.0f} µs: {launches}")
             except Exception as error:
                 lines.append(_message(error))
         return "\n\n".join(lines)
+
+
+class _Matrices:
+    """Random ones of the shapes of a model of 8 layers, and what is to be kept of each."""
+
+    def __init__(self, bench: _Bench, width: int, density: float):
+        config = CircuitGPTConfig(
+            n_layer=8, d_model=width, d_head=16, block_size=256, vocab_size=2048
+        )
+        with torch.device("meta"):
+            groups = sparse_param_groups(CircuitGPTForCausalLM(config))
+        shapes = [
+            (p.shape, group["min_nonzeros"] if p.dim() > 1 else 0)
+            for group in groups
+            if group["sparse"]
+            for _, p in group["params"]
+        ]
+        self.weights = [bench.random(*shape, dtype=torch.float32) for shape, _ in shapes]
+        self.scratch = [torch.empty_like(weight) for weight in self.weights]
+        budgets = [nonzero_budget(weight.numel(), density) for weight in self.weights]
+        self.settings = budgets, [minimum for _, minimum in shapes], [0] * len(shapes)
+
+    def fresh(self) -> None:
+        torch._foreach_copy_(self.scratch, self.weights)
+
+    def one_by_one(self, project: Callable) -> None:
+        self.fresh()
+        for case in zip(self.scratch, *self.settings[:2], strict=True):
+            project(*case)
+
+    def together(self, project: Callable) -> None:
+        self.fresh()
+        project(self.scratch, *self.settings)
+
+    def __str__(self) -> str:
+        return f"{len(self.weights)} of {sum(w.numel() for w in self.weights):,} entries"
+
+
+def graphed(call: Callable[[], object], calls: int) -> Callable[[], None]:
+    """So many calls as one graph, which is replayed."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    return graph.replay
 
 
 def _table(rows: Iterator[dict]) -> str:

@@ -20,6 +20,10 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    def divided(self, calls: int) -> "Timing":
+        """Of one of so many that one call held."""
+        return Timing(tuple(s / calls for s in self.seconds))
+
     def __str__(self) -> str:
         """Median and range, in milliseconds."""
         low, high = min(self.seconds), max(self.seconds)

@@ -56,6 +56,7 @@ class TrainingStep:
             self._step()
 
     def _step(self) -> None:
+        torch.compiler.cudagraph_mark_step_begin()  # where it is compiled
         self.model.zero_grad(set_to_none=True)
         plain = plainly(self.model) if self.plain else nullcontext()
         with plain, on_nonzeros(self.model) if self.nonzeros else nullcontext():

@@ -6,7 +6,6 @@ running. Here every program looks up which matrix it works on.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -14,27 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_search import (
-    MAX_WIDTH,
-    infinity,
-    kth_largest,
-    largest,
-    on,
-    one_of_few_largest,
-    warps,
-)
+from .triton_search import INTEGER, MAX_WIDTH, infinity, kth_largest, largest, on, warps
 
 # Entries of the matrices of one chain: the list of what is near a threshold takes as many.
 MOST_ENTRIES = 2**26
-_FEW = 8  # the largest row minimum that is found one entry after the other
 _SAMPLE = tl.constexpr(8192)
 _BINS = tl.constexpr(2048)  # of one digit of the search among the listed entries
 _DIGIT = tl.constexpr(11)  # their logarithm
 _ALL = tl.constexpr(2**31 - 1)
-# What is fixed of a matrix, in int64: its address, entries, columns, whether rows have a minimum
-# (1: rows of the matrix, 2: its columns), the first one's place among all limits, its
-# first block and its blocks, how far apart the entries of the sample are, and the row minimum.
-_AT, _N, _WIDTH, _KIND, _FIRST_ROW, _FIRST_BLOCK, _BLOCKS, _STRIDE, _MINIMUM, _FACTS = (
+# What is fixed of a matrix, in int64: its address, entries and columns, whether the rows with a
+# minimum are its columns, the minimum, where what they keep is set aside, its first block and its
+# blocks, and how far apart the entries of the sample are.
+_AT, _N, _WIDTH, _COLUMNS, _MINIMUM, _FIRST_KEPT, _FIRST_BLOCK, _BLOCKS, _STRIDE, _FACTS = (
     tl.constexpr(i) for i in range(10)
 )
 # What the kernels tell each other of a matrix, in int32: the bracket of the threshold, how many
@@ -49,31 +39,6 @@ _LOW, _HIGH, _ABOVE, _LISTED, _ABOVE_2, _LISTED_2, _NOT_FINITE, _IN_ROWS = (
 _THRESHOLD, _SHIFT, _NEED, _SETTLED, _CUT_BLOCK, _CUT_ROOM, _DONE, _HISTOGRAMS, _STATE = (
     tl.constexpr(i) for i in (*range(8, 15), 32, 32 + 3 * 2048)
 )
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """What a chain has to know of a matrix, apart from its budget."""
-
-    address: int
-    rows: int
-    columns: int
-    minimum: int
-    row_dim: int
-
-    @property
-    def entries(self) -> int:
-        return self.rows * self.columns
-
-    @property
-    def neurons(self) -> int:
-        """Rows that have a minimum."""
-        return (self.rows, self.columns)[self.row_dim] if self.minimum else 0
-
-    @property
-    def length(self) -> int:
-        """Of such a row."""
-        return (self.columns, self.rows)[self.row_dim]
 
 
 class TritonProjection:
@@ -104,9 +69,10 @@ class TritonProjection:
     ) -> None:
         """Keep the largest magnitudes of each matrix in place.
 
-        A small sample brackets the threshold. One pass counts what lies above the bracket and lists
-        what lies within. The threshold is found on that list, digit by digit, and a last pass
-        zeroes what is below it. If the sample misled, the other side is listed as well.
+        What the rows keep is set aside, and zero meanwhile. A small sample brackets the threshold
+        of the rest. One pass counts what lies above the bracket and lists what lies within. The
+        threshold is found on that list, digit by digit, and a last pass zeroes what is below it.
+        If the sample misled, the other side is listed as well.
 
         Args:
             matrices: contiguous, of 16 or 32 bits, on one device; left alone if not finite.
@@ -124,53 +90,44 @@ class TritonProjection:
             not_finite.zero_()
             told.zero_()
             raise FloatingPointError(shape)
-        chains: dict[torch.dtype, list[list[int]]] = {}
-        for i, matrix in enumerate(matrices):
-            of_dtype = chains.setdefault(matrix.dtype, [[]])
-            held = sum(matrices[j].numel() for j in of_dtype[-1])
-            if of_dtype[-1] and held + matrix.numel() > MOST_ENTRIES:
-                of_dtype.append([])
-            of_dtype[-1].append(i)
+        places = tuple((m.data_ptr(), m.dtype, m.shape) for m in matrices)
         with on(device):
-            for dtype, lists in chains.items():
-                for members in lists:
-                    facts = tuple(
-                        _Matrix(matrices[i].data_ptr(), *matrices[i].shape, minima[i], row_dims[i])
-                        for i in members
-                    )
-                    chain = _tables(facts, self.block, device)
-                    self._launch(chain, dtype, tuple(budgets[i] for i in members), not_finite)
+            for chain in _chains(places, tuple(minima), tuple(row_dims), self.block, device):
+                self._launch(chain, tuple(budgets[i] for i in chain.members), not_finite)
         told.copy_(not_finite, non_blocking=True)
 
-    def _launch(
-        self, chain: "_Tables", dtype: torch.dtype, budgets: tuple[int, ...], not_finite: Tensor
-    ) -> None:
-        device, blocks = chain.facts.device, len(chain.matrix_of_block)
+    def _launch(self, chain: "_Chain", budgets: tuple[int, ...], not_finite: Tensor) -> None:
+        device, dtype, blocks = chain.facts.device, chain.dtype, len(chain.matrix_of_block)
+        largest, top, names = _of_dtype(dtype)
+        names = {**names, "ALIGNED": chain.aligned}
         kept = chain.budgets(budgets)
-        kind = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
         state = torch.zeros((len(budgets), _STATE.value), dtype=torch.int32, device=device)
         counts = torch.empty(2 * blocks, dtype=torch.int32, device=device)
-        listed = torch.empty(blocks * self.block, dtype=kind, device=device)
-        limits = torch.empty(2 * max(1, chain.rows), dtype=torch.int32, device=device)
-        top = infinity(dtype)
-        element = {2: tl.int16, 4: tl.int32}[dtype.itemsize]
-        common = (chain.facts, state, limits, chain.rows, kept, largest(dtype), top)
-        names = {"ELEMENT": element, "ALIGNED": chain.aligned}
-        for width, (rows, first) in chain.row_tables.items():
-            _row_limits[(len(rows),)](
-                *common[:4], rows, first, largest(dtype), **names, FEW=chain.most_minimum <= _FEW,
+        listed = torch.empty(blocks * self.block, dtype=INTEGER[dtype.itemsize], device=device)
+        aside_at = torch.empty(chain.kept_by_rows, dtype=torch.int64, device=device)
+        aside = torch.empty(chain.kept_by_rows, dtype=listed.dtype, device=device)
+        common = (chain.facts, state, kept, largest, top)
+        for width, (matrix_of_row, row) in chain.row_tables.items():
+            _set_aside[(len(row),)](
+                chain.facts, state, matrix_of_row, row, aside_at, aside, largest, top, **names,
                 BLOCK=width, num_warps=warps(width, self.per_thread),
             )  # fmt: skip
         _bracket[(len(budgets),)](*common, **names, num_warps=16)
-        names |= {"BLOCK": self.block}
         per_block = (chain.matrix_of_block, counts, listed)
+        names["BLOCK"] = self.block
         for again in (False, True):
             _list[(blocks,)](*common, *per_block, again, **names, num_warps=self.warps)
         lists = (chain.facts, state, kept, *per_block, blocks)
         for digit in range(2 if dtype.itemsize == 2 else 3):
-            _count_digit[(blocks,)](*lists, top, digit, self.block, 256, num_warps=1)
-        _find_cut[(blocks,)](*lists, self.block, 256, num_warps=1)
-        _zero[(blocks,)](*common, chain.matrix_of_block, not_finite, **names, num_warps=self.warps)
+            _count_digit[(blocks,)](*lists, top, digit, self.block, 512, num_warps=4)
+        _find_cut[(blocks,)](*lists, self.block, 512, num_warps=4)
+        _zero[(blocks,)](
+            *common[:2], largest, chain.matrix_of_block, not_finite, **names, num_warps=self.warps
+        )
+        if chain.kept_by_rows:
+            _put_back[(triton.cdiv(chain.kept_by_rows, 1024),)](
+                aside_at, aside, chain.kept_by_rows, names["ELEMENT"], 1024
+            )
 
     def _flags(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._not_finite:
@@ -179,47 +136,69 @@ class TritonProjection:
         return self._not_finite[device]
 
 
-class _Tables:
-    """What the programs of a chain look up, on the device; made once for the same matrices.
+@lru_cache
+def _of_dtype(dtype: torch.dtype) -> tuple[int, int, dict]:
+    """All bits but the sign, those of infinity, and as what the kernels read the entries."""
+    return largest(dtype), infinity(dtype), {"ELEMENT": {2: tl.int16, 4: tl.int32}[dtype.itemsize]}
+
+
+class _Chain:
+    """Matrices of one dtype that are projected together, and what the programs look up of them.
+
+    It knows them by their addresses alone, so that it keeps none alive.
+
+    Args:
+        members: their places in the call.
+        places: address, dtype and shape of each.
+        minima, row_dims: of each.
+        block: entries that one program reads.
+        device: of the tables.
 
     Attributes:
-        facts: of each matrix, `(matrices, _FACTS)`.
+        facts: of each matrix, `(matrices, _FACTS)`, int64.
         matrix_of_block: which matrix each program reads, int32.
-        rows: with a minimum, of all matrices.
-        row_tables: by the power of two that holds a row: which matrix each program's row is of, and
-            the matrices' numbers before these rows, int32.
+        row_tables: by the power of two that holds a row: the matrix of each row with a minimum, and
+            its number in that, int32.
+        kept_by_rows: entries that all these rows keep at most.
         aligned: whether addresses and sizes allow wide loads.
     """
 
-    def __init__(self, matrices: Sequence[_Matrix], block: int, device: torch.device) -> None:
-        facts, owners, self.rows = [], [], 0
+    def __init__(
+        self,
+        members: Sequence[int],
+        places: Sequence[tuple[int, torch.dtype, torch.Size]],
+        minima: Sequence[int],
+        row_dims: Sequence[int],
+        block: int,
+        device: torch.device,
+    ) -> None:
+        self.members, self.dtype = members, places[0][1]
+        facts, owners, self.kept_by_rows = [], [], 0
         by_width: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
-        for i, matrix in enumerate(matrices):
-            n, width = matrix.entries, matrix.columns
+        cases = zip(places, minima, row_dims, strict=True)
+        for i, ((address, _, shape), minimum, row_dim) in enumerate(cases):
+            n, (neurons, length) = shape.numel(), (shape[row_dim], shape[1 - row_dim])
+            minimum, blocks = min(minimum, length), triton.cdiv(n, block)
             stride = max(1, n // _SAMPLE.value)
-            while math.gcd(stride, width) != 1:  # so that every column is visited
+            while math.gcd(stride, shape[1]) != 1:  # so that every column is visited
                 stride += 1
-            kind = (1 + matrix.row_dim) if matrix.minimum else 0
-            blocks = triton.cdiv(n, block)
             facts.append([
-                matrix.address, n, width, kind, self.rows, len(owners), blocks, stride,
-                min(matrix.minimum, matrix.length),
+                address, n, shape[1], row_dim, minimum, self.kept_by_rows, len(owners), blocks,
+                stride,
             ])  # fmt: skip
             owners += [i] * blocks
-            if kind:
-                power = triton.next_power_of_2(matrix.length)
-                tables = by_width.setdefault(power, ([], []))
-                tables[0].append(torch.full((matrix.neurons,), i, dtype=torch.int32))
-                tables[1].append(torch.arange(matrix.neurons, dtype=torch.int32))
-            self.rows += matrix.neurons
+            if minimum:
+                tables = by_width.setdefault(triton.next_power_of_2(length), ([], []))
+                tables[0].append(torch.full((neurons,), i, dtype=torch.int32))
+                tables[1].append(torch.arange(neurons, dtype=torch.int32))
+                self.kept_by_rows += neurons * minimum
         self.facts = torch.tensor(facts, dtype=torch.int64).to(device)
         self.matrix_of_block = torch.tensor(owners, dtype=torch.int32).to(device)
         self.row_tables = {
-            power: (torch.cat(owner).to(device), torch.cat(number).to(device))
-            for power, (owner, number) in by_width.items()
+            power: (torch.cat(matrix_of).to(device), torch.cat(row).to(device))
+            for power, (matrix_of, row) in by_width.items()
         }
-        self.most_minimum = max(matrix.minimum for matrix in matrices)
-        self.aligned = all(m.address % 16 == 0 and m.entries % 16 == 0 for m in matrices)
+        self.aligned = all(at % 16 == 0 and shape.numel() % 16 == 0 for at, _, shape in places)
         self._budgets: tuple[tuple[int, ...], Tensor] | None = None
 
     def budgets(self, budgets: tuple[int, ...]) -> Tensor:
@@ -233,8 +212,30 @@ class _Tables:
 
 
 @lru_cache(16)
-def _tables(matrices: tuple[_Matrix, ...], block: int, device: torch.device) -> _Tables:
-    return _Tables(matrices, block, device)
+def _chains(
+    places: tuple[tuple[int, torch.dtype, torch.Size], ...],
+    minima: tuple[int, ...],
+    row_dims: tuple[int, ...],
+    block: int,
+    device: torch.device,
+) -> list[_Chain]:
+    """Chains of matrices of one dtype and at most `MOST_ENTRIES`, or of one matrix."""
+    members: list[list[int]] = []
+    last: dict[torch.dtype, tuple[list[int], int]] = {}
+    for i, (_, dtype, shape) in enumerate(places):
+        of_dtype, entries = last.get(dtype, (None, 0))
+        if of_dtype is None or entries + shape.numel() > MOST_ENTRIES:
+            of_dtype, entries = [], 0
+            members.append(of_dtype)
+        of_dtype.append(i)
+        last[dtype] = of_dtype, entries + shape.numel()
+    return [
+        _Chain(
+            of_chain, *([part[i] for i in of_chain] for part in (places, minima, row_dims)),
+            block, device,
+        )
+        for of_chain in members
+    ]  # fmt: skip
 
 
 @triton.jit
@@ -245,85 +246,62 @@ def _fact(facts, matrix, name: tl.constexpr):
 @triton.jit
 def _entries(facts, matrix, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
     """Where a matrix is, and how many entries it has."""
-    address = _fact(facts, matrix, _AT)
+    bits = _fact(facts, matrix, _AT).to(tl.pointer_type(ELEMENT))
     n = _fact(facts, matrix, _N).to(tl.int32)
-    bits = address.to(tl.pointer_type(ELEMENT))
     if ALIGNED:
         bits = tl.multiple_of(bits, 16)
         n = tl.multiple_of(n, 16)
     return bits, n
 
 
-@triton.jit(do_not_specialize=["all_rows"])
-def _row_limits(
-    facts, state, limits, all_rows, matrix_of, row_of, LARGEST: tl.constexpr,
-    ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _set_aside(
+    facts, state, matrix_of, row_of, aside_at, aside, LARGEST: tl.constexpr, TOP: tl.constexpr,
+    ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The magnitude that the k largest nonzeros of a row reach, and the last of equals kept."""
+    """Write down the largest nonzeros of a row, the first of equals, and put zeros in place."""
     matrix = tl.load(matrix_of + tl.program_id(0))
     row = tl.load(row_of + tl.program_id(0))
     bits, n = _entries(facts, matrix, ELEMENT, ALIGNED)
     width = _fact(facts, matrix, _WIDTH).to(tl.int32)
-    by_row = _fact(facts, matrix, _KIND) == 1
     k = _fact(facts, matrix, _MINIMUM).to(tl.int32)
-    length = tl.where(by_row, width, n // width)
-    step = tl.where(by_row, 1, width)
-    column = tl.arange(0, BLOCK)
-    inside = column < length
-    at = row * tl.where(by_row, width, 1) + column * step
-    a = tl.load(bits + at, mask=inside, other=0).to(tl.int32) & LARGEST
+    by_column = _fact(facts, matrix, _COLUMNS) != 0
+    length = tl.where(by_column, n // width, width)
+    start = row * tl.where(by_column, 1, width)
+    step = tl.where(by_column, width, 1)
+    place = tl.arange(0, BLOCK)
+    inside = place < length
+    a = tl.load(bits + start + place * step, mask=inside, other=0).to(tl.int32) & LARGEST
     a = tl.where(inside, a, -1)
-    if FEW:
-        threshold, reached = one_of_few_largest(a, k)
-    else:
-        threshold, reached = kth_largest(a, k, 0)
-    above = tl.sum((a > threshold).to(tl.int32), 0)
-    last = threshold * 0 + BLOCK
-    kept = threshold * 0 + k
-    if threshold == 0:
-        last = threshold - 1
-        kept = above
-    elif reached > k:
-        tied = (a == threshold).to(tl.int32)
-        first = (tied > 0) & (tl.cumsum(tied, 0) <= k - above)
-        last = tl.max(tl.where(first, column, -1), 0)
-    place = _fact(facts, matrix, _FIRST_ROW).to(tl.int32) + row
-    tl.store(limits + place, threshold)
-    tl.store(limits + all_rows + place, last)
+    own = _fact(facts, matrix, _FIRST_KEPT) + row.to(tl.int64) * k
+    kept = k * 0
+    i = k * 0
+    while i < k:
+        magnitude, found = tl.max(a, 0, return_indices=True)
+        if i == 0 and magnitude >= TOP:
+            tl.store(state + matrix * _STATE + _NOT_FINITE, 1)
+        at = bits + start + found * step
+        nonzero = magnitude > 0
+        tl.store(aside_at + own + i, tl.where(nonzero, at.to(tl.int64), 0))
+        tl.store(aside + own + i, tl.load(at))
+        tl.store(at, tl.zeros((), ELEMENT), mask=nonzero)
+        kept += nonzero.to(tl.int32)
+        a = tl.where(place == found, -1, a)
+        i += 1
     tl.atomic_add(state + matrix * _STATE + _IN_ROWS, kept, sem="relaxed")
 
 
 @triton.jit
-def _rest(a, row, column, inside, facts, matrix, limits, all_rows):
-    """Magnitudes with 0 for those that a row minimum keeps, and which it keeps."""
-    kind = _fact(facts, matrix, _KIND)
-    safe = a < 0
-    if kind != 0:
-        neuron = tl.where(kind == 1, row, column) + _fact(facts, matrix, _FIRST_ROW).to(tl.int32)
-        place = tl.where(kind == 1, column, row)
-        limit = tl.load(limits + neuron, mask=inside, other=0)
-        last = tl.load(limits + all_rows + neuron, mask=inside, other=0)
-        safe = (a > limit) | ((a == limit) & (place <= last))
-        a = tl.where(safe, 0, a)
-    return a, safe
+def _put_back(aside_at, aside, n, ELEMENT: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.load(aside_at + i, mask=i < n, other=0)
+    values = tl.load(aside + i, mask=i < n, other=0)
+    tl.store(at.to(tl.pointer_type(ELEMENT)), values, mask=at != 0)
 
 
 @triton.jit
-def _place(start, width, BLOCK: tl.constexpr):
-    """Row and column of BLOCK entries from `start` on; a division for each would take longer than
-    reading them. Halves keep the quotients away from whole numbers, where rounding could tell."""
-    first = start // width
-    offset = start - first * width + tl.arange(0, BLOCK)
-    if width >= 64:
-        quotient = ((offset.to(tl.float32) + 0.5) * (1.0 / width.to(tl.float32))).to(tl.int32)
-    else:
-        quotient = offset // width
-    return first + quotient, offset - quotient * width
-
-
-@triton.jit(do_not_specialize=["all_rows"])
 def _bracket(
-    facts, state, limits, all_rows, budgets, LARGEST: tl.constexpr, TOP: tl.constexpr,
+    facts, state, budgets, LARGEST: tl.constexpr, TOP: tl.constexpr,
     ELEMENT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A range of magnitudes that very likely holds the threshold; all nonzeros if it is small."""
@@ -336,9 +314,6 @@ def _bracket(
     if n >= 2 * _SAMPLE:
         at = tl.arange(0, _SAMPLE) * _fact(facts, matrix, _STRIDE) % n
         a = tl.load(bits + at).to(tl.int32) & LARGEST
-        width = _fact(facts, matrix, _WIDTH)
-        row, column = (at // width).to(tl.int32), (at % width).to(tl.int32)
-        a, _safe = _rest(a, row, column, at >= 0, facts, matrix, limits, all_rows)
         share = budget.to(tl.float32) / n
         rank = share * _SAMPLE
         slack = 4.0 * tl.sqrt(tl.maximum(rank * (1.0 - share), 0.0)) + 8.0
@@ -365,9 +340,9 @@ def _first_look(state, k):
     return budget, low, tl.load(state + _HIGH), above, (above <= budget) & reached
 
 
-@triton.jit(do_not_specialize=["all_rows"])
+@triton.jit
 def _list(
-    facts, state, limits, all_rows, budgets, LARGEST: tl.constexpr, TOP: tl.constexpr,
+    facts, state, budgets, LARGEST: tl.constexpr, TOP: tl.constexpr,
     matrix_of, counts, listed, AGAIN: tl.constexpr,
     ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -387,8 +362,6 @@ def _list(
         a = tl.load(bits + at, mask=inside, other=0).to(tl.int32) & LARGEST
         if not AGAIN and tl.max(a, 0) >= TOP:
             tl.store(state + _NOT_FINITE, 1)
-        row, column = _place(start, _fact(facts, matrix, _WIDTH).to(tl.int32), BLOCK)
-        a, _safe = _rest(a, row, column, inside, facts, matrix, limits, all_rows)
         within = ((a >= low) & (a < high)).to(tl.int32)
         place = tl.cumsum(within, 0) - 1
         own = listed + program.to(tl.int64) * BLOCK
@@ -516,10 +489,9 @@ def _find_cut(
             tl.store(state + _CUT_ROOM, room - used)
 
 
-@triton.jit(do_not_specialize=["all_rows"])
+@triton.jit
 def _zero(
-    facts, state, limits, all_rows, budgets, LARGEST: tl.constexpr, TOP: tl.constexpr,
-    matrix_of, not_finite,
+    facts, state, LARGEST: tl.constexpr, matrix_of, not_finite,
     ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Zero what is not kept; nothing if the matrix is not finite, whose shape is written down."""
@@ -528,9 +500,9 @@ def _zero(
     state += matrix * _STATE
     block = program - _fact(facts, matrix, _FIRST_BLOCK).to(tl.int32)
     bits, n = _entries(facts, matrix, ELEMENT, ALIGNED)
-    width = _fact(facts, matrix, _WIDTH).to(tl.int32)
     if tl.load(state + _NOT_FINITE) != 0:
         if block == 0:
+            width = _fact(facts, matrix, _WIDTH).to(tl.int32)
             tl.store(not_finite, n // width)
             tl.store(not_finite + 1, width)
     else:
@@ -539,10 +511,8 @@ def _zero(
         at = block * BLOCK + tl.arange(0, BLOCK)
         inside = at < n
         values = tl.load(bits + at, mask=inside, other=0)
-        row, column = _place(block * BLOCK, width, BLOCK)
         a = values.to(tl.int32) & LARGEST
-        a, safe = _rest(a, row, column, inside, facts, matrix, limits, all_rows)
-        keep = safe | (a > threshold) | ((a == threshold) & (block < cut))
+        keep = (a > threshold) | ((a == threshold) & (block < cut))
         if block == cut:
             tied = (a == threshold).to(tl.int32)
             keep = keep | ((tied > 0) & (tl.cumsum(tied, 0) <= tl.load(state + _CUT_ROOM)))

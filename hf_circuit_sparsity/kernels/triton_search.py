@@ -15,12 +15,12 @@ from torch import Tensor
 
 # Longest row that one program holds.
 MAX_WIDTH = 16384
-_INTEGER = {2: torch.int16, 4: torch.int32}
+INTEGER = {2: torch.int16, 4: torch.int32}
 
 
 def integers(x: Tensor) -> Tensor:
     """The bit patterns of floats of 16 or 32 bits."""
-    return x.view(_INTEGER[x.element_size()])
+    return x.view(INTEGER[x.element_size()])
 
 
 def largest(dtype: torch.dtype) -> int:
@@ -60,15 +60,4 @@ def kth_largest(bits, k, tolerance):
         n = tl.where(enough, count, n)
         low = tl.where(enough, middle, low)
         high = tl.where(enough, tl.where(count <= k + tolerance, middle, high), middle - 1)
-    return low, n
-
-
-@triton.jit
-def one_of_few_largest(bits, k):
-    """[`kth_largest`] for a small k: the largest, the next, until k entries are reached."""
-    low = tl.max(bits, 0)
-    n = tl.sum((bits >= low).to(tl.int32), 0)
-    while n < k:
-        low = tl.max(tl.where(bits < low, bits, -1), 0)
-        n = tl.sum((bits >= low).to(tl.int32), 0)
     return low, n

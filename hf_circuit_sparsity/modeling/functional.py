@@ -15,7 +15,9 @@ from torch.nn import functional as F
 try:  # not there beside a copy of this file that came from the Hub with a model
     _kernels = importlib.import_module("..kernels.cpu", __package__)
     compiled_kernels, selection_kernels = _kernels.compiled_kernels, _kernels.selection_kernels
+    abs_topk_operator = importlib.import_module("..kernels.operators", __package__).abs_topk
 except ImportError:
+    abs_topk_operator = None
 
     def compiled_kernels(*tensors: Tensor) -> None:
         """The compiled kernels: there are none."""
@@ -42,8 +44,11 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
     if k >= x.shape[-1]:
         return x
     # In forward-mode AD and torch.func kernels and numpy would lose the derivative.
-    special = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)
-    special = special or forward_ad._current_level >= 0 or not k or not x.numel()
+    special = forward_ad._current_level >= 0 or not k
+    special = special or torch._C._functorch.maybe_current_level() is not None
+    if torch.compiler.is_compiling() and not special and abs_topk_operator:
+        return abs_topk_operator(x, k)[0]
+    special = special or torch.compiler.is_compiling() or not x.numel()
     if not special and (kernels := selection_kernels(x)):
         return kernels.differentiable_abs_topk(x, k)
     if not special and x.device.type == "cpu":

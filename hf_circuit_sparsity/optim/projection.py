@@ -159,6 +159,8 @@ def project_bisection_(matrix: Tensor, k: int, min_nonzeros: int, row_dim: int) 
 
 def _as_matrix(weight: Tensor) -> Tensor:
     """`weight` as a contiguous 2-D tensor: a view where that is possible, else a copy."""
+    if weight.ndim == 2 and weight.is_contiguous():
+        return weight.detach()
     flat = weight.detach().contiguous()
     return flat.view(weight.shape[0], -1) if weight.ndim > 1 else flat.view(-1, 1)
 
@@ -169,6 +171,9 @@ def _check_arguments(weight: Tensor, k: int, min_nonzeros: int, row_dim: int) ->
         raise TypeError(
             f"weight is {kind}, expected a float16, bfloat16, float32 or float64 tensor."
         )
+    rows = min_nonzeros == 0 or (min_nonzeros > 0 and weight.ndim == 2 and row_dim in (0, 1))
+    if rows and 0 <= k <= weight.numel():
+        return  # before any message is put together
     shape = tuple(weight.shape)
     check("k", k, 0 <= k <= weight.numel(), f"0 to {weight.numel()} entries of a weight {shape}")
     check("min_nonzeros", min_nonzeros, min_nonzeros >= 0, "a number >= 0")

@@ -195,8 +195,10 @@ class SparseTrainer(LanguageModelTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _use_nonzeros(self, model: nn.Module | None) -> None:
-        # Partial gradients bring their own way of doing so.
+        # Partial gradients bring their own way of doing so; on other devices and in compiled code
+        # it would only have every layer traced anew.
         wanted = self.args.compute_on_nonzeros and self.args.sparsifier != "rcd"
+        wanted = wanted and self.args.device.type == "cpu" and not self.args.torch_compile
         if wanted and isinstance(model, nn.Module):
             self._training.enter_context(on_nonzeros(model))
 
