@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_circuit_sparsity.circuits.ablation import reference_means
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
-from hf_circuit_sparsity.circuits.pruning.find import find_circuits
+from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError, find_circuits
 from hf_circuit_sparsity.circuits.task_scores import evaluate_tasks
 from hf_circuit_sparsity.commands.console import quiet_libraries
 from hf_circuit_sparsity.files import write_json
@@ -79,7 +79,11 @@ def cut_circuit(
             selection_prompts=size.task_prompts,
             cleanup=cleanup,
         )
-        (circuit,) = find_circuits(model, task, config, reference=means, progress=False)
+        try:
+            (circuit,) = find_circuits(model, task, config, reference=means, progress=False)
+        except TaskNotLearnedError as error:  # as by a small model, to rehearse
+            write_section(args.work, f"4-circuit-{args.circuit}", f"{task.name}: {error}")
+            return
         circuit.save_pretrained(args.work / "circuits" / task.name)
         report(args.work, args.circuit, circuit, target, time.perf_counter() - started)
 

@@ -32,9 +32,7 @@ class CSR:
         width: number of columns.
     """
 
-    def __init__(
-        self, row_starts: Tensor, columns: Tensor, values: Tensor | None, width: int
-    ) -> None:
+    def __init__(self, row_starts: Tensor, columns: Tensor, values: Tensor | None, width: int):
         self.shape = (len(row_starts) - 1, int(width))
         self.row_starts, self.columns, self.values = row_starts, columns, values
         # The transposed pattern and the order of its values; shared with what `with_values` makes.

@@ -17,12 +17,11 @@ try:  # not there beside a copy of this file that came from the Hub with a model
     compiled_kernels, selection_kernels = _kernels.compiled_kernels, _kernels.selection_kernels
     abs_topk_operator = importlib.import_module("..kernels.operators", __package__).abs_topk
 except ImportError:
-    abs_topk_operator = None
 
     def compiled_kernels(*tensors: Tensor) -> None:
         """The compiled kernels: there are none."""
 
-    selection_kernels = compiled_kernels
+    selection_kernels, abs_topk_operator = compiled_kernels, None
 
 
 def abs_topk_reference(x: Tensor, k: int) -> Tensor:
@@ -34,8 +33,7 @@ def abs_topk_reference(x: Tensor, k: int) -> Tensor:
 def abs_topk(x: Tensor, k: int) -> Tensor:
     """Keep the k largest entries by magnitude along the last dimension and zero the others.
 
-    AbsTopK of Gao et al. 2025; signs are kept, and the gradient reaches the kept entries only. Of
-    equal magnitudes on the CPU the first are kept.
+    AbsTopK of Gao et al. 2025; the gradient reaches what is kept. Of equals the first are kept.
 
     Args:
         x: `(..., width)`, any floating dtype.

@@ -89,8 +89,7 @@ class SparseWeight(nn.Module):
                 self.assign(CSR.from_dense(tensor.detach().to(self.values)))
 
     def extra_repr(self) -> str:
-        rows, width = self.shape
-        return f"{rows}, {width}, nonzeros={self.values.numel()}"
+        return f"{self.shape[0]}, {self.shape[1]}, nonzeros={self.values.numel()}"
 
 
 class SparseLinear(SparseWeight):

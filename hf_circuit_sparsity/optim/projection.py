@@ -6,6 +6,7 @@ The definition is [`project_topk_reference_`], which sorts. Training calls
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,21 +67,25 @@ def project_topk_each_(
     for case in cases:
         _check_arguments(*case)
     together: dict[torch.device, list[tuple[Tensor, int, int, int]]] = {}
+    kernels_of: dict[tuple, Any] = {}
     copies = []
-    for weight, *settings in cases:
+    for weight, k, min_nonzeros, row_dim in cases:
         if weight.numel() == 0:
             continue
-        matrix = _as_matrix(weight)
-        if matrix.data_ptr() != weight.data_ptr():  # one that is not contiguous had to be copied
+        matrix, device = _as_matrix(weight), weight.device
+        if not weight.is_contiguous():
             copies.append((weight, matrix))
-        if weight.device.type == "cpu":
-            project_cpu_(matrix, *settings)
+        if device.type == "cpu":
+            project_cpu_(matrix, k, min_nonzeros, row_dim)
             continue
-        kernels = selection_kernels(matrix)
-        if kernels is None or not kernels.can_project(matrix, *settings[1:]):
-            project_bisection_(matrix, *settings)
+        kind = device, matrix.dtype, type(matrix)
+        if kind not in kernels_of:
+            kernels_of[kind] = selection_kernels(matrix)
+        kernels = kernels_of[kind]
+        if kernels is None or not kernels.can_project(matrix, min_nonzeros, row_dim):
+            project_bisection_(matrix, k, min_nonzeros, row_dim)
         else:
-            together.setdefault(weight.device, []).append((matrix, *settings))
+            together.setdefault(device, []).append((matrix, k, min_nonzeros, row_dim))
     for members in together.values():
         _project_together_(*zip(*members, strict=True))
     for weight, matrix in copies:

@@ -8,6 +8,7 @@ from hf_circuit_sparsity.optim.projection import (
     nonzero_budget,
     project_bisection_,
     project_topk_,
+    project_topk_each_,
     project_topk_reference_,
 )
 
@@ -199,3 +200,23 @@ def test_keep_largest_is_its_reference():
         rows = torch.randint(0, 1 + n // 3, (n,), generator=generator)
         kept = keep_largest(values, k, rows, minimum)
         assert torch.equal(kept, keep_largest_reference(values, k, rows, minimum))
+
+
+def test_several_at_once_are_each_as_defined():
+    g = torch.Generator().manual_seed(8)
+    weights = [torch.randn(40, 60, generator=g), torch.randn(60, 40, generator=g),
+               torch.randn(200, generator=g), torch.randn(30, 50, generator=g).T,
+               torch.zeros(0, 4)]  # fmt: skip
+    settings = ([90, 100, 7, 60, 0], [4, 3, 0, 2, 0], [0, 1, 0, 0, 0])
+    expected = [weight.clone() for weight in weights]
+    for weight, *case in zip(expected, *settings, strict=True):
+        project_topk_reference_(weight, *case)
+    project_topk_each_(weights, *settings)
+    assert all(map(torch.equal, weights, expected))
+
+
+def test_of_several_none_is_changed_if_one_argument_is_wrong():
+    weights = [torch.ones(3, 3), torch.ones(3, 3)]
+    with pytest.raises(ValueError, match="k=10"):
+        project_topk_each_(weights, [2, 10], [0, 0], [0, 0])
+    assert all(weight.all() for weight in weights)
