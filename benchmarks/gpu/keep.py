@@ -54,8 +54,10 @@ def main() -> None:
     # The package reads it; its code would be a second copy here.
     for path in args.output.glob("*.py"):
         path.unlink()
-    config = {n: v for n, v in model.config.to_dict().items() if n != "auto_map"}
-    write_json(args.output / "config.json", {**config, "use_cache": True})
+    # Without its code, which would be a second copy here, and without where it lay before.
+    left_out = ("auto_map", "_name_or_path")
+    config = {n: v for n, v in model.config.to_diff_dict().items() if n not in left_out}
+    write_json(args.output / "config.json", dict(sorted({**config, "use_cache": True}.items())))
     model, after = load(args.output)
     print(f"held-out loss, {len(blocks)} blocks: {before:.4f} as trained, {after:.4f} as kept")
     n = args.prompts
