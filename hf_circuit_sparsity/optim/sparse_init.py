@@ -5,11 +5,13 @@ from typing import Literal, get_args
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..modeling.configuration_circuitgpt import CircuitGPTConfig
 from ..modeling.csr import CSR
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
-from ..modeling.sparse_layers import run_on_nonzeros
+from ..modeling.sparse_layers import SPARSE_LAYERS, run_on_nonzeros
 from .keep_largest import positions_of
 from .param_groups import sparse_param_groups
 from .projection import nonzero_budget, project_topk_
@@ -86,58 +88,124 @@ def sparsify_initialization_(
 
 @torch.no_grad()
 def sparse_from_config(
-    config: CircuitGPTConfig,
+    config: PreTrainedConfig,
     density: float,
     *,
     min_nonzeros: int = 4,
     seed: int = 0,
     **group_settings: object,
-) -> CircuitGPTForCausalLM:
-    """A fresh CircuitGPT that holds, multiplies and trains only the nonzeros of its weights.
+) -> PreTrainedModel:
+    """A fresh causal language model that holds, multiplies and trains only the nonzeros of weights.
 
     As a fresh model that [`sparsify_initialization_`] thinned out (random places, rescaled) and
-    `to_sparse()` switched, but no matrix that is to be sparse is ever allocated. Train it with
+    `to_sparse()` switched, but no matrix that is to be sparse is ever allocated; a tied embedding
+    is one sparse matrix, used twice. Layers of other classes than `nn.Linear`, `Conv1D` and
+    `nn.Embedding`, as Gemma's scaled embedding, hold their zeros. Train it with
     [`RCDSparseOptimizer`] and [`PartialGradients`], or `sparsifier="rcd"`.
 
     Args:
+        config: of a CircuitGPT, or of any causal language model of transformers.
         density: share of each sparse matrix that is not zero, in (0, 1].
         min_nonzeros: entries that each row of a linear layer has in any case.
         seed: of places and values; the global generators are not touched.
         group_settings: which parameters are sparse, as for [`sparse_param_groups`].
 
     Raises:
-        ValueError: if a setting is out of range, or the config ties embedding and unembedding.
+        ValueError: if a setting is out of range, or the config's model has weights that are not
+            matrices, as those of experts.
     """
     check_density(density)
-    if config.tied_unembed:
-        raise ValueError(
-            "the config has tied_unembed=True, but a sparse embedding and its unembedding are "
-            "drawn one by one: pass tied_unembed=False."
-        )
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
-        model = CircuitGPTForCausalLM(config)
-    groups = sparse_param_groups(model, min_nonzeros=min_nonzeros, **group_settings)
-    minima = {name: g["min_nonzeros"] for g in groups if g["sparse"] for name, _ in g["params"]}
-    nonzeros = {}
-    for name, module in model.named_modules():
-        if type(module) not in (nn.Linear, nn.Embedding) or f"{name}.weight" not in minima:
-            continue
-        rows, width = module.weight.shape
-        budget = max(
-            nonzero_budget(rows * width, density), rows * min(minima[f"{name}.weight"], width)
+        if isinstance(config, CircuitGPTConfig):
+            model = CircuitGPTForCausalLM(config)
+        else:
+            model = AutoModelForCausalLM.from_config(config)
+    stacked = [name for name, p in model.named_parameters() if p.ndim > 2]
+    if stacked:
+        raise ValueError(
+            f"{type(model).__name__} has {stacked[0]} (and {len(stacked) - 1} more) with more than "
+            "two dimensions, as for experts, but only matrices can be held by their nonzeros: "
+            "choose a config without."
         )
-        pattern = _random_pattern(rows, width, budget, generator)
-        # The sum of squares of the dense matrix that the config asks for.
-        std = config.initializer_range * math.sqrt(rows * width / budget)
-        nonzeros[name] = pattern.with_values(std * torch.randn(budget, generator=generator))
+    of_weight = {
+        id(p): group
+        for group in sparse_param_groups(model, min_nonzeros=min_nonzeros, **group_settings)
+        for _, p in group["params"]
+    }
+    deviations = _deviations(model)
+    others = [m for m in model.modules() if type(m) not in SPARSE_LAYERS]
+    elsewhere = {id(p) for m in others for p in m._parameters.values()}  # as scaled embeddings
+    nonzeros: dict[str, CSR] = {}
+    drawn: dict[int, CSR] = {}  # by weight, as layers may be tied
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        group = of_weight.get(id(weight))
+        if type(module) not in SPARSE_LAYERS or group is None or not group["sparse"]:
+            continue
+        if id(weight) in elsewhere:
+            continue
+        if id(weight) not in drawn:
+            std = deviations.get(id(weight), getattr(config, "initializer_range", 0.02))
+            drawn[id(weight)] = _draw(weight, density, group, std, generator)
+            if (padding := getattr(module, "padding_idx", None)) is not None:
+                starts = drawn[id(weight)].row_starts
+                drawn[id(weight)].values[starts[padding] : starts[padding + 1]] = 0.0
+        nonzeros[name] = drawn[id(weight)]
     run_on_nonzeros(model, nonzeros)
     model._apply(lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # of what stays dense
-        for module in model.modules():
-            model._init_weights(module)
+        torch.manual_seed(seed)  # of what is held dense
+        _initialize(model)
+    if elsewhere & of_weight.keys():
+        settings = {"min_nonzeros": min_nonzeros, **group_settings}
+        sparsify_initialization_(model, density, seed=seed, **settings)
     return model
+
+
+def _initialize(model: PreTrainedModel) -> None:
+    # Parts before the whole, which may draw some of their weights again.
+    for module in reversed(list(model.modules())):
+        model._init_weights(module)
+
+
+class _Drawn(TorchDispatchMode):
+    """Notes what tensors are filled with at random: by id, the standard deviation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deviations: dict[int, float] = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        tensor, *settings = arguments or (None,)
+        if function is torch.ops.aten.normal_.default:
+            self.deviations[id(tensor)] = (*settings, 0.0, 1.0)[1] if settings else 1.0
+        elif function is torch.ops.aten.uniform_.default:
+            low, high = settings or (0.0, 1.0)
+            self.deviations[id(tensor)] = (high - low) / math.sqrt(12)
+        return function(*arguments, **(options or {}))
+
+
+def _deviations(model: PreTrainedModel) -> dict[int, float]:
+    """The standard deviation that each weight of a model on the meta device is drawn with."""
+    with _Drawn() as drawn:
+        _initialize(model)
+    return drawn.deviations
+
+
+def _draw(
+    weight: torch.Tensor, density: float, group: dict, std: float, generator: torch.Generator
+) -> CSR:
+    """Random nonzeros with the sum of squares of the dense matrix, in the layout of the weight."""
+    row_dim = group["row_dim"]
+    rows, width = weight.shape[row_dim], weight.shape[1 - row_dim]
+    budget = max(nonzero_budget(rows * width, density), rows * min(group["min_nonzeros"], width))
+    pattern = _random_pattern(rows, width, budget, generator)
+    if row_dim == 1:  # output neurons are the columns of what is stored
+        at = pattern.positions
+        pattern = CSR.from_positions((at % width * rows + at // width).sort().values, weight.shape)
+    std = std * math.sqrt(rows * width / budget)
+    return pattern.with_values(std * torch.randn(budget, generator=generator))
 
 
 def _random_pattern(rows: int, width: int, budget: int, generator: torch.Generator) -> CSR:

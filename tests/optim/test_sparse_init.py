@@ -1,9 +1,12 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig
 
-from hf_circuit_sparsity import sparse_param_groups, sparsify_initialization_
+from hf_circuit_sparsity import sparse_from_config, sparse_param_groups, sparsify_initialization_
+from hf_circuit_sparsity.modeling.sparse_layers import sparse_layers
 from hf_circuit_sparsity.optim.projection import nonzero_budget
+from tests.decoders.dense_models import DENSE
 
 
 def matrices(model):
@@ -68,3 +71,49 @@ def test_bad_input(make_gpt2):
         sparsify_initialization_(make_gpt2(), 0.1, support="wheel")
     with pytest.raises(ValueError, match="no trainable parameter"):
         sparsify_initialization_(nn.LayerNorm(3), 0.1)
+
+
+@pytest.mark.parametrize("make", DENSE.values(), ids=DENSE)
+def test_a_model_of_any_architecture_is_born_as_a_thinned_out_one(make):
+    config = make().config
+    state = torch.get_rng_state()
+    born = sparse_from_config(config, 1 / 4, seed=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(born) is type(make()) and sparse_layers(born)
+    torch.manual_seed(0)
+    thinned = type(born)(config)
+    sparsify_initialization_(thinned, 1 / 4)
+    found, again = born.state_dict(), sparse_from_config(config, 1 / 4, seed=2).state_dict()
+    assert found.keys() == thinned.state_dict().keys()
+    for name, p in thinned.state_dict().items():
+        if p.ndim < 2:
+            assert torch.equal(found[name], p), name
+        else:
+            assert torch.count_nonzero(found[name]) == torch.count_nonzero(p), name
+            # Of a few hundred draws. GPT-2 draws some with less, the deeper it is.
+            assert found[name].norm() == pytest.approx(float(p.norm()), rel=0.2), name
+        assert torch.equal(found[name], again[name]), name
+    for name, buffer in born.named_buffers():
+        if name in dict(thinned.named_buffers()):  # those of positions and masks
+            assert torch.equal(buffer, thinned.get_buffer(name)), name
+
+
+def test_rows_of_a_born_matrix_are_filled_alike_whatever_way_it_is_stored(make_gpt2):
+    born = sparse_from_config(make_gpt2().config, 1 / 6)
+    weight = born.transformer.h[0].mlp.c_fc.weight  # inputs × outputs
+    per_neuron = (weight != 0).sum(0)
+    assert weight.shape == (24, 96) and per_neuron.min() == per_neuron.max() == 4
+
+
+def test_a_padding_row_stays_empty(make_llama):
+    born = sparse_from_config(make_llama(pad_token_id=3).config, 1 / 2)
+    assert not born.get_input_embeddings().weight[3].any()
+
+
+def test_experts_are_refused():
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="experts"):
+        sparse_from_config(config, 1 / 4)

@@ -16,11 +16,9 @@ from hf_circuit_sparsity import (
     sparse_from_config,
     sparse_param_groups,
     sparsify_initialization_,
-    to_sparse,
 )
 from hf_circuit_sparsity.modeling.causal_lm import weights_file
-from hf_circuit_sparsity.modeling.sparse_layers import sparse_layers
-from tests.conftest import sparsify
+from hf_circuit_sparsity.modeling.sparse_layers import sparse_layers, to_dense
 from tests.optim.conftest import Largest, train
 from tests.trainer.runs import training_logs, whole_and_resumed
 
@@ -49,6 +47,29 @@ def test_training_the_nonzeros_is_training_the_matrices(tiny_config, settings, e
         assert len(layer.columns) == len(layer.values) <= budget, name
         assert layer.values.grad is None
     assert 1 / 10 < optimizer.density < 1 / 5
+
+
+@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": False}])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_other_decoders_are_trained_by_their_nonzeros_too(kind, fields, make_gpt2, make_llama):
+    config = {"gpt2": make_gpt2, "llama": make_llama}[kind](**fields).config
+    sparse = sparse_from_config(config, 1 / 8, seed=3)
+    dense = to_dense(copy.deepcopy(sparse))
+    tied = fields.get("tie_word_embeddings", config.tie_word_embeddings)
+    inputs, outputs = sparse.get_input_embeddings(), sparse.get_output_embeddings()
+    assert (inputs.values is outputs.values) == tied
+    batches = [torch.arange(60).reshape(4, 15)] * 8
+    ours, _ = train(sparse, batches, **{**SETTINGS, "block_steps": 2})
+    theirs, _ = train(dense, batches, **{**SETTINGS, "block_steps": 2})
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert ours[-1] < ours[0]
+    for name, value in dense.state_dict().items():
+        torch.testing.assert_close(sparse.state_dict()[name], value, atol=1e-4, rtol=0)
+    if tied:  # they grew alike
+        assert torch.equal(inputs.columns, outputs.columns)
+    prompt = torch.arange(5)[None]
+    said = [m.eval().generate(prompt, max_new_tokens=6, do_sample=False) for m in (sparse, dense)]
+    assert torch.equal(*said)
 
 
 def test_a_start_without_matrices_is_as_a_thinned_out_one(tiny_config):
@@ -103,8 +124,9 @@ def make_nonzeros(request, tiny_config, make_gpt2, make_llama):
     """A model, of three architectures, that runs on its nonzeros."""
     if request.param == "circuitgpt":
         return lambda seed: sparse_from_config(tiny_config, 1 / 4, seed=seed)
-    make = {"gpt2": make_gpt2, "llama": make_llama}[request.param]
-    return lambda seed: to_sparse(sparsify(make(seed=seed), 1 / 4), threshold=1.0)
+    # GPT-2's embedding is tied.
+    config = {"gpt2": make_gpt2, "llama": make_llama}[request.param]().config
+    return lambda seed: sparse_from_config(config, 1 / 4, seed=seed)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.02])
