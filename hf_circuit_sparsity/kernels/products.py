@@ -155,14 +155,14 @@ class ProductKernels(Library):
         bias = None if bias is None else bias.detach().contiguous()
 
         def work(piece: range) -> None:
-            scratch = torch.empty((width + LANES) * LANES)
+            scratch = torch.empty((width + LANES) * 2 * LANES)
             self._sparse_linear(
                 row_starts.data_ptr(), columns.data_ptr(), values.data_ptr(), rows, width,
                 None if bias is None else bias.data_ptr(), x.data_ptr(), x.stride(0),
                 piece.start, piece.stop, scratch.data_ptr(), out.data_ptr(), rows,
             )  # fmt: skip
 
-        in_pieces(work, tokens, LANES)
+        in_pieces(work, tokens, 2 * LANES)
         return out
 
     def gradient_at(self, row_starts: Tensor, columns: Tensor, grad: Tensor, x: Tensor) -> Tensor:

@@ -70,3 +70,15 @@ def test_products(rows, width, tokens, density, monkeypatch):
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), x @ weight.T, atol=0.1, rtol=0.05)
     assert csr.sampled(up.bfloat16(), x.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+def test_linear_of_any_number_of_tokens(rows):
+    # The kernel takes 32 tokens at a time, then 16, then what is left.
+    g = torch.Generator().manual_seed(1)
+    weight = torch.randn(rows, 50, generator=g) * (torch.rand(rows, 50, generator=g) < 0.2)
+    weight[rows // 2] = 0
+    csr, bias = CSR.from_dense(weight), torch.randn(rows, generator=g)
+    for tokens in (0, 1, 3, 4, 15, 16, 17, 31, 32, 33, 47, 48, 70):
+        x = torch.randn(tokens, 50, generator=g)
+        torch.testing.assert_close(csr.linear(x, bias), F.linear(x, weight, bias))

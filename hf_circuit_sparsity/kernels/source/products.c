@@ -158,16 +158,54 @@ void transpose_pattern(const int32_t *starts, const int32_t *columns, int64_t ro
 
 /* ---------------------------------------------------------------- Y = X W' + bias, W by its nonzeros
  *
- * LANES tokens at a time are turned, so that one nonzero is one multiplication of vectors.
+ * PAIR tokens at a time are turned, so that one nonzero is two multiplications of vectors. Sums of
+ * nonzeros in turn go side by side, as one sum would wait for each of its additions.
  */
 
+#define PAIR (2 * LANES)
+
+/* PAIR tokens of Y; x: (width, PAIR), turned; y: (rows, PAIR) of LANES rows at a time. */
+static void pair_linear(const int32_t *starts, const int32_t *columns, const float *values,
+                        int64_t rows, const float *bias, const float *x, float *turned_y, float *y,
+                        int64_t ld_y) {
+    for (int64_t top = 0; top < rows; top += LANES) {
+        const int64_t high = top + LANES < rows ? LANES : rows - top;
+        for (int64_t i = 0; i < high; i++) {
+            const int32_t end = starts[top + i + 1];
+            int32_t n = starts[top + i];
+            vec a = (vec){0} + (bias ? bias[top + i] : 0), b = a, c = {0}, d = {0};
+            for (; n + 1 < end; n += 2) {
+                const float *one = x + (int64_t)columns[n] * PAIR;
+                const float *two = x + (int64_t)columns[n + 1] * PAIR;
+                a += values[n] * load(one);
+                b += values[n] * load(one + LANES);
+                c += values[n + 1] * load(two);
+                d += values[n + 1] * load(two + LANES);
+            }
+            if (n < end) {
+                const float *one = x + (int64_t)columns[n] * PAIR;
+                a += values[n] * load(one);
+                b += values[n] * load(one + LANES);
+            }
+            store(turned_y + i * PAIR, a + c);
+            store(turned_y + i * PAIR + LANES, b + d);
+        }
+        turn(turned_y, PAIR, high, PAIR, y + top, ld_y);
+    }
+}
+
 /* Tokens [from, to) of Y. starts, columns, values: CSR of W, (rows, width); bias: (rows,) or NULL;
- * scratch: (width + LANES, LANES). */
+ * scratch: (width + LANES, PAIR). */
 void sparse_linear(const int32_t *starts, const int32_t *columns, const float *values, int64_t rows,
                    int64_t width, const float *bias, const float *x, int64_t ld_x, int64_t from,
                    int64_t to, float *scratch, float *y, int64_t ld_y) {
-    float *turned_y = scratch + width * LANES;
-    for (int64_t t = from; t < to; t += LANES) {
+    float *turned_y = scratch + width * PAIR;
+    int64_t t = from;
+    for (; t + PAIR <= to; t += PAIR) {
+        turn(x + t * ld_x, ld_x, PAIR, width, scratch, PAIR);
+        pair_linear(starts, columns, values, rows, bias, scratch, turned_y, y + t * ld_y, ld_y);
+    }
+    for (; t < to; t += LANES) {
         const int64_t tokens = t + LANES < to ? LANES : to - t;
         if (tokens < LANES / 4) { /* turning costs more than it gives */
             for (int64_t s = t; s < t + tokens; s++)
