@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..circuits.ablation import in_eval_mode
 from ..circuits.circuit import Circuit
@@ -25,6 +24,7 @@ from ..optim.param_groups import sparse_param_groups
 from ..optim.topk_adamw import TopKAdamW
 from ..tasks.binary_task import BinaryTask
 from ..tasks.load import check_tasks, load_task
+from ..trainer.checkpoints import last_whole_checkpoint
 from ..trainer.sparse_config import SparseTrainingArguments
 from .console import check_can_draw, quiet_libraries, say, table
 from .loading import read_corpus
@@ -123,9 +123,7 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
             tokenizer,
             blocks,
             _training_arguments(model_folder, steps, settings.seed),
-            resume_from_checkpoint=(
-                get_last_checkpoint(str(model_folder)) if model_folder.is_dir() else None
-            ),
+            resume_from_checkpoint=True if last_whole_checkpoint(model_folder, _quiet) else None,
             measure=_task_accuracy(task),
             start_at_bigrams=True,
         )
@@ -140,6 +138,10 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
     write_json(folder / "summary.json", summary)
     _print_summary(folder, trained, circuit, summary, verdict)
     return summary
+
+
+def _quiet(line: str) -> None:
+    """Says nothing: the trainer will."""
 
 
 def _prune(

@@ -13,7 +13,6 @@ from transformers import (
     TrainerCallback,
     default_data_collator,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..files import write_json
 from ..hub_cards.markdown import number
@@ -22,6 +21,7 @@ from ..tasks.packing import pack_dataset, spread_sample
 from ..tasks.tokenizer import train_tokenizer
 from ..trainer.bigram_init import initialize_bigram_table_
 from ..trainer.callbacks import InterruptCallback, ProgressTableCallback
+from ..trainer.checkpoints import last_whole_checkpoint
 from ..trainer.sparse_config import SparseTrainingArguments
 from ..trainer.sparse_trainer import SparseTrainer
 from ..trainer.training_curves import plot_training_curves
@@ -36,15 +36,19 @@ BIGRAM_TOKENS = 2_000_000
 SHUFFLE_BUFFER = 1000
 
 
-def checkpoint_to_resume(args: SparseTrainingArguments) -> str | None:
-    """The folder that `--resume-from-checkpoint` means; "last" is the newest in `output_dir`."""
+def checkpoint_to_resume(args: SparseTrainingArguments) -> str | bool | None:
+    """What `--resume-from-checkpoint` means: a folder, or True for the newest of this run.
+
+    With "auto" a run that has none begins, so that the same command starts and goes on.
+    """
     resume = args.resume_from_checkpoint
-    if resume in ("last", "true", "True", True):
-        output = Path(args.output_dir)
-        resume = get_last_checkpoint(args.output_dir) if output.is_dir() else None
-        if resume is None:
-            raise ValueError(f"There is no checkpoint in {output}; start without resuming.")
-    return resume
+    if resume not in ("auto", "last", "true", "True", True):
+        return resume
+    if last_whole_checkpoint(args.output_dir, say=lambda line: None) is None:
+        if resume == "auto":
+            return None
+        raise ValueError(f"There is no checkpoint in {args.output_dir}; start without resuming.")
+    return True
 
 
 def prepare_data(
@@ -92,7 +96,7 @@ def train_model(
     blocks: DatasetDict | IterableDatasetDict,
     args: SparseTrainingArguments,
     *,
-    resume_from_checkpoint: str | None = None,
+    resume_from_checkpoint: str | bool | None = None,
     measure: Callable[[PreTrainedModel], dict[str, str]] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     start_at_bigrams: bool = False,
@@ -105,7 +109,7 @@ def train_model(
         blocks: packed text, with the splits `train` and `validation`. A stream is repeated
             without end, and shuffled within a buffer.
         args: of the training; everything is written into its `output_dir`.
-        resume_from_checkpoint: folder of a checkpoint.
+        resume_from_checkpoint: folder of a checkpoint; True for the newest of this run.
         measure: called with the model at every log; returns cells for the progress table.
         callbacks: more callbacks for the `Trainer`.
         start_at_bigrams: whether the bigram table starts at the counts of the training blocks, or
@@ -156,7 +160,7 @@ def train_model(
 def fit(
     trainer: SparseTrainer,
     block_size: int,
-    resume_from_checkpoint: str | None = None,
+    resume_from_checkpoint: str | bool | None = None,
     measure: Callable[[], dict[str, str]] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[dict[str, Any], dict[str, float]]:

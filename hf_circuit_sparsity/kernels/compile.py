@@ -26,7 +26,13 @@ _NATIVE_ELSEWHERE = ("-mcpu=native",)  # what compilers for ARM call it
 
 
 def build() -> ctypes.CDLL | None:
-    """The compiled library; None if there is no compiler, it fails, or the user said no."""
+    """The compiled library; None if there is no compiler, it fails, or the user said no.
+
+    It is kept in the user's cache folder under a name that has a hash of its content, which is
+    looked at before it is loaded: a file that was cut off would end the process. What does not
+    match is compiled anew. A folder that others could write to is not used, nor one that cannot be
+    had; the library is then compiled for this process alone.
+    """
     if os.environ.get(SWITCH) == "0":
         return None
     compiler = next(
@@ -39,38 +45,72 @@ def build() -> ctypes.CDLL | None:
     flags = (*_FLAGS, *(_NATIVE if x86 else _NATIVE_ELSEWHERE))
     key = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(SOURCE.glob("*.[ch]"))))
     key.update("\0".join((compiler, *flags, platform.machine(), _processor())).encode())
-    name = f"kernels-{key.hexdigest()[:16]}.so"
+    name = f"kernels-{key.hexdigest()[:16]}"
     try:
-        library = _cache_folder() / name
-        if not library.is_file():
-            _compile(compiler, flags, library)
-        return ctypes.CDLL(str(library))
+        folder = _cache_folder()
+        if folder is not None:
+            return ctypes.CDLL(str(_kept(folder, name) or _compile(compiler, flags, folder, name)))
+        with tempfile.TemporaryDirectory() as alone:  # a library that is loaded needs no file
+            return ctypes.CDLL(str(_compile(compiler, flags, Path(alone), name)))
     except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        logger.warning_once(
-            f"The kernels could not be compiled with {compiler}: slower torch and numpy code is "
-            f"used instead. Set {SWITCH}=0 to silence this. The compiler said: {detail}"
-        )
+        warn_that_there_are_none(f"{compiler} said: {getattr(error, 'stderr', None) or error}")
         return None
 
 
-def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
+def warn_that_there_are_none(reason: str) -> None:
+    """Say, once, that the kernels are done without."""
+    logger.warning_once(
+        "The kernels could not be compiled: slower torch and numpy code is used instead. Set "
+        f"{SWITCH}=0 to silence this. {reason}"
+    )
+
+
+def _kept(folder: Path, name: str) -> Path | None:
+    """A library that was compiled before and is what it was; others of its name are removed."""
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        if path.name == f"{name}-{_digest(path)}.so":
+            return path
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _compile(compiler: str, flags: tuple[str, ...], folder: Path, name: str) -> Path:
     """Compile to a temporary name and move it into place, for others may be doing the same."""
-    handle, partial = tempfile.mkstemp(dir=library.parent, suffix=".so.partial")
+    handle, partial = tempfile.mkstemp(dir=folder, suffix=".so.partial")
     os.close(handle)
     try:
         command = [compiler, *flags, "-o", partial, *map(str, sorted(SOURCE.glob("*.c")))]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        subprocess.run(
+            command, check=True, capture_output=True, encoding="utf-8", errors="replace",
+            timeout=120,
+        )  # fmt: skip
+        library = folder / f"{name}-{_digest(Path(partial))}.so"
         os.replace(partial, library)
+        return library
     finally:
         Path(partial).unlink(missing_ok=True)
 
 
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "hf_circuit_sparsity"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
+def _cache_folder() -> Path | None:
+    """Where libraries are kept: a folder that is the user's and that nobody else can write to."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base) / "hf_circuit_sparsity"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except (OSError, RuntimeError):  # the latter where nobody knows a home
+        return None
+    if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & 0o022):
+        logger.warning_once(
+            f"{folder} is not this user's, or others may write to it: kernels are compiled anew "
+            "for every process. `chmod go-w` it, or set XDG_CACHE_HOME."
+        )
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def _processor() -> str:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .attention import AttentionKernels
 from .calling import takes
-from .compile import SWITCH, build
+from .compile import SWITCH, build, warn_that_there_are_none
 from .products import ProductKernels
 from .selection import SelectionKernels
 
@@ -36,7 +36,11 @@ class CpuKernels(SelectionKernels, ProductKernels, AttentionKernels):
 def load_kernels() -> CpuKernels | None:
     """The kernels; None where they cannot be compiled. The first call may compile for seconds."""
     library = build()
-    return None if library is None else CpuKernels(library)
+    try:
+        return None if library is None else CpuKernels(library)
+    except AttributeError as error:  # what the compiler made is not what was asked for
+        warn_that_there_are_none(str(error))
+        return None
 
 
 def compiled_kernels(*tensors: Tensor) -> CpuKernels | None:

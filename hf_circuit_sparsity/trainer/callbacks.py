@@ -26,26 +26,25 @@ from ..modeling.sparse_layers import SparseWeight
 class InterruptCallback(TrainerCallback):
     """Makes Ctrl-C stop any `Trainer` after the current step, with a checkpoint to resume from.
 
-    A second Ctrl-C raises `KeyboardInterrupt` at once. The callback handles SIGINT while training
-    runs in the main thread, and hands it back at the end. It does not learn of a training that ends
-    by an exception: call `restore` then.
+    So does SIGTERM, which schedulers send. A second Ctrl-C raises `KeyboardInterrupt` at once. The
+    callback handles both signals while training runs in the main thread, and hands them back at the
+    end. It does not learn of a training that ends by an exception: call `restore` then.
 
     Attributes:
-        interrupted (`bool`): whether Ctrl-C was pressed during the last training.
+        interrupted (`bool`): whether the last training was stopped so.
     """
 
     def __init__(self) -> None:
         self.interrupted = False
-        self._installed = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
         self._saved = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.interrupted = self._saved = False
         # Python takes signal handlers from the main thread only; elsewhere Ctrl-C stays as it is.
-        if not self._installed and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._on_signal)
-            self._installed = True
+        if not self._previous and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         # An evaluation that is due at this very step still takes place: it draws random numbers, so
@@ -64,12 +63,11 @@ class InterruptCallback(TrainerCallback):
         self.restore()
 
     def restore(self) -> None:
-        """Hand SIGINT back to whoever had it before the training. Idempotent."""
-        if self._installed:
+        """Hand the signals back to whoever had them before the training. Idempotent."""
+        for number, previous in self._previous.items():
             # None stands for a handler not set from Python, which Python cannot set again.
-            previous = signal.SIG_DFL if self._previous is None else self._previous
-            signal.signal(signal.SIGINT, previous)
-            self._installed = False
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+        self._previous = {}
 
     def _stop(self, control: TrainerControl) -> None:
         if self.interrupted:

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_utils import BestRun, EvalLoopOutput, default_compute_objective
 
+from .checkpoints import WholeCheckpoints
 
-class LanguageModelTrainer(Trainer):
+
+class LanguageModelTrainer(WholeCheckpoints):
     """`Trainer` that smooths the labels of any causal language model, and logs the perplexity.
 
     The log of an evaluation gets `eval_perplexity`, unless labels are smoothed or the loss is

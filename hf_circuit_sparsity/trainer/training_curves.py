@@ -5,9 +5,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from ..files import save_figure
+from .checkpoints import checkpoints_of
 
 STATE_NAME = "trainer_state.json"
 LOSS, EVALUATION, DENSITY = "#0067a5", "#1b1b1b", "#c65300"
@@ -40,8 +39,8 @@ def read_training_curves(run_dir: str | os.PathLike) -> TrainingCurves:
     folder = Path(run_dir)
     path = folder / STATE_NAME
     if not path.is_file():
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        path = Path(checkpoint or folder) / STATE_NAME
+        states = [checkpoint / STATE_NAME for checkpoint in checkpoints_of(folder)]
+        path = next((state for state in reversed(states) if state.is_file()), path)
         if not path.is_file():
             raise FileNotFoundError(
                 f"{folder} has no {STATE_NAME}, nor a checkpoint with one; pass the output folder "

@@ -20,6 +20,8 @@ from hf_circuit_sparsity.modeling.functional import abs_topk
 print(load_kernels() is not None, abs_topk(torch.tensor([[1.0, -3.0, 2.0]]), 2).tolist())
 """
 
+needs_compiler = pytest.mark.skipif(load_kernels() is None, reason="no C compiler, or switched off")
+
 
 @pytest.fixture
 def are_loaded(monkeypatch):
@@ -52,7 +54,7 @@ def test_compiler_that_fails_is_named_once_and_done_without(are_loaded, tmp_path
     assert not list((tmp_path / "cache" / "hf_circuit_sparsity").iterdir())  # nothing half-made
 
 
-@pytest.mark.skipif(load_kernels() is None, reason="no C compiler, or switched off")
+@needs_compiler
 def test_compiled_once_and_kept(are_loaded, tmp_path):
     folder = tmp_path / "hf_circuit_sparsity"
     assert are_loaded(XDG_CACHE_HOME=str(tmp_path))
@@ -65,3 +67,92 @@ def test_compiled_once_and_kept(are_loaded, tmp_path):
     )  # fmt: skip
     assert again.stdout.strip() == "True [[0.0, -3.0, 2.0]]"
     assert [p.stat().st_mtime_ns for p in folder.iterdir()] == [made]
+
+
+def asked(**environment: str) -> str:
+    """What a process of its own answers; it must not be ended by a signal."""
+    run = subprocess.run(
+        [sys.executable, "-c", ASK], env=os.environ | environment, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, (run.returncode, run.stderr)
+    return run.stdout.strip()
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [0, 4000, -100])
+def test_a_library_that_was_cut_off_is_made_anew(size, are_loaded, tmp_path):
+    assert are_loaded(XDG_CACHE_HOME=str(tmp_path))
+    (library,) = (tmp_path / "hf_circuit_sparsity").iterdir()
+    whole = library.read_bytes()
+    library.write_bytes(whole[:size])
+    assert asked().startswith("True")
+    (again,) = (tmp_path / "hf_circuit_sparsity").iterdir()
+    assert len(again.read_bytes()) == len(whole)
+
+
+@needs_compiler
+def test_a_library_without_our_functions_is_done_without(are_loaded, tmp_path):
+    other = tmp_path / "other.c"
+    other.write_text("int nothing(void) { return 0; }\n")
+    compiler = tmp_path / "other-cc"
+    compiler.write_text(
+        f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\nexec cc -shared -fPIC -o "$2" {other}\n'
+    )
+    compiler.chmod(0o755)
+    with CaptureLogger(compiling.logger) as said:
+        assert not are_loaded(CC=str(compiler), XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert "could not be compiled" in said.out
+
+
+def test_a_compiler_that_speaks_another_encoding(are_loaded, tmp_path):
+    broken = tmp_path / "broken-cc"
+    broken.write_bytes(b"#!/bin/sh\nprintf 'erreur \\351\\n' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    with CaptureLogger(compiling.logger) as said:
+        assert not are_loaded(CC=str(broken), XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert "erreur" in said.out
+
+
+@needs_compiler
+def test_a_folder_that_others_can_write_to_is_not_used(are_loaded, tmp_path):
+    folder = tmp_path / "hf_circuit_sparsity"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with CaptureLogger(compiling.logger) as said:
+        assert are_loaded(XDG_CACHE_HOME=str(tmp_path))
+    assert "chmod go-w" in said.out and not list(folder.iterdir())
+
+
+@needs_compiler
+def test_without_a_home_or_with_one_that_is_no_folder(are_loaded, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert are_loaded(XDG_CACHE_HOME=str(tmp_path / "file"))  # cannot be made, as on a full disk
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(compiling.Path, "home", unknown)
+    assert are_loaded()
+
+
+@needs_compiler
+def test_another_processor_has_a_library_of_its_own(are_loaded, tmp_path, monkeypatch):
+    assert are_loaded(XDG_CACHE_HOME=str(tmp_path))
+    monkeypatch.setattr(compiling, "_processor", lambda: "flags: fewer")
+    assert are_loaded()
+    assert len(list((tmp_path / "hf_circuit_sparsity").iterdir())) == 2
+
+
+@needs_compiler
+def test_several_processes_at_once(tmp_path):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", ASK]
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    assert all(p.communicate()[0].startswith("True") for p in processes)
+    kept = list((tmp_path / "hf_circuit_sparsity").iterdir())
+    assert kept and all(path.suffix == ".so" for path in kept)  # nothing half-made

@@ -11,8 +11,8 @@ from hf_circuit_sparsity.trainer.callbacks import InterruptCallback, SparsityMon
 
 
 class PressCtrlC(TrainerCallback):
-    def __init__(self, *steps):
-        self.steps = steps
+    def __init__(self, *steps, signal=signal.SIGINT):
+        self.steps, self.signal = steps, signal
         self.saves = 0
 
     def on_save(self, args, state, control, **kwargs):
@@ -20,14 +20,14 @@ class PressCtrlC(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         for _ in range(self.steps.count(state.global_step)):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.signal)
 
 
 @pytest.fixture(autouse=True)
-def handler_is_put_back():
-    before = signal.getsignal(signal.SIGINT)
+def handlers_are_put_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     yield
-    assert signal.getsignal(signal.SIGINT) is before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,14 @@ def test_ctrl_c_saves_and_resuming_completes_the_run(
     assert resumed.state.global_step == 12
     for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_schedulers_signal_saves_too(make_gpt2, make_trainer):
+    interrupt = InterruptCallback()
+    trainer = make_trainer(make_gpt2(), callbacks=[PressCtrlC(4, signal=signal.SIGTERM), interrupt])
+    trainer.train()
+    assert interrupt.interrupted and trainer.state.global_step == 5
+    assert [p.name for p in Path(trainer.args.output_dir).iterdir()] == ["checkpoint-5"]
 
 
 def test_second_ctrl_c_stops_at_once(make_gpt2, make_trainer):
