@@ -153,7 +153,9 @@ def make_sparse(folder: Path, density: float, steps: int) -> dict[str, Any]:
     if not (output / SUMMARY_NAME).is_file():
         train()
     summary = stored(output / SUMMARY_NAME, dict)
-    return {**summary, "seconds_per_step": summary["train_seconds"] / summary["steps"]}
+    # Of the part since it was resumed, as all of it may have taken several days.
+    per_step = summary["tokens"] / summary["steps"] / summary["tokens_per_second"]
+    return {**summary, "seconds_per_step": per_step}
 
 
 def held_out_loss(folder: Path, name: str) -> float:

@@ -173,7 +173,8 @@ def fit(
         measure: called at every log; returns cells for the progress table.
 
     Returns:
-        The training's `steps`, `tokens` and `train_seconds`, and the log of the evaluation.
+        The training's `steps` and `tokens`; `tokens_per_second` and `train_seconds` since it began
+        or was resumed; and the log of the evaluation.
 
     Raises:
         Interrupted: after Ctrl-C.
@@ -192,13 +193,19 @@ def fit(
     finally:
         interrupt.restore()
     seconds, steps = time.perf_counter() - started, trainer.state.global_step
+    taken = 0 if interrupt.first_step is None else steps - interrupt.first_step
     if interrupt.interrupted:
         raise Interrupted(f"at step {steps}; the checkpoint is saved", checkpoint=True)
     trainer.evaluate()
     log = trainer.state.log_history[-1]
     trainer.save_model()
     trainer.save_state()
-    figures = {"steps": steps, "tokens": steps * tokens_per_step, "train_seconds": seconds}
+    figures = {
+        "steps": steps,
+        "tokens": steps * tokens_per_step,
+        "tokens_per_second": taken * tokens_per_step / seconds,
+        "train_seconds": seconds,
+    }
     return figures, log
 
 
@@ -216,4 +223,4 @@ def training_rows(done: dict[str, Any]) -> list[tuple[str, str]]:
 
 def speed_row(done: dict[str, Any]) -> tuple[str, str]:
     """The summary table's row about speed."""
-    return ("tokens/s", f"{done['tokens'] / done['train_seconds']:,.0f}")
+    return ("tokens/s", f"{done['tokens_per_second']:,.0f}")

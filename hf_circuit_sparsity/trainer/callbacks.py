@@ -32,15 +32,18 @@ class InterruptCallback(TrainerCallback):
 
     Attributes:
         interrupted (`bool`): whether the last training was stopped so.
+        first_step (`int`): after which step it began, or was resumed; None if there was none.
     """
 
     def __init__(self) -> None:
         self.interrupted = False
+        self.first_step: int | None = None
         self._previous: dict[int, Any] = {}
         self._saved = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.interrupted = self._saved = False
+        self.first_step = state.global_step
         # Python takes signal handlers from the main thread only; elsewhere Ctrl-C stays as it is.
         if not self._previous and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from ..files import write_json
 
@@ -96,7 +96,7 @@ class WholeCheckpoints(Trainer):
 
     `resume_from_checkpoint=True` goes on from the newest whole one, and refuses one of another run
     (another model, other data, another seed, more steps); a checkpoint that is named is taken, and
-    what differs is said.
+    what differs is said. A run whose last step was saved trains no more.
     """
 
     _unfinished: Path | None = None
@@ -124,6 +124,13 @@ class WholeCheckpoints(Trainer):
         if checkpoint is None:
             raise ValueError(f"there is no whole checkpoint in {folder}: start without resuming.")
         self.check_run(checkpoint, named)
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        steps = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
+        if state.global_step >= steps:  # Trainer would take one more step
+            logger.warning("%s has all %d steps: nothing is left to train.", checkpoint, steps)
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = state
+            return TrainOutput(state.global_step, 0.0, {})
         return super().train(str(checkpoint), *args, **kwargs)
 
     def check_run(self, checkpoint: str | os.PathLike, named: bool) -> None:

@@ -196,3 +196,17 @@ def test_the_best_model_and_the_limit_are_of_where_checkpoints_are(make_gpt2, ma
     assert best.name in kept and best.parent == Path(trainer.args.output_dir)
     state = json.loads((best / TRAINER_STATE_NAME).read_text())
     assert state["best_model_checkpoint"] == str(best)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_steps": -1, "num_train_epochs": 1}])
+def test_a_run_whose_last_step_was_saved_trains_no_more(settings, make_gpt2, make_trainer, caplog):
+    settings = {**EVERY_FOUR, **settings}
+    whole = make_trainer(make_gpt2(), **settings)
+    whole.train()
+    again = make_trainer(make_gpt2(seed=5), **settings)
+    with caplog.at_level(logging.WARNING):
+        output = again.train(resume_from_checkpoint=True)
+    assert output.global_step == again.state.global_step == whole.state.global_step
+    assert "nothing is left to train" in caplog.text
+    for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(p, q)
