@@ -7,6 +7,8 @@ on where it was stopped, and goes the same way as if it had not been.
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...files import write_json
+from ...files import replacing, write_json
 from ...modeling.fingerprint import model_fingerprint
 from ...tasks.binary_task import BinaryTask
 from ..ablation import ReferenceTokens, means_over, node_sites, unwrapped
@@ -22,7 +24,13 @@ from ..circuit import Circuit
 from .config import PruningConfig
 from .find import circuit_size, find_circuits, smallest
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 JOURNAL_NAME = "trials.jsonl"
+LOCK_NAME = ".lock"
 SETTINGS_NAME = "search.json"
 BEST_NAME = "smallest"
 # Settings and their ranges, by how optuna samples them; the defaults are well inside.
@@ -65,7 +73,8 @@ def search_circuit(
         The circuit with the fewest edges, then nodes.
 
     Raises:
-        ValueError: optuna is not installed, or the folder holds a search with other settings.
+        ValueError: optuna is not installed, the folder holds a search with other settings, or
+            another process is searching in it.
         TaskNotLearnedError: see [`find_circuit`].
     """
     optuna = _optuna()
@@ -97,14 +106,18 @@ def search_circuit(
         # One number for optuna: edges, and nodes where edges are equal.
         return circuit.metrics["edges"] + circuit.metrics["nodes"] / 1e4
 
-    storage = optuna.storages.JournalStorage(
-        optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL_NAME))
-    )
-    study = optuna.create_study(storage=storage, study_name="search", load_if_exists=True)
-    done = len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
-    with tqdm(
-        total=trials, initial=min(done, trials), desc="trials", disable=not progress, leave=False
-    ) as bar:
+    journal = folder / JOURNAL_NAME
+    with _only_one(folder):
+        _drop_torn_line(journal)
+        storage = optuna.storages.JournalStorage(
+            optuna.storages.journal.JournalFileBackend(str(journal), lock_obj=_NoLock())
+        )
+        study = optuna.create_study(storage=storage, study_name="search", load_if_exists=True)
+        done = len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
+        bar = tqdm(
+            total=trials, initial=min(done, trials), desc="trials", disable=not progress,
+            leave=False,
+        )  # fmt: skip
         for number in range(done, trials):
             # A sampler of its own for every trial: a search that was stopped and goes on must not
             # draw its first numbers again.
@@ -116,7 +129,49 @@ def search_circuit(
             study.optimize(objective, n_trials=1)
             bar.update()
             bar.set_postfix_str(f"fewest edges {int(study.best_value)}")
+        bar.close()
     return Circuit.from_pretrained(best)
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Within it, this process alone searches in the folder; a process that dies lets go of it.
+
+    Raises:
+        ValueError: another one does.
+    """
+    if fcntl is None:
+        yield
+        return
+    with (folder / LOCK_NAME).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"another process is searching in {folder}: wait for it, or choose another folder."
+            ) from error
+        yield
+
+
+class _NoLock:
+    """For optuna's journal, whose own lock outlives a process that is killed."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+
+def _drop_torn_line(journal: Path) -> None:
+    """Cut off what a process that was killed had not finished writing."""
+    if not journal.is_file():
+        return
+    content = journal.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        with replacing(journal) as temporary:
+            temporary.write_bytes(whole)
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -1,10 +1,12 @@
 """Searching the settings."""
 
+import fcntl
 import json
 
 import pytest
 
 from hf_circuit_sparsity import PruningConfig, search_circuit
+from hf_circuit_sparsity.circuits.pruning.tune import LOCK_NAME
 from tests.circuits.planted import on_off_task, planted_model, reference_ids
 from tests.circuits.pruning.conftest import QUICKER
 
@@ -41,3 +43,24 @@ def test_a_search_that_was_stopped_goes_the_way_it_would_have_gone(tmp_path):
     with pytest.raises(ValueError, match="trials=0"):
         search(tmp_path / "none", 0)
     assert not (tmp_path / "none").exists()
+
+
+def test_what_a_killed_search_leaves_behind_is_no_obstacle(tmp_path):
+    whole = search(tmp_path / "whole", 2)
+    cut = tmp_path / "cut"
+    search(cut, 1)
+    # A lock as optuna's own, which pointed nowhere and was waited for; and half a line.
+    (cut / "trials.jsonl.lock").symlink_to("cut/trials.jsonl")
+    with (cut / "trials.jsonl").open("a") as journal:
+        journal.write('{"op_code": 4, "worker_id": "half a li')
+    assert search(cut, 2).nodes == whole.nodes
+    assert values(cut) == values(tmp_path / "whole")
+
+
+def test_two_searches_in_one_folder_are_refused(tmp_path):
+    search(tmp_path, 1)
+    with (tmp_path / LOCK_NAME).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is searching"):
+            search(tmp_path, 2)
+    search(tmp_path, 2)
