@@ -5,6 +5,7 @@ A task of one's own lies beside them, as `task.json`.
 What is written passes the same checks as what is read, so what could be written can be read.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -30,11 +31,13 @@ _READABLE = (1, 2)  # 1 had neither pruned edges, pruned tokens nor a verificati
 JSON_NAME = "circuit.json"
 TENSORS_NAME = "circuit.safetensors"
 PICTURE_NAME = "circuit.png"
+PARTS = "files"  # of `circuit.json`: the hashes of the files beside it that belong to it
 # No field may ask for more; far above any model's.
 MAX_INDEX = 2**31 - 1
 _SITE = (r"[A-Za-z0-9_]{1,60}(\.[A-Za-z0-9_]{1,60}){0,8}", "names joined by dots")
 _INDEX = ("0|[1-9][0-9]{0,8}", "an index in decimal digits")
 _COMMIT = ("([0-9a-f]{40})?", "a commit hash or empty")
+_SHA256 = ("[0-9a-f]{64}", "64 hexadecimal digits")
 _FINGERPRINT = ("[0-9a-f]{16}", "16 hexadecimal digits")
 
 Check = Callable[[Field], Any]
@@ -102,6 +105,7 @@ _OPTIONAL: dict[str, Check] = {
     "tokens": _or_null(_indices),
     "verification": _object_of(_object_of(Field.number)),
     "own_task": Field.boolean,
+    PARTS: _object_of(lambda field: field.matching(*_SHA256)),
 }
 
 
@@ -124,6 +128,9 @@ def write_circuit(
 ) -> None:
     """Write all files, each to a temporary name first and then moved into place.
 
+    `circuit.json` comes last and has the hashes of the others, so that nodes of one circuit are
+    never read with the means of another.
+
     Args:
         folder: made if it is not there.
         fields: of `circuit.json`, as [`read_circuit`] returns them.
@@ -135,14 +142,18 @@ def write_circuit(
     """
     folder = Path(folder)
     content = {"format_version": FORMAT_VERSION, **fields}
+    content.pop(PARTS, None)
     check_content(Field(content, folder / JSON_NAME))
     _check_tensors(tensors, folder / TENSORS_NAME)
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    json.dumps(content, allow_nan=False)  # raises before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     if own_task is not None:
         own_task.save(folder)
     with replacing(folder / TENSORS_NAME) as path:
         save_file(tensors, path, metadata={"format": "pt"})
+    parts = [TENSORS_NAME] if own_task is None else [TENSORS_NAME, TASK_NAME]
+    content[PARTS] = {name: _sha256(folder / name) for name in parts}
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     with replacing(folder / JSON_NAME) as path:
         path.write_text(text + "\n", encoding="utf-8")
 
@@ -177,6 +188,7 @@ def read_circuit(
             f"{' and '.join(map(str, _READABLE))}; update the library or make the circuit anew.",
         )
     check_content(content)
+    _check_parts(folder, content.value.pop(PARTS, {}))
     if from_hub and content["model_name"].value:
         content["model_name"].name_of_folder()
     tensors = read_tensors(folder / TENSORS_NAME)
@@ -184,6 +196,23 @@ def read_circuit(
         if "threshold" in check:  # whether it passed its numbers say; a file may claim anything
             check["passed"] = float("value" in check and holds(check))
     return content.value, _check_tensors(tensors, folder / TENSORS_NAME)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_parts(folder: Path, hashes: dict[str, str]) -> None:
+    """Whether the files beside a `circuit.json` are those it was written with; an older one has no
+    hashes, and there may be none of a task that has yet to be asked for."""
+    for name in hashes.keys() & {TENSORS_NAME, TASK_NAME}:
+        path = folder / name
+        if path.is_file() and _sha256(path) != hashes[name]:
+            raise ArtifactError(
+                path,
+                f" is not the one that {JSON_NAME} beside it was saved with, as after a save that "
+                "was interrupted; save the circuit again, or download both.",
+            )
 
 
 def read_own_task(folder: Path, content: dict[str, Any]) -> TaskText | None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -118,6 +119,18 @@ def test_round_trip(model, made, tmp_path):
         expected = logits(model)
     with again.apply(model):
         assert torch.equal(logits(model), expected)
+
+
+def test_nodes_are_not_read_with_the_means_of_another_save(model, tmp_path):
+    first, second = planted_circuit(model), full_circuit(model)
+    first.save_pretrained(tmp_path / "c")
+    second.save_pretrained(tmp_path / "new")
+    # As after a save that was killed between its files.
+    shutil.copy(tmp_path / "new" / "circuit.safetensors", tmp_path / "c")
+    with pytest.raises(ArtifactError, match="not the one that circuit"):
+        Circuit.from_pretrained(tmp_path / "c")
+    second.save_pretrained(tmp_path / "c")
+    assert Circuit.from_pretrained(tmp_path / "c").nodes == second.nodes
 
 
 def test_a_circuit_for_another_model_is_refused(circuit):

@@ -48,6 +48,11 @@ def check(circuit, folder):
 @pytest.mark.parametrize("file", ["circuit.json", "circuit.safetensors"])
 def test_fuzz(artifact, tmp_path, file):
     load = Circuit.from_pretrained
+    if file == "circuit.safetensors":  # without its hash, which all would fail
+        path = artifact / "circuit.json"
+        content = json.loads(path.read_text())
+        del content["files"]
+        path.write_text(json.dumps(content))
     outcome = fuzz(artifact, file, load, check, tmp_path / "work", mutations=300)
     assert outcome["refused"] > 200 and outcome["loaded"] > 5, outcome
 
