@@ -24,7 +24,7 @@ def killed_until_done(command: list[str], folder: Path, seed: int) -> tuple[int,
     draw, kills, inside = random.Random(seed), 0, 0
     while True:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        aimed, deadline = kills % 2 == 0, time.monotonic() + draw.uniform(4, 16)
+        aimed, deadline = kills % 2 == 0, time.monotonic() + draw.uniform(4, 12)
         while process.poll() is None and kills < KILLS:
             unfinished = (folder / UNFINISHED).exists()
             if (aimed and unfinished) or time.monotonic() > deadline:
@@ -43,7 +43,7 @@ def killed_until_done(command: list[str], folder: Path, seed: int) -> tuple[int,
 @pytest.mark.parametrize("sparsifier", ["topk", "rcd"])
 def test_training_that_is_killed_ends_as_one_that_is_not(sparsifier, corpus, tmp_path):
     def command(folder: Path) -> list[str]:
-        more = ["--max-steps", "400", "--save-steps", "10", "--sparsifier", sparsifier,
+        more = ["--max-steps", "700", "--save-steps", "10", "--sparsifier", sparsifier,
                 "--resume-from-checkpoint", "auto"]  # fmt: skip
         return [sys.executable, "-m", "hf_circuit_sparsity.cli",
                 *train_arguments(corpus, folder, *more)]  # fmt: skip
