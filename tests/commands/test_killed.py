@@ -1,9 +1,10 @@
-"""Runs that are killed again and again go on, and end as one that was not. Takes minutes."""
+"""Runs that are killed again and again go on, and end as one that was not."""
 
 import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,27 +16,30 @@ from tests.commands.test_cli import train_arguments
 KILLS = 20
 
 
-def killed_until_done(command: list[str], folder: Path, seed: int) -> tuple[int, int]:
-    """Run a command, killed at random moments and, every other time, inside a save.
+def killed_until_done(command: list[str], folder: Path, seed: int) -> Counter:
+    """Run a command again and again, killed while it starts, while it trains and while it saves.
 
     Returns:
-        How often it was killed, and how often of these while a checkpoint was unfinished.
+        How often it was killed when.
     """
-    draw, kills, inside = random.Random(seed), 0, 0
+    draw, kills = random.Random(seed), Counter()
     while True:
+        when = draw.choice(["starting", "training", "saving", "saving"])
+        wait, before = draw.uniform(0.5, 5), {path.name for path in folder.glob("checkpoint-*")}
+        began = time.monotonic()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        aimed, deadline = kills % 2 == 0, time.monotonic() + draw.uniform(4, 12)
-        while process.poll() is None and kills < KILLS:
-            unfinished = (folder / UNFINISHED).exists()
-            if (aimed and unfinished) or time.monotonic() > deadline:
-                inside += unfinished
+        while process.poll() is None and kills.total() < KILLS:
+            saving = (folder / UNFINISHED).exists()
+            if when == "training" and {p.name for p in folder.glob("checkpoint-*")} <= before:
+                began = time.monotonic()  # not yet
+            if saving if when == "saving" else time.monotonic() > began + wait:
                 process.kill()
-                kills += 1
+                kills[when] += 1
                 break
-            time.sleep(0.001)
+            time.sleep(0.0005)
         output = process.communicate()[0].decode()
         if process.returncode == 0:
-            return kills, inside
+            return kills
         assert process.returncode == -9, output
 
 
@@ -43,14 +47,14 @@ def killed_until_done(command: list[str], folder: Path, seed: int) -> tuple[int,
 @pytest.mark.parametrize("sparsifier", ["topk", "rcd"])
 def test_training_that_is_killed_ends_as_one_that_is_not(sparsifier, corpus, tmp_path):
     def command(folder: Path) -> list[str]:
-        more = ["--max-steps", "700", "--save-steps", "10", "--sparsifier", sparsifier,
+        more = ["--max-steps", "1500", "--save-steps", "10", "--sparsifier", sparsifier,
                 "--resume-from-checkpoint", "auto"]  # fmt: skip
         return [sys.executable, "-m", "hf_circuit_sparsity.cli",
                 *train_arguments(corpus, folder, *more)]  # fmt: skip
 
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
-    kills, inside = killed_until_done(command(tmp_path / "killed"), tmp_path / "killed", seed=1)
-    assert kills == KILLS and inside >= 5
+    kills = killed_until_done(command(tmp_path / "killed"), tmp_path / "killed", seed=1)
+    assert kills.total() == KILLS and kills["saving"] >= 5
     found, expected = (load_file(tmp_path / f / "model.safetensors") for f in ("killed", "whole"))
     assert all((found[name] == tensor).all() for name, tensor in expected.items())
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(
