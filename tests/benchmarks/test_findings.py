@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.experiment import Experiment, stored
-from benchmarks.findings import bridges, circuit_finetuning, pruning_frontier
+from benchmarks.findings import bridges, circuit_finetuning, pruning_frontier, rcd_true_size
 from benchmarks.findings.circuit_anatomy import describe_nodes
 from benchmarks.findings.findings import edges_mean, lowest_common_target, smallest
 from benchmarks.findings.optimizer_comparison import ARCHITECTURES, METHODS, builder
@@ -134,6 +134,19 @@ def test_lines_of_a_search():
     for line in ("adam lr=1", "rcd fast"):
         with pytest.raises(ValueError, match=line.split()[-1]):
             parse(line)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_cost_of_a_step_on_every_side(tied, monkeypatch, tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "tie_word_embeddings": tied}  # fmt: skip
+    monkeypatch.setitem(rcd_true_size.MODELS, "tiny", {"model_type": "llama", **sizes})
+    for side in (rcd_true_size.RCD, *rcd_true_size.COPIES):
+        found = rcd_true_size.cost("tiny", side, 512, 1, 1)
+        assert found["seconds"] > 0 and found["peak"] >= 0
+    options = {"models": ("tiny",), "piece": 512, "steps": 1, "threads": 1, "most_gb": 0.0}
+    report = rcd_true_size.run(Experiment("x", tmp_path, stored_only=True, **options))
+    assert report.count("(computed)") == 3
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
