@@ -80,15 +80,15 @@ def asked(**environment: str) -> str:
 
 
 @needs_compiler
-@pytest.mark.parametrize("size", [0, 4000, -100])
-def test_a_library_that_was_cut_off_is_made_anew(size, are_loaded, tmp_path):
+def test_a_library_that_was_cut_off_is_made_anew(are_loaded, tmp_path):
     assert are_loaded(XDG_CACHE_HOME=str(tmp_path))
     (library,) = (tmp_path / "hf_circuit_sparsity").iterdir()
     whole = library.read_bytes()
-    library.write_bytes(whole[:size])
-    assert asked().startswith("True")
-    (again,) = (tmp_path / "hf_circuit_sparsity").iterdir()
-    assert len(again.read_bytes()) == len(whole)
+    for size in (0, -100):
+        library.write_bytes(whole[:size])
+        assert asked().startswith("True")
+        (library,) = (tmp_path / "hf_circuit_sparsity").iterdir()
+        assert len(library.read_bytes()) == len(whole)
 
 
 @needs_compiler
@@ -151,7 +151,7 @@ def test_several_processes_at_once(tmp_path):
     command = [sys.executable, "-c", ASK]
     processes = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
+        for _ in range(2)
     ]
     assert all(p.communicate()[0].startswith("True") for p in processes)
     kept = list((tmp_path / "hf_circuit_sparsity").iterdir())
