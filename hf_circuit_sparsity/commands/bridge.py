@@ -18,7 +18,7 @@ from ..files import write_json
 from ..tasks.packing import pack_dataset, spread_sample
 from .console import columns, quiet_libraries, say, table
 from .loading import load_model, model_at, read_corpus, read_tokenizer
-from .training import checkpoint_to_resume, fit, speed_row
+from .training import checkpoint_to_resume, fit, speed_rows
 
 SUMMARY_NAME = "bridge_summary.json"
 RIDGE_BLOCKS = 512  # blocks of text on which the regression is fitted
@@ -148,7 +148,7 @@ def _print_summary(done: dict[str, Any]) -> None:
     rows = [
         ("sparse model", f"{done['lm']:.3f} nats per token on validation text"),
         ("KL(dense ‖ sparse)", f"{done['kl']:.3f} nats per token"),
-        speed_row(done),
+        *speed_rows(done),
         ("bridge", done["bridge"]),
         ("sparse model", str(Path(done["bridge"]) / "sparse")),
     ]

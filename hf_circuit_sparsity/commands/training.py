@@ -217,10 +217,11 @@ def training_rows(done: dict[str, Any]) -> list[tuple[str, str]]:
         ("density", f"{done['density']:.4f} of the sparse weights"),
         ("nonzeros", f"{done['nonzeros']:,} of {done['parameters']:,} parameters"),
         ("tokens seen", f"{done['tokens']:,} in {done['steps']:,} steps"),
-        speed_row(done),
+        *speed_rows(done),
     ]
 
 
-def speed_row(done: dict[str, Any]) -> tuple[str, str]:
-    """The summary table's row about speed."""
-    return ("tokens/s", f"{done['tokens_per_second']:,.0f}")
+def speed_rows(done: dict[str, Any]) -> list[tuple[str, str]]:
+    """The summary table's row about speed; none where nothing was left to train."""
+    speed = done["tokens_per_second"]
+    return [("tokens/s", f"{speed:,.0f}")] if speed else []

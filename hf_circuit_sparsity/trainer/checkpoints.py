@@ -1,7 +1,8 @@
 """Checkpoints that are whole, and of the run that goes on from them.
 
 A checkpoint is written in the folder [`UNFINISHED`] beside the others and moved into place when all
-of it is there, with [`RUN_NAME`], which says what run it is of.
+of it is there, with [`RUN_NAME`], which says what run it is of. A file of that name beside the
+checkpoints says which run is the folder's: the one that began there last.
 """
 
 import errno
@@ -44,8 +45,11 @@ def last_whole_checkpoint(
         folder: `output_dir` of the run; need not exist.
         say: called with a sentence for each newer one that is passed over.
     """
+    own = _read_run(folder).get("id")
     for path in reversed(checkpoints_of(folder)):
         problem = problem_of(path)
+        if problem is None and own is not None and _read_run(path).get("id", own) != own:
+            problem = "it is of an earlier run in this folder"
         if problem is None:
             return str(path)
         say(f"{path} is passed over: {problem}.")
@@ -91,6 +95,15 @@ def checkpoints_of(folder: str | os.PathLike) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def _read_run(folder: str | os.PathLike) -> dict[str, Any]:
+    """What the folder of a run, or a checkpoint, says of its run; nothing if it says nothing."""
+    try:
+        content = json.loads((Path(folder) / RUN_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 class WholeCheckpoints(Trainer):
     """`Trainer` whose checkpoints are whole or not there, and know their run.
 
@@ -100,6 +113,7 @@ class WholeCheckpoints(Trainer):
     """
 
     _unfinished: Path | None = None
+    _run_id = ""
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`'s; see the class.
@@ -118,12 +132,14 @@ class WholeCheckpoints(Trainer):
                     "%s has %s of an earlier run; this one starts anew.",
                     folder, ", ".join(path.name for path in found[-3:]),
                 )  # fmt: skip
+            self._begin(os.urandom(8).hex())
             return super().train(resume_from_checkpoint, *args, **kwargs)
         named = resume_from_checkpoint is not True
         checkpoint = resume_from_checkpoint if named else last_whole_checkpoint(folder)
         if checkpoint is None:
             raise ValueError(f"there is no whole checkpoint in {folder}: start without resuming.")
         self.check_run(checkpoint, named)
+        self._begin(_read_run(checkpoint).get("id") or os.urandom(8).hex())
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         steps = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
         if state.global_step >= steps:  # Trainer would take one more step
@@ -153,11 +169,7 @@ class WholeCheckpoints(Trainer):
         differences = []
         if 0 < self.args.max_steps < state["global_step"]:
             differences.append(f"its step is {state['global_step']} of {self.args.max_steps}")
-        try:
-            saved = json.loads((Path(checkpoint) / RUN_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # of an earlier release
-            saved = {}
-        own = self._run()
+        saved, own = _read_run(checkpoint), self._run()
         processes = saved.pop("processes", own["processes"])
         if processes != own.pop("processes"):
             logger.warning(
@@ -178,6 +190,12 @@ class WholeCheckpoints(Trainer):
                 "it all the same, start without resuming, or choose another output_dir."
             )
         logger.warning("%s is of another run: %s.", checkpoint, "; ".join(differences))
+
+    def _begin(self, run_id: str) -> None:
+        """From now on the folder's checkpoints are those of this run."""
+        self._run_id = run_id
+        if self.args.should_save and self.args.save_strategy != "no":
+            write_json(Path(self.args.output_dir) / RUN_NAME, {"id": run_id})
 
     def _run(self) -> dict[str, Any]:
         """What makes this run this one: hashes of its model and its data, its seed, and with how
@@ -225,7 +243,7 @@ class WholeCheckpoints(Trainer):
             self.state.best_model_checkpoint = str(run_folder / name)
         if self.args.should_save:
             self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
-            write_json(folder / name / RUN_NAME, self._run())
+            write_json(folder / name / RUN_NAME, {"id": self._run_id, **self._run()})
             if (run_folder / name).exists():
                 os.replace(run_folder / name, folder / "replaced")
             os.replace(folder / name, run_folder / name)

@@ -31,7 +31,10 @@ class EndAtEight(TrainerCallback):
 
 
 def names(trainer):
-    return sorted(path.name for path in Path(trainer.args.output_dir).iterdir())
+    """What lies in its folder beside the note of whose it is."""
+    found = {path.name for path in Path(trainer.args.output_dir).iterdir()}
+    assert RUN_NAME in found
+    return sorted(found - {RUN_NAME})
 
 
 @pytest.fixture
@@ -161,6 +164,18 @@ def test_longer_runs_may_go_on_and_new_ones_say_what_is_there(
     with caplog.at_level(logging.WARNING):
         make_trainer(make_gpt2(), **EVERY_FOUR).train()
     assert "checkpoint-16 of an earlier run; this one starts anew" in caplog.text
+
+
+def test_the_folder_is_that_of_the_run_that_began_last(first_part, make_gpt2, make_trainer):
+    anew = make_trainer(make_gpt2(), callbacks=[EndAtEight()], **{**EVERY_FOUR, "save_steps": 6})
+    anew.train()  # its only checkpoint is older than the other's last
+    folder, said = anew.args.output_dir, []
+    assert last_whole_checkpoint(folder, said.append) == str(Path(folder) / "checkpoint-6")
+    assert "checkpoint-8 is passed over: it is of an earlier run" in said[0]
+    resumed = make_trainer(make_gpt2(seed=5), **EVERY_FOUR)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 12
+    assert last_whole_checkpoint(folder) == str(Path(folder) / "checkpoint-12")
 
 
 def test_a_full_disk_leaves_what_was_saved(make_gpt2, make_trainer, monkeypatch):
