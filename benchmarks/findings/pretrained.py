@@ -271,7 +271,10 @@ def main() -> None:
     """The command line."""
     Experiment.main(
         run, __doc__, "pretrained", "runs/pretrained", steps=600, density=1 / 8, threads=2,
-        tasks=("bracket_brace", "else_elif", "fstring_brace", "lambda_func"),
+        # The last is the one that the model keeps after it was made sparse.
+        tasks=(
+            "bracket_brace", "else_elif", "fstring_brace", "lambda_func", "single_double_quote",
+        ),
     )  # fmt: skip
 
 
