@@ -24,12 +24,11 @@ from ..optim.param_groups import sparse_param_groups
 from ..optim.topk_adamw import TopKAdamW
 from ..tasks.binary_task import BinaryTask
 from ..tasks.load import check_tasks, load_task
-from ..trainer.checkpoints import last_whole_checkpoint
 from ..trainer.sparse_config import SparseTrainingArguments
 from .console import check_can_draw, quiet_libraries, say, table
 from .loading import read_corpus
 from .prune import circuit_rows, prune_model
-from .training import SUMMARY_NAME, prepare_data, train_model, training_rows
+from .training import SUMMARY_NAME, newest_if_any, prepare_data, train_model, training_rows
 
 D_MODEL = 128
 N_LAYER = 2
@@ -123,7 +122,7 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
             tokenizer,
             blocks,
             _training_arguments(model_folder, steps, settings.seed),
-            resume_from_checkpoint=True if last_whole_checkpoint(model_folder, _quiet) else None,
+            resume_from_checkpoint=newest_if_any(model_folder),
             measure=_task_accuracy(task),
             start_at_bigrams=True,
         )
@@ -138,10 +137,6 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
     write_json(folder / "summary.json", summary)
     _print_summary(folder, trained, circuit, summary, verdict)
     return summary
-
-
-def _quiet(line: str) -> None:
-    """Says nothing: the trainer will."""
 
 
 def _prune(

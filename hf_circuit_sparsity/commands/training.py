@@ -1,10 +1,11 @@
 """What `train`, `quickstart` and `bridge` share: data, a training run, its summary."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
@@ -21,7 +22,7 @@ from ..tasks.packing import pack_dataset, spread_sample
 from ..tasks.tokenizer import train_tokenizer
 from ..trainer.bigram_init import initialize_bigram_table_
 from ..trainer.callbacks import InterruptCallback, ProgressTableCallback
-from ..trainer.checkpoints import last_whole_checkpoint
+from ..trainer.checkpoints import check_whole, last_whole_checkpoint
 from ..trainer.sparse_config import SparseTrainingArguments
 from ..trainer.sparse_trainer import SparseTrainer
 from ..trainer.training_curves import plot_training_curves
@@ -43,12 +44,19 @@ def checkpoint_to_resume(args: SparseTrainingArguments) -> str | bool | None:
     """
     resume = args.resume_from_checkpoint
     if resume not in ("auto", "last", "true", "True", True):
+        if resume is not None:
+            check_whole(resume)  # before any data is read
         return resume
-    if last_whole_checkpoint(args.output_dir, say=lambda line: None) is None:
-        if resume == "auto":
-            return None
+    newest = newest_if_any(args.output_dir)
+    if newest is None and resume != "auto":
         raise ValueError(f"There is no checkpoint in {args.output_dir}; start without resuming.")
-    return True
+    return newest
+
+
+def newest_if_any(folder: str | os.PathLike) -> Literal[True] | None:
+    """What makes a trainer go on from the newest whole checkpoint of its folder, or begin."""
+    # The trainer will say what it passes over.
+    return True if last_whole_checkpoint(folder, say=lambda line: None) else None
 
 
 def prepare_data(

@@ -19,7 +19,12 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerState
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import (
+    OPTIMIZER_NAME,
+    SCHEDULER_NAME,
+    TRAINER_STATE_NAME,
+    TRAINING_ARGS_NAME,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from ..files import write_json
@@ -68,21 +73,31 @@ def problem_of(checkpoint: str | os.PathLike) -> str | None:
         return f"it has no {TRAINER_STATE_NAME}, so it was not finished"
     except (OSError, ValueError, KeyError, TypeError):
         return f"its {TRAINER_STATE_NAME} is damaged"
-    weights = [p for p in folder.rglob("*") if p.suffix in (".safetensors", ".bin")]
-    if not weights:
+    safe = list(folder.rglob("*.safetensors"))
+    pickled = [p for p in folder.rglob("*.bin") if p.name != TRAINING_ARGS_NAME]
+    if not safe and not pickled:
         return "it has no weights"
-    for path in weights:
-        if path.suffix == ".safetensors":
-            try:
-                with safe_open(path, framework="pt"):
-                    pass
-            except (SafetensorError, OSError, ValueError):
-                return f"its {path.name} is damaged"
-    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+    for path in safe:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError, ValueError):
+            return f"its {path.name} is damaged"
+    for path in (*pickled, folder / OPTIMIZER_NAME, folder / SCHEDULER_NAME):
         # What torch saves is an archive whose table of contents comes last.
-        if (folder / name).is_file() and not zipfile.is_zipfile(folder / name):
-            return f"its {name} is damaged"
+        if path.is_file() and not zipfile.is_zipfile(path):
+            return f"its {path.name} is damaged"
     return None
+
+
+def check_whole(checkpoint: str | os.PathLike) -> None:
+    """Raise ValueError if one cannot go on from a checkpoint."""
+    problem = problem_of(checkpoint) if Path(checkpoint).is_dir() else "there is no such folder"
+    if problem is not None:
+        raise ValueError(
+            f"{checkpoint} was passed to resume from, but {problem}: pass another checkpoint, or "
+            "start without resuming."
+        )
 
 
 def checkpoints_of(folder: str | os.PathLike) -> list[Path]:
@@ -141,13 +156,22 @@ class WholeCheckpoints(Trainer):
         self.check_run(checkpoint, named)
         self._begin(_read_run(checkpoint).get("id") or os.urandom(8).hex())
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        steps = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
-        if state.global_step >= steps:  # Trainer would take one more step
-            logger.warning("%s has all %d steps: nothing is left to train.", checkpoint, steps)
+        if self._is_done(state):  # Trainer would take one more step
+            logger.warning(
+                "%s has all %d steps: nothing is left to train.", checkpoint, state.global_step
+            )
             self._load_from_checkpoint(str(checkpoint))
             self.state = state
+            if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                self._load_best_model()
             return TrainOutput(state.global_step, 0.0, {})
         return super().train(str(checkpoint), *args, **kwargs)
+
+    def _is_done(self, state: TrainerState) -> bool:
+        """Whether a run with this state has come to its end, as the arguments have it now."""
+        if self.args.max_steps > 0:
+            return state.global_step >= self.args.max_steps
+        return (state.epoch or 0.0) >= self.args.num_train_epochs
 
     def check_run(self, checkpoint: str | os.PathLike, named: bool) -> None:
         """Whether this run may go on from a checkpoint.
@@ -159,12 +183,7 @@ class WholeCheckpoints(Trainer):
         Raises:
             ValueError: it is damaged or, unless named, of another run.
         """
-        problem = problem_of(checkpoint) if Path(checkpoint).is_dir() else "there is no such folder"
-        if problem is not None:
-            raise ValueError(
-                f"{checkpoint} was passed to resume from, but {problem}: pass another checkpoint, "
-                "or start without resuming."
-            )
+        check_whole(checkpoint)
         state = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         differences = []
         if 0 < self.args.max_steps < state["global_step"]:

@@ -60,7 +60,7 @@ def test_ctrl_c_saves_and_resuming_completes_the_run(
     resumed = make_trainer(model, callbacks=[interrupt], name="stopped", **evaluated)
     resumed.train(resume_from_checkpoint=True)
     assert not interrupt.interrupted
-    assert resumed.state.global_step == 12
+    assert resumed.state.global_step == 12 and interrupt.first_step == 5
     for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(p, q)
 

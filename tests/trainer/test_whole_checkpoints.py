@@ -77,6 +77,10 @@ def damage(checkpoint, kind):
         for path in checkpoint.iterdir():
             path.unlink()
         return "it has no trainer_state.json"
+    if kind == "no weights":  # but the arguments, which are a .bin as well
+        (checkpoint / "model.safetensors").unlink()
+        assert (checkpoint / "training_args.bin").is_file()
+        return "it has no weights"
     name = {"weights": "model.safetensors", "optimizer": OPTIMIZER_NAME,
             "state": TRAINER_STATE_NAME}[kind]  # fmt: skip
     content = (checkpoint / name).read_bytes()
@@ -84,7 +88,7 @@ def damage(checkpoint, kind):
     return f"its {name} is damaged"
 
 
-@pytest.mark.parametrize("kind", ["empty", "weights", "optimizer", "state"])
+@pytest.mark.parametrize("kind", ["empty", "weights", "no weights", "optimizer", "state"])
 def test_what_is_not_whole_is_passed_over_by_name(
     kind, first_part, make_gpt2, make_trainer, caplog
 ):
@@ -197,6 +201,29 @@ def test_a_full_disk_leaves_what_was_saved(make_gpt2, make_trainer, monkeypatch)
     resumed = make_trainer(make_gpt2(seed=5), **EVERY_FOUR)
     resumed.train(resume_from_checkpoint=True)
     assert_same_run(whole, resumed)
+
+
+def test_more_epochs_may_be_asked_for(make_gpt2, make_trainer):
+    settings = {**EVERY_FOUR, "max_steps": -1}
+    make_trainer(make_gpt2(), num_train_epochs=1, **settings).train()
+    longer = make_trainer(make_gpt2(), num_train_epochs=2, **settings)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.epoch == 2
+
+
+def test_a_run_that_is_done_gives_its_best_model_again(make_gpt2, make_trainer):
+    settings = {
+        "save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2,
+        "load_best_model_at_end": True, "metric_for_best_model": "loss",
+        "greater_is_better": True,  # the worst, so that it is not the last
+    }  # fmt: skip
+    whole = make_trainer(make_gpt2(), **settings)
+    whole.train()
+    assert not whole.state.best_model_checkpoint.endswith("checkpoint-12")
+    again = make_trainer(make_gpt2(seed=5), **settings)
+    again.train(resume_from_checkpoint=True)
+    for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_the_best_model_and_the_limit_are_of_where_checkpoints_are(make_gpt2, make_trainer):
