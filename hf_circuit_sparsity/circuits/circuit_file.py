@@ -5,7 +5,6 @@ A task of one's own lies beside them, as `task.json`.
 What is written passes the same checks as what is read, so what could be written can be read.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from huggingface_hub import HfApi, ModelInfo, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-from ..files import replacing
+from ..files import replacing, sha256_of
 from ..modeling.configuration_circuitgpt import ArtifactError
 from ..modeling.sparse_checkpoint import read_tensors
 from ..modeling.validation import Field, check_vector, read_json
@@ -142,7 +141,6 @@ def write_circuit(
     """
     folder = Path(folder)
     content = {"format_version": FORMAT_VERSION, **fields}
-    content.pop(PARTS, None)
     check_content(Field(content, folder / JSON_NAME))
     _check_tensors(tensors, folder / TENSORS_NAME)
     json.dumps(content, allow_nan=False)  # raises before anything is written
@@ -152,7 +150,7 @@ def write_circuit(
     with replacing(folder / TENSORS_NAME) as path:
         save_file(tensors, path, metadata={"format": "pt"})
     parts = [TENSORS_NAME] if own_task is None else [TENSORS_NAME, TASK_NAME]
-    content[PARTS] = {name: _sha256(folder / name) for name in parts}
+    content[PARTS] = {name: sha256_of(folder / name) for name in parts}
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     with replacing(folder / JSON_NAME) as path:
         path.write_text(text + "\n", encoding="utf-8")
@@ -198,16 +196,12 @@ def read_circuit(
     return content.value, _check_tensors(tensors, folder / TENSORS_NAME)
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _check_parts(folder: Path, hashes: dict[str, str]) -> None:
     """Whether the files beside a `circuit.json` are those it was written with; an older one has no
     hashes, and there may be none of a task that has yet to be asked for."""
     for name in hashes.keys() & {TENSORS_NAME, TASK_NAME}:
         path = folder / name
-        if path.is_file() and _sha256(path) != hashes[name]:
+        if path.is_file() and sha256_of(path) != hashes[name]:
             raise ArtifactError(
                 path,
                 f" is not the one that {JSON_NAME} beside it was saved with, as after a save that "

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from ..files import sha256_of
+
 logger = logging.get_logger(__name__)
 
 SOURCE = Path(__file__).with_name("source")
@@ -68,7 +70,7 @@ def warn_that_there_are_none(reason: str) -> None:
 def _kept(folder: Path, name: str) -> Path | None:
     """A library that was compiled before and is what it was; others of its name are removed."""
     for path in sorted(folder.glob(f"{name}-*.so")):
-        if path.name == f"{name}-{_digest(path)}.so":
+        if path.name == f"{name}-{sha256_of(path)}.so":
             return path
         path.unlink(missing_ok=True)
     return None
@@ -84,15 +86,11 @@ def _compile(compiler: str, flags: tuple[str, ...], folder: Path, name: str) -> 
             command, check=True, capture_output=True, encoding="utf-8", errors="replace",
             timeout=120,
         )  # fmt: skip
-        library = folder / f"{name}-{_digest(Path(partial))}.so"
+        library = folder / f"{name}-{sha256_of(partial)}.so"
         os.replace(partial, library)
         return library
     finally:
         Path(partial).unlink(missing_ok=True)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
 def _cache_folder() -> Path | None:

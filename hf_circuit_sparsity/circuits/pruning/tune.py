@@ -114,22 +114,21 @@ def search_circuit(
         )
         study = optuna.create_study(storage=storage, study_name="search", load_if_exists=True)
         done = len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
-        bar = tqdm(
+        with tqdm(
             total=trials, initial=min(done, trials), desc="trials", disable=not progress,
             leave=False,
-        )  # fmt: skip
-        for number in range(done, trials):
-            # A sampler of its own for every trial: a search that was stopped and goes on must not
-            # draw its first numbers again.
-            study.sampler = optuna.samplers.TPESampler(
-                seed=config.seed * 1_000_003 + number, n_startup_trials=5
-            )
-            if number == 0:
-                study.enqueue_trial({name: getattr(config, name) for name in SEARCHED})
-            study.optimize(objective, n_trials=1)
-            bar.update()
-            bar.set_postfix_str(f"fewest edges {int(study.best_value)}")
-        bar.close()
+        ) as bar:  # fmt: skip
+            for number in range(done, trials):
+                # A sampler of its own for every trial: a search that was stopped and goes on must
+                # not draw its first numbers again.
+                study.sampler = optuna.samplers.TPESampler(
+                    seed=config.seed * 1_000_003 + number, n_startup_trials=5
+                )
+                if number == 0:
+                    study.enqueue_trial({name: getattr(config, name) for name in SEARCHED})
+                study.optimize(objective, n_trials=1)
+                bar.update()
+                bar.set_postfix_str(f"fewest edges {int(study.best_value)}")
     return Circuit.from_pretrained(best)
 
 
@@ -146,10 +145,12 @@ def _only_one(folder: Path) -> Iterator[None]:
     with (folder / LOCK_NAME).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise ValueError(
                 f"another process is searching in {folder}: wait for it, or choose another folder."
             ) from error
+        except OSError:  # a file system without locks
+            pass
         yield
 
 
