@@ -154,8 +154,8 @@ def make_sparse(folder: Path, density: float, steps: int) -> dict[str, Any]:
         train()
     summary = stored(output / SUMMARY_NAME, dict)
     # Of the part since it was resumed, as all of it may have taken several days.
-    per_step = summary["tokens"] / summary["steps"] / summary["tokens_per_second"]
-    return {**summary, "seconds_per_step": per_step}
+    speed, tokens = summary["tokens_per_second"], summary["tokens"] / summary["steps"]
+    return {**summary, "seconds_per_step": tokens / speed if speed else None}
 
 
 def held_out_loss(folder: Path, name: str) -> float:
@@ -225,7 +225,7 @@ def _models(folder: Path, summary: dict[str, Any] | None) -> str:
             "model": name,
             "density of attention and MLP": f"{trained['density']:.4f}" if trained else "1",
             "training here": f"{trained['steps']} steps of 1,024 tokens, "
-            f"{trained['seconds_per_step']:.1f} s each" if trained else "none",
+            f"{number(trained['seconds_per_step'], '.1f')} s each" if trained else "none",
             "held-out loss, nats per token": number(loss),
             "perplexity": number(loss and exp(loss), ".1f"),
         })  # fmt: skip

@@ -33,7 +33,7 @@ def abs_topk_reference(x: Tensor, k: int) -> Tensor:
 def abs_topk(x: Tensor, k: int) -> Tensor:
     """Keep the k largest entries by magnitude along the last dimension and zero the others.
 
-    AbsTopK of Gao et al. 2025; the gradient reaches what is kept. Of equals the first are kept.
+    AbsTopK of Gao et al. 2025; the gradient reaches what is kept. Of equals kernels keep the first.
 
     Args:
         x: `(..., width)`, any floating dtype.

@@ -73,19 +73,21 @@ def project_topk_each_(
         if weight.numel() == 0:
             continue
         matrix, device = _as_matrix(weight), weight.device
-        if not weight.is_contiguous():
-            copies.append((weight, matrix))
-        if device.type == "cpu":
-            project_cpu_(matrix, k, min_nonzeros, row_dim)
-            continue
-        kind = device, matrix.dtype, type(matrix)
-        if kind not in kernels_of:
-            kernels_of[kind] = selection_kernels(matrix)
-        kernels = kernels_of[kind]
-        if kernels is None or not kernels.can_project(matrix, min_nonzeros, row_dim):
-            project_bisection_(matrix, k, min_nonzeros, row_dim)
-        else:
+        kernels, is_copy = None, not weight.is_contiguous()
+        if device.type != "cpu":
+            kind = device, matrix.dtype, type(matrix)
+            if kind not in kernels_of:
+                kernels_of[kind] = selection_kernels(matrix)
+            kernels = kernels_of[kind]
+        if kernels is not None and kernels.can_project(matrix, min_nonzeros, row_dim):
             together.setdefault(device, []).append((matrix, k, min_nonzeros, row_dim))
+            if is_copy:
+                copies.append((weight, matrix))
+            continue
+        project = project_cpu_ if device.type == "cpu" else project_bisection_
+        project(matrix, k, min_nonzeros, row_dim)
+        if is_copy:
+            weight.copy_(matrix.view(weight.shape))
     for members in together.values():
         _project_together_(*zip(*members, strict=True))
     for weight, matrix in copies:

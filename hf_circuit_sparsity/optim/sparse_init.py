@@ -157,9 +157,8 @@ def sparse_from_config(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of what is held dense
         _initialize(model)
-    if elsewhere & of_weight.keys():
-        settings = {"min_nonzeros": min_nonzeros, **group_settings}
-        sparsify_initialization_(model, density, seed=seed, **settings)
+    # What other layers hold, zeros and all; the rest has its nonzeros already.
+    sparsify_initialization_(model, density, min_nonzeros=min_nonzeros, seed=seed, **group_settings)
     return model
 
 
@@ -177,12 +176,12 @@ class _Drawn(TorchDispatchMode):
         self.deviations: dict[int, float] = {}
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        tensor, *settings = arguments or (None,)
-        if function is torch.ops.aten.normal_.default:
-            self.deviations[id(tensor)] = (*settings, 0.0, 1.0)[1] if settings else 1.0
-        elif function is torch.ops.aten.uniform_.default:
-            low, high = settings or (0.0, 1.0)
-            self.deviations[id(tensor)] = (high - low) / math.sqrt(12)
+        # Both have two numbers, 0 and 1 unless they are passed: mean and deviation, or the range.
+        if function in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
+            tensor, *passed = arguments
+            first, second = (*passed, *(0.0, 1.0)[len(passed) :])
+            uniform = function is torch.ops.aten.uniform_.default
+            self.deviations[id(tensor)] = (second - first) / math.sqrt(12) if uniform else second
         return function(*arguments, **(options or {}))
 
 

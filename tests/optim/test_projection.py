@@ -215,6 +215,13 @@ def test_several_at_once_are_each_as_defined():
     assert all(map(torch.equal, weights, expected))
 
 
+def test_on_the_cpu_those_before_one_that_is_not_finite_are_done():
+    weights = [torch.randn(9, 7).T, torch.full((3, 3), torch.nan)]
+    with pytest.raises(ValueError, match=r"not finite|NaN"):
+        project_topk_each_(weights, [5, 2], [0, 0], [0, 0])
+    assert torch.count_nonzero(weights[0]) == 5
+
+
 def test_of_several_none_is_changed_if_one_argument_is_wrong():
     weights = [torch.ones(3, 3), torch.ones(3, 3)]
     with pytest.raises(ValueError, match="k=10"):

@@ -6,6 +6,7 @@ from transformers import AutoConfig
 from hf_circuit_sparsity import sparse_from_config, sparse_param_groups, sparsify_initialization_
 from hf_circuit_sparsity.modeling.sparse_layers import sparse_layers
 from hf_circuit_sparsity.optim.projection import nonzero_budget
+from hf_circuit_sparsity.optim.sparse_init import _Drawn
 from tests.decoders.dense_models import DENSE
 
 
@@ -103,6 +104,21 @@ def test_rows_of_a_born_matrix_are_filled_alike_whatever_way_it_is_stored(make_g
     weight = born.transformer.h[0].mlp.c_fc.weight  # inputs × outputs
     per_neuron = (weight != 0).sum(0)
     assert weight.shape == (24, 96) and per_neuron.min() == per_neuron.max() == 4
+
+
+def test_deviations_are_read_off_whatever_is_passed():
+    w = torch.empty(3, 4, device="meta")
+    draws = {
+        1.0: [lambda: w.normal_(), lambda: w.normal_(2.0)],
+        0.3: [lambda: w.normal_(2.0, 0.3), lambda: nn.init.normal_(w, std=0.3)],
+        12**-0.5: [lambda: w.uniform_(), lambda: w.uniform_(2.0, 3.0)],
+        0.5 * 12**-0.5: [lambda: w.uniform_(0.5), lambda: nn.init.uniform_(w, 0.5, 1.0)],
+    }
+    for expected, calls in draws.items():
+        for call in calls:
+            with _Drawn() as drawn:
+                call()
+            assert drawn.deviations == {id(w): pytest.approx(expected)}
 
 
 def test_a_padding_row_stays_empty(make_llama):
