@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm.auto import trange
 
 from ..ablation import TOKENS, ReferenceMeans, hooked
 from ..edges import Edge, circuit_edges, cut_offsets, edge_hooks, site_weights
@@ -31,8 +31,11 @@ _FEW_NODES = 24
 # So many supersets that broke a candidate are tried on the next one before the adversary looks for
 # another.
 _REMEMBERED = 8
-# Rows of a forward pass, roughly.
-_ROWS = 256
+# So many numbers has a hidden state of all rows of a forward pass at most, roughly: of small models
+# many circuits are measured in one pass.
+_HIDDEN_STATE = 2**18
+# Circuits that are listed at once.
+_AT_ONCE = 64
 
 
 class Selector:
@@ -65,30 +68,53 @@ class Selector:
 
     def loss(self, keep: Masks, cut: Sequence[Edge] = (), few: bool = False) -> float:
         """Loss of the model cut down to the kept nodes, without the cut edges."""
-        rows = self._few if few and self._few is not None else self._all
         hooks = edge_hooks(self.model, cut, cut_offsets(cut, self.means)) if cut else []
         with hooked(hooks):
-            alone = self._alone(keep, rows)
-            if self.config.outside == "off" or alone > _HOPELESS * self.target:
-                return alone
-            return max(alone, self._beside(keep, rows, search=not few))
+            return self._of_nodes([keep], few)[0]
 
-    def _alone(self, keep: Masks, rows: TaskTensors) -> float:
-        return self._losses({site: mask[None] for site, mask in keep.items()}, rows)[0]
+    def losses(
+        self, candidates: Sequence[tuple[Masks, Sequence[Edge]]], few: bool = False
+    ) -> list[float]:
+        """[`Selector.loss`] of each; circuits without cut edges share forward passes."""
+        if any(cut for _, cut in candidates):
+            return [self.loss(keep, cut, few) for keep, cut in candidates]
+        return self._of_nodes([keep for keep, _ in candidates], few)
+
+    def _of_nodes(self, keeps: Sequence[Masks], few: bool) -> list[float]:
+        rows = self._few if few and self._few is not None else self._all
+        alone = self._losses(_stacked(keeps), rows)
+        if self.config.outside == "off":
+            return alone
+        hopeless = _HOPELESS * self.target
+        return [
+            loss if loss > hopeless else max(loss, self._beside(keep, rows, search=not few))
+            for keep, loss in zip(keeps, alone, strict=True)
+        ]
 
     def _losses(self, gates: Gates, rows: TaskTensors) -> list[float]:
-        """Of every row of gates, all in one forward pass."""
-        copies = len(next(iter(gates.values())))
+        """Of every row of gates, as many in a forward pass as there is room for."""
+        fit = max(1, _HIDDEN_STATE // self._numbers(rows))
+        sizes = {site: gate.split(fit) for site, gate in gates.items()}
+        parts = (dict(zip(sizes, part, strict=True)) for part in zip(*sizes.values(), strict=True))
+        return [loss for part in parts for loss in self._losses_at_once(part, rows)]
+
+    def _losses_at_once(self, gates: Gates, rows: TaskTensors) -> list[float]:
+        copies, n = len(next(iter(gates.values()))), len(rows["target_ids"])
 
         def logits(_: nn.Module, part: TaskTensors) -> torch.Tensor:
             pairs = self.gated.run(part, gates, copies=copies)
             return pairs.unflatten(0, (copies, -1)).transpose(0, 1)
 
-        pairs = all_pair_logits(self.model, rows, max(1, _ROWS // copies), logits)
+        batch_size = max(1, n * _HIDDEN_STATE // (copies * self._numbers(rows)))
+        pairs = all_pair_logits(self.model, rows, batch_size, logits)
         return [
             binary_loss(self.calibration.pairs(of_gates, rows)).item()
             for of_gates in pairs.unbind(1)
         ]
+
+    def _numbers(self, rows: TaskTensors) -> int:
+        """How many a hidden state of these rows has."""
+        return rows["input_ids"].numel() * self.model.config.hidden_size
 
     def _beside(self, keep: Masks, rows: TaskTensors, search: bool) -> float:
         """The loss with other nodes on; `search` lets the adversary look for a new choice."""
@@ -98,7 +124,7 @@ class Selector:
             self._outside = [random_superset(widths, self._generator) for _ in range(count)]
 
         def measured(outside: list[Masks]) -> list[float]:
-            stacked = {s: torch.stack([masks[s] for masks in outside]) for s in keep}
+            stacked = _stacked(outside)
             gates = {s: mask | stacked[s].to(mask) for s, mask in keep.items()}
             return self._losses(gates, rows)
 
@@ -162,10 +188,13 @@ class Selector:
         slack = _HOPELESS if self._few is not None else 1.0
         while True:
             left = [item for item in items if item not in gone]
-            costs = {
-                item: self.loss(*without([*gone, item]), few=True)
-                for item in tqdm(left, desc=f"dropping {name}", disable=not progress, leave=False)
-            }
+            costs: dict[Any, float] = {}
+            for start in trange(
+                0, len(left), _AT_ONCE, desc=f"dropping {name}", disable=not progress, leave=False
+            ):
+                part = left[start : start + _AT_ONCE]
+                losses = self.losses([without([*gone, item]) for item in part], few=True)
+                costs |= zip(part, losses, strict=True)
             # In order of what each costs alone; what it costs beside the others is measured again.
             hopeful = sorted(
                 (i for i in left if costs[i] <= slack * self.target), key=costs.__getitem__
@@ -324,6 +353,11 @@ def drop_edges(
     cut = selector.drop_needless(edges, lambda gone: (keep, gone), "edges", progress)
     keep = drop_unconnected(model, keep, selector, cut)
     return keep, _within(cut, keep)
+
+
+def _stacked(masks: Sequence[Masks]) -> Gates:
+    """As rows of gates."""
+    return {site: torch.stack([of_sites[site] for of_sites in masks]) for site in masks[0]}
 
 
 def _within(cut: Sequence[Edge], keep: Masks) -> list[Edge]:

@@ -1,6 +1,7 @@
 """Pruning single weights and token embeddings, and running a circuit without them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from hf_circuit_sparsity import Circuit, PruningConfig
 from hf_circuit_sparsity.circuits.ablation import hooked, reference_means
 from hf_circuit_sparsity.circuits.edges import circuit_edges, cut_offsets, edge_hooks
+from hf_circuit_sparsity.circuits.pruning import shrink
 from hf_circuit_sparsity.circuits.pruning.shrink import Selector, drop_edges
 from hf_circuit_sparsity.circuits.task_scores import Calibration, task_rows
 from tests.circuits.planted import (
@@ -71,6 +73,25 @@ def test_needless_edges_go_and_take_their_nodes_along(model, means):
     left = {e.name for e in circuit_edges(model, kept)} - {e.name for e in cut}
     assert len(before) > 8 and left <= set(PLANTED_EDGES)
     assert selector.loss(keep, cut) <= selector.target
+
+
+@pytest.mark.parametrize("room", [1, 2**13, 2**20])
+@pytest.mark.parametrize("outside", ["off", "random"])
+def test_many_circuits_are_measured_as_one_by_one(model, means, monkeypatch, room, outside):
+    config = replace(CONFIG, outside=outside)
+    rows = task_rows(on_off_task().tensors("train"), slice(60))
+    nodes = [(site, i) for site, ids in PLANTED_NODES.items() for i in ids]
+    keeps = []
+    for site, i in nodes:
+        keeps.append(keep_masks(model, PLANTED_NODES))
+        keeps[-1][site][i] = False
+    one_by_one = Selector(model, rows, means, Calibration(), config)
+    expected = [one_by_one.loss(keep, few=True) for keep in keeps]
+    assert len({round(loss, 3) for loss in expected}) > 3
+    monkeypatch.setattr(shrink, "_HIDDEN_STATE", room)
+    together = Selector(model, rows, means, Calibration(), config)
+    found = together.losses([(keep, ()) for keep in keeps], few=True)
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
