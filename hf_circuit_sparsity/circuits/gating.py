@@ -54,13 +54,16 @@ class GatedModel:
             with hooked([(norm, _remember(norms)) for norm in norms_of(self.model)]):
                 pair_logits(self.model, rows)
         if self.resample:
-            others = {
-                name: rows[f"counterfactual_{name}"] for name in ("input_ids", "attention_mask")
-            }
-            with recorded_sites(self.model, [s for s in self.means if s != TOKENS]) as recorded:
-                next_token_logits(self.model, others)
-            centers |= recorded
+            centers |= self.counterfactual(rows)
         return Prepared(centers, norms)
+
+    @torch.no_grad()
+    def counterfactual(self, rows: TaskTensors) -> dict[str, Tensor]:
+        """Site → what its nodes are in the counterfactual prompts, `(rows, tokens, width)`."""
+        others = {name: rows[f"counterfactual_{name}"] for name in ("input_ids", "attention_mask")}
+        with recorded_sites(self.model, [s for s in self.means if s != TOKENS]) as recorded:
+            next_token_logits(self.model, others)
+        return recorded
 
     def run(
         self,
@@ -80,15 +83,65 @@ class GatedModel:
             logits: [`next_token_logits`] for the whole vocabulary.
         """
         prepared = prepared or self.prepare(rows)
+        frozen = [(norm, _freeze(_repeated(size, copies))) for norm, size in prepared.norms.items()]
+        # Norms first: a node site may be a norm's output.
+        with hooked(frozen):
+            return self._gated(rows, gates, prepared.centers, {}, copies, logits)
+
+    def interchanged(
+        self,
+        rows: TaskTensors,
+        gates: Gates,
+        swapped: Mapping[str, Tensor],
+        theirs: Mapping[str, Tensor],
+        alone: bool,
+        copies: int = 1,
+    ) -> Tensor:
+        """Logits of the answers, `(copies * rows, 2)`, with open nodes swapped.
+
+        Args:
+            rows: of a task, left-padded.
+            gates: as for [`run`].
+            swapped: site → bool `(width,)`, which nodes are, where they are open, what they are in
+                the counterfactual prompt.
+            theirs: site → what nodes are there, `(rows, tokens, width)`.
+            alone: shut nodes are ablated; if not, all else is the whole model, untouched.
+            copies: how often the rows are repeated.
+        """
+        if alone:
+            given = {site: (nodes, theirs[site]) for site, nodes in swapped.items()}
+            return self._gated(rows, gates, self.means, given, copies, pair_logits)
+        taken = {site: gates[site] * nodes.to(gates[site]) for site, nodes in swapped.items()}
+        rest = {s: ~gate if gate.dtype is torch.bool else 1 - gate for s, gate in taken.items()}
+        return self._gated(rows, rest, theirs, {}, copies, pair_logits)
+
+    def _gated(
+        self,
+        rows: TaskTensors,
+        gates: Gates,
+        centers: Mapping[str, Tensor],
+        given: Mapping[str, tuple[Tensor, Tensor]],
+        copies: int,
+        logits: Callable[[nn.Module, TaskTensors], Tensor],
+    ) -> Tensor:
         repeated = {name: torch.cat([tensor] * copies) for name, tensor in rows.items()}
         hooks = {}
         for site in gates:
-            center = prepared.centers[site]
-            hooks[site] = gate_hook(site, gates, _repeated(center, copies))
-        frozen = [(norm, _freeze(_repeated(size, copies))) for norm, size in prepared.norms.items()]
-        # Norms first: a node site may be a norm's output.
-        with hooked(frozen), hooked_sites(self.model, hooks):
+            hooks[site] = gate_hook(site, gates, _repeated(centers[site], copies))
+            if site in given:
+                nodes, values = given[site]
+                hooks[site] = _given(nodes, _repeated(values, copies), hooks[site])
+        with hooked_sites(self.model, hooks):
             return logits(self.model, repeated)
+
+
+def _given(nodes: Tensor, values: Tensor, then: Callable) -> Callable:
+    """A forward hook that puts values in the place of some nodes before another hook runs."""
+
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return then(module, args, torch.where(nodes.to(output.device), values.to(output), output))
+
+    return hook
 
 
 def gate_hook(site: str, gates: Mapping[str, Tensor], center: Tensor) -> Callable:

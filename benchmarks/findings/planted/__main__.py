@@ -26,6 +26,7 @@ METHODS: dict[str, PruningConfig] = {
     "rest off": SHORT,
     "rest random": replace(SHORT, outside="random"),
     "rest adversarial": replace(SHORT, outside="adversarial"),
+    "interchange": replace(SHORT, interchange=1.0, interchange_depths=2),
     "zero": replace(SHORT, ablation="zero"),
     "task mean": replace(SHORT, ablation="task_mean"),
     "resample": replace(SHORT, ablation="resample"),

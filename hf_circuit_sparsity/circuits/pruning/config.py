@@ -15,11 +15,11 @@ _POSITIVE = (
 )  # fmt: skip
 _AT_LEAST_ONE = (
     "batch_size", "selection_prompts", "reference_tokens", "calibration_steps", "num_seeds",
-    "adversary_steps", "selection_supersets",
+    "adversary_steps", "selection_supersets", "interchange_depths",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "max_steps", "screen_prompts", "node_penalty", "weight_decay", "init_std", "adversary_restart",
-    "adversary_nodes",
+    "adversary_nodes", "interchange",
 )  # fmt: skip
 
 
@@ -89,6 +89,14 @@ class PruningConfig:
     """How many nodes of the rest it may switch on; 0 for as many as it likes."""
     selection_supersets: int = 8
     """Where candidate circuits are compared: random parts, or ascent steps of the adversary."""
+    interchange: float = 0.0
+    """Weight of a second loss: with some of the circuit's nodes swapped from the counterfactual
+    prompt, the circuit alone must answer as the whole model does, which a part that only goes with
+    the answer does not bring about. Then candidates must be as close as the target, in nats, under
+    every swap tried. Needs prompts as long as their counterfactuals. 0 does not ask."""
+    interchange_depths: int = 4
+    """Candidates are compared with nodes up to so many depths swapped, evenly spaced: all of them,
+    a random half, and the other half. Learning masks draws from all depths."""
     ablation: AblationKind = "mean"
     """What a closed node is: its mean over the reference or over the task's prompts, zero, or what
     it is in the counterfactual prompt. A circuit found by the last one runs at reference means."""

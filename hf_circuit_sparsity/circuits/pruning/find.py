@@ -115,6 +115,7 @@ def find_circuits(
     model = unwrapped(model)
     with in_eval_mode(model):
         check_prompts_fit(model, task)
+        check_lengths(task, config)
         train = task.tensors("train")
         whole = model_scores(model, train, task.tensors("test"), config.calibration_steps)
         # In a seeded order, so that any prefix is a fair sample.
@@ -176,11 +177,6 @@ def means_for(
     progress: bool,
 ) -> ReferenceMeans:
     """What closed nodes are fixed at; with "resample", where the circuit runs afterwards."""
-    if config.ablation == "resample" and not task.equal_length:
-        raise ValueError(
-            f"The task {task.name!r} has prompts that are not as long as their counterfactuals, "
-            "so ablation='resample' has no activations to take: use 'mean'."
-        )
     if config.ablation == "task_mean":
         return task_means(model, train)
     means = means_over(model, task, reference, config.reference_tokens, progress)
@@ -225,6 +221,21 @@ def check_prompts_fit(model: nn.Module, task: BinaryTask) -> None:
             f"The task {task.name!r} has a prompt of {task.longest_prompt} tokens, but the model "
             f"reads at most {context}; make the task with max_length={context} to see which, and "
             "use shorter prompts or a model with a longer context."
+        )
+
+
+def check_lengths(task: BinaryTask, config: PruningConfig) -> None:
+    """Raise a `ValueError` if activations of counterfactual prompts are to be taken that do not fit
+    the prompts."""
+    settings = []
+    if config.ablation == "resample":
+        settings.append("ablation='resample'")
+    if config.interchange:
+        settings.append(f"interchange={config.interchange:g}")
+    if settings and not task.equal_length:
+        raise ValueError(
+            f"The task {task.name!r} has prompts that are not as long as their counterfactuals, so "
+            f"{' and '.join(settings)} cannot take activations from there: leave that out."
         )
 
 

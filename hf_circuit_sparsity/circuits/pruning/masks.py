@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..ablation import TOKENS
 from ..gating import GatedModel, Gates, Prepared, frozen_weights
+from ..interchange import Swaps, interchange_loss
 from ..supersets import ascend, beside, random_superset
 from ..task_scores import (
     TaskTensors,
@@ -125,6 +126,9 @@ def _learn_together(
     )
     gated, n = gated_model(model, means, config), len(train["target_ids"])
     rest = _Outside(gated, config, generators)
+    # The same for all seeds, so that none depends on how many others there are.
+    generator = torch.Generator().manual_seed(config.seed)
+    swaps = Swaps({s: tau.shape[1] for s, tau in taus.items()}, generator)
     with frozen_weights(model):
         for step in range(config.max_steps):
             rows = torch.cat(
@@ -139,6 +143,9 @@ def _learn_together(
             # A sum over seeds: no seed's gradient depends on how many others there are.
             losses = _losses(gated, batch, both, prepared, config)
             losses = losses.unflatten(0, (-1, len(seeds))).mean(0)
+            if config.interchange:
+                far = interchange_loss(gated, batch, gates, swaps.draw())
+                losses = losses + config.interchange * far
             open_nodes = sum(gate.sum(1) for gate in gates.values())
             optimizer.zero_grad()
             (losses + config.node_penalty * open_nodes).sum().backward()

@@ -1,6 +1,6 @@
 """From learned masks to the smallest circuit: bisect, then drop what is not needed."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from tqdm.auto import trange
 from ..ablation import TOKENS, ReferenceMeans, hooked
 from ..edges import Edge, circuit_edges, cut_offsets, edge_hooks, site_weights
 from ..gating import Gates
+from ..interchange import Swaps, interchange_loss
 from ..supersets import adversarial_superset, random_superset
 from ..task_scores import (
     Calibration,
@@ -42,7 +43,8 @@ class Selector:
     """Measures candidate circuits: their loss, calibrated as the whole model is, on training rows.
 
     With `config.outside` it is the largest of that of the circuit alone and that beside parts of
-    the rest: the mean over random parts, or the worst that an adversary found.
+    the rest: the mean over random parts, or the worst that an adversary found. With
+    `config.interchange` it is at least the distance from the whole model while nodes are swapped.
 
     Args:
         model: in eval mode.
@@ -65,12 +67,16 @@ class Selector:
         self._few = task_rows(selection, slice(few)) if few else None
         self._generator = torch.Generator().manual_seed(config.seed)
         self._outside: list[Masks] = []
+        widths = {site: len(mean) for site, mean in means.nodes.items()}
+        generator = torch.Generator().manual_seed(config.seed)
+        self._swaps = Swaps(widths, generator).spread(config.interchange_depths)
 
     def loss(self, keep: Masks, cut: Sequence[Edge] = (), few: bool = False) -> float:
         """Loss of the model cut down to the kept nodes, without the cut edges."""
         hooks = edge_hooks(self.model, cut, cut_offsets(cut, self.means)) if cut else []
         with hooked(hooks):
-            return self._of_nodes([keep], few)[0]
+            loss = self._running([keep], few)
+        return self._and_swapped([keep], loss, few)[0]
 
     def losses(
         self, candidates: Sequence[tuple[Masks, Sequence[Edge]]], few: bool = False
@@ -78,10 +84,15 @@ class Selector:
         """[`Selector.loss`] of each; circuits without cut edges share forward passes."""
         if any(cut for _, cut in candidates):
             return [self.loss(keep, cut, few) for keep, cut in candidates]
-        return self._of_nodes([keep for keep, _ in candidates], few)
+        keeps = [keep for keep, _ in candidates]
+        return self._and_swapped(keeps, self._running(keeps, few), few)
 
-    def _of_nodes(self, keeps: Sequence[Masks], few: bool) -> list[float]:
-        rows = self._few if few and self._few is not None else self._all
+    def _rows(self, few: bool) -> TaskTensors:
+        return self._few if few and self._few is not None else self._all
+
+    def _running(self, keeps: Sequence[Masks], few: bool) -> list[float]:
+        """Of circuits that run, alone and beside what else is asked for."""
+        rows = self._rows(few)
         alone = self._losses(_stacked(keeps), rows)
         if self.config.outside == "off":
             return alone
@@ -91,15 +102,46 @@ class Selector:
             for keep, loss in zip(keeps, alone, strict=True)
         ]
 
+    def _and_swapped(
+        self, keeps: Sequence[Masks], losses: Sequence[float], few: bool
+    ) -> list[float]:
+        """The losses, or the distances while nodes are swapped where these are asked for and more;
+        they are not measured of what is hopeless already."""
+        losses = list(losses)
+        left = [i for i, loss in enumerate(losses) if loss <= _HOPELESS * self.target]
+        if self.config.interchange and left:
+            far = self._distances(_stacked([keeps[i] for i in left]), self._rows(few))
+            for i, distance in zip(left, far, strict=True):
+                losses[i] = max(losses[i], distance)
+        return losses
+
+    @torch.no_grad()
+    def _distances(self, gates: Gates, rows: TaskTensors) -> list[float]:
+        """By the worst swap, of every row of gates; without edge cuts, which the whole model does
+        not know."""
+        far = torch.zeros(len(self._swaps), _rows_of(gates))
+        n = len(rows["target_ids"])
+        for ids in torch.arange(n).split(max(1, n * _HIDDEN_STATE // self._numbers(rows))):
+            part = trimmed(task_rows(rows, ids))
+            theirs = self.gated.counterfactual(part)
+            fit = max(1, _HIDDEN_STATE // self._numbers(part))
+            for at, swapped in enumerate(self._swaps):
+                distances = [
+                    interchange_loss(
+                        self.gated, part, some, swapped, theirs, _rows_of(some), self.calibration
+                    )
+                    for some in _parts(gates, fit)
+                ]
+                far[at] += torch.cat(distances) * len(ids) / n
+        return far.amax(0).tolist()
+
     def _losses(self, gates: Gates, rows: TaskTensors) -> list[float]:
         """Of every row of gates, as many in a forward pass as there is room for."""
         fit = max(1, _HIDDEN_STATE // self._numbers(rows))
-        sizes = {site: gate.split(fit) for site, gate in gates.items()}
-        parts = (dict(zip(sizes, part, strict=True)) for part in zip(*sizes.values(), strict=True))
-        return [loss for part in parts for loss in self._losses_at_once(part, rows)]
+        return [loss for part in _parts(gates, fit) for loss in self._losses_at_once(part, rows)]
 
     def _losses_at_once(self, gates: Gates, rows: TaskTensors) -> list[float]:
-        copies, n = len(next(iter(gates.values()))), len(rows["target_ids"])
+        copies, n = _rows_of(gates), len(rows["target_ids"])
 
         def logits(_: nn.Module, part: TaskTensors) -> torch.Tensor:
             pairs = self.gated.run(part, gates, copies=copies)
@@ -163,6 +205,9 @@ class Selector:
         with torch.enable_grad():
             pairs = self.gated.run(rows, gates).cpu()
             loss = binary_loss(self.calibration.pairs(pairs, rows))
+            if self.config.interchange:
+                for swapped in self._swaps:
+                    loss = loss + interchange_loss(self.gated, rows, gates, swapped).sum()
             gradients = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
         return {
             site: torch.zeros_like(mask, dtype=torch.float32) if g is None else -g[0]
@@ -358,6 +403,16 @@ def drop_edges(
 def _stacked(masks: Sequence[Masks]) -> Gates:
     """As rows of gates."""
     return {site: torch.stack([of_sites[site] for of_sites in masks]) for site in masks[0]}
+
+
+def _rows_of(gates: Gates) -> int:
+    return len(next(iter(gates.values())))
+
+
+def _parts(gates: Gates, fit: int) -> Iterator[Gates]:
+    """Rows of gates, at most so many at a time."""
+    for start in range(0, _rows_of(gates), fit):
+        yield {site: gate[start : start + fit] for site, gate in gates.items()}
 
 
 def _within(cut: Sequence[Edge], keep: Masks) -> list[Edge]:
