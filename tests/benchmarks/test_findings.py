@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from benchmarks.experiment import Experiment, stored
-from benchmarks.findings import bridges, circuit_finetuning, pruning_frontier, rcd_true_size
+from benchmarks.findings import (
+    bridges,
+    circuit_finetuning,
+    on_paper,
+    pruning_frontier,
+    rcd_true_size,
+)
 from benchmarks.findings.circuit_anatomy import describe_nodes
 from benchmarks.findings.findings import edges_mean, lowest_common_target, smallest
 from benchmarks.findings.optimizer_comparison import ARCHITECTURES, METHODS, builder
@@ -32,6 +38,20 @@ from tests.circuits.planted import (
 from tests.conftest import random_model
 
 BLOCKS = torch.arange(64 * 16).reshape(64, 16) % 61
+
+
+def test_large_runs_are_counted_from_the_models_themselves():
+    small, large = on_paper.MODELS.values()
+    assert on_paper.parameters(small) == 1_235_814_400
+    assert on_paper.parameters(large) == 8_030_261_248
+    # A tied unembedding is multiplied with; an embedding of its own is looked up.
+    norms = 2 * 2048 * 16 + 2048
+    assert on_paper.multiplied(small) == on_paper.parameters(small) - norms
+    few, many = (on_paper.cost(large, "top-k, FSDP2", gpus) for gpus in on_paper.GPUS)
+    assert few.state == 16 * on_paper.parameters(large) / 8 == 8 * many.state
+    assert few.compute == 8 * many.compute
+    alone = on_paper.cost(large, "RCD", 8)
+    assert alone.traffic < few.traffic / 100 and alone.compute == few.compute
 
 
 def test_every_width_has_as_many_nonzeros():
