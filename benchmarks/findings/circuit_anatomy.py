@@ -16,9 +16,9 @@ import torch
 from hf_circuit_sparsity.circuits.attention import attention_patterns
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
+from hf_circuit_sparsity.circuits.node_effects import node_effects
 from hf_circuit_sparsity.circuits.viewer.activations import record_activations
 from hf_circuit_sparsity.circuits.viewer.layout import GraphLink, Key, layered_graph
-from hf_circuit_sparsity.circuits.viewer.measurements import node_effects
 
 from ..experiment import Experiment, table
 from .findings import (

@@ -72,9 +72,17 @@ def circuit_card(
                 "picture": f"{folder}/circuit.png".lstrip("/") if folder in pictures else "",
                 "size": sum(map(len, content["nodes"].values())),
                 "verdict": verdict(content["verification"]),
+                "called": _called(content),
             }
             for folder, content in circuits.items()
         ],
         others=others,
         settings=settings if all(c["config"] == settings for c in contents) else {},
     )
+
+
+def _called(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Nodes that people named or noted something of: node, name, note."""
+    names, notes = content.get("names", {}), content.get("notes", {})
+    nodes = dict.fromkeys([*names, *notes])
+    return [(node, names.get(node, ""), notes.get(node, "")) for node in nodes]

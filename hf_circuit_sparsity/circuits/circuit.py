@@ -43,13 +43,16 @@ from .circuit_file import (
     write_circuit,
 )
 from .edges import Edge, circuit_edges, count_edges, edge_hooks
+from .exports import Exports
+from .html import circuit_html
+from .node_effects import Interventions
 from .openai_circuit import read_openai_masks
 from .push import model_on_hub, upload_circuit
 from .task_scores import Calibration
 
 
-@dataclass
-class Circuit:
+@dataclass(eq=False)
+class Circuit(Interventions, Exports):
     """Nodes of one model that carry one behaviour.
 
     Attributes:
@@ -59,6 +62,8 @@ class Circuit:
         calibration: scale and shift of the logits that belong to the circuit.
         task: name of the task it was found for.
         own_task: that task as text, where it is not a built-in one; see [`Circuit.load_task`].
+        names: node, as `h.0.mlp.post_act.7` → what a person calls it, in a few words.
+        notes: node → what a person has to say of it.
         model_fingerprint: of the model it was cut out of (see `model_fingerprint`).
         model_name: that model's path or Hub id, for people to find it.
         model_revision: commit hash of that model on the Hub; "" if it is not there.
@@ -93,6 +98,8 @@ class Circuit:
     token_mean: torch.Tensor | None = None
     verification: dict[str, dict[str, float]] = field(default_factory=dict)
     own_task: TaskText | None = field(default=None, repr=False)
+    names: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.nodes = {site: sorted(ids) for site, ids in self.nodes.items() if ids}
@@ -114,13 +121,43 @@ class Circuit:
         for name, site, index in named:
             if index not in self.nodes.get(site, ()):
                 raise ValueError(f"{name} names {site}.{index}, which is not in nodes.")
+        for name in ("names", "notes"):
+            for node in getattr(self, name):
+                if node not in self:
+                    raise ValueError(f"{name} has {node!r:.80}, which is no node of the circuit.")
         if (self.tokens is None) != (self.token_mean is None):
             raise ValueError("tokens and token_mean belong together, but one of them is missing.")
         if self.own_task is not None and self.own_task.name != self.task:
             raise ValueError(f"own_task is {self.own_task.name!r}, but task is {self.task!r}.")
 
-    def __len__(self) -> int:
-        return sum(len(ids) for ids in self.nodes.values())
+    def __repr__(self) -> str:
+        parts = [f"{self.task!r}: {len(self)} nodes"]
+        if self.kept_edges is not None:
+            parts.append(f"{len(self.kept_edges)} edges")
+        if "circuit_loss" in self.metrics:
+            parts.append(f"loss {self.metrics['circuit_loss']:.3f} alone")
+        parts.append(f"of {self.model_name or self.model_fingerprint}")
+        return f"Circuit({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        return circuit_html(self)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both compute the same: nodes, edges, tokens, means and calibration of one model.
+
+        What was measured of them, and what they are called, does not count.
+        """
+        if not isinstance(other, Circuit):
+            return NotImplemented
+        plain = ("model_fingerprint", "nodes", "tokens", "edge_offsets", "calibration", "task")
+        return (
+            all(getattr(self, name) == getattr(other, name) for name in plain)
+            and _as_set(self.kept_edges) == _as_set(other.kept_edges)
+            and _equal(self.means, other.means)
+            and _equal({"": self.token_mean}, {"": other.token_mean})
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # its fields may change
 
     def load_task(
         self,
@@ -475,6 +512,19 @@ class Circuit:
             ) from error
 
 
+def _as_set(edges: Sequence[tuple] | None) -> set[tuple] | None:
+    return None if edges is None else set(edges)
+
+
+def _equal(
+    first: Mapping[str, torch.Tensor | None], second: Mapping[str, torch.Tensor | None]
+) -> bool:
+    return first.keys() == second.keys() and all(
+        a is b or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in ((first[name], second[name]) for name in first)
+    )
+
+
 def _active_adapters(module: nn.Module) -> Sequence[str]:
     """Of a layer that PEFT put around another."""
     if not hasattr(module, "base_layer") or module.disable_adapters or module.merged:
@@ -491,5 +541,5 @@ def _mask(width: int, kept: Sequence[int]) -> torch.Tensor:
 # The fields that are stored in circuit.json as they are.
 _STORED = (
     "task", "model_name", "model_revision", "model_fingerprint", "nodes", "metrics", "config",
-    "example", "kept_edges", "tokens", "verification",
+    "example", "kept_edges", "tokens", "verification", "names", "notes",
 )  # fmt: skip

@@ -34,6 +34,7 @@ PARTS = "files"  # of `circuit.json`: the hashes of the files beside it that bel
 # No field may ask for more; far above any model's.
 MAX_INDEX = 2**31 - 1
 _SITE = (r"[A-Za-z0-9_]{1,60}(\.[A-Za-z0-9_]{1,60}){0,8}", "names joined by dots")
+_NODE = (_SITE[0] + r"\.(0|[1-9][0-9]{0,8})", "a site and an index, joined by a dot")
 _INDEX = ("0|[1-9][0-9]{0,8}", "an index in decimal digits")
 _COMMIT = ("([0-9a-f]{40})?", "a commit hash or empty")
 _SHA256 = ("[0-9a-f]{64}", "64 hexadecimal digits")
@@ -104,6 +105,8 @@ _OPTIONAL: dict[str, Check] = {
     "tokens": _or_null(_indices),
     "verification": _object_of(_object_of(Field.number)),
     "own_task": Field.boolean,
+    "names": _object_of(lambda field: field.line(80), _NODE),
+    "notes": _object_of(lambda field: field.text(4096), _NODE),
     PARTS: _object_of(lambda field: field.matching(*_SHA256)),
 }
 

@@ -19,7 +19,7 @@ from ...tasks.binary_task import BinaryTask
 from ..ablation import ReferenceTokens, in_eval_mode, reference_input_ids, unwrapped
 from ..circuit import Circuit
 from ..pruning.config import PruningConfig
-from ..pruning.find import check_prompts_fit, jaccard
+from ..pruning.find import check_prompts_fit
 from ..task_scores import Calibration, binary_accuracy
 from .alternatives import fabricated_circuits, other_circuits
 from .checks import Check, Verification
@@ -202,8 +202,8 @@ def verify_circuit(
     kinds = others if isinstance(others, Mapping) else {SEEDS: others or ()}
     for kind, of_kind in kinds.items():
         if of_kind:
-            shared = [jaccard(*pair) for pair in combinations([circuit, *of_kind], 2)]
-            by_random = [sum(jaccard(c, o) for o in of_kind) / len(of_kind) for c in controls]
+            shared = [a.jaccard(b) for a, b in combinations([circuit, *of_kind], 2)]
+            by_random = [sum(c.jaccard(o) for o in of_kind) / len(of_kind) for c in controls]
             add(f"stability: {kind}", shared, by_random, where=kind)
     for kind, of_kind in made.items():
         for part, value in (

@@ -200,17 +200,10 @@ def circuit_size(circuit: Circuit) -> tuple[float, ...]:
     return (m["edges"], m["nodes"], m.get("token_nodes", 0), m["train_circuit_loss"])
 
 
-def jaccard(first: Circuit, second: Circuit) -> float:
-    """Share of the nodes of either circuit that both have; 1 for two empty ones."""
-    nodes = [{(s, i) for s, ids in c.nodes.items() for i in ids} for c in (first, second)]
-    union = nodes[0] | nodes[1]
-    return len(nodes[0] & nodes[1]) / len(union) if union else 1.0
-
-
 def mean_jaccard(circuits: Sequence[Circuit]) -> float:
-    """Mean of [`jaccard`] over all pairs."""
+    """Mean of [`Circuit.jaccard`] over all pairs."""
     pairs = list(combinations(circuits, 2))
-    return sum(jaccard(a, b) for a, b in pairs) / len(pairs)
+    return sum(a.jaccard(b) for a, b in pairs) / len(pairs)
 
 
 def check_prompts_fit(model: nn.Module, task: BinaryTask) -> None:

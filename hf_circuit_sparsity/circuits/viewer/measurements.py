@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...decoders.decoder import decoder_of
-from ..ablation import ablation_hook, hooked_sites, mean_ablated
+from ..ablation import mean_ablated
 from ..circuit import Circuit
 from ..task_scores import TaskTensors, all_pair_logits, binary_accuracy, binary_loss
 from .layout import Key
@@ -30,27 +30,6 @@ def before_and_after(
         name: {"loss": binary_loss(pairs).item(), "accuracy": binary_accuracy(pairs)}
         for name, pairs in runs.items()
     }
-
-
-def node_effects(
-    circuit: Circuit, model: nn.Module, tensors: TaskTensors, nodes: Iterable[Key]
-) -> dict[Key, float]:
-    """By how much the circuit's task loss rises, in nats, when a node of it is mean-ablated too.
-
-    Each node is ablated alone, the calibration stays the circuit's.
-
-    Args:
-        nodes: those of the circuit to measure; a progress bar may be wrapped around them.
-    """
-    effects = {}
-    with circuit.apply(model):
-        whole = binary_loss(all_pair_logits(model, tensors)).item()
-        for site, index in nodes:
-            mean = circuit.means[site]
-            keep = torch.arange(len(mean)) != index
-            with hooked_sites(model, {site: ablation_hook(keep, mean)}):
-                effects[site, index] = binary_loss(all_pair_logits(model, tensors)).item() - whole
-    return effects
 
 
 def by_score(circuit: Circuit, nodes: Iterable[Key]) -> list[Key]:

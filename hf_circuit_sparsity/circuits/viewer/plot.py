@@ -9,6 +9,7 @@ from torch import nn
 
 from ...files import save_figure
 from ..circuit import Circuit
+from ..node_set import node_text
 from .layout import Column, GraphLink, GraphNode, Key, LayeredGraph, layered_graph
 
 PaperColumn = Literal["single", "double"]
@@ -96,7 +97,8 @@ def _draw(
     _draw_heads(axes, graph, centers, min(0.47, 0.21 / pitch))
     _draw_links(axes, graph.links, centers, labelled=pitch > 0.6, aspect=pitch / row)
     for key, node in graph.nodes.items():
-        _draw_node(axes, centers[key], node, tokenizer, font)
+        name = circuit.names.get(node_text(key), "")
+        _draw_node(axes, centers[key], node, tokenizer, font, name)
     for x, heading in enumerate(headings):
         axes.text(
             x, tallest / 2 + 0.08 / row, heading, ha="center", va="bottom", color="#444",
@@ -203,11 +205,16 @@ def _draw_links(
 
 
 def _draw_node(
-    axes: Any, center: tuple[float, float], node: GraphNode, tokenizer: Any, font: float
+    axes: Any,
+    center: tuple[float, float],
+    node: GraphNode,
+    tokenizer: Any,
+    font: float,
+    name: str,
 ) -> None:
     token = node.kind == "token"
-    label = token_text(tokenizer, node.key[1], 11) if token else str(node.key[1])
-    if node.head is not None:
+    label = token_text(tokenizer, node.key[1], 11) if token else _short(name) or str(node.key[1])
+    if node.head is not None and not name:
         label = f"{node.kind} {label}"
     axes.text(
         *center, label, ha="center", va="center", fontsize=font, zorder=5, parse_math=False,
@@ -217,6 +224,10 @@ def _draw_node(
             "edgecolor": "#666", "linewidth": 0.6,
         },
     )  # fmt: skip
+
+
+def _short(name: str, longest: int = 11) -> str:
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 
 def _facts(circuit: Circuit, graph: LayeredGraph) -> str:

@@ -16,6 +16,8 @@ from ..ablation import ReferenceTokens, in_eval_mode, reference_input_ids, unwra
 from ..attention import attention_patterns
 from ..circuit import Circuit
 from ..evaluation.verdict import verdict
+from ..node_effects import node_effects
+from ..node_set import node_text
 from ..pruning.find import task_example
 from ..task_scores import task_rows
 from .activations import Activations, Example, extreme_examples, histogram, record_activations
@@ -26,7 +28,6 @@ from .measurements import (
     channel_embeddings,
     curve_sizes,
     nested_losses,
-    node_effects,
     other_nodes,
 )
 
@@ -245,6 +246,9 @@ class _Report:
             return shown
         if node.head is not None:
             shown["head"] = node.head
+        for field, of_nodes in (("name", self.circuit.names), ("note", self.circuit.notes)):
+            if text := of_nodes.get(node_text(key)):
+                shown[field] = text
         if self.circuit.scores:
             shown["score"] = self.circuit.scores[site][index].item()
         column = self.circuit.nodes[site].index(index)

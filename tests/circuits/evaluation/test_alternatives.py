@@ -12,7 +12,7 @@ from hf_circuit_sparsity.circuits.evaluation.alternatives import (
 )
 from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
-from hf_circuit_sparsity.circuits.pruning.find import find_circuit, jaccard
+from hf_circuit_sparsity.circuits.pruning.find import find_circuit
 from hf_circuit_sparsity.circuits.task_scores import candidates, model_scores
 from tests.circuits.planted import PLANTED_NODES, on_off_task, planted_model
 
@@ -36,7 +36,7 @@ def test_a_mechanism_is_found_again_from_other_prompts(found):
     kinds = other_circuits(circuit, model, task, 2, REFERENCE, progress=False)
     assert list(kinds) == ["other seeds", "other prompts", "other wordings"]
     for circuits in kinds.values():
-        assert len(circuits) == 2 and all(jaccard(circuit, other) == 1 for other in circuits)
+        assert len(circuits) == 2 and all(circuit.jaccard(other) == 1 for other in circuits)
 
 
 def test_prompts_of_one_search_are_none_of_another(found, monkeypatch):

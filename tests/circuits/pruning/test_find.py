@@ -5,7 +5,7 @@ import torch
 
 from hf_circuit_sparsity import BinaryTask, PruningConfig, TaskNotLearnedError, find_circuit
 from hf_circuit_sparsity.circuits.ablation import TOKENS, mean_activations, reference_means
-from hf_circuit_sparsity.circuits.pruning.find import jaccard, mean_jaccard
+from hf_circuit_sparsity.circuits.pruning.find import mean_jaccard
 from hf_circuit_sparsity.circuits.pruning.masks import Gate, learn_masks
 from hf_circuit_sparsity.circuits.pruning.shrink import bisect
 from hf_circuit_sparsity.circuits.task_scores import (
@@ -137,7 +137,7 @@ def test_screening_leads_to_circuits_that_cannot_lose_a_node_either():
 def test_every_seed_has_its_circuit_and_says_so():
     circuits = find_all(config=QUICKER, num_seeds=2, seed=7)
     assert [c.config["seed"] for c in circuits] == [7, 8]
-    assert jaccard(circuits[0], circuits[0]) == 1
+    assert circuits[0].jaccard(circuits[0]) == 1
     assert 0 < mean_jaccard(circuits) <= 1
 
 

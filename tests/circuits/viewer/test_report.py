@@ -10,6 +10,7 @@ import torch
 from hf_circuit_sparsity import Circuit, write_report
 from hf_circuit_sparsity.circuits.ablation import hooked_sites, mean_ablated, node_sites
 from hf_circuit_sparsity.circuits.attention import attention_patterns
+from hf_circuit_sparsity.circuits.node_effects import node_effects
 from hf_circuit_sparsity.circuits.task_scores import all_pair_logits, binary_loss
 from hf_circuit_sparsity.circuits.viewer.activations import (
     extreme_examples,
@@ -19,7 +20,6 @@ from hf_circuit_sparsity.circuits.viewer.activations import (
 from hf_circuit_sparsity.circuits.viewer.measurements import (
     channel_embeddings,
     curve_sizes,
-    node_effects,
 )
 from hf_circuit_sparsity.circuits.viewer.report import render_page
 from hf_circuit_sparsity.circuits.viewer.report_data import ReportConfig, report_data

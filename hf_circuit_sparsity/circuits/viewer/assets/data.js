@@ -31,6 +31,7 @@ const BLOCKS = { attn: "attention", mlp: "MLP" };
 
 function nodeLabel(node) {
   if (node.kind === "token") return tokenLabel(node.index);
+  if (node.name) return clip(visible(node.name), 10);
   return node.head === undefined ? String(node.index) : `${node.kind} ${node.index}`;
 }
 
@@ -38,7 +39,8 @@ function nodeName(node) {
   if (node.site === "token") return `Token ${tokenLabel(node.index, 24)}`;
   if (node.site === "answer") return `Answer ${tokenLabel(node.index, 24)}`;
   const word = WORDS[node.kind] ?? node.kind;
-  return `${word[0].toUpperCase()}${word.slice(1)} ${node.index}`;
+  const name = node.name ? `, “${visible(node.name)}”` : "";
+  return `${word[0].toUpperCase()}${word.slice(1)} ${node.index}${name}`;
 }
 
 function nodePlace(node) {
