@@ -1,6 +1,7 @@
 """Which of some listed values are the largest, with a minimum for each row: exact, and fast."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,12 +21,38 @@ def infinity_bits(dtype: torch.dtype) -> int:
     return int(torch.tensor(math.inf, dtype=dtype).view(INTEGER_VIEW[dtype]))
 
 
+def not_finite(shape: Sequence[int], where: str = "") -> ValueError:
+    """The error for a weight that holds NaN or infinity."""
+    return ValueError(
+        f"a weight of shape {tuple(shape)} holds NaN or infinity{where and ' ' + where}, which "
+        "cannot be ranked: find the step that produced it (a lower learning rate or float32 "
+        "usually helps)."
+    )
+
+
 def positions_of(mask: Tensor) -> Tensor:
     """Where a mask, `(n,)`, is true, ascending."""
     if mask.device.type != "cpu":
         return mask.nonzero().flatten()
     # Where few are, numpy takes a tenth of the time.
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
+
+
+def leaders_of_rows(magnitude: Tensor, count: int) -> Tensor:
+    """Where the `count` largest of each row are that are not zero; of equals the first.
+
+    Args:
+        magnitude: bit patterns of magnitudes, `(rows, length)`.
+
+    Returns:
+        bool, `(rows, length)`.
+    """
+    count = min(count, magnitude.shape[1])
+    smallest = magnitude.topk(count, dim=1).values[:, -1:]
+    above, equal = magnitude > smallest, magnitude == smallest
+    room = count - above.sum(dim=1, keepdim=True)
+    first = equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room)
+    return (above | first) & (magnitude > 0)
 
 
 def keep_largest(

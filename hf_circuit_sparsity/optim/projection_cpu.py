@@ -12,7 +12,6 @@ floats, for every float type alike, and NaN and infinity sort above all numbers.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ..kernels.calling import map_pieces
 from ..kernels.cpu import CpuKernels, compiled_kernels
-from .keep_largest import INTEGER_VIEW, infinity_bits, largest_mask
+from .keep_largest import INTEGER_VIEW, infinity_bits, largest_mask, not_finite
 
 # Entries per piece of a pass: 1 MB of float32, which stays in the second-level cache.
 _PIECE = 1 << 18
@@ -85,15 +84,6 @@ def project_cpu_(weight: Tensor, k: int, min_nonzeros: int, row_dim: int) -> Non
             return  # no more than k nonzeros: all of them stay
         if _settle(weight.view(-1), matrix, scan, k):
             return
-
-
-def not_finite(shape: Sequence[int], where: str = "") -> ValueError:
-    """The error for a weight that holds NaN or infinity."""
-    return ValueError(
-        f"a weight of shape {tuple(shape)} holds NaN or infinity{where and ' ' + where}, which "
-        "cannot be ranked: find the step that produced it (a lower learning rate or float32 "
-        "usually helps)."
-    )
 
 
 def _sample(matrix: _Matrix) -> np.ndarray | None:

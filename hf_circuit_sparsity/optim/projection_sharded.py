@@ -1,0 +1,120 @@
+"""The magnitude projection of matrices whose rows are spread over processes: exact as on one.
+
+The bits of a non-negative float, read as an integer, sort like the float. So the magnitude of the
+last entry that is kept is found digit by digit, by a radix search: how many entries have which
+leading digit is counted here and summed over the processes; the digit is chosen, and the next one
+is looked at among the entries that share it. Float32 takes three sums (digits of 11, 11 and 9
+bits), half precision two, float64 six, of all matrices together: 8 KB per sum and matrix, whatever
+its size. One more message says how many entries equal to the last one each process has, since those
+of lower rank, whose rows come first, win. What rows keep in any case is local, as rows are whole.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .keep_largest import (
+    INTEGER_VIEW,
+    infinity_bits,
+    leaders_of_rows,
+    not_finite,
+    positions_of,
+)
+from .sharding import local, shard_group
+
+_DIGIT = 11  # bits at most; its counts, four bytes each, are 8 KB
+
+
+def project_sharded_each_(
+    weights: Sequence[Tensor],
+    budgets: Sequence[int],
+    minima: Sequence[int],
+    row_dims: Sequence[int],
+) -> None:
+    """`project_topk_each_` of `DTensor`s sharded on dimension 0, rows whole.
+
+    All processes that hold parts of the weights have to call it, in the same order.
+
+    Raises:
+        ValueError: on all processes, if a weight holds NaN or infinity anywhere; none of those on
+            the same processes has been changed then.
+    """
+    together: dict[tuple, list[tuple[Tensor, int, int]]] = {}
+    for weight, k, min_nonzeros, _ in zip(weights, budgets, minima, row_dims, strict=True):
+        kind = shard_group(weight), weight.device, weight.dtype
+        together.setdefault(kind, []).append((weight, k, min_nonzeros))
+    for (group, _, _), members in together.items():
+        _project_alike_(members, group)
+
+
+def _project_alike_(members: list[tuple[Tensor, int, int]], group: dist.ProcessGroup) -> None:
+    """Of one dtype, on one device, and spread over the same processes."""
+    dtype = members[0][0].dtype
+    top, shifts = infinity_bits(dtype), _shifts(dtype)
+    keeps, rests, facts = [], [], []
+    for weight, _, min_nonzeros in members:
+        bits = _magnitudes(local(weight))
+        keep = torch.zeros_like(bits, dtype=torch.bool)
+        broken = (bits >= top).sum()
+        if min_nonzeros:
+            keep = leaders_of_rows(bits.flatten(1), min_nonzeros).view(bits.shape)
+            bits.masked_fill_(keep, 0)
+        keeps.append(keep)
+        rests.append(bits.flatten())
+        facts.append(torch.stack([keep.sum(), broken]))
+    # One of 2³¹ entries or more is rare, and would double what is sent.
+    count = torch.int32 if max(w.numel() for w, _, _ in members) < 2**31 else torch.int64
+    need = torch.tensor([k for _, k, _ in members], device=facts[0].device)
+    last = torch.zeros_like(need)  # the magnitude of the last one that is kept, as far as found
+    candidates, above = rests, torch.iinfo(INTEGER_VIEW[dtype]).bits - 1
+    for shift in shifts:
+        size = 1 << (above - shift)
+        digits = [(c >> shift) & (size - 1) for c in candidates]
+        own = torch.stack([torch.bincount(d, minlength=size) for d in digits])
+        if candidates is rests:
+            message = torch.cat([own, torch.stack(facts)], dim=1).to(count)
+            dist.all_reduce(message, group=group)
+            counts, (kept, broken) = message[:, :size].long(), message[:, size:].long().unbind(1)
+            if broken.any():
+                raise not_finite(members[int(broken.argmax())][0].shape)
+            need = (need - kept).clamp(min=0)
+        else:
+            counts = own.to(count)
+            dist.all_reduce(counts, group=group)
+            counts = counts.long()
+        # The largest digit that as many entries reach as are still to be kept.
+        reach = counts.flip(1).cumsum(1).flip(1)
+        digit = (reach >= need[:, None]).sum(1, keepdim=True) - 1
+        need -= (reach - counts).gather(1, digit).squeeze(1)
+        last |= digit.squeeze(1) << shift
+        candidates = [c[d == x] for c, d, x in zip(candidates, digits, digit, strict=True)]
+        above = shift
+    # Of those equal to the last one the first are kept, ranks in order.
+    ties = own.gather(1, digit).squeeze(1)
+    every = [torch.empty_like(ties) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, ties, group=group)
+    before = torch.stack(every)[: dist.get_rank(group)].sum(0)
+    room = (need - before).clamp(min=0)
+    surplus = (room < ties).tolist()
+    for i, (weight, _, _) in enumerate(members):
+        chosen = rests[i] >= last[i]
+        if surplus[i]:
+            chosen[positions_of(rests[i] == last[i])[room[i] :]] = False
+        keep = keeps[i] | chosen.view(keeps[i].shape)
+        local(weight).masked_fill_(~keep, 0.0)
+
+
+def _shifts(dtype: torch.dtype) -> list[int]:
+    """Where each digit of a magnitude ends, from the first to the last."""
+    bits = torch.iinfo(INTEGER_VIEW[dtype]).bits - 1
+    n = -(-bits // _DIGIT)
+    width = -(-bits // n)
+    return [max(0, bits - width * (i + 1)) for i in range(n)]
+
+
+def _magnitudes(weight: Tensor) -> Tensor:
+    """A copy of the bits of a tensor without the signs, as integers that sort like them."""
+    integers = INTEGER_VIEW[weight.dtype]
+    return weight.detach().contiguous().view(integers) & torch.iinfo(integers).max
