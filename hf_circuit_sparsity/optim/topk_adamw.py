@@ -122,10 +122,10 @@ class TopKAdamW(SparseOptimizer):
         every = [p for group in self.param_groups for p in group["params"]]
         together = {group: p for p in every if (group := shard_group(p)) is not None}
         for process_group, p in together.items():
-            check_ranks_agree(self._schedule(), process_group, local(p).device)
+            check_ranks_agree(self.shared_settings(), process_group, local(p).device)
 
-    def _schedule(self) -> dict[str, Any]:
-        """What has to be the same on all ranks, by name."""
+    def shared_settings(self) -> dict[str, Any]:
+        """What has to be the same on ranks that train one model, by name."""
         return {"steps_taken": self.steps_taken} | {
             name: [group[name] for group in self.param_groups] for name in _AGREED
         }

@@ -1,5 +1,7 @@
 """Top-k on parameters whose rows are spread over processes, against one process."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from hf_circuit_sparsity import (
     sparse_param_groups,
 )
 from hf_circuit_sparsity.optim.projection import (
+    nonzero_budget,
     project_topk_,
     project_topk_each_,
     project_topk_reference_,
@@ -25,7 +28,7 @@ from hf_circuit_sparsity.optim.projection import (
 from tests.conftest import random_model
 
 STEPS, HALF = 50, 25
-SETTINGS = {"target_density": 1 / 16, "total_steps": STEPS, "anneal_end": 0.6, "lr": 2e-3}
+SETTINGS = {"target_density": 1 / 16, "total_steps": STEPS, "anneal_end": 0.6, "lr": 1e-2}
 
 
 def config():
@@ -118,6 +121,17 @@ def new_run(mesh=None, dtype=torch.float32):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     return model, TopKAdamW(sparse_param_groups(model), **SETTINGS)
+
+
+def kept_at_the_start(model):
+    """What a projection to the final density would keep."""
+    masks = {name: p != 0 for name, p in model.named_parameters()}
+    for group in sparse_param_groups(copy.deepcopy(model)):
+        for name, p in group["params"] if group["sparse"] else ():
+            budget = nonzero_budget(p.numel(), SETTINGS["target_density"])
+            project_topk_(p, budget, group["min_nonzeros"], group["row_dim"])
+            masks[name] = p != 0
+    return masks
 
 
 def whole_weights(model):
@@ -245,7 +259,10 @@ def test_the_projection_keeps_what_the_reference_keeps_of_the_whole(ranks):
 
 def test_training_is_that_of_one_process(ranks):
     model, optimizer = new_run()
+    first = kept_at_the_start(model)
     losses = train(model, optimizer, STEPS)
+    moved = sum(int((first[n] & (w == 0)).sum()) for n, w in whole_weights(model).items())
+    assert moved > 50  # or else masks are equal because weights are
     shared = torch.tensor([rank["run"][1] for rank in ranks]).mean(0)
     assert shared.tolist() == pytest.approx(losses, rel=1e-4)
     for weights, _, rms in (rank["run"] for rank in ranks):
