@@ -39,15 +39,14 @@ from ..optim.sparse_optimizer import SparseOptimizer
 from ..optim.topk_adamw import TopKAdamW
 from .callbacks import SparsityMonitor
 from .distillation import as_teacher, kl_to_teacher
-from .language_model_trainer import LanguageModelTrainer
 from .model_card import model_card, numbers_of_run
-from .sharded_training import check_sharded, shard_on_cpu
+from .sharded_training import ShardingTrainer
 from .sparse_config import SparseTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
-class SparseTrainer(LanguageModelTrainer):
+class SparseTrainer(ShardingTrainer):
     """`Trainer` whose optimizer keeps the weights sparse.
 
     Trains any model with `nn.Linear`, `Conv1D` or `nn.Embedding` layers. The optimizer's own step
@@ -144,12 +143,6 @@ class SparseTrainer(LanguageModelTrainer):
                 f"sparsifier='rcd' was started in one process that sees {args.n_gpu} devices, "
                 "expected one process per device: start it with `accelerate launch`."
             )
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """Make the accelerator; see `Trainer`. What it cannot train by is refused here."""
-        super().create_accelerator_and_postprocess()
-        shard_on_cpu(self)
-        check_sharded(self)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as `Trainer` does, computing on the nonzeros once that is faster."""
@@ -300,16 +293,6 @@ class SparseTrainer(LanguageModelTrainer):
         groups = [g for g in self._param_groups(model) if g["sparse"]]
         owners = {id(layer.values): layer for layer in sparse_layers(model).values()}
         return SparsityMonitor(owners.get(id(p), p) for g in groups for _, p in g["params"])
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model so that `from_pretrained` loads it; see `Trainer`."""
-        sharded = self.is_fsdp_enabled and "SHARDED_STATE_DICT" in str(
-            self.accelerator.state.fsdp_plugin.state_dict_type
-        )
-        if sharded and not _internal_call:  # for which Trainer leaves it to be put together later
-            weights = self.accelerator.get_state_dict(self.model)
-            self._save(output_dir, state_dict=weights)
-        super().save_model(output_dir, _internal_call)
 
     def count_nonzeros(self) -> dict[str, float]:
         """`nonzeros` and `nonzero_fraction` of the sparse weights as they are now."""

@@ -8,7 +8,14 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
 
-from hf_circuit_sparsity import CircuitGPTConfig, SparseTrainer, SparseTrainingArguments
+from hf_circuit_sparsity import (
+    BridgedCausalLM,
+    BridgeTrainer,
+    BridgeTrainingArguments,
+    CircuitGPTConfig,
+    SparseTrainer,
+    SparseTrainingArguments,
+)
 from tests.conftest import random_model
 from tests.several_processes import on_ranks
 
@@ -44,9 +51,10 @@ def trainer_in(folder, size, **settings):
     """A trainer whose optimizer steps see the same 8 rows, however many processes there are."""
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # left there by a trainer that was
+    bridge = settings.pop("bridge", False)
     rows = torch.randint(33, (64, 16), generator=torch.Generator().manual_seed(1)).tolist()
     settings.setdefault("gradient_accumulation_steps", 1)
-    args = SparseTrainingArguments(
+    args = (BridgeTrainingArguments if bridge else SparseTrainingArguments)(
         **{
             "output_dir": str(folder), "max_steps": 6, "target_density": 1 / 16, "use_cpu": True,
             "per_device_train_batch_size": 8 // size // settings["gradient_accumulation_steps"],
@@ -56,7 +64,11 @@ def trainer_in(folder, size, **settings):
         }
     )  # fmt: skip
     dataset = Dataset.from_dict({"input_ids": rows, "labels": rows})
-    return SparseTrainer(random_model(config()), args, train_dataset=dataset)
+    model = random_model(config())
+    if bridge:
+        bridged = BridgedCausalLM.from_models(model, config())
+        return BridgeTrainer(bridged, args, train_dataset=dataset)
+    return SparseTrainer(model, args, train_dataset=dataset)
 
 
 def run(rank, size, folder, settings, resume=None):
@@ -95,6 +107,7 @@ def runs(rank, size, folder):
     results["refused"] = {
         "schedule": refused(rank, size, folder / "a", anneal_end=0.5 + rank / 10),
         "rcd": refused(rank, size, folder / "b", sparsifier="rcd", **FSDP),
+        "bridge": refused(rank, size, folder / "e", bridge=True, **FSDP),
         "offloaded": refused(
             rank, size, folder / "c", fsdp=True, fsdp_config={"version": 2, "cpu_offload": True}
         ),
@@ -170,7 +183,7 @@ def test_a_sharded_run_is_resumed_on_another_number_of_ranks(ranks, tmp_path):
     ("case", "named"),
     [
         ("schedule", "anneal_end"), ("rcd", "sparsifier='rcd'"), ("offloaded", "offload"),
-        ("version", "fsdp_version"),
+        ("version", "fsdp_version"), ("bridge", "BridgeTrainer"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_refused_before_the_first_step(ranks, case, named):
