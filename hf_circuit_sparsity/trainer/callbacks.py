@@ -122,6 +122,7 @@ class ProgressTableCallback(TrainerCallback):
             unit="step",
             dynamic_ncols=True,
             file=sys.stderr,
+            disable=not state.is_world_process_zero,
             # Where the output is a file, a bar that redraws itself is a line a second.
             mininterval=0.5 if sys.stderr.isatty() else 60,
         )
@@ -152,11 +153,13 @@ class ProgressTableCallback(TrainerCallback):
         }
         if self.measure is not None:
             cells |= self.measure()
+        self._last_log = (state.global_step, time.perf_counter())
+        if self._bar.disable:
+            return
         if not self._has_header:
             self._bar.write("  ".join(f"{name:>10}" for name in cells))
             self._has_header = True
         self._bar.write("  ".join(f"{value:>10}" for value in cells.values()))
-        self._last_log = (state.global_step, time.perf_counter())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.close()

@@ -6,7 +6,7 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     parse_flag_from_env,
 )
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
 from .language_model_trainer import LanguageModelTrainer
 
@@ -36,6 +36,16 @@ class ShardingTrainer(LanguageModelTrainer):
             weights = self.accelerator.get_state_dict(self.model)
             self._save(output_dir, state_dict=weights)
         super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        own = type(self.model)
+        if isinstance(self.model, FSDPModule):
+            # Or else FSDP's code would be saved as the model's, since it makes a class of its own.
+            self.model.__class__ = next(c for c in own.__mro__ if not issubclass(c, FSDPModule))
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.model.__class__ = own
 
     def _shard_on_cpu(self) -> None:
         """Let Accelerate shard on the CPU too, where it would train by DDP without a word.

@@ -13,6 +13,7 @@ from hf_circuit_sparsity import (
     BridgeTrainer,
     BridgeTrainingArguments,
     CircuitGPTConfig,
+    CircuitGPTForCausalLM,
     SparseTrainer,
     SparseTrainingArguments,
 )
@@ -76,6 +77,7 @@ def run(rank, size, folder, settings, resume=None):
     trainer = trainer_in(folder, size, **settings)
     trainer.train(resume_from_checkpoint=resume)
     parameters = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
+    trainer.save_model(folder / "saved")
     logs = [log for log in trainer.state.log_history if "loss" in log]
     return {
         "losses": [log["loss"] for log in logs],
@@ -146,7 +148,13 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_processes_train_as_one(ranks, alone, name):
-    first, second = (rank[name] for rank in ranks[1])
+    folder, results = ranks
+    first, second = (rank[name] for rank in results)
+    saved = CircuitGPTForCausalLM.from_pretrained(folder / name / "saved")
+    code = {path.name for path in (folder / name / "saved").glob("*.py")}
+    assert "modeling_circuitgpt.py" in code and not any("fsdp" in file for file in code)
+    for key, weight in saved.named_parameters():
+        assert torch.equal(weight, first["weights"][key]), key
     assert first["sharded"] == second["sharded"] == name.startswith("fsdp")
     for key, weight in first["weights"].items():
         assert torch.equal(weight, second["weights"][key]), key
