@@ -218,10 +218,7 @@ def _settle(flat: Tensor, matrix: _Matrix, scan: _Scan, k: int) -> bool:
     sizes = scan.magnitude | (keep.view(np.int8) - np.int8(1))
     threshold = int(sizes.view(f"u{sizes.itemsize}").min(initial=scan.high))
     dropped = scan.index[~keep & (scan.magnitude >= threshold)]
-    if matrix.kernels is not None:
-        matrix.kernels.zero_below(flat, threshold)
-    else:
-        _zero_below(flat, threshold)
+    zero_below_(flat, threshold, matrix.kernels)
     bits[dropped] = 0
     bits[restore] = values
     return True
@@ -249,7 +246,10 @@ def _top_of_rows(matrix: _Matrix, rows: np.ndarray) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _zero_below(flat: Tensor, threshold: int) -> None:
+def zero_below_(flat: Tensor, threshold: int, kernels: CpuKernels | None) -> None:
+    """Zero, in place, what of `(n,)` is smaller in magnitude than the float of a bit pattern."""
+    if kernels is not None:
+        return kernels.zero_below(flat, threshold)
     below = torch.tensor(threshold - 1, dtype=INTEGER_VIEW[flat.dtype]).view(flat.dtype).item()
     for piece in flat.split(_PIECE):
         piece.copy_(torch.nn.functional.hardshrink(piece, below))  # keeps what is larger than below

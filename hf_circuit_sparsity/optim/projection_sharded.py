@@ -15,13 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..kernels.cpu import compiled_kernels
 from .keep_largest import (
     INTEGER_VIEW,
     infinity_bits,
-    leaders_of_rows,
     not_finite,
     positions_of,
+    take_leaders_,
 )
+from .projection_cpu import zero_below_
 from .sharding import local, shard_group
 
 _DIGIT = 11  # bits at most; its counts, four bytes each, are 8 KB
@@ -53,30 +55,30 @@ def _project_alike_(members: list[tuple[Tensor, int, int]], group: dist.ProcessG
     """Of one dtype, on one device, and spread over the same processes."""
     dtype = members[0][0].dtype
     top, shifts = infinity_bits(dtype), _shifts(dtype)
-    keeps, rests, facts = [], [], []
+    leaders, rests, broken = [], [], []
     for weight, _, min_nonzeros in members:
-        bits = _magnitudes(local(weight))
-        keep = torch.zeros_like(bits, dtype=torch.bool)
-        broken = (bits >= top).sum()
+        shard = local(weight)
+        bits, found = _magnitudes(shard), torch.empty(0, dtype=torch.int64, device=shard.device)
         if min_nonzeros:
-            keep = leaders_of_rows(bits.flatten(1), min_nonzeros).view(bits.shape)
-            bits.masked_fill_(keep, 0)
-        keeps.append(keep)
-        rests.append(bits.flatten())
-        facts.append(torch.stack([keep.sum(), broken]))
+            found = take_leaders_(bits.flatten(1), min_nonzeros)
+        leaders.append(found)
+        rests.append(bits.view(-1))
+        broken.append((_magnitudes(shard.reshape(-1)[found]) >= top).sum())
     # One of 2³¹ entries or more is rare, and would double what is sent.
     count = torch.int32 if max(w.numel() for w, _, _ in members) < 2**31 else torch.int64
-    need = torch.tensor([k for _, k, _ in members], device=facts[0].device)
+    need = torch.tensor([k for _, k, _ in members], device=rests[0].device)
     last = torch.zeros_like(need)  # the magnitude of the last one that is kept, as far as found
     candidates, above = rests, torch.iinfo(INTEGER_VIEW[dtype]).bits - 1
     for shift in shifts:
         size = 1 << (above - shift)
-        digits = [(c >> shift) & (size - 1) for c in candidates]
-        own = torch.stack([torch.bincount(d, minlength=size) for d in digits])
+        own = [torch.bincount(_digits(c, shift, size), minlength=size) for c in candidates]
+        own = torch.stack(own)
         if candidates is rests:
-            message = torch.cat([own, torch.stack(facts)], dim=1).to(count)
+            kept = torch.tensor([len(found) for found in leaders], device=own.device)
+            message = torch.cat([own, kept[:, None], torch.stack(broken)[:, None]], 1).to(count)
             dist.all_reduce(message, group=group)
             counts, (kept, broken) = message[:, :size].long(), message[:, size:].long().unbind(1)
+            broken += counts[:, top >> shift :].sum(1)
             if broken.any():
                 raise not_finite(members[int(broken.argmax())][0].shape)
             need = (need - kept).clamp(min=0)
@@ -89,7 +91,10 @@ def _project_alike_(members: list[tuple[Tensor, int, int]], group: dist.ProcessG
         digit = (reach >= need[:, None]).sum(1, keepdim=True) - 1
         need -= (reach - counts).gather(1, digit).squeeze(1)
         last |= digit.squeeze(1) << shift
-        candidates = [c[d == x] for c, d, x in zip(candidates, digits, digit, strict=True)]
+        candidates = [
+            c[positions_of(_digits(c, shift, size) == x)]
+            for c, x in zip(candidates, digit.squeeze(1).tolist(), strict=True)
+        ]
         above = shift
     # Of those equal to the last one the first are kept, ranks in order.
     ties = own.gather(1, digit).squeeze(1)
@@ -97,13 +102,20 @@ def _project_alike_(members: list[tuple[Tensor, int, int]], group: dist.ProcessG
     dist.all_gather(every, ties, group=group)
     before = torch.stack(every)[: dist.get_rank(group)].sum(0)
     room = (need - before).clamp(min=0)
-    surplus = (room < ties).tolist()
-    for i, (weight, _, _) in enumerate(members):
-        chosen = rests[i] >= last[i]
-        if surplus[i]:
-            chosen[positions_of(rests[i] == last[i])[room[i] :]] = False
-        keep = keeps[i] | chosen.view(keeps[i].shape)
-        local(weight).masked_fill_(~keep, 0.0)
+    found = zip(members, leaders, rests, last.tolist(), room.tolist(), ties.tolist(), strict=True)
+    for (weight, _, _), leading, rest, threshold, space, equal in found:
+        shard = local(weight)
+        flat = shard.reshape(-1)
+        safe = flat[leading]
+        if flat.device.type == "cpu" and threshold:
+            zero_below_(flat, min(threshold, top), compiled_kernels(flat))
+        elif threshold:
+            flat.masked_fill_(rest < threshold, 0.0)
+        if space < equal:
+            flat[positions_of(rest == threshold)[space:]] = 0.0
+        flat[leading] = safe
+        if not shard.is_contiguous():
+            shard.copy_(flat.view(shard.shape))
 
 
 def _shifts(dtype: torch.dtype) -> list[int]:
@@ -112,6 +124,11 @@ def _shifts(dtype: torch.dtype) -> list[int]:
     n = -(-bits // _DIGIT)
     width = -(-bits // n)
     return [max(0, bits - width * (i + 1)) for i in range(n)]
+
+
+def _digits(magnitude: Tensor, shift: int, size: int) -> Tensor:
+    # Made anew where they are needed: they take as much memory as the weights.
+    return (magnitude >> shift) & (size - 1)
 
 
 def _magnitudes(weight: Tensor) -> Tensor:
