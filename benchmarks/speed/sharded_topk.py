@@ -22,6 +22,7 @@ from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
 from ..experiment import Experiment, machine, table
 
 DENSITY = 1 / 64
+WHOLE = "top-k AdamW, not sharded"
 
 
 @contextmanager
@@ -54,9 +55,11 @@ def _rank(rank: int, size: int, folder: str, width: int, layers: int, steps: int
         n_layer=layers, d_model=width, d_head=16, block_size=64, vocab_size=2048
     )
     sides = {}
-    for name in ("AdamW", "top-k AdamW"):
+    for name in (WHOLE, "AdamW", "top-k AdamW")[size > 1 :]:
         torch.manual_seed(0)
-        model = fully_shard(CircuitGPTForCausalLM(config), mesh=mesh)
+        model = CircuitGPTForCausalLM(config)
+        if name != WHOLE:
+            fully_shard(model, mesh=mesh)
         if name == "AdamW":
             sides[name] = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         else:
@@ -70,10 +73,9 @@ def _rank(rank: int, size: int, folder: str, width: int, layers: int, steps: int
                     p.grad = torch.randn_like(p)
             dist.barrier()
             with _counted() as sent:
-                started = time.perf_counter()
+                started = time.process_time()
                 optimizer.step()
-                dist.barrier()
-                times[name].append(time.perf_counter() - started)
+                times[name].append(time.process_time() - started)
     sparse = [p for g in optimizer.param_groups if g["sparse"] for p in g["params"]]
     if rank == 0:
         figures = {name: median(seconds[2:]) for name, seconds in times.items()}
@@ -95,9 +97,10 @@ def run(experiment: Experiment) -> str:
             rows.append(
                 {
                     "ranks": size,
-                    "AdamW (ms)": f"{plain * 1e3:.0f}",
-                    "top-k AdamW (ms)": f"{ours * 1e3:.0f}",
-                    "added (ms)": f"{(ours - plain) * 1e3:.0f}",
+                    WHOLE: f"{found[WHOLE] * 1e3:.0f}" if WHOLE in found else "",
+                    "AdamW": f"{plain * 1e3:.0f}",
+                    "top-k AdamW": f"{ours * 1e3:.0f}",
+                    "added": f"{(ours - plain) * 1e3:.0f}",
                     "added messages": found["collectives"],
                     "added bytes a rank hands over": f"{found['bytes']:,}",
                 }
@@ -105,8 +108,9 @@ def run(experiment: Experiment) -> str:
     return (
         f"{machine()}\n\nThe optimizer's step alone, gloo, float32, CircuitGPT, d_model "
         f"{options.width}, {options.layers} layers: {found['tensors']} sparse tensors of "
-        f"{found['entries']:,} entries in all, density 1/64; median of {options.steps} steps, both "
-        f"sides in turn.\n\n{table(rows)}"
+        f"{found['entries']:,} entries in all, density 1/64; milliseconds of a rank's own CPU "
+        f"time, which waiting is not part of, median of {options.steps} steps, all sides in turn."
+        f"\n\n{table(rows)}"
     )
 
 

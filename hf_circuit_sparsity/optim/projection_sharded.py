@@ -27,6 +27,8 @@ from .projection_cpu import zero_below_
 from .sharding import local, shard_group
 
 _DIGIT = 11  # bits at most; its counts, four bytes each, are 8 KB
+# Entries looked at at once on a CPU: 256 KB of float32, which stay in its cache.
+_PIECE = 1 << 16
 
 
 def project_sharded_each_(
@@ -71,8 +73,7 @@ def _project_alike_(members: list[tuple[Tensor, int, int]], group: dist.ProcessG
     candidates, above = rests, torch.iinfo(INTEGER_VIEW[dtype]).bits - 1
     for shift in shifts:
         size = 1 << (above - shift)
-        own = [torch.bincount(_digits(c, shift, size), minlength=size) for c in candidates]
-        own = torch.stack(own)
+        own = torch.stack([_histogram(c, shift, size) for c in candidates])
         if candidates is rests:
             kept = torch.tensor([len(found) for found in leaders], device=own.device)
             message = torch.cat([own, kept[:, None], torch.stack(broken)[:, None]], 1).to(count)
@@ -92,8 +93,8 @@ def _project_alike_(members: list[tuple[Tensor, int, int]], group: dist.ProcessG
         need -= (reach - counts).gather(1, digit).squeeze(1)
         last |= digit.squeeze(1) << shift
         candidates = [
-            c[positions_of(_digits(c, shift, size) == x)]
-            for c, x in zip(candidates, digit.squeeze(1).tolist(), strict=True)
+            c[positions_of((c >= low) & (c <= low + (1 << shift) - 1))]
+            for c, low in zip(candidates, last.tolist(), strict=True)
         ]
         above = shift
     # Of those equal to the last one the first are kept, ranks in order.
@@ -126,9 +127,14 @@ def _shifts(dtype: torch.dtype) -> list[int]:
     return [max(0, bits - width * (i + 1)) for i in range(n)]
 
 
-def _digits(magnitude: Tensor, shift: int, size: int) -> Tensor:
-    # Made anew where they are needed: they take as much memory as the weights.
-    return (magnitude >> shift) & (size - 1)
+def _histogram(magnitude: Tensor, shift: int, size: int) -> Tensor:
+    """How many of `(n,)` have which digit, one of `size`, that ends at bit `shift`."""
+    if magnitude.device.type != "cpu":
+        return torch.bincount((magnitude >> shift) & (size - 1), minlength=size)
+    counts = torch.zeros(size, dtype=torch.int64)
+    for piece in magnitude.split(_PIECE):
+        counts += torch.bincount((piece >> shift) & (size - 1), minlength=size)
+    return counts
 
 
 def _magnitudes(weight: Tensor) -> Tensor:
