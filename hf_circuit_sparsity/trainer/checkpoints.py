@@ -79,7 +79,7 @@ def problem_of(checkpoint: str | os.PathLike) -> str | None:
     sharded = list(folder.glob(f"{FSDP_MODEL_NAME}_*"))
     if not safe and not pickled and not sharded:
         return "it has no weights"
-    for path in sharded:
+    for path in (*sharded, *folder.glob(f"{Path(OPTIMIZER_NAME).stem}_*")):
         if not (path / ".metadata").is_file():  # written when all ranks have written theirs
             return f"its {path.name} is not complete"
     for path in safe:

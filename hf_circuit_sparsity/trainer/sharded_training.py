@@ -86,9 +86,10 @@ class ShardingTrainer(LanguageModelTrainer):
                 "models alone, which needs whole weights: start it without FSDP "
                 "(`accelerate launch --multi_gpu`)."
             )
-        if plugin.fsdp_version != 2:
+        version = getattr(plugin, "fsdp_version", 1)
+        if version != 2:
             raise ValueError(
-                f"fsdp_version={plugin.fsdp_version} was passed, expected 2: version 1 flattens "
+                f"fsdp_version={version} was passed, expected 2: version 1 flattens "
                 "parameters, and the largest weights of a matrix cannot be found in those."
             )
         if isinstance(plugin.cpu_offload, CPUOffloadPolicy):

@@ -1,6 +1,7 @@
 """`SparseTrainer` on several processes, against one with the same global batch."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hf_circuit_sparsity import (
     SparseTrainer,
     SparseTrainingArguments,
 )
+from hf_circuit_sparsity.trainer.checkpoints import problem_of
 from tests.conftest import random_model
 from tests.several_processes import on_ranks
 
@@ -35,7 +37,7 @@ SETTINGS = {
     "ddp, bf16": {"bf16": True},
     "fsdp": {**FSDP, **SAVING},
     "fsdp, files per rank": {
-        **FSDP, **SAVING,
+        **FSDP, **SAVING, "gradient_accumulation_steps": 2,
         "fsdp_config": {**FSDP["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"},
     },
     "fsdp, bf16": {**FSDP, "bf16": True},
@@ -185,6 +187,15 @@ def test_a_sharded_run_is_resumed_on_another_number_of_ranks(ranks, tmp_path):
         for key, weight in first[name]["weights"].items():
             assert torch.equal(found["weights"][key] != 0, weight != 0), key
             torch.testing.assert_close(found["weights"][key], weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["pytorch_model_fsdp_0", "optimizer_0"])
+def test_a_sharded_checkpoint_that_a_rank_did_not_finish_is_noticed(ranks, part, tmp_path):
+    checkpoint = tmp_path / "checkpoint-3"
+    shutil.copytree(ranks[0] / "fsdp, files per rank" / "checkpoint-3", checkpoint)
+    assert problem_of(checkpoint) is None
+    (checkpoint / part / ".metadata").unlink()
+    assert part in problem_of(checkpoint)
 
 
 @pytest.mark.parametrize(
