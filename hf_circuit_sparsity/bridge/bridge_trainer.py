@@ -51,6 +51,7 @@ class BridgeTrainer(SparseTrainer):
     """
 
     args: BridgeTrainingArguments
+    can_be_sharded = False
     loss_is_scaled_for_ga = False
     _cross_entropy = "lm"
 

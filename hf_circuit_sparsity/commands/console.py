@@ -1,6 +1,7 @@
 """What the commands print."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
@@ -21,8 +22,9 @@ class Interrupted(Exception):
 
 
 def say(text: str = "") -> None:
-    """Print a line at once, also where the output is a file."""
-    print(text, flush=True)
+    """Print a line at once, also where the output is a file; the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 def quiet_libraries() -> None:

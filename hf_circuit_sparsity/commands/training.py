@@ -148,9 +148,10 @@ def train_model(
     of_model = None if measure is None else lambda: measure(model)
     figures, log = fit(trainer, block_size, resume_from_checkpoint, of_model, callbacks)
     folder = Path(args.output_dir)
-    # Pictures are an extra, and a short run may have logged nothing to draw.
-    with suppress(ImportError, ValueError):
-        plot_training_curves(folder, folder / "training.png")
+    if args.should_save:
+        # Pictures are an extra, and a short run may have logged nothing to draw.
+        with suppress(ImportError, ValueError):
+            plot_training_curves(folder, folder / "training.png")
     counts = trainer.count_nonzeros()
     done = {
         "parameters": model.num_parameters(),
@@ -161,7 +162,8 @@ def train_model(
         **figures,
         "model": str(args.output_dir),
     }
-    write_json(folder / SUMMARY_NAME, done)
+    if args.should_save:
+        write_json(folder / SUMMARY_NAME, done)
     return done
 
 

@@ -1,6 +1,7 @@
 """Which of some listed values are the largest, with a minimum for each row: exact, and fast."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,9 +16,22 @@ INTEGER_VIEW: dict[torch.dtype, torch.dtype] = {
 }
 
 
+# Up to so many largest entries of a row are found one after the other.
+_FEW = 16
+
+
 def infinity_bits(dtype: torch.dtype) -> int:
     """The bit pattern of +infinity as an integer; what is not a finite number is at or above it."""
     return int(torch.tensor(math.inf, dtype=dtype).view(INTEGER_VIEW[dtype]))
+
+
+def not_finite(shape: Sequence[int], where: str = "") -> ValueError:
+    """The error for a weight that holds NaN or infinity."""
+    return ValueError(
+        f"a weight of shape {tuple(shape)} holds NaN or infinity{where and ' ' + where}, which "
+        "cannot be ranked: find the step that produced it (a lower learning rate or float32 "
+        "usually helps)."
+    )
 
 
 def positions_of(mask: Tensor) -> Tensor:
@@ -26,6 +40,47 @@ def positions_of(mask: Tensor) -> Tensor:
         return mask.nonzero().flatten()
     # Where few are, numpy takes a tenth of the time.
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
+
+
+def leaders_of_rows(magnitude: Tensor, count: int) -> Tensor:
+    """Where the `count` largest of each row are that are not zero; of equals the first.
+
+    Args:
+        magnitude: bit patterns of magnitudes, `(rows, length)`.
+
+    Returns:
+        bool, `(rows, length)`.
+    """
+    count = min(count, magnitude.shape[1])
+    smallest = magnitude.topk(count, dim=1).values[:, -1:]
+    above, equal = magnitude > smallest, magnitude == smallest
+    room = count - above.sum(dim=1, keepdim=True)
+    first = equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room)
+    return (above | first) & (magnitude > 0)
+
+
+def take_leaders_(magnitude: Tensor, count: int) -> Tensor:
+    """Zero the entries of [`leaders_of_rows`], in place.
+
+    Args:
+        magnitude: `(rows, length)`, contiguous.
+
+    Returns:
+        Where in `magnitude.flatten()` they were, in any order.
+    """
+    if magnitude.device.type != "cpu" or count > _FEW:
+        found = positions_of(leaders_of_rows(magnitude, count).flatten())
+        magnitude.view(-1)[found] = 0
+        return found
+    # Taking the maximum a few times beats sorting, and of equal ones it takes the first.
+    a, every = magnitude.numpy(), [np.empty(0, np.int64)]
+    n_rows, length = a.shape
+    for _ in range(min(count, length) if n_rows else 0):
+        best = a.argmax(axis=1)
+        rows = np.flatnonzero(a[np.arange(n_rows), best])
+        every.append(rows * length + best[rows])
+        a[rows, best[rows]] = 0
+    return torch.from_numpy(np.concatenate(every))
 
 
 def keep_largest(

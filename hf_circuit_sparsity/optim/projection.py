@@ -2,7 +2,8 @@
 
 The definition is [`project_topk_reference_`], which sorts. Training calls
 [`project_topk_`], which gives the same result entry for entry without sorting the matrix: in
-`projection_cpu.py` on the CPU, by Triton on CUDA, by bisection elsewhere.
+`projection_cpu.py` on the CPU, by Triton on CUDA, by bisection elsewhere, and where rows are spread
+over processes as `projection_sharded.py` tells.
 """
 
 from collections.abc import Sequence
@@ -12,9 +13,17 @@ import torch
 from torch import Tensor
 
 from ..kernels.cpu import selection_kernels
-from .keep_largest import INTEGER_VIEW, infinity_bits, keep_largest_reference
-from .projection_cpu import not_finite, project_cpu_
+from .keep_largest import (
+    INTEGER_VIEW,
+    infinity_bits,
+    keep_largest_reference,
+    leaders_of_rows,
+    not_finite,
+)
+from .projection_cpu import project_cpu_
+from .projection_sharded import project_sharded_each_
 from .settings import check
+from .sharding import check_sharding, local, shard_group
 
 
 def nonzero_budget(numel: int, density: float) -> int:
@@ -32,6 +41,9 @@ def project_topk_(weight: Tensor, k: int, min_nonzeros: int = 0, row_dim: int = 
     whole matrix, has not so many to begin with. Among equal magnitudes the lowest flat index wins,
     so the result depends on the values alone, not on the device, the thread count or the run.
 
+    A `DTensor` sharded on dimension 0, as `fully_shard` makes it, is projected as the one matrix it
+    is: all processes of its mesh have to call this, in the same order.
+
     Args:
         weight: any shape; float16, bfloat16, float32 or float64. Changed in place.
         k: number of entries to keep, 0 <= k <= `weight.numel()`.
@@ -41,8 +53,8 @@ def project_topk_(weight: Tensor, k: int, min_nonzeros: int = 0, row_dim: int = 
 
     Raises:
         ValueError: if an argument is out of range, or `weight` holds NaN or infinity (nothing has
-            been changed then). On CUDA, where the host does not wait for the device, what is not
-            finite is left alone and a later call raises this.
+            been changed then), or `weight` is sharded otherwise. On CUDA, where the host does not
+            wait for the device, what is not finite is left alone and a later call raises this.
         TypeError: if `weight` is not a floating-point tensor of a supported dtype.
     """
     project_topk_each_([weight], [k], [min_nonzeros], [row_dim])
@@ -64,14 +76,20 @@ def project_topk_each_(
             range; on the CPU, weights before one that is not finite have been projected.
     """
     cases = list(zip(weights, budgets, minima, row_dims, strict=True))
-    for case in cases:
-        _check_arguments(*case)
+    for weight, k, min_nonzeros, row_dim in cases:
+        _check_arguments(weight, k, min_nonzeros, row_dim)
+        check_sharding("weight", weight, True, min_nonzeros, row_dim)
+    sharded = [case for case in cases if shard_group(case[0]) is not None]
+    if sharded:
+        project_sharded_each_(*zip(*sharded, strict=True))
+        cases = [case for case in cases if shard_group(case[0]) is None]
     together: dict[torch.device, list[tuple[Tensor, int, int, int]]] = {}
     kernels_of: dict[tuple, Any] = {}
     copies = []
     for weight, k, min_nonzeros, row_dim in cases:
         if weight.numel() == 0:
             continue
+        weight = local(weight)
         matrix, device = _as_matrix(weight), weight.device
         kernels, is_copy = None, not weight.is_contiguous()
         if device.type != "cpu":
@@ -142,12 +160,7 @@ def project_bisection_(matrix: Tensor, k: int, min_nonzeros: int, row_dim: int) 
     keep = torch.zeros_like(bits, dtype=torch.bool)
     if min_nonzeros:
         rows, keep_rows = (bits, keep) if row_dim == 0 else (bits.T, keep.T)
-        count = min(min_nonzeros, rows.shape[1])
-        smallest = rows.topk(count, dim=1).values[:, -1:]
-        above, equal = rows > smallest, rows == smallest
-        room = count - above.sum(dim=1, keepdim=True)
-        first = equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room)
-        keep_rows.copy_((above | first) & (rows > 0))
+        keep_rows.copy_(leaders_of_rows(rows, min_nonzeros))
     rest = bits.masked_fill_(keep, 0)
     budget = (k - keep.sum()).clamp(min=0)
     # The largest threshold that at least `budget` entries reach, or 1 if so many nonzeros are not

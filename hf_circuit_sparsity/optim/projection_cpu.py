@@ -12,7 +12,6 @@ floats, for every float type alike, and NaN and infinity sort above all numbers.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ..kernels.calling import map_pieces
 from ..kernels.cpu import CpuKernels, compiled_kernels
-from .keep_largest import INTEGER_VIEW, infinity_bits, largest_mask
+from .keep_largest import INTEGER_VIEW, infinity_bits, largest_mask, not_finite
 
 # Entries per piece of a pass: 1 MB of float32, which stays in the second-level cache.
 _PIECE = 1 << 18
@@ -85,15 +84,6 @@ def project_cpu_(weight: Tensor, k: int, min_nonzeros: int, row_dim: int) -> Non
             return  # no more than k nonzeros: all of them stay
         if _settle(weight.view(-1), matrix, scan, k):
             return
-
-
-def not_finite(shape: Sequence[int], where: str = "") -> ValueError:
-    """The error for a weight that holds NaN or infinity."""
-    return ValueError(
-        f"a weight of shape {tuple(shape)} holds NaN or infinity{where and ' ' + where}, which "
-        "cannot be ranked: find the step that produced it (a lower learning rate or float32 "
-        "usually helps)."
-    )
 
 
 def _sample(matrix: _Matrix) -> np.ndarray | None:
@@ -228,10 +218,7 @@ def _settle(flat: Tensor, matrix: _Matrix, scan: _Scan, k: int) -> bool:
     sizes = scan.magnitude | (keep.view(np.int8) - np.int8(1))
     threshold = int(sizes.view(f"u{sizes.itemsize}").min(initial=scan.high))
     dropped = scan.index[~keep & (scan.magnitude >= threshold)]
-    if matrix.kernels is not None:
-        matrix.kernels.zero_below(flat, threshold)
-    else:
-        _zero_below(flat, threshold)
+    zero_below_(flat, threshold, matrix.kernels)
     bits[dropped] = 0
     bits[restore] = values
     return True
@@ -259,7 +246,10 @@ def _top_of_rows(matrix: _Matrix, rows: np.ndarray) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _zero_below(flat: Tensor, threshold: int) -> None:
+def zero_below_(flat: Tensor, threshold: int, kernels: CpuKernels | None) -> None:
+    """Zero, in place, what of `(n,)` is smaller in magnitude than the float of a bit pattern."""
+    if kernels is not None:
+        return kernels.zero_below(flat, threshold)
     below = torch.tensor(threshold - 1, dtype=INTEGER_VIEW[flat.dtype]).view(flat.dtype).item()
     for piece in flat.split(_PIECE):
         piece.copy_(torch.nn.functional.hardshrink(piece, below))  # keeps what is larger than below

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from .keep_largest import INTEGER_VIEW
 from .schedules import sharkfin
 from .settings import check, is_whole
+from .sharding import is_finite, local
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class SparseOptimizer(torch.optim.Optimizer):
     # On the class, so that they also exist on a copy, for which torch calls no __init__.
     grad_rms: float | None = None
     effective_lr: float | None = None
+    # Whether `_check_start` was passed since groups were last added or loaded.
+    _started = False
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], normalize_gradients: Normalization
@@ -73,6 +76,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and check its settings; see [`torch.optim.Optimizer`]."""
         super().add_param_group(param_group)
+        self._started = False
         group = self.param_groups[-1]
         try:
             self._check_group(group)
@@ -87,6 +91,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: if the state is of another kind of optimizer; nothing has been changed then.
         """
+        self._started = False
         # Behind the hooks of users, which may match parameters by name.
         hook = self.register_load_state_dict_pre_hook(type(self)._adapted)
         try:
@@ -144,11 +149,16 @@ class SparseOptimizer(torch.optim.Optimizer):
 
         Raises:
             FloatingPointError: at the third step in a row with gradients that are not finite.
+            ValueError: before the first step, if parameters are spread over processes in a way that
+                this optimizer cannot train.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._started:
+            self._check_start()
+            self._started = True
         counters = self.param_groups[0]
         counters["steps_taken"] += 1
         for group in self.param_groups:
@@ -165,6 +175,11 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._sparsify()
         return loss
 
+    def _check_start(self) -> None:
+        """Raise ValueError before the first step if it cannot be taken."""
+        for group in self.param_groups:  # whose parameters FSDP may have exchanged for others
+            self._check_group(group)
+
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError if a setting of the group is out of range."""
         if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
@@ -176,8 +191,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         minimum, row_dim = group["min_nonzeros"], group["row_dim"]
         check("min_nonzeros", minimum, is_whole(minimum, 0), "a whole number >= 0")
         check("row_dim", row_dim, row_dim in (0, 1), "0 (nn.Linear) or 1 (Conv1D)")
-        names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
-        for name, p in zip(names, group["params"], strict=True):
+        for name, p in named_parameters(group):
             rule = self._unmet_rule(group, p)
             if rule is not None:
                 raise ValueError(
@@ -225,11 +239,12 @@ class SparseOptimizer(torch.optim.Optimizer):
                 moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                 self.state[p].update(step=step, **moments)
         states = [self.state[p] for p in params]
+        gradients = [local(p.grad) for p in params]
         adamw(
-            params,
-            [p.grad if scale == 1.0 else p.grad * scale for p in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local(p) for p in params],
+            gradients if scale == 1.0 else [g * scale for g in gradients],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=fused,
@@ -259,7 +274,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
                 gradients = self._gradients_of(group, p)
-                if any(g is not None and not g.isfinite().all() for g in gradients):
+                if any(g is not None and not is_finite(g) for g in gradients):
                     names = group.get("param_names")
                     return names[i] if names else f"parameter {i} of group {number}"
         return "no parameter alone; their squares overflow in sum"
@@ -277,6 +292,12 @@ def learning_rate(group: dict[str, Any]) -> float:
     density = group["density"]
     factor = sharkfin(density) if group["sharkfin"] and density is not None else 1.0
     return float(group["lr"]) * factor
+
+
+def named_parameters(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """The parameters of a group with what to call them."""
+    names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+    return list(zip(names, group["params"], strict=True))
 
 
 def refuse_sparse(gradient: Tensor) -> None:

@@ -8,7 +8,14 @@ from torch.optim.optimizer import ParamsT
 
 from .projection import nonzero_budget, project_topk_each_
 from .schedules import check_linear_density, linear_density
-from .sparse_optimizer import Normalization, SparseOptimizer, refuse_sparse
+from .sharding import check_ranks_agree, check_sharding, local, norms_over_ranks, shard_group
+from .sparse_optimizer import Normalization, SparseOptimizer, named_parameters, refuse_sparse
+
+# Settings of groups which ranks that hold parts of one matrix, or copies of it, have to share.
+_AGREED = (
+    "target_density", "total_steps", "anneal_start", "anneal_end", "min_nonzeros", "sparse",
+    "row_dim",
+)  # fmt: skip
 
 
 class TopKAdamW(SparseOptimizer):
@@ -25,6 +32,10 @@ class TopKAdamW(SparseOptimizer):
     `density` follows [`linear_density`], counted in steps of this optimizer. A step whose
     gradients are not finite changes no weight but for the projection. It still counts, so that the
     schedule keeps its pace; the third in a row raises.
+
+    Parameters may be `DTensor`s sharded on dimension 0, as `fully_shard` (FSDP2) makes them: the
+    budget and the normalization are of the whole matrices, and the same entries are kept as in one
+    process. All ranks have to take each step together.
 
     All arguments below except `params` and `normalize_gradients` can be set per group. In a plain
     list of parameters all are sparse: [`sparse_param_groups`] leaves norms alone. The state,
@@ -52,7 +63,9 @@ class TopKAdamW(SparseOptimizer):
         fused: torch's fused kernel; None uses it where it exists (CPU and CUDA).
 
     Raises:
-        ValueError: if a setting is out of range or `total_steps` is missing.
+        ValueError: if a setting is out of range or `total_steps` is missing; from the first
+            `step()`, if sharded parameters are offloaded or not sharded on dimension 0, rows that
+            have a minimum are cut, or ranks disagree on the density schedule.
         FloatingPointError: from `step()`, at the third step in a row with gradients that are not
             finite.
     """
@@ -100,6 +113,22 @@ class TopKAdamW(SparseOptimizer):
                 "a group holds layers' nonzeros alone, but top-k needs the whole matrices, as any "
                 "entry may come back: call to_dense() on the model, or use RCDSparseOptimizer."
             )
+        for name, p in named_parameters(group):
+            minimum = group["min_nonzeros"] if p.ndim > 1 else 0
+            check_sharding(name, p, group["sparse"], minimum, group["row_dim"])
+
+    def _check_start(self) -> None:
+        super()._check_start()
+        every = [p for group in self.param_groups for p in group["params"]]
+        together = {group: p for p in every if (group := shard_group(p)) is not None}
+        for process_group, p in together.items():
+            check_ranks_agree(self.shared_settings(), process_group, local(p).device)
+
+    def shared_settings(self) -> dict[str, Any]:
+        """What has to be the same on ranks that train one model, by name."""
+        return {"steps_taken": self.steps_taken} | {
+            name: [group[name] for group in self.param_groups] for name in _AGREED
+        }
 
     def _scheduled_density(self, group: dict[str, Any]) -> float:
         return linear_density(
@@ -120,16 +149,16 @@ class TopKAdamW(SparseOptimizer):
         by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
         for g in gradients:
             by_kind.setdefault((g.device, g.dtype), []).append(g)
-        norms = [
-            norm
-            for (_, dtype), alike in by_kind.items()
-            for norm in torch._foreach_norm(alike, dtype=torch.promote_types(dtype, torch.float32))
-        ]
+        norms = []
+        for (_, dtype), alike in by_kind.items():
+            dtype = torch.promote_types(dtype, torch.float32)
+            own = torch._foreach_norm([local(g) for g in alike], dtype=dtype)
+            norms += norms_over_ranks(alike, own)
         norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
         return norm.item() / math.sqrt(max(1, sum(g.numel() for g in gradients)))
 
     def _update(self, scale: float) -> None:
-        gradients = self._gradients()
+        gradients = [local(g) for g in self._gradients()]
         if scale != 1.0 and gradients:
             torch._foreach_mul_(gradients, scale)
         for group in self.param_groups:

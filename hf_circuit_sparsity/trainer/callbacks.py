@@ -9,7 +9,10 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
@@ -21,6 +24,7 @@ from transformers import (
 )
 
 from ..modeling.sparse_layers import SparseWeight
+from ..optim.sharding import local, shard_group
 
 
 class InterruptCallback(TrainerCallback):
@@ -118,6 +122,7 @@ class ProgressTableCallback(TrainerCallback):
             unit="step",
             dynamic_ncols=True,
             file=sys.stderr,
+            disable=not state.is_world_process_zero,
             # Where the output is a file, a bar that redraws itself is a line a second.
             mininterval=0.5 if sys.stderr.isatty() else 60,
         )
@@ -148,11 +153,13 @@ class ProgressTableCallback(TrainerCallback):
         }
         if self.measure is not None:
             cells |= self.measure()
+        self._last_log = (state.global_step, time.perf_counter())
+        if self._bar.disable:
+            return
         if not self._has_header:
             self._bar.write("  ".join(f"{name:>10}" for name in cells))
             self._has_header = True
         self._bar.write("  ".join(f"{value:>10}" for value in cells.values()))
-        self._last_log = (state.global_step, time.perf_counter())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.close()
@@ -162,7 +169,8 @@ class SparsityMonitor:
     """Counts the nonzeros of parameters, and how many were zero at the last count.
 
     Works with any parameters, whatever optimizer trains them. Between counts it holds one bit per
-    entry in main memory; of a layer that holds only its nonzeros, eight bytes per nonzero.
+    entry in main memory; of a layer that holds only its nonzeros, eight bytes per nonzero. Of a
+    sharded parameter each process looks at its part, and all have to count together.
 
     Args:
         parameters: the tensors to watch, or layers that hold only their nonzeros.
@@ -180,6 +188,7 @@ class SparsityMonitor:
             in [0, 1]. `mask_churn`: the share of them that were zero at the last count, in [0, 1].
         """
         nonzeros = grown = total = 0
+        elsewhere: dict[ProcessGroup, Tensor] = {}
         for i, parameter in enumerate(self.parameters):
             mask, before = _mask(parameter), self._masks[i]
             if isinstance(parameter, SparseWeight):
@@ -187,10 +196,19 @@ class SparsityMonitor:
                 grown += len(mask) - len(np.intersect1d(mask, before, assume_unique=True))
                 total += parameter.shape[0] * parameter.shape[1]
             else:
-                nonzeros += _count(mask)
-                grown += _count(mask & ~before)
+                counts = _count(mask), _count(mask & ~before)
+                if (group := shard_group(parameter)) is not None:
+                    here = torch.tensor(counts, device=parameter.device)
+                    elsewhere[group] = elsewhere.get(group, 0) + here
+                    counts = 0, 0
+                nonzeros += counts[0]
+                grown += counts[1]
                 total += parameter.numel()
             self._masks[i] = mask
+        for group, counts in elsewhere.items():
+            dist.all_reduce(counts, group=group)
+            nonzeros += int(counts[0])
+            grown += int(counts[1])
         return {
             "nonzeros": nonzeros,
             "nonzero_fraction": nonzeros / max(1, total),
@@ -203,7 +221,7 @@ def _mask(parameter: Tensor | SparseWeight) -> np.ndarray:
     if isinstance(parameter, SparseWeight):
         flat = parameter.csr.positions
         return flat[parameter.values.detach() != 0].cpu().numpy()
-    return np.packbits((parameter.detach() != 0).cpu().numpy())
+    return np.packbits((local(parameter.detach()) != 0).cpu().numpy())
 
 
 def _count(mask: np.ndarray) -> int:

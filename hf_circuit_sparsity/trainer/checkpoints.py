@@ -20,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerState
 from transformers.trainer import (
+    FSDP_MODEL_NAME,
     OPTIMIZER_NAME,
     SCHEDULER_NAME,
     TRAINER_STATE_NAME,
@@ -75,8 +76,12 @@ def problem_of(checkpoint: str | os.PathLike) -> str | None:
         return f"its {TRAINER_STATE_NAME} is damaged"
     safe = list(folder.rglob("*.safetensors"))
     pickled = [p for p in folder.rglob("*.bin") if p.name != TRAINING_ARGS_NAME]
-    if not safe and not pickled:
+    sharded = list(folder.glob(f"{FSDP_MODEL_NAME}_*"))
+    if not safe and not pickled and not sharded:
         return "it has no weights"
+    for path in (*sharded, *folder.glob(f"{Path(OPTIMIZER_NAME).stem}_*")):
+        if not (path / ".metadata").is_file():  # written when all ranks have written theirs
+            return f"its {path.name} is not complete"
     for path in safe:
         try:
             with safe_open(path, framework="pt"):

@@ -32,25 +32,26 @@ from ..optim.param_groups import sparse_param_groups
 from ..optim.rcd.distributed import RCDProcessGroup, leave_to_process_group
 from ..optim.rcd.optimizer import RCDSparseOptimizer
 from ..optim.rcd.partial_gradients import PartialGradients
+from ..optim.sharding import check_ranks_agree
 from ..optim.sparse_compute import MAX_DENSITY, on_nonzeros
 from ..optim.sparse_init import sparsify_initialization_
 from ..optim.sparse_optimizer import SparseOptimizer
 from ..optim.topk_adamw import TopKAdamW
 from .callbacks import SparsityMonitor
 from .distillation import as_teacher, kl_to_teacher
-from .language_model_trainer import LanguageModelTrainer
 from .model_card import model_card, numbers_of_run
+from .sharded_training import ShardingTrainer
 from .sparse_config import SparseTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
-class SparseTrainer(LanguageModelTrainer):
+class SparseTrainer(ShardingTrainer):
     """`Trainer` whose optimizer keeps the weights sparse.
 
     Trains any model with `nn.Linear`, `Conv1D` or `nn.Embedding` layers. The optimizer's own step
-    makes the weights sparse, so gradient accumulation, mixed precision, DDP and resuming work as in
-    `Trainer`. A run that is not stopped early ends at the target density.
+    makes the weights sparse, so gradient accumulation, mixed precision, DDP, FSDP2 and resuming
+    work as in `Trainer`. A run that is not stopped early ends at the target density.
 
     [`TopKAdamW`] describes the default recipe, [`RCDSparseOptimizer`] that of `sparsifier="rcd"`.
     With the latter the model is thinned out before the first step ([`sparsify_initialization_`]),
@@ -86,7 +87,8 @@ class SparseTrainer(LanguageModelTrainer):
 
     Raises:
         TypeError: `args` is no [`SparseTrainingArguments`].
-        ValueError: the model has nothing to make sparse, or training is sharded (FSDP, DeepSpeed).
+        ValueError: the model has nothing to make sparse, or training is sharded otherwise than by
+            FSDP2 (by DeepSpeed, with parameters offloaded, or at all with "rcd").
     """
 
     args: SparseTrainingArguments
@@ -136,11 +138,6 @@ class SparseTrainer(LanguageModelTrainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )  # fmt: skip
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "training is sharded (FSDP or DeepSpeed), but the largest weights of a matrix can "
-                "only be found where all of it is: use one process or data parallelism (DDP)."
-            )
         if args.sparsifier == "rcd" and args.n_gpu > 1:
             raise ValueError(
                 f"sparsifier='rcd' was started in one process that sees {args.n_gpu} devices, "
@@ -199,6 +196,8 @@ class SparseTrainer(LanguageModelTrainer):
         # it would only have every layer traced anew.
         wanted = self.args.compute_on_nonzeros and self.args.sparsifier != "rcd"
         wanted = wanted and self.args.device.type == "cpu" and not self.args.torch_compile
+        # With FSDP weights are whole for a layer's moment alone.
+        wanted = wanted and not self.is_fsdp_enabled
         if wanted and isinstance(model, nn.Module):
             self._training.enter_context(on_nonzeros(model))
 
@@ -221,7 +220,7 @@ class SparseTrainer(LanguageModelTrainer):
             # With auto_find_batch_size a smaller batch is tried, and the number of steps changes.
             for group in self._built.param_groups:
                 group["total_steps"] = self._training_steps()
-        if self._monitor is None:
+        if self._monitor is None and not self.is_fsdp_enabled:
             self._monitor = self._new_monitor(opt_model)
         if isinstance(self._built, RCDSparseOptimizer) and self._partial is None:
             self._partial = PartialGradients(
@@ -232,6 +231,15 @@ class SparseTrainer(LanguageModelTrainer):
                 exclude_parameters=self.args.include_parameters or (),
             )
         return super().create_optimizer(model)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._monitor is None:  # FSDP has only now made the parameters that are trained
+            self._monitor = self._new_monitor(self.model)
+        if isinstance(self._inner_optimizer, TopKAdamW) and self.args.world_size > 1:
+            settings = self._inner_optimizer.shared_settings()
+            check_ranks_agree(settings, None, self.args.device)
+        return prepared
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """Build both for `num_training_steps`; see `Trainer`."""

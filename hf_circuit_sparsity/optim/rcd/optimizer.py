@@ -6,11 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from ...modeling.sparse_layers import SparseWeight
 from ..schedules import geometric_density
-from ..sparse_optimizer import Normalization, SparseOptimizer, learning_rate, refuse_sparse
+from ..sparse_optimizer import (
+    Normalization,
+    SparseOptimizer,
+    learning_rate,
+    named_parameters,
+    refuse_sparse,
+)
 from .config import RCDConfig
 from .distributed import GradientExchange, RCDProcessGroup
 from .state import NonzeroState, SparseState
@@ -228,6 +235,13 @@ class RCDSparseOptimizer(SparseOptimizer):
                 state.gradient = None
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        for name, p in named_parameters(group):
+            if isinstance(p, DTensor):
+                raise ValueError(
+                    f"{name} is sharded (a DTensor), expected a whole parameter: random coordinate "
+                    "descent has its own way of many processes, in which each computes the "
+                    "gradients of its own coordinates; pass process_group=RCDProcessGroup()."
+                )
         super()._check_group(group)
         config = RCDConfig.of_group(group)
         config.check_run(group["target_density"], group["anneal_end"], group["total_steps"])
