@@ -109,6 +109,19 @@ class NodeSet:
         """
         return self._with(set(self) | {as_node(node) for node in nodes})
 
+    def label(self, node: Node | str, name: str, note: str = "") -> None:
+        """Give a node a name of a few words, and a note; empty ones are taken away.
+
+        Raises:
+            ValueError: it is not in the circuit.
+        """
+        text = node_text(as_node(node))
+        if text not in self:
+            raise ValueError(f"{text} was to be named, but it is not in the circuit.")
+        for field, value in (("names", name), ("notes", note)):
+            called = {n: t for n, t in getattr(self, field).items() if n != text}
+            setattr(self, field, called | ({text: value} if value else {}))
+
     def _combined(self, other: "NodeSet", of_sets: Callable[[set, set], set]) -> Self:
         if not isinstance(other, NodeSet):
             return NotImplemented

@@ -240,6 +240,16 @@ def test_names_and_notes_are_stored_and_on_the_card(circuit, tmp_path):
     assert "on or off" in card and "the only neuron" in card
 
 
+def test_nodes_are_labelled(model):
+    circuit = planted_circuit(model)
+    circuit.label(NEURON, "on or off", note="a note")
+    assert circuit.names == {NAME: "on or off"} and circuit.notes == {NAME: "a note"}
+    circuit.label(NAME, "switch")
+    assert circuit.names == {NAME: "switch"} and not circuit.notes
+    with pytest.raises(ValueError, match="not in the circuit"):
+        circuit.label("h.1.mlp.post_act.6", "other")
+
+
 @pytest.mark.parametrize("field", ["names", "notes"])
 @pytest.mark.parametrize("value", [{"h.0.mlp.post_act.1": "elsewhere"}, {"nothing": "x"}])
 def test_names_of_what_is_not_in_the_circuit_are_refused(circuit, field, value):
