@@ -31,7 +31,8 @@ class RCDConfig:
         clip_threshold: what is smaller in magnitude becomes zero.
         l1: weight of an L1 penalty, applied as a proximal step (soft threshold `lr * l1`).
         magnitude_power, magnitude_floor: exponent of the weights in "magnitude", and the share of
-            its probability that is spread evenly, in (0, 1].
+            its probability that is spread evenly, in (0, 1]. What "magnitude" minimizes does not
+            depend on them; a low floor leaves zeros waiting `1 / magnitude_floor` times as long.
         greedy_fraction: share of a block's zeros that "gradient" moves, in (0, 1].
         start_density: share of nonzeros before the first step, from the target density to 1. It
             falls by equal factors and reaches the target at `anneal_end`. None: the target from the
@@ -56,7 +57,7 @@ class RCDConfig:
     clip_threshold: float = 0.0
     l1: float = 0.0
     magnitude_power: float = 1.0
-    magnitude_floor: float = 0.1
+    magnitude_floor: float = 0.5
     greedy_fraction: float = 1 / 16
     start_density: float | None = None
     explore_end: float = 1.0
