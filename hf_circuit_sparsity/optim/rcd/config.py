@@ -11,7 +11,7 @@ from .blocks import BLOCK_KINDS, SELECTIONS, BlockKind, Selection
 Update = Literal["adam", "plain"]
 
 # Of the optimizer as a whole; all others are settings of a parameter group.
-_GLOBAL = ("init", "staleness")
+_GLOBAL = ("init", "staleness", "average_gradients")
 
 
 @dataclass
@@ -39,8 +39,12 @@ class RCDConfig:
             first step on.
         explore_end: fraction of the steps from which on no blocks are drawn, no zeros are looked
             at, and only nonzeros move.
-        staleness: gradients of nonzeros are used so many steps after they were computed, so that
-            several processes need not wait for each other; in-flight gradients are not saved.
+        staleness: all gradients are used so many steps after they were computed, and what grows
+            twice as many, so that a process waits only for one that is further behind; what is on
+            its way is not saved.
+        average_gradients: with several processes, every one computes the gradient at all active
+            coordinates, and these are averaged. By default each has its own part of them, and so a
+            coordinate sees the data of one process alone, as those of a block do in either case.
         init: how [`SparseTrainer`] thins out a model that is too dense: "random" suits a fresh one,
             "magnitude" (keep the largest) a trained one.
 
@@ -62,6 +66,7 @@ class RCDConfig:
     start_density: float | None = None
     explore_end: float = 1.0
     staleness: int = 0
+    average_gradients: bool = False
     init: Support = "random"
 
     def __post_init__(self) -> None:
@@ -83,7 +88,9 @@ class RCDConfig:
         for name, least in (("block_steps", 1), ("staleness", 0)):
             value = getattr(self, name)
             check(name, value, is_whole(value, least), f"a whole number >= {least}")
-        check("move_active", self.move_active, isinstance(self.move_active, bool), "True or False")
+        for name in ("move_active", "average_gradients"):
+            value = getattr(self, name)
+            check(name, value, isinstance(value, bool), "True or False")
         start, end = self.start_density, self.explore_end
         check("start_density", start, start is None or is_share(start), "None or in (0, 1]")
         check("explore_end", end, is_fraction(end), "a fraction of the steps in [0, 1]")

@@ -21,6 +21,10 @@ SETTINGS = {
 }
 
 
+# Without zeros, of which every rank sees its own part on its own data.
+AVERAGED = {"average_gradients": True, "explore_end": 0.0, "total_steps": 6}
+
+
 def config():
     return CircuitGPTConfig(
         n_layer=1, n_head=2, d_head=8, d_model=16, d_mlp=32, block_size=16, vocab_size=32
@@ -50,6 +54,7 @@ def work(rank, size, folder):
         "columns, staying": {"block": "columns", "block_steps": 2, "selection": "magnitude"},
         "entries": {"block": "entries"},
         "stale": {"staleness": 2},
+        "averaged": {"average_gradients": True, "block_steps": 2},
     }
     settings["gpt2"] = settings["rows"]
     for name, own in settings.items():
@@ -57,10 +62,15 @@ def work(rank, size, folder):
         group = RCDProcessGroup(average_dense=True)
         losses, _ = train(model, batches(rank, 8), group, **{**SETTINGS, **own})
         results[name] = (model.state_dict(), losses, group.bytes_sent)
-    model = sparse_from_config(config(), 1 / 8)
-    group = RCDProcessGroup(average_dense=True)
-    losses, _ = train(model, batches(rank, 6, same=True), group, **SETTINGS)
-    results["same data"] = (model.state_dict(), losses, 0)
+    for name, own, same in (
+        ("same data", {}, True),
+        ("same data, stale", {"staleness": 2, "block_steps": 2}, True),
+        ("averaged without zeros", AVERAGED, False),
+    ):
+        model = sparse_from_config(config(), 1 / 8)
+        group = RCDProcessGroup(average_dense=True)
+        losses, _ = train(model, batches(rank, 6, same=same), group, **{**SETTINGS, **own})
+        results[name] = (model.state_dict(), losses, group.bytes_sent)
     # What DDP hands over for the same model, counted by its own hook.
     ddp = DistributedDataParallel(random_model(config()))
     sent = []
@@ -86,7 +96,9 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", ["rows", "columns, staying", "entries", "stale", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["rows", "columns, staying", "entries", "stale", "gpt2", "averaged"]
+)
 def test_ranks_stay_bitwise_equal_on_different_data(ranks, name):
     (first, first_losses, _), (second, second_losses, _) = (rank[name] for rank in ranks)
     assert first_losses != second_losses  # they did see different data
@@ -98,13 +110,28 @@ def test_ranks_stay_bitwise_equal_on_different_data(ranks, name):
     assert {"transformer.wte.weight", "lm_head.weight", *table} <= set(moved)
 
 
-def test_on_the_same_data_two_ranks_are_one(ranks):
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("same data", {}), ("same data, stale", {"staleness": 2, "block_steps": 2})],
+)
+def test_on_the_same_data_two_ranks_are_one(ranks, name, settings):
     alone = sparse_from_config(config(), 1 / 8)
-    losses, _ = train(alone, batches(0, 6, same=True), **SETTINGS)
-    together, others, _ = ranks[0]["same data"]
+    losses, _ = train(alone, batches(0, 6, same=True), **{**SETTINGS, **settings})
+    together, others, _ = ranks[0][name]
     assert losses == pytest.approx(others, rel=1e-4)
     for key, value in alone.state_dict().items():
         torch.testing.assert_close(value, together[key], atol=1e-4, rtol=1e-3)
+
+
+def test_averaged_gradients_are_those_of_the_data_of_all_ranks(ranks):
+    alone = sparse_from_config(config(), 1 / 8)
+    both = [torch.cat(pair) for pair in zip(batches(0, 6), batches(1, 6), strict=True)]
+    losses, _ = train(alone, both, **{**SETTINGS, **AVERAGED})
+    seen = [rank["averaged without zeros"] for rank in ranks]
+    means = [(a + b) / 2 for a, b in zip(seen[0][1], seen[1][1], strict=True)]
+    assert losses == pytest.approx(means, rel=1e-4)
+    for key, value in alone.state_dict().items():
+        torch.testing.assert_close(value, seen[0][0][key], atol=1e-4, rtol=1e-3)
 
 
 def test_only_own_changes_are_shipped(ranks):
