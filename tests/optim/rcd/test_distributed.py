@@ -1,9 +1,12 @@
 """Several processes that share the coordinates: equal bit for bit, and few bytes."""
 
+import subprocess
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config
 
@@ -11,7 +14,7 @@ from hf_circuit_sparsity import CircuitGPTConfig, sparse_from_config, sparse_par
 from hf_circuit_sparsity.optim.rcd.distributed import RCDProcessGroup, part_of
 from tests.conftest import random_model
 from tests.optim.conftest import train
-from tests.two_processes import launch_and_resume
+from tests.two_processes import launch, launch_and_resume
 
 SETTINGS = {
     "lr": 0.05,
@@ -153,12 +156,20 @@ def test_every_coordinate_has_one_owner():
 
 
 SCRIPT = """
+    import os
+    import signal
     import sys
     import torch
     from datasets import Dataset
+    from transformers import TrainerCallback
     from hf_circuit_sparsity.trainer import SparseTrainer, SparseTrainingArguments
     from tests.conftest import random_model
     from tests.optim.rcd.test_distributed import config
+
+    class Lose(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4 and args.process_index == 1 and sys.argv[-1] == "lose":
+                os.kill(os.getpid(), signal.SIGKILL)
 
     folder = sys.argv[1]
     rows = torch.randint(32, (64, 16), generator=torch.Generator().manual_seed(1)).tolist()
@@ -170,7 +181,10 @@ SCRIPT = """
     model = random_model(config())
     trainer = SparseTrainer(model, args, train_dataset=Dataset.from_dict(
         {"input_ids": rows, "labels": rows}))
-    trainer.train(resume_from_checkpoint=sys.argv[2] if len(sys.argv) > 2 else None)
+    trainer.add_callback(Lose())
+    checkpoint = sys.argv[2] if len(sys.argv) > 2 and sys.argv[2] != "lose" else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.state.global_step == 6
     assert all(p.grad is None for n, p in model.named_parameters() if n.endswith("c_fc.weight"))
     torch.save({"weights": model.state_dict()}, f"{folder}/rank{args.process_index}.pt")
 """
@@ -179,3 +193,17 @@ SCRIPT = """
 @pytest.mark.slow
 def test_the_trainer_with_two_processes_keeps_ranks_equal_and_resumes(tmp_path):
     launch_and_resume(SCRIPT, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_a_rank_goes_on_from_its_checkpoint_with_fewer(tmp_path, capfd):
+    with pytest.raises(subprocess.CalledProcessError):
+        launch(SCRIPT, tmp_path / "lost", "lose")
+    assert not (tmp_path / "lost" / "checkpoint-6").exists()
+    checkpoint = tmp_path / "lost" / "checkpoint-3"
+    (alone,) = launch(SCRIPT, tmp_path / "alone", str(checkpoint), processes=1)
+    assert "processes 2, now 1" in capfd.readouterr().err
+    saved = load_file(checkpoint / "model.safetensors")
+    weight = "transformer.h.0.mlp.c_fc.weight"
+    assert not torch.equal(alone["weights"][weight], saved[weight])
+    assert all(x.isfinite().all() for x in alone["weights"].values())
