@@ -12,7 +12,7 @@ import torch
 _ROOT = Path(__file__).parents[1]
 
 
-def launch(script: str, folder: Path, *arguments: str) -> list[Any]:
+def launch(script: str, folder: Path, *arguments: str, processes: int = 2) -> list[Any]:
     """Run it by `accelerate launch`, with `folder` and `arguments`; what each rank saved there.
 
     With `--cpu` Accelerate 1.15 starts one process whatever `--num_processes` says; with
@@ -25,12 +25,13 @@ def launch(script: str, folder: Path, *arguments: str) -> list[Any]:
     environment = {
         **os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"
     }  # fmt: skip
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
-               "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-               "--dynamo_backend", "no", "--main_process_port", "0",
+    command = [sys.executable, "-m", "accelerate.commands.launch",
+               *(["--multi_gpu"] if processes > 1 else []),
+               "--num_processes", str(processes), "--num_machines", "1",
+               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
                str(file), str(folder), *arguments]  # fmt: skip
     subprocess.run(command, check=True, env=environment, timeout=600)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
 def launch_and_resume(script: str, folder: Path, *arguments: str) -> list[Any]:

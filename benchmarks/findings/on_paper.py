@@ -62,7 +62,7 @@ RCD_BYTES = Constant(
     4 * (3.9 + 9.3 + 9.3) / 118.1, "bytes per entry", "rcd_memory.md: weights, moments, gradients"
 )
 RCD_TRAFFIC = Constant(
-    2 * 1_076_098 / (DENSITY * (75_721_216 - 16_796_160) / 4),
+    2 * 1_086_154 / (DENSITY * (75_721_216 - 16_796_160) / 4),
     "bytes per nonzero",
     "rcd_workers.md: what both ranks hand over, density 1/64",
 )

@@ -1,4 +1,7 @@
-"""What workers that share the coordinates tell each other, and what waiting less for them costs."""
+"""What workers that share the coordinates tell each other.
+
+What it costs to wait less for them is measured by `benchmarks.findings.rcd_ranks`.
+"""
 
 import tempfile
 from pathlib import Path
@@ -17,10 +20,8 @@ from hf_circuit_sparsity.optim.rcd.partial_gradients import PartialGradients
 from hf_circuit_sparsity.optim.sparse_init import sparse_from_config
 
 from ..experiment import Experiment, machine, table
-from ..findings.rcd_race import Run, Training, spread, tokens
 
 RANKS = 2
-STALENESS = (0, 1, 2, 4, 8)
 
 
 def _config(width: int, layers: int, vocabulary: int) -> CircuitGPTConfig:
@@ -92,51 +93,12 @@ def bytes_per_step(width: int, layers: int, steps: int) -> str:
     )
 
 
-def staleness(folder: Path, steps: int) -> str:
-    """The loss after so many steps with gradients used some steps late."""
-    data = tokens(folder, 512, 64)
-    held_out = spread(data["validation"], 128)
-    config, rows, first = _config(96, 2, 512), [], None
-    for late in STALENESS:
-        settings = {"selection": "gradient", "block_fraction": 1 / 4, "staleness": late}
-        training = Training(
-            lambda: CircuitGPTForCausalLM(config),
-            Run("rcd", steps, 1e-2, 8, settings),
-            1 / 16,
-            data["train"],
-            held_out,
-        )
-        training.run(steps)
-        loss = training.evaluate()
-        training.close()
-        first = loss if first is None else first
-        rows.append(
-            {
-                "steps late": late,
-                "validation loss": f"{loss:.4f}",
-                "against 0": f"{loss - first:+.4f}",
-            }
-        )
-    return (
-        f"CircuitGPT, d_model 96, 2 layers, density 1/16, vocabulary 512, {steps} steps of 8 × 64 "
-        "tokens, one seed; gradients of live coordinates are used so many steps late, with the "
-        f"learning rate as it is.\n\n{table(rows)}"
-    )
-
-
 def run(experiment: Experiment) -> str:
-    """Both tables."""
+    """The table."""
     options = experiment.options
-    return "\n\n".join(
-        [
-            machine(),
-            bytes_per_step(options.width, options.layers, options.bytes_steps),
-            staleness(experiment.folder, options.steps),
-        ]
-    )
+    counted = bytes_per_step(options.width, options.layers, options.steps)
+    return f"# Workers that share the coordinates\n\n{machine()}\n\n{counted}"
 
 
 if __name__ == "__main__":
-    Experiment.main(
-        run, __doc__, "rcd_workers", "runs/rcd", width=512, layers=4, bytes_steps=8, steps=300
-    )
+    Experiment.main(run, __doc__, "rcd_workers", "runs/rcd", width=512, layers=4, steps=4)

@@ -19,7 +19,7 @@ BlockKind = Literal["rows", "columns", "entries"]
 SELECTIONS: tuple[str, ...] = get_args(Selection)
 BLOCK_KINDS: tuple[str, ...] = get_args(BlockKind)
 
-# torch.multinomial takes no more categories.
+# torch.multinomial takes no more categories; a vocabulary may have more rows.
 _MULTINOMIAL_LIMIT = 1 << 24
 
 
@@ -123,7 +123,9 @@ def draw_block(
 
     * `"uniform"`: every row, column or entry is as likely as every other.
     * `"magnitude"` (MB-RCD): with a probability of `(1 - floor) * s / sum(s) + floor / size`,
-      where `s` is the sum of `|x| ** power` over the row, column or entry.
+      where `s` is the sum of `|x| ** power` over the row, column or entry. A step does not depend
+      on how likely it was, so what is minimized is the same as with the others; a zero is drawn
+      `floor` times as often as uniformly, and so takes up to `1 / floor` times as long to grow.
     * `"cyclic"`: one after the other.
     * `"gradient"` draws uniformly; which of the block's coordinates move is decided when their
       gradients are known.
@@ -173,14 +175,17 @@ def _by_magnitude(
     total = float(weight.sum())
     if total == 0.0 or not math.isfinite(total):
         return _uniform(size, count, generator)
-    active = nonzeros.positions.cpu()
-    if dim is not None or (count * 4 > size and size <= _MULTINOMIAL_LIMIT):
-        owner = active if dim is None else active // width if dim == 0 else active % width
+    owner = nonzeros.positions.cpu()
+    if dim is not None:
+        owner = owner // width if dim == 0 else owner % width
+    if (dim is not None or count * 4 > size) and size <= _MULTINOMIAL_LIMIT:
         score = torch.zeros(size, dtype=torch.float64).index_add_(0, owner, weight)
         probability = (1.0 - floor) * score / total + floor / size
         return torch.multinomial(probability, count, generator=generator)
-    # Entries are too many to list a probability for each, so it is decided first which draws go to
-    # the nonzeros. What is drawn twice is drawn again.
+    if count == size:
+        return torch.arange(size)
+    # They are too many to list a probability for each, so it is decided first which draws go to the
+    # nonzeros. What is drawn twice is drawn again.
     cumulative = weight.cumsum(0)
     found = torch.empty(0, dtype=torch.int64)
     while len(found) < count:
@@ -190,6 +195,6 @@ def _by_magnitude(
         if n > evenly:
             dice = torch.rand(n - evenly, generator=generator, dtype=torch.float64)
             at = torch.searchsorted(cumulative, dice * cumulative[-1])
-            drawn.append(active[at.clamp_(max=len(active) - 1)])
+            drawn.append(owner[at.clamp_(max=len(owner) - 1)])
         found = torch.cat([found, *drawn]).unique()
     return found

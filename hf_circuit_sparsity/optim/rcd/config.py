@@ -11,7 +11,7 @@ from .blocks import BLOCK_KINDS, SELECTIONS, BlockKind, Selection
 Update = Literal["adam", "plain"]
 
 # Of the optimizer as a whole; all others are settings of a parameter group.
-_GLOBAL = ("init", "staleness")
+_GLOBAL = ("init", "staleness", "average_gradients")
 
 
 @dataclass
@@ -31,15 +31,20 @@ class RCDConfig:
         clip_threshold: what is smaller in magnitude becomes zero.
         l1: weight of an L1 penalty, applied as a proximal step (soft threshold `lr * l1`).
         magnitude_power, magnitude_floor: exponent of the weights in "magnitude", and the share of
-            its probability that is spread evenly, in (0, 1].
+            its probability that is spread evenly, in (0, 1]. What "magnitude" minimizes does not
+            depend on them; a low floor leaves zeros waiting `1 / magnitude_floor` times as long.
         greedy_fraction: share of a block's zeros that "gradient" moves, in (0, 1].
         start_density: share of nonzeros before the first step, from the target density to 1. It
             falls by equal factors and reaches the target at `anneal_end`. None: the target from the
             first step on.
         explore_end: fraction of the steps from which on no blocks are drawn, no zeros are looked
             at, and only nonzeros move.
-        staleness: gradients of nonzeros are used so many steps after they were computed, so that
-            several processes need not wait for each other; in-flight gradients are not saved.
+        staleness: all gradients are used so many steps after they were computed, and what grows
+            twice as many, so that a process waits only for one that is further behind; what is on
+            its way is not saved.
+        average_gradients: with several processes, every one computes the gradient at all active
+            coordinates, and these are averaged. By default each has its own part of them, and so a
+            coordinate sees the data of one process alone, as those of a block do in either case.
         init: how [`SparseTrainer`] thins out a model that is too dense: "random" suits a fresh one,
             "magnitude" (keep the largest) a trained one.
 
@@ -56,11 +61,12 @@ class RCDConfig:
     clip_threshold: float = 0.0
     l1: float = 0.0
     magnitude_power: float = 1.0
-    magnitude_floor: float = 0.1
+    magnitude_floor: float = 0.5
     greedy_fraction: float = 1 / 16
     start_density: float | None = None
     explore_end: float = 1.0
     staleness: int = 0
+    average_gradients: bool = False
     init: Support = "random"
 
     def __post_init__(self) -> None:
@@ -82,7 +88,9 @@ class RCDConfig:
         for name, least in (("block_steps", 1), ("staleness", 0)):
             value = getattr(self, name)
             check(name, value, is_whole(value, least), f"a whole number >= {least}")
-        check("move_active", self.move_active, isinstance(self.move_active, bool), "True or False")
+        for name in ("move_active", "average_gradients"):
+            value = getattr(self, name)
+            check(name, value, isinstance(value, bool), "True or False")
         start, end = self.start_density, self.explore_end
         check("start_density", start, start is None or is_share(start), "None or in (0, 1]")
         check("explore_end", end, is_fraction(end), "a fraction of the steps in [0, 1]")

@@ -5,8 +5,8 @@ its own data, and ships that: never a full gradient. From then on all compute th
 stay equal bit for bit.
 """
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -33,6 +33,10 @@ def part_of(n: int, rank: int, size: int) -> slice:
     return slice(n * rank // size, n * (rank + 1) // size)
 
 
+class LostRankError(RuntimeError):
+    """Another process of the run is gone, or cannot be reached any more."""
+
+
 class RCDProcessGroup:
     """The ranks of a `torch.distributed` process group.
 
@@ -44,6 +48,8 @@ class RCDProcessGroup:
     Attributes:
         rank, size: of this process, and number of processes.
         bytes_sent: what this rank has handed over so far, dense gradients included.
+
+    What its methods return raises [`LostRankError`] once another rank is gone.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, average_dense: bool = False) -> None:
@@ -70,101 +76,63 @@ class RCDProcessGroup:
         padded = own.new_zeros(max(1, *sizes))
         padded[: len(own)] = own
         received = [torch.empty_like(padded) for _ in sizes]
-        work = dist.all_gather(received, padded, group=self.group, async_op=True)
+        with self._connected():
+            work = dist.all_gather(received, padded, group=self.group, async_op=True)
         self.bytes_sent += own.numel() * own.element_size()
 
         def wait() -> list[Tensor]:
-            work.wait()
+            with self._connected():
+                work.wait()
             return [x[:n] for x, n in zip(received, sizes, strict=True)]
 
         return wait
 
-    def average(self, gradients: list[Tensor]) -> None:
-        """Average gradients over the ranks, in place."""
-        if not gradients:
-            return
-        flat = torch.cat([g.flatten() for g in gradients])
-        total = torch.stack(self.gather(flat, [len(flat)] * self.size)()).sum(0) / self.size
-        for g, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
-            g.copy_(part.view(g.shape))
-
-    def share(self, own: list[Growth]) -> list[Growth]:
-        """Put together what every rank found in its part of the blocks, positions ascending.
-
-        Args:
-            own: per parameter, what this rank found.
-        """
-        if not own:
-            return []
-        lengths = torch.tensor([len(g.positions) for g in own], device=own[0].values.device)
-        all_lengths = self.gather(lengths, [len(own)] * self.size)()
-        sizes = [int(n.sum()) for n in all_lengths]
-        names, dtype = list(own[0].moments), own[0].values.dtype
-        columns = [torch.cat([g.positions for g in own]), torch.cat([g.values for g in own])]
-        columns += [torch.cat([g.moments[name].to(dtype) for g in own]) for name in names]
-        gathered = [self.gather(column, sizes) for column in columns]
-        pieces = [
-            [x.split(n.tolist()) for x, n in zip(column(), all_lengths, strict=True)]
-            for column in gathered
-        ]
-        shared = []
-        for i, growth in enumerate(own):
-            positions, values, *moments = (torch.cat([rank[i] for rank in kind]) for kind in pieces)
-            order = positions.argsort()
-            by_name = {
-                name: moment[order].to(growth.moments[name].dtype)
-                for name, moment in zip(names, moments, strict=True)
-            }
-            shared.append(Growth(positions[order], values[order], by_name))
-        return shared
-
-
-class GradientExchange:
-    """Gradients at active coordinates on their way from all processes to all processes.
-
-    Args:
-        process_group: None for a single process, which only delays.
-        staleness: how many steps after they were computed gradients are used.
-    """
-
-    def __init__(self, process_group: RCDProcessGroup | None, staleness: int) -> None:
-        self.process_group, self.staleness = process_group, staleness
-        self._in_flight: deque = deque()
-
-    def swap(
-        self, own: dict[Tensor, Tensor], positions: dict[Tensor, Tensor]
-    ) -> dict[Tensor, tuple[Tensor, Tensor]]:
-        """Ship this rank's part of the gradients, and take those whose turn it is.
-
-        Args:
-            own: parameter → gradient at this rank's part of its active coordinates, scaled.
-            positions: parameter → all active coordinates, the same on all ranks.
+    def average(self, own: Tensor) -> Callable[[], Tensor]:
+        """Begin to average a tensor over the ranks.
 
         Returns:
-            Parameter → (positions, gradient); empty in the first `staleness` steps.
+            What waits for it and returns it.
         """
-        sent: Any = list(own.values())
-        if self.process_group is not None and own:
-            flat = torch.cat([gradient.to(torch.float32) for gradient in sent])
-            sizes = []
-            for rank in range(self.process_group.size):
-                parts = [part_of(len(positions[p]), rank, self.process_group.size) for p in own]
-                sizes.append(sum(part.stop - part.start for part in parts))
-            sent = self.process_group.gather(flat, sizes)
-        self._in_flight.append((sent, positions))
-        if len(self._in_flight) <= self.staleness:
-            return {}
-        arrived, positions = self._in_flight.popleft()
-        if callable(arrived):
-            arrived = self._by_parameter(arrived(), list(positions.values()))
-        return dict(zip(positions, zip(positions.values(), arrived, strict=True), strict=True))
+        total = own.clone()
+        with self._connected():
+            work = dist.all_reduce(total, group=self.group, async_op=True)
+        self.bytes_sent += own.numel() * own.element_size()
 
-    def _by_parameter(self, per_rank: list[Tensor], positions: list[Tensor]) -> list[Tensor]:
-        pieces = []
-        for rank, flat in enumerate(per_rank):
-            parts = [part_of(len(active), rank, len(per_rank)) for active in positions]
-            pieces.append(flat.split([part.stop - part.start for part in parts]))
-        return [torch.cat(of_one) for of_one in zip(*pieces, strict=True)]
+        def wait() -> Tensor:
+            with self._connected():
+                work.wait()
+            return total / self.size
+
+        return wait
+
+    def check_alike(self, digest: bytes, device: torch.device) -> None:
+        """Raise ValueError on every rank unless all have the same digest of what they begin with.
+
+        Args:
+            digest: of the same length on all ranks.
+            device: through which the ranks talk.
+        """
+        own = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
+        gathered = self.gather(own, [len(own)] * self.size)()
+        others = [rank for rank, x in enumerate(gathered) if not torch.equal(x, gathered[0])]
+        if others:
+            raise ValueError(
+                f"rank {', '.join(map(str, others))} begins with other weights, optimizer state or "
+                "settings than rank 0, and ranks that share coordinates must be equal: load the "
+                "same checkpoint, or seed the model and the optimizer alike, on every rank."
+            )
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise LostRankError(
+                f"rank {self.rank} lost the connection to some other of the {self.size} ranks "
+                f"({reason}), and none goes on alone: start again with the ranks that are left, "
+                "from the last checkpoint, or from this model and optimizer, which can be saved."
+            ) from error
 
 
 @torch.no_grad()

@@ -19,14 +19,17 @@ from ..sparse_optimizer import (
     refuse_sparse,
 )
 from .config import RCDConfig
-from .distributed import GradientExchange, RCDProcessGroup
+from .distributed import LostRankError, RCDProcessGroup
+from .exchange import Exchange, Gradients
+from .start import computed_by, digest, warn_of_other_rounding, warn_of_row_minima
 from .state import NonzeroState, SparseState
 from .updates import (
     find_growth,
     gradient_rms,
     grow_and_drop,
-    match_stale_gradient,
-    move_active,
+    match_stale_growth,
+    move,
+    no_growth,
 )
 
 
@@ -62,8 +65,9 @@ class RCDSparseOptimizer(SparseOptimizer):
     optimization problems") with zero-clipping. Parameters of a group with `sparse=False` are
     trained by AdamW or gradient descent as a whole.
 
-    All arguments except `params`, `normalize_gradients`, `seed`, `process_group`, `staleness` and
-    `init` can be set per group; [`sparse_param_groups`] makes groups in which norms are left alone.
+    All arguments except `params`, `normalize_gradients`, `seed`, `process_group`, `staleness`,
+    `average_gradients` and `init` can be set per group; [`sparse_param_groups`] makes groups in
+    which norms are left alone.
     Everything a run depends on is in `state_dict()`, the current block included. Change the weights
     by hand only before the first step: which coordinates are active is read from them once.
 
@@ -91,12 +95,16 @@ class RCDSparseOptimizer(SparseOptimizer):
         ValueError: if a setting is out of range, or a parameter fits no rule.
         FloatingPointError: from `step()`, at the third step in a row with gradients that are not
             finite.
+        LostRankError: from `step()`, once another process of the group is gone. Model and optimizer
+            can be saved then, and go on with fewer.
     """
 
     # On the class, so that they also exist on a copy, for which torch calls no __init__.
     process_group: RCDProcessGroup | None = None
-    _exchange: GradientExchange | None = None
     _staleness = 0
+    _averages = False
+    _used: Gradients | None = None
+    _begun = False
 
     def __init__(
         self,
@@ -129,13 +137,14 @@ class RCDSparseOptimizer(SparseOptimizer):
         super().__init__(params, defaults, normalize_gradients)
         self.param_groups[0]["seed"] = seed
         self.process_group, self._staleness = process_group, config.staleness
+        self._averages = config.average_gradients
         # The layers that hold a parameter as their nonzeros.
         self._layers: dict[Tensor, list[SparseWeight]] = {}
         self._start_exchange()
 
     def __getstate__(self) -> dict[str, Any]:
         # torch copies and pickles no more than parameters, state and settings.
-        own = ("process_group", "_staleness", "_layers")
+        own = ("process_group", "_staleness", "_averages", "_layers")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -149,13 +158,13 @@ class RCDSparseOptimizer(SparseOptimizer):
         self._start_exchange()  # what was in flight is not saved
 
     def _start_exchange(self) -> None:
-        if self.process_group is not None or self._staleness:
-            if not all(g["move_active"] for g in self.param_groups if g["sparse"]):
-                raise ValueError(
-                    "move_active=False was passed with several processes or staleness: leave it "
-                    "True."
-                )
-            self._exchange = GradientExchange(self.process_group, self._staleness)
+        late = self.process_group is not None or self._staleness
+        if late and not all(g["move_active"] for g in self.param_groups if g["sparse"]):
+            raise ValueError(
+                "move_active=False was passed with several processes or staleness: leave it True."
+            )
+        self._begun = False
+        self._exchange = Exchange(self.process_group, self._staleness, self._averages)
 
     def state_dict(self) -> dict[str, Any]:
         """The state; see [`torch.optim.Optimizer`]. That of sparse parameters is in dicts as well.
@@ -170,12 +179,20 @@ class RCDSparseOptimizer(SparseOptimizer):
             hook.remove()
 
     def _with_plain_states(self, saved: dict[str, Any]) -> None:
+        groups = saved["param_groups"]
+        saved["param_groups"] = [{**groups[0], "computed_by": self._computed_by()}, *groups[1:]]
         for number, state in saved["state"].items():
             if isinstance(state, SparseState):
                 saved["state"][number] = state.to_dict()
 
+    def _computed_by(self) -> dict[str, Any]:
+        return computed_by(self.process_group, self.param_groups[0]["params"][0])
+
     def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         adapted = super()._adapted(state_dict)
+        for group in adapted["param_groups"]:
+            if "computed_by" in group and adapted is not state_dict:
+                warn_of_other_rounding(group.pop("computed_by"), self._computed_by())
         state = {n: _Uncast(s) if "live" in s else s for n, s in adapted["state"].items()}
         return {**adapted, "state": state}
 
@@ -273,9 +290,9 @@ class RCDSparseOptimizer(SparseOptimizer):
                 "train_nonzeros(layers) before the first step."
             )
         if layers is None:
-            state = SparseState(p, group, saved, self.process_group)
+            state = SparseState(p, group, saved, self.process_group, self._averages)
         else:
-            state = NonzeroState(layers, p, group, saved, self.process_group)
+            state = NonzeroState(layers, p, group, saved, self.process_group, self._averages)
         self.state[p] = state
         if not saved:
             self._draw(state, group)
@@ -297,14 +314,33 @@ class RCDSparseOptimizer(SparseOptimizer):
 
     def _measure_gradients(self) -> float:
         dense = [p for g in self.param_groups if not g["sparse"] for p in g["params"]]
-        dense = [p.grad for p in dense if p.grad is not None]
-        if self.process_group is not None and self.process_group.average_dense:
-            self.process_group.average(dense)
         states = [state for _, state in self._sparse_states()]
         for state in states:
             self._take_dense_gradient(state)
         known = [state for state in states if state.gradient is not None]
-        return gradient_rms(known, dense, self.process_group)
+        try:
+            self._begin()
+            self._used = self._exchange.swap_gradients(
+                known, {p: p.grad for p in dense if p.grad is not None}
+            )
+        except (LostRankError, ValueError):
+            self.steps_taken -= 1  # nothing has moved
+            raise
+        for p in dense:
+            p.grad = None if self._used is None else self._used.dense.get(p)
+        return 0.0 if self._used is None else gradient_rms(self._used)
+
+    def _begin(self) -> None:
+        """Before the first step, look at what all are to have in common."""
+        if self._begun:
+            return
+        group = self.process_group
+        if group is not None:
+            device = self.param_groups[0]["params"][0].device
+            group.check_alike(digest(self.param_groups, self.state), device)
+        if group is None or group.rank == 0:
+            warn_of_row_minima(self._sparse_states())
+        self._begun = True
 
     def _take_dense_gradient(self, state: SparseState) -> None:
         gradient = state.parameter.grad
@@ -317,41 +353,29 @@ class RCDSparseOptimizer(SparseOptimizer):
         state.add_gradient(active, state.own_block.take(gradient))
 
     def _gradients_of(self, group: dict[str, Any], p: Tensor) -> Iterable[Tensor | None]:
-        return (self.sparse_state(p).gradient or ()) if group["sparse"] else (p.grad,)
+        if not group["sparse"] or self._used is None:
+            return (p.grad,)
+        for i, state in enumerate(self._used.states):
+            if state.parameter is p:
+                return (self._used.active[i], self._used.in_block[i])
+        return ()
 
     def _update(self, scale: float) -> None:
+        used = self._used
+        if used is None:
+            return  # the first gradients are on their way
         for group in self.param_groups:
             if not group["sparse"]:
                 self._move_dense(group, scale)
-        shipped: dict[Tensor, Tensor] = {}
+        arrived = zip(used.positions, used.active, strict=True)
+        arrived = dict(zip(used.states, arrived, strict=True))
         for group, state in self._sparse_states():
-            if state.gradient is None:
-                continue
-            active, block = state.gradient
-            block = block.to(state.dtype) * scale
-            if active is None:  # only what is in the block moves
-                moving, inside = state.active_in_block
-                move_active(state, group, block[inside], moving)
-            else:
-                active = active.to(state.dtype) * scale
-                if self._exchange is None:
-                    move_active(state, group, active, slice(None))
-                else:
-                    shipped[state.parameter] = active
-            state.remember_block(block)
-        if shipped:
-            self._move_by_shipped(shipped)
-
-    def _move_by_shipped(self, own: dict[Tensor, Tensor]) -> None:
-        arrived = self._exchange.swap(own, {p: self.sparse_state(p).active for p in own})
-        for group, state in self._sparse_states():
-            positions, gradient = arrived.get(state.parameter, ((), ()))
-            if not len(positions):
-                continue
-            moving: Tensor | slice = slice(None)
-            if positions is not state.active:
-                moving, gradient = match_stale_gradient(positions, gradient, state.active)
-            move_active(state, group, gradient.to(state.dtype), moving)
+            block = None if state.gradient is None else state.gradient[1].to(state.dtype) * scale
+            if state in arrived:
+                move(state, group, *arrived[state], block, scale)
+            # Of a stale scale, which does not tell whether these gradients are finite.
+            if block is not None and (not self._staleness or bool(block.isfinite().all())):
+                state.remember_block(block)
 
     def _move_dense(self, group: dict[str, Any], scale: float) -> None:
         """AdamW or gradient descent on the parameters of a group as a whole."""
@@ -364,16 +388,20 @@ class RCDSparseOptimizer(SparseOptimizer):
                 p.mul_(1 - lr * group["weight_decay"]).add_(p.grad, alpha=-lr * scale)
 
     def _sparsify(self) -> None:
-        """End the stay of those blocks that have stayed their time."""
-        due = []
+        """End the stay of those blocks that have stayed their time, and let arrivals grow."""
+        self._used = None
+        due = {}
         for group, state in self._sparse_states():
             state.gradient = None
             state.stayed += 1
             if state.stayed >= group["block_steps"]:
-                due.append((group, state))
-        growths = [find_growth(state, group) for group, state in due]
-        if self.process_group is not None:
-            growths = self.process_group.share(growths)
-        for (group, state), growth in zip(due, growths, strict=True):
-            grow_and_drop(state, group, growth)
-            self._draw(state, group)
+                due[state] = find_growth(state, group)
+        arrived = self._exchange.swap_growth(due)
+        for group, state in self._sparse_states():
+            growth = arrived.get(state)
+            if growth is not None and self._staleness:
+                growth = match_stale_growth(growth, state.active)
+            if growth is not None or state in due:
+                grow_and_drop(state, group, growth or no_growth(state))
+            if state in due:
+                self._draw(state, group)

@@ -34,6 +34,8 @@ class SparseState:
         group: its parameter group.
         saved: what [`to_dict`] returned, or nothing.
         process_group: the processes that share its coordinates.
+        averages: whether this process computes the gradient at all active coordinates
+            nevertheless.
 
     Attributes:
         shape: as a matrix: all but the first dimension flattened, a vector as a column.
@@ -57,9 +59,10 @@ class SparseState:
         group: dict[str, Any],
         saved: dict[str, Any] | None = None,
         process_group: RCDProcessGroup | None = None,
+        averages: bool = False,
     ) -> None:
         self.parameter = parameter
-        self.process_group = process_group
+        self.process_group, self.averages = process_group, averages
         self.move_active: bool = group["move_active"]
         self._attach()
         self.gradient: tuple[Tensor | None, Tensor] | None = None
@@ -96,7 +99,7 @@ class SparseState:
     @cached_property
     def own_pattern(self) -> CSR:
         """The active coordinates whose gradient this process computes."""
-        if self.process_group is None:
+        if self.process_group is None or self.averages:
             return self.pattern
         return CSR.from_positions(self.active[self._part(len(self.active))], self.shape)
 
@@ -190,7 +193,10 @@ class SparseState:
             setattr(self, name, saved.get(name, getattr(self, name)))
         for name in _BLOCK_STATISTICS:
             setattr(self, name, saved.get(name))
-        if self.process_group is not None and self.block_sum is not None:
+        known = self.block_sum
+        if known is not None and (
+            self.process_group is not None or len(known) != self.own_block.numel
+        ):
             # One process's state was saved; what the others had seen of the block is gone.
             self.seen, self.block_sum, self.block_square = 0, None, None
 

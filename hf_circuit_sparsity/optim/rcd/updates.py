@@ -12,56 +12,65 @@ from torch import Tensor
 from ..keep_largest import keep_largest, positions_of
 from ..projection import nonzero_budget
 from ..sparse_optimizer import learning_rate
-from .distributed import Growth, RCDProcessGroup
+from .distributed import Growth
+from .exchange import Gradients, square
 from .state import MOMENTS, SparseState
 
 
-def gradient_rms(
-    states: list[SparseState], dense: list[Tensor], process_group: RCDProcessGroup | None
-) -> float:
+def gradient_rms(gradients: Gradients) -> float:
     """Root-mean-square over all entries of all gradients, estimated from what is known of them.
 
     The zeros of a block stand for all zeros of their parameter. Where no zeros are looked at any
-    more, the ratio they had to the active coordinates is remembered.
-
-    Args:
-        states: those that have a gradient; the ratio is kept in them.
-        dense: whole gradients.
-        process_group: whose parts are put together.
+    more, the ratio they had to the active coordinates is remembered in the parameters' states.
     """
-    # For each state: sum of squares and number, first of active coordinates, then of zeros.
-    sums = []
-    for state in states:
-        active, block = state.gradient
-        in_block = _square(block)
-        if active is None:
-            sums.append((0.0, 0, in_block, len(block)))
-        else:
-            inside = state.active_in_block[1]
-            zeros = len(block) - len(inside)
-            sums.append((_square(active), len(active), in_block - _square(block[inside]), zeros))
-    if process_group is not None and sums:
-        flat = torch.tensor(sums, dtype=torch.float64).flatten()
-        gathered = process_group.gather(flat, [len(flat)] * process_group.size)()
-        sums = torch.stack(gathered).sum(0).view(-1, 4).tolist()
     total, entries = 0.0, 0
-    for state, (square, active, zeros_square, zeros) in zip(states, sums, strict=True):
+    in_block = gradients.in_block.tolist()
+    for state, known, (zeros_square, zeros) in zip(
+        gradients.states, gradients.active, in_block, strict=True
+    ):
+        active, of_active = (0, 0.0) if known is None else (len(known), square(known))
         rest = state.numel - active
-        if zeros and square > 0.0:
-            ratio = zeros_square / zeros / square * max(1, active)
+        if zeros and of_active > 0.0:
+            ratio = zeros_square / zeros / of_active * max(1, active)
             if math.isfinite(ratio):
                 before = ratio if state.zeros_ratio is None else state.zeros_ratio
                 state.zeros_ratio = 0.9 * before + 0.1 * ratio
         if zeros:
             total += zeros_square * rest / zeros
         elif active:
-            total += square / active * (state.zeros_ratio or 0.0) * rest
-        total += square
+            total += of_active / active * (state.zeros_ratio or 0.0) * rest
+        total += of_active
         entries += state.numel
-    for gradient in dense:
-        total += _square(gradient)
+    for gradient in gradients.dense.values():
+        total += square(gradient)
         entries += gradient.numel()
     return math.sqrt(max(0.0, total) / max(1, entries)) if math.isfinite(total) else total
+
+
+def move(
+    state: SparseState,
+    group: dict[str, Any],
+    positions: Tensor,
+    gradient: Tensor | None,
+    block: Tensor | None,
+    scale: float,
+) -> None:
+    """Move those active coordinates whose gradient has come.
+
+    Args:
+        positions, gradient: active coordinates when it was computed, and their gradient, not
+            scaled; see [`Gradients`].
+        block: this step's gradient in the block, scaled; needed where `gradient` is None.
+        scale: factor of the gradient.
+    """
+    if gradient is None:  # only what is in the block moves
+        moving, inside = state.active_in_block
+        move_active(state, group, block[inside], moving)
+    elif positions is state.active:
+        move_active(state, group, gradient.to(state.dtype) * scale, slice(None))
+    elif len(positions):
+        moving, gradient = match_stale_gradient(positions, gradient, state.active)
+        move_active(state, group, gradient.to(state.dtype) * scale, moving)
 
 
 def move_active(
@@ -108,12 +117,32 @@ def match_stale_gradient(
     return moving, gradient[index[moving]]
 
 
+def match_stale_growth(growth: Growth, active: Tensor) -> Growth:
+    """Select what of a stale growth has not become active on its way.
+
+    Args:
+        growth: positions ascending.
+        active: positions now.
+    """
+    if not len(active):
+        return growth
+    index = torch.searchsorted(active, growth.positions).clamp_(max=len(active) - 1)
+    new = active[index] != growth.positions
+    moments = {name: moment[new] for name, moment in growth.moments.items()}
+    return Growth(growth.positions[new], growth.values[new], moments)
+
+
+def no_growth(state: SparseState) -> Growth:
+    """Nothing that grows."""
+    empty = {name: moment[:0] for name, moment in state.moments.items()}
+    return Growth(state.active[:0], state.values()[:0], empty)
+
+
 def find_growth(state: SparseState, group: dict[str, Any]) -> Growth:
     """Those zeros of this process's part of the block that may become active."""
     values, seen = state.values(), state.seen
     if not seen or not state.own_block.numel:
-        empty = {name: moment[:0] for name, moment in state.moments.items()}
-        return Growth(state.active[:0], values[:0], empty)
+        return no_growth(state)
     index = _candidates(state, group, values)
     mean = state.block_sum[index] / seen
     square = mean.square() if state.block_square is None else state.block_square[index] / seen
@@ -221,9 +250,3 @@ def _shrink(x: Tensor, step: Tensor | float, group: dict[str, Any]) -> Tensor:
     if group["clip_threshold"]:
         x = torch.where(x.abs() < group["clip_threshold"], 0.0, x)
     return x
-
-
-def _square(x: Tensor) -> float:
-    """Sum of squares, in float32 at least: half precision loses digits or overflows."""
-    norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
-    return norm.item() ** 2

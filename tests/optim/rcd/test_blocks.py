@@ -68,6 +68,18 @@ def test_magnitude_follows_the_stated_probabilities(dim):
         assert hits[place] / draws == pytest.approx((1 - floor) * share + floor / size, abs=0.03)
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_magnitude_takes_more_rows_than_torch_takes_categories(dim):
+    rows = (1 << 24) + 5  # of a vocabulary, for example
+    shape = (rows, 3) if dim == 0 else (3, rows)
+    position = 7 * 3 + 1 if dim == 0 else rows + 7
+    nonzeros = CSR.from_positions(torch.tensor([position]), shape, torch.ones(1))
+    settings = {"selection": "magnitude", "magnitude_power": 1.0, "magnitude_floor": 0.5}
+    block = draw_block(nonzeros, dim, 1e-5, settings, 0, torch.Generator().manual_seed(0))
+    assert len(block.ids.unique()) == block_size(rows, 1e-5)
+    assert 7 in block.ids
+
+
 def test_magnitude_fills_its_block_where_nonzeros_are_few():
     matrix = torch.zeros(SHAPE)
     matrix[0, 0] = 1.0
