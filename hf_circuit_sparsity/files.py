@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,28 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_can_write(folder: str | os.PathLike) -> None:
+    """Whether a file can be made in a folder, or the folder itself: before the work for it.
+
+    Args:
+        folder: need not exist; nothing is left there.
+
+    Raises:
+        OSError: it cannot, as in one that is read-only, full or a file; says why.
+    """
+    folder = Path(folder).expanduser().absolute()
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(b"0")
+    except OSError as error:
+        within = "it" if nearest == folder else nearest
+        raise OSError(
+            f"{folder} was passed to write into, but no file can be made in {within} "
+            f"({error.strerror or error}): choose another folder, or change that."
+        ) from error
 
 
 def sha256_of(path: str | os.PathLike) -> str:
