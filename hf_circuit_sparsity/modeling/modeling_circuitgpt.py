@@ -47,10 +47,8 @@ class AbsTopK(nn.Module):
 
 
 class NodeSite(AbsTopK):
-    """A place where a circuit can be cut: one node per channel, `(B, T, width)` in and out.
-
-    It has no parameters. Record or ablate its nodes with an ordinary `register_forward_hook`.
-    """
+    """A place where a circuit can be cut: one node per channel, `(B, T, width)` in and out. Record
+    or ablate its nodes with an ordinary `register_forward_hook`."""
 
 
 def make_norm(config: CircuitGPTConfig, width: int) -> nn.Module:
@@ -217,11 +215,8 @@ class CircuitGPTPreTrainedModel(SparsePreTrainedModel):
                 init.zeros_(module.bigram_table)
 
     def node_sites(self) -> dict[str, NodeSite]:
-        """Every place where a circuit can be cut, in the order of computation.
-
-        Keys: `h.{i}.attn.act_in, .q, .k, .v, .resid_delta` and `h.{i}.mlp.act_in, .post_act,
-        .resid_delta`.
-        """
+        """Where a circuit can be cut, in the order of computation: `h.{i}.attn.act_in, .q, .k, .v,
+        .resid_delta` and `h.{i}.mlp.act_in, .post_act, .resid_delta`."""
         return {n[n.index("h.") :]: m for n, m in self.named_modules() if isinstance(m, NodeSite)}
 
 
