@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: quickstart test test-slow benchmark gpu lint format
+.PHONY: quickstart test test-slow audit benchmark gpu lint format
 
 quickstart: $(INSTALLED)
 	$(BIN)/hf-circuit-sparsity quickstart $(ARGS)
@@ -13,6 +13,9 @@ test: lint
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+audit: $(INSTALLED)
+	$(BIN)/python .ci/audit.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

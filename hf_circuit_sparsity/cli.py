@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         from .commands.hub_advice import hub_advice
 
         advice = hub_advice(error)
-        if advice is None and not isinstance(error, (ValueError, OSError)):
+        if advice is None and not isinstance(error, (ValueError, OSError, FloatingPointError)):
             raise
         message = "\n".join(filter(None, (str(error).strip(), advice)))
         print(f"hf-circuit-sparsity: {message}", file=sys.stderr)

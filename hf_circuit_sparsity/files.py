@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,57 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_together(folder: str | os.PathLike, *switches: str) -> Iterator[Path]:
+    """Yield an empty folder, whose files are moved into `folder` when the block ends.
+
+    If the block raises, `folder` stays as it was. The files named in `switches` are those without
+    which no reader looks at the others. They are gone before the first file is moved and come last,
+    so that at no moment old and new files are read as one artifact.
+
+    Args:
+        folder: made if needed; files of other names stay.
+        switches: names of files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    new = folder / ".saving"
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    new.mkdir()
+    try:
+        yield new
+        made = sorted(new.iterdir(), key=lambda path: path.name in switches)
+        for name in switches:
+            (folder / name).unlink(missing_ok=True)
+        for path in made:
+            path.chmod(0o666 & ~_UMASK) if path.is_file() else None
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def check_can_write(folder: str | os.PathLike) -> None:
+    """Whether a file can be made in a folder, or the folder itself: before the work for it.
+
+    Args:
+        folder: need not exist; nothing is left there.
+
+    Raises:
+        OSError: it cannot, as in one that is read-only, full or a file; says why.
+    """
+    folder = Path(folder).expanduser().absolute()
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(b"0")
+    except OSError as error:
+        within = "it" if nearest == folder else nearest
+        raise OSError(
+            f"{folder} was passed to write into, but no file can be made in {within} "
+            f"({error.strerror or error}): choose another folder, or change that."
+        ) from error
 
 
 def sha256_of(path: str | os.PathLike) -> str:

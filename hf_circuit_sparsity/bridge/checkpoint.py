@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from ..files import replacing
+from ..files import replacing_together
 from ..modeling.causal_lm import load_causal_lm
 from ..modeling.configuration_circuitgpt import FLOAT_DTYPES, ArtifactError
 from ..modeling.fingerprint import model_fingerprint
@@ -141,12 +140,8 @@ class BridgePreTrainedModel(PreTrainedModel):
             raise ValueError("push_to_hub=True is not taken here; call push_to_hub(repo_id).")
         if not is_main_process:
             return
-        folder, config = Path(save_directory), self.config
+        config = self.config
         config.architectures = [type(self).__name__]
-        folder.mkdir(parents=True, exist_ok=True)
-        config.save_pretrained(folder)
-        with replacing(folder / WEIGHTS_NAME) as path:
-            save_file(adapter_state_dict(self, state_dict), path, metadata={"format": "pt"})
         fields = config.to_diff_dict()
         fields.pop("transformers_version", None)
         adapter_config = {
@@ -157,9 +152,13 @@ class BridgePreTrainedModel(PreTrainedModel):
             "inference_mode": True,
             "bridge": fields,
         }
-        with replacing(folder / CONFIG_NAME) as path:
+        # Whoever reads the weights looks at one of the configs before.
+        with replacing_together(save_directory, CONFIG_NAME, "config.json") as folder:
+            config.save_pretrained(folder)
+            weights = adapter_state_dict(self, state_dict)
+            save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
             text = json.dumps(adapter_config, indent=2, sort_keys=True)
-            path.write_text(text + "\n", encoding="utf-8")
+            (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(

@@ -151,7 +151,8 @@ def write_circuit(
     if own_task is not None:
         own_task.save(folder)
     with replacing(folder / TENSORS_NAME) as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+        # Copies, as tensors that share memory are refused.
+        save_file({n: t.clone() for n, t in tensors.items()}, path, metadata={"format": "pt"})
     parts = [TENSORS_NAME] if own_task is None else [TENSORS_NAME, TASK_NAME]
     content[PARTS] = {name: sha256_of(folder / name) for name in parts}
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)

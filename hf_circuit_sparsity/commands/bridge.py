@@ -14,7 +14,7 @@ from ..bridge.initialization import ridge_bridges_
 from ..bridge.intervention import location_name
 from ..bridge.losses import BY_LOCATION
 from ..bridge.modeling_bridge import BridgedCausalLM, default_sparse_config
-from ..files import write_json
+from ..files import check_can_write, write_json
 from ..tasks.packing import pack_dataset, spread_sample
 from .console import columns, quiet_libraries, say, table
 from .loading import load_model, model_at, read_corpus, read_tokenizer
@@ -66,6 +66,7 @@ def run_bridge(model_arguments: BridgeModelArguments, args: BridgeTrainingArgume
         ValueError, OSError: models that do not exist or do not fit, or a bad corpus.
     """
     quiet_libraries()
+    check_can_write(args.output_dir)
     resume = checkpoint_to_resume(args)
     set_seed(args.seed)
     bridged, tokenizer = build_bridge(model_arguments)

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..circuits.task_scores import TaskScore, evaluate_tasks
-from ..files import write_json
+from ..files import check_can_write, write_json
 from ..modeling.fingerprint import model_fingerprint
 from ..tasks.load import check_tasks, list_tasks
 from .console import columns, quiet_libraries, say
@@ -39,6 +39,8 @@ def run_evaluate(
     quiet_libraries()
     tasks = list_tasks("python") if tasks is None else tasks
     check_tasks(tasks)
+    if output_dir is not None or Path(model).is_dir():
+        check_can_write(output_dir or model)
     loaded, tokenizer = load_model(model)
     scores = evaluate_tasks(loaded, tokenizer, tasks, n_train=prompts, n_test=prompts, seed=seed)
     say(scores_table(scores))

@@ -11,6 +11,7 @@ from ..circuits.pruning.config import PruningConfig
 from ..circuits.pruning.find import find_circuit
 from ..circuits.pruning.tune import search_circuit
 from ..circuits.viewer.plot import plot_circuit
+from ..files import check_can_write
 from ..tasks.binary_task import BinaryTask
 from ..tasks.load import check_tasks, load_task
 from .console import check_can_draw, quiet_libraries, say, table
@@ -47,6 +48,7 @@ def run_prune(arguments: PruneArguments, config: PruningConfig) -> Circuit:
     quiet_libraries()
     check_can_draw()
     check_tasks([arguments.task])
+    check_can_write(arguments.output_dir or arguments.model)
     model, tokenizer = load_model(arguments.model)
     longest = model.config.max_position_embeddings
     task = load_task(arguments.task, tokenizer, seed=config.seed, max_length=longest)

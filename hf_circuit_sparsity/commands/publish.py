@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
+from ..files import check_can_write
 from ..tasks.load import check_tasks
 from .console import columns, quiet_libraries, say
 from .loading import reference_blocks
@@ -41,6 +42,7 @@ def run_publish(
     if "/" not in repo:
         raise ValueError(f"repo is {repo!r}, but a repository is named like user/name.")
     check_tasks(tasks or ())
+    check_can_write(tempfile.gettempdir())
     run = read_run(run_dir)
     reference = reference_blocks(corpus, run.model, run.tokenizer)
     parts = parts_of(run, repo, tasks=tasks, reference=reference)

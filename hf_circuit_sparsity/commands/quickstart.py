@@ -17,7 +17,7 @@ from ..circuits.evaluation.verification import verify_circuit
 from ..circuits.pruning.config import PruningConfig
 from ..circuits.pruning.find import TaskNotLearnedError
 from ..circuits.task_scores import all_pair_logits, binary_accuracy
-from ..files import write_json
+from ..files import check_can_write, write_json
 from ..modeling.configuration_circuitgpt import CircuitGPTConfig
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..optim.param_groups import sparse_param_groups
@@ -88,6 +88,7 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
     started = time.perf_counter()
     folder = Path(output_dir)
     check_tasks([settings.task])
+    check_can_write(folder)
     stored = _stored_settings(folder, settings)
 
     say("1/5  Reading Python and learning its tokens")

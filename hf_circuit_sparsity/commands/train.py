@@ -6,6 +6,7 @@ from typing import Any, Literal
 from datasets import DatasetDict, IterableDatasetDict
 from transformers import set_seed
 
+from ..files import check_can_write
 from ..modeling.configuration_circuitgpt import CircuitGPTConfig
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..tasks.documents import load_documents
@@ -131,6 +132,7 @@ def run_train(
     quiet_libraries()
     if model_arguments.model is not None:
         model_arguments.check_pretrained()
+    check_can_write(args.output_dir)
     resume = checkpoint_to_resume(args)
     corpus = data.read(args.max_steps)
     column = data.text_column if data.dataset else "text"

@@ -1,6 +1,7 @@
 """What `train`, `quickstart` and `bridge` share: data, a training run, its summary."""
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -29,6 +30,10 @@ from ..trainer.training_curves import plot_training_curves
 from .console import Interrupted, say
 from .loading import read_tokenizer
 
+# How torch says that a process has ended which it works with, in a data loader or beside this one.
+_ENDED = re.compile(
+    "DataLoader worker .*(killed|exited)|Connection (closed|reset) by peer|Broken pipe", re.DOTALL
+)
 SUMMARY_NAME = "training_summary.json"
 # Of a stream: what a tokenizer is trained on, what a bigram table is counted on, and the blocks
 # among which the next one is drawn.
@@ -188,6 +193,8 @@ def fit(
 
     Raises:
         Interrupted: after Ctrl-C.
+        ChildProcessError: (an `OSError`) a process of a data loader, or of this training, was
+            killed.
     """
     args = trainer.args
     tokens_per_step = (
@@ -200,6 +207,14 @@ def fit(
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    except RuntimeError as error:
+        if not _ENDED.search(str(error)):
+            raise
+        raise ChildProcessError(
+            f"A process that this training works with has ended ({str(error).splitlines()[0]}), as "
+            "when memory runs out: go on from the last checkpoint, with fewer "
+            "--dataloader-num-workers or smaller batches."
+        ) from error
     finally:
         interrupt.restore()
     seconds, steps = time.perf_counter() - started, trainer.state.global_step

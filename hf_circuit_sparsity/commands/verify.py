@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ..circuits.evaluation.checks import Verification
 from ..circuits.evaluation.verification import verify_circuit
+from ..files import check_can_write
 from .console import quiet_libraries, say
 from .loading import circuit_at, load_circuit
 
@@ -34,6 +35,8 @@ def run_verify(
     """
     quiet_libraries()
     name = circuit_at(name)
+    if output_dir or Path(name).is_dir():
+        check_can_write(output_dir or name)
     circuit, loaded, tokenizer, reference = load_circuit(name, model, corpus)
     longest = loaded.config.max_position_embeddings
     task = circuit.load_task(tokenizer, max_length=longest)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ..circuits.viewer.report import write_report
 from ..circuits.viewer.report_data import ReportConfig
+from ..files import check_can_write
 from .console import quiet_libraries, say, table
 from .loading import circuit_at, load_circuit
 
@@ -28,8 +29,9 @@ def run_view(
     """
     quiet_libraries()
     name = circuit_at(name)
-    circuit, loaded, tokenizer, reference = load_circuit(name, model, corpus)
     folder = Path(output_dir or (name if Path(name).is_dir() else "."))
+    check_can_write(folder)
+    circuit, loaded, tokenizer, reference = load_circuit(name, model, corpus)
     path = folder / "index.html"
     write_report(circuit, path, loaded, tokenizer, reference=reference, config=config)
     say("\n" + table([("page", path), ("size", f"{path.stat().st_size / 1000:,.0f} kB")]))

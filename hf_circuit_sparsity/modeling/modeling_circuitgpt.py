@@ -47,10 +47,8 @@ class AbsTopK(nn.Module):
 
 
 class NodeSite(AbsTopK):
-    """A place where a circuit can be cut: one node per channel, `(B, T, width)` in and out.
-
-    It has no parameters. Record or ablate its nodes with an ordinary `register_forward_hook`.
-    """
+    """A place where a circuit can be cut: one node per channel, `(B, T, width)` in and out. Record
+    or ablate its nodes with an ordinary `register_forward_hook`."""
 
 
 def make_norm(config: CircuitGPTConfig, width: int) -> nn.Module:
@@ -91,14 +89,14 @@ class CircuitGPTAttention(nn.Module):
         cache: Any = None, **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         q, k, v = self.c_attn(self.act_in(x)).chunk(3, dim=-1)
-        by_head = (*x.shape[:-1], -1, self.head_dim)
+        by_head = (*x.shape[:-1], self.config.n_head, self.head_dim)
         read = (self.q(q), self.k(k), self.v(v))
         q, k, v = (part.view(by_head).transpose(1, 2) for part in read)  # (B, H, T, K)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         if cache is not None:  # of continuous batching; transformers' attention for it has no sinks
             k, v = cache.update(k, v, self.layer_idx, kwargs)
-        name = self.config._attn_implementation.removeprefix("paged|")
+        name = self.config._attn_implementation.removeprefix("paged|") if x.numel() else "eager"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         if self.attn_imp is not None:
             kwargs["s_aux"] = self.attn_imp()  # transformers' name for attention sinks
@@ -107,7 +105,7 @@ class CircuitGPTAttention(nn.Module):
         y, weights = attend(
             self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
         )
-        y = self.c_proj(y.reshape(*x.shape[:-1], -1))
+        y = self.c_proj(y.reshape(*x.shape[:-1], self.v.width))
         return self.resid_delta(self.resid_dropout(y)), weights
 
 
@@ -217,11 +215,8 @@ class CircuitGPTPreTrainedModel(SparsePreTrainedModel):
                 init.zeros_(module.bigram_table)
 
     def node_sites(self) -> dict[str, NodeSite]:
-        """Every place where a circuit can be cut, in the order of computation.
-
-        Keys: `h.{i}.attn.act_in, .q, .k, .v, .resid_delta` and `h.{i}.mlp.act_in, .post_act,
-        .resid_delta`.
-        """
+        """Where a circuit can be cut, in the order of computation: `h.{i}.attn.act_in, .q, .k, .v,
+        .resid_delta` and `h.{i}.mlp.act_in, .post_act, .resid_delta`."""
         return {n[n.index("h.") :]: m for n, m in self.named_modules() if isinstance(m, NodeSite)}
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel, _load_parameter_into_model
+from transformers.utils import CONFIG_NAME
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from .configuration_circuitgpt import FLOAT_DTYPES, REPRODUCTION, ArtifactError
@@ -33,6 +34,10 @@ from .sparse_layers import (
     to_sparse,
 )
 
+try:  # not there beside a copy of this file that came from the Hub with a model
+    _files = importlib.import_module("..files", __package__)
+except ImportError:
+    _files = None
 PARTS = VALUES, COLUMNS, ROW_COUNTS = ".values", ".columns", ".row_counts"
 _AS_NONZEROS = ContextVar("from_pretrained(sparse=True)", default=False)
 _INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.int64)
@@ -131,11 +136,7 @@ class SparsePreTrainedModel(PreTrainedModel):
         state_dict: dict[str, Tensor] | None = None, *args: Any, sparse: bool | None = None,
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        """As every `save_pretrained`.
-
-        Args:
-            sparse: write only the nonzeros, as this file describes; `from_pretrained` reads both.
-        """
+        """As every `save_pretrained`; `sparse` ones, of nonzeros, never meet an older config."""
         sparse = self._saves_sparse if sparse is None else sparse
         if state_dict is None and (sparse or sparse_layers(self)):
             weights, tied = dict(named_weights(self)), self.all_tied_weights_keys or {}
@@ -145,7 +146,11 @@ class SparsePreTrainedModel(PreTrainedModel):
             kwargs["max_shard_size"] = 1 << 62  # what belongs together stays in one file
         elif state_dict is not None:
             state_dict = {n: w.to_dense() for n, w in state_dict.items()}
-        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+        save, pushes = super().save_pretrained, args or kwargs.get("push_to_hub")
+        if pushes or not (sparse and is_main_process and _files):
+            return save(save_directory, is_main_process, state_dict, *args, **kwargs)
+        with _files.replacing_together(save_directory, CONFIG_NAME) as folder:
+            save(folder, True, state_dict, **kwargs)
 
     def push_to_hub(self, repo_id: str, *args: Any, sparse: bool = True, **kwargs: Any) -> str:
         """As every `push_to_hub`, but uploads only the nonzeros unless `sparse=False`."""

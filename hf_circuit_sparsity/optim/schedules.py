@@ -59,7 +59,10 @@ def geometric_density(
     """
     end = anneal_end * total_steps
     share = min(1.0, step / end) if end > 0 else 1.0
-    return start_density ** (1.0 - share) * target_density**share if share < 1.0 else target_density
+    if share == 1.0:
+        return target_density
+    density = start_density ** (1.0 - share) * target_density**share
+    return min(start_density, max(target_density, density))  # which rounding may leave
 
 
 def sharkfin(density: float) -> float:

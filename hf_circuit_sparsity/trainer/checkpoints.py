@@ -10,9 +10,11 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,23 @@ def check_whole(checkpoint: str | os.PathLike) -> None:
             f"{checkpoint} was passed to resume from, but {problem}: pass another checkpoint, or "
             "start without resuming."
         )
+
+
+@contextmanager
+def reading(checkpoint: str | os.PathLike | None) -> Iterator[None]:
+    """Within it files of a checkpoint are read by torch, which says in many ways that it cannot.
+
+    Raises:
+        ValueError: one is damaged.
+    """
+    try:
+        yield
+    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"a file of {checkpoint} is damaged ({reason}): resume from an earlier checkpoint, or "
+            "start without resuming."
+        ) from error
 
 
 def checkpoints_of(folder: str | os.PathLike) -> list[Path]:
@@ -214,6 +233,14 @@ class WholeCheckpoints(Trainer):
                 "it all the same, start without resuming, or choose another output_dir."
             )
         logger.warning("%s is of another run: %s.", checkpoint, "; ".join(differences))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _begin(self, run_id: str) -> None:
         """From now on the folder's checkpoints are those of this run."""

@@ -1,6 +1,6 @@
 """What a `Trainer` must know of models that predict the next token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,19 @@ class LanguageModelTrainer(WholeCheckpoints):
     @property
     def _is_cross_entropy(self) -> bool:
         return self.label_smoother is None and self.compute_loss_func is None
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer`'s.
+
+        Raises:
+            ValueError: there is nothing to train on.
+        """
+        if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
+            raise ValueError(
+                "train_dataset has no rows, expected at least one: pass more text, or a smaller "
+                "block_size."
+            )
+        return super().get_train_dataloader()
 
     def evaluation_loop(
         self,

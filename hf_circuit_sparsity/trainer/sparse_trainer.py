@@ -38,6 +38,7 @@ from ..optim.sparse_init import sparsify_initialization_
 from ..optim.sparse_optimizer import SparseOptimizer
 from ..optim.topk_adamw import TopKAdamW
 from .callbacks import SparsityMonitor
+from .checkpoints import reading
 from .distillation import as_teacher, kl_to_teacher
 from .model_card import model_card, numbers_of_run
 from .sharded_training import ShardingTrainer
@@ -320,7 +321,8 @@ class SparseTrainer(ShardingTrainer):
         path = Path(checkpoint) / OPTIMIZER_NAME
         if self.optimizer is not None or self.optimizer_cls_and_kwargs or not path.is_file():
             return
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with reading(checkpoint):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         is_rcd, asked = "block_fraction" in state["param_groups"][0], self.args.sparsifier
         if is_rcd != (asked == "rcd"):
             raise ValueError(

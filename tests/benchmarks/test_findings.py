@@ -1,6 +1,7 @@
 """One test per kind of experiment, at the size of a test: what its tables are made of."""
 
 import math
+import tempfile
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from benchmarks.findings.optimizer_comparison import ARCHITECTURES, METHODS, bui
 from benchmarks.findings.rcd_against_topk import noisy_weights
 from benchmarks.findings.rcd_race import Run, Training, bigram_loss, builders, race, seconds_to
 from benchmarks.findings.rcd_search import parse
+from benchmarks.findings.soak import sample
 from benchmarks.findings.trained_models import NONZEROS, RECIPES
 from hf_circuit_sparsity.bridge.steering import steering_candidates
 from hf_circuit_sparsity.circuits.ablation import mean_activations
@@ -178,3 +180,17 @@ def test_every_optimizer_trains_every_architecture(architecture):
         training.run(4)
         assert training.evaluate() < before
         training.close()
+
+
+def test_the_soak_notices_what_is_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    model = planted_model()
+    before = sample(0, model, tmp_path)
+    model.lm_head.register_forward_hook(lambda *args: None)
+    (tmp_path / ".begun").touch()
+    kept = [torch.ones(1) for _ in range(50)]
+    with open(tmp_path / "open", "w"):
+        after = sample(0, model, tmp_path)
+    grown = {name: after[name] - before[name] for name in after}
+    assert (grown["hooks"], grown["files"], grown["descriptors"]) == (1, 1, 1)
+    assert grown["tensors"] >= len(kept) - 5

@@ -313,3 +313,23 @@ def test_a_bad_group_is_refused_before_it_is_added(make):
     with pytest.raises(ValueError, match="target_density"):
         optimizer.add_param_group({"params": params[2:], "target_density": 2})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("make", [TopKAdamW, RCDSparseOptimizer])
+def test_steps_that_a_scaler_leaves_out_do_not_count(make):
+    """With float16 an infinite loss is the scaler's business: it lowers its scale and tries on."""
+    weight = nn.Parameter(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+    optimizer = make([weight], target_density=0.25, total_steps=4, min_nonzeros=0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15)
+    for i in range(8):
+        loss = (weight * torch.arange(64.0).view(8, 8)).sum()
+        loss = loss * torch.inf if i in (1, 2, 3, 4) else loss  # more than may be broken in a row
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        before = weight.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(weight, before) == (i in (1, 2, 3, 4))
+    assert (optimizer.steps_taken, optimizer.skipped_steps) == (4, 0)
+    assert scaler.get_scale() == 2.0**11 and weight.isfinite().all()
+    assert torch.count_nonzero(weight) == 16

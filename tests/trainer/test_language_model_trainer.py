@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import T5Config, T5ForConditionalGeneration, Trainer
 from transformers.trainer_utils import default_compute_objective
@@ -121,3 +122,25 @@ def test_the_least_perplexity_is_the_best(make_gpt2, make_trainer):
     best = min(measured, key=measured.get)
     assert trainer.state.best_global_step == best and best > 2
     assert trainer.evaluate()["eval_perplexity"] == pytest.approx(measured[best])
+
+
+@pytest.mark.parametrize("sparsifier", ["topk", "rcd"])
+def test_what_has_nothing_to_predict_moves_nothing(sparsifier, tiny_config, make_trainer):
+    model = random_model(tiny_config)
+    settings = {"sparsifier": sparsifier, "target_density": 1.0, "weight_decay": 0.0}
+    trainer = make_trainer(model, max_steps=3, **settings)
+    rows = trainer.train_dataset["input_ids"][:8]
+    for ids, labels in (([row[:1] for row in rows],) * 2, (rows, [[-100] * 12] * 8)):
+        trainer = make_trainer(model, max_steps=3, **settings)
+        trainer.train_dataset = Dataset.from_dict({"input_ids": ids, "labels": labels})
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        trainer.train()
+        assert trainer.state.log_history[0]["loss"] == 0
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_a_dataset_without_rows_is_refused(tiny_model, make_trainer):
+    trainer = make_trainer(tiny_model)
+    trainer.train_dataset = trainer.train_dataset.select([])
+    with pytest.raises(ValueError, match="train_dataset"):
+        trainer.train()

@@ -3,14 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig
-
 from ...bridge.checkpoint import PEFT_TYPE
-from ..peft_types import peft_type
+from ..peft_types import WholeAdapterConfig, peft_type
 
 
 @dataclass
-class BridgePeftConfig(PeftConfig):
+class BridgePeftConfig(WholeAdapterConfig):
     """What `adapter_config.json` of a bridge holds.
 
     Attributes:

@@ -4,19 +4,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig
 from torch import nn
 
 from ...circuits.circuit import Circuit
 from ...circuits.edges import Edge
 from ...decoders.decoder import decoder_of
-from ..peft_types import peft_type
+from ..peft_types import WholeAdapterConfig, peft_type
 
 UNEMBEDDINGS = ("lm_head", "embed_out")  # as models of transformers name theirs
 
 
 @dataclass
-class CircuitPeftConfig(PeftConfig):
+class CircuitPeftConfig(WholeAdapterConfig):
     """Trains one number for each edge of a circuit; make one with [`from_circuit`].
 
     Attributes:

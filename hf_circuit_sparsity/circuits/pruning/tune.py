@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...files import replacing, write_json
+from ...files import check_can_write, replacing, write_json
 from ...modeling.fingerprint import model_fingerprint
 from ...tasks.binary_task import BinaryTask
 from ..ablation import ReferenceTokens, means_over, node_sites, unwrapped
@@ -84,6 +84,7 @@ def search_circuit(
     node_sites(model)
     model = unwrapped(model)
     folder = Path(folder)
+    check_can_write(folder)
     means = means_over(model, task, reference, config.reference_tokens, progress)
     rows = {} if task.text is None else {"task_digest": task.text.digest()}
     _check_settings(
