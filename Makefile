@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: quickstart test test-slow audit benchmark gpu lint format
+.PHONY: quickstart test test-slow audit benchmark docs gpu lint format
 
 quickstart: $(INSTALLED)
 	$(BIN)/hf-circuit-sparsity quickstart $(ARGS)
@@ -31,6 +31,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
+
+# The site, into build/site; a broken link is an error.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.speed $(ARGS)

@@ -1,6 +1,7 @@
 """What `import hf_circuit_sparsity` offers, what it imports, and what it registers."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,12 @@ def test_every_public_name_is_there_and_listed():
     assert set(hf_circuit_sparsity.__all__) <= set(dir(hf_circuit_sparsity))
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = hf_circuit_sparsity.no_such_name
+
+
+def test_the_reference_has_every_public_name_once():
+    page = Path(hf_circuit_sparsity.__file__).parents[1] / "docs" / "reference.md"
+    listed = re.findall(r"^::: hf_circuit_sparsity\.(\w+)$", page.read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == hf_circuit_sparsity.__all__
 
 
 def test_editors_see_the_names_where_they_are_imported_from():

@@ -11,7 +11,8 @@ try:
     from peft import utils as peft_utils
 except ImportError as error:
     raise ImportError(
-        f"hf_circuit_sparsity.adapters needs PEFT 0.21 or newer ({error}); pip install -U peft."
+        f"hf_circuit_sparsity.adapters needs PEFT 0.21 or newer ({error}); "
+        "pip install -U 'hf-circuit-sparsity[peft]'."
     ) from error
 
 from .bridge.config import BridgePeftConfig

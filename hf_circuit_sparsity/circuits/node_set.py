@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, TypeVar
 
 Node = tuple[str, int]
 """Site and index there."""
@@ -43,6 +43,9 @@ def node_text(node: Node) -> str:
     return f"{node[0]}.{node[1]}"
 
 
+Nodes = TypeVar("Nodes", bound="NodeSet")
+
+
 class NodeSet:
     """The nodes of a circuit, which are its `nodes`, as a set.
 
@@ -76,13 +79,13 @@ class NodeSet:
             return False
         return index in self.nodes.get(site, ())
 
-    def __or__(self, other: "NodeSet") -> Self:
+    def __or__(self: Nodes, other: "NodeSet") -> Nodes:
         return self._combined(other, set.union)
 
-    def __and__(self, other: "NodeSet") -> Self:
+    def __and__(self: Nodes, other: "NodeSet") -> Nodes:
         return self._combined(other, set.intersection)
 
-    def __sub__(self, other: "NodeSet") -> Self:
+    def __sub__(self: Nodes, other: "NodeSet") -> Nodes:
         return self._combined(other, set.difference)
 
     def jaccard(self, other: "NodeSet") -> float:
@@ -90,7 +93,7 @@ class NodeSet:
         mine, theirs = set(self), set(other)
         return len(mine & theirs) / len(mine | theirs) if mine | theirs else 1.0
 
-    def without(self, *nodes: Node | str) -> Self:
+    def without(self: Nodes, *nodes: Node | str) -> Nodes:
         """The circuit without these nodes.
 
         Raises:
@@ -101,7 +104,7 @@ class NodeSet:
             raise ValueError(f"{node_text(missing[0])} was to go, but it is not in the circuit.")
         return self._with(set(self) - gone)
 
-    def with_nodes(self, *nodes: Node | str) -> Self:
+    def with_nodes(self: Nodes, *nodes: Node | str) -> Nodes:
         """The circuit with these nodes as well.
 
         Raises:
@@ -122,7 +125,7 @@ class NodeSet:
             called = {n: t for n, t in getattr(self, field).items() if n != text}
             setattr(self, field, called | ({text: value} if value else {}))
 
-    def _combined(self, other: "NodeSet", of_sets: Callable[[set, set], set]) -> Self:
+    def _combined(self: Nodes, other: "NodeSet", of_sets: Callable[[set, set], set]) -> Nodes:
         if not isinstance(other, NodeSet):
             return NotImplemented
         if self.model_fingerprint != other.model_fingerprint:
@@ -145,7 +148,7 @@ class NodeSet:
         fewer = {} if tokens is not None else {"token_mean": None}
         return self._with(of_sets(set(self), set(other)), tokens=tokens, **both, **fewer)
 
-    def _with(self, nodes: Iterable[Node], **fields: Any) -> Self:
+    def _with(self: Nodes, nodes: Iterable[Node], **fields: Any) -> Nodes:
         kept = set(nodes)
         of_site: dict[str, list[int]] = {}
         for site, index in sorted(kept, key=lambda node: site_order(node[0])):

@@ -71,7 +71,7 @@ def _gguf(name: str) -> tuple[str, dict[str, Any]]:
     if not is_gguf_available():
         raise ValueError(
             f"{name} is a GGUF file, and the package that reads them is not installed: run "
-            "`pip install gguf`."
+            "`pip install 'hf-circuit-sparsity[gguf]'`."
         )
     path = Path(name).expanduser()
     if path.is_file():

@@ -1,0 +1,33 @@
+"""What the site shows besides docs/: the README as its first page, and what was measured."""
+
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[2]
+AS_IT_IS = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "LICENSE")
+HOME = "index.md"
+
+
+def on_files(files, config):
+    """Add pages that lie outside of docs/, under the paths they have in the repository."""
+    add = {HOME: ROOT / "README.md"}
+    add |= {name: ROOT / name for name in AS_IT_IS}
+    for path in (ROOT / "benchmarks").rglob("*"):
+        if path.suffix in {".md", ".png", ".svg", ".json"}:
+            add[path.relative_to(ROOT).as_posix()] = path
+    for name, path in add.items():
+        files.append(File.generated(config, name, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """The site has docs/ at its root, so the links between docs/ and the rest are one step less."""
+    depth = page.file.src_uri.count("/")
+    if page.file.src_uri == HOME or depth == 0:
+        markdown = re.sub(r"\]\((?:\.\./|docs/)(?!\.\.)", "](", markdown)
+    else:
+        up = "../" * depth
+        markdown = markdown.replace(f"]({up}docs/", f"]({up}")
+    return markdown
