@@ -10,6 +10,7 @@ import torch
 from hf_circuit_sparsity import ArtifactError, Circuit
 from hf_circuit_sparsity.circuits.ablation import hooked_sites, recorded_sites
 from hf_circuit_sparsity.circuits.card import circuit_card
+from hf_circuit_sparsity.circuits.evaluation.verification import random_circuit
 from hf_circuit_sparsity.circuits.node_set import as_node, site_order
 from tests.circuits.planted import (
     PLANTED_EDGES,
@@ -248,6 +249,12 @@ def test_nodes_are_labelled(model):
     assert circuit.names == {NAME: "switch"} and not circuit.notes
     with pytest.raises(ValueError, match="not in the circuit"):
         circuit.label("h.1.mlp.post_act.6", "other")
+
+
+def test_a_random_circuit_of_a_labelled_one_has_other_nodes_and_no_labels(circuit):
+    drawn = random_circuit(circuit, torch.Generator().manual_seed(1))
+    assert circuit.names and not drawn.names and not drawn.notes
+    assert len(drawn) == len(circuit) and set(drawn) != set(circuit)
 
 
 @pytest.mark.parametrize("field", ["names", "notes"])

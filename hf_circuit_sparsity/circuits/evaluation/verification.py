@@ -238,5 +238,5 @@ def random_circuit(circuit: Circuit, generator: torch.Generator, vocabulary: int
         tokens = sorted(drawn[: len(circuit.tokens)].tolist())
     return replace(
         circuit, nodes=nodes, tokens=tokens, calibration=Calibration(), scores={}, metrics={},
-        kept_edges=None, edge_offsets={}, verification={},
+        kept_edges=None, edge_offsets={}, verification={}, names={}, notes={},
     )  # fmt: skip

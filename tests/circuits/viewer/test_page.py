@@ -205,6 +205,8 @@ def test_hostile_text_stays_text(open_page, data, label):
     hostile["tokens"] = {token: label for token in hostile["tokens"]}
     hostile["checks"] = {label: {"value": 1.0, "control": 0.0, "control_low": -1.0, "passed": 1.0}}
     hostile["verdict"] = f"Failed: {label}"[:2000]
+    for node in hostile["nodes"]:
+        node |= {"name": label, "note": label}
     page = open_page(render_page(hostile))
     assert "Failed: " in page.locator("#verdict").inner_text()
     for selector in (".node.token >> nth=0", ".head", ".node.v"):
