@@ -61,7 +61,9 @@ SMALLER = {
     "n_layer=4, d_model=512": "n_layer=1, d_model=64",
     "reference=blocks\\)\n$": "reference=blocks, config=small_report)",
     r"target_loss=0.3": "target_loss=9.0, max_steps=2, cleanup=False",
-    r"task, reference=blocks\)\nprint": "task, reference=blocks, random_circuits=2, stability_seeds=1)\nprint",
+    r"task, reference=blocks\)\nprint": (
+        "task, reference=blocks, random_circuits=2, stability_seeds=1)\nprint"
+    ),
     r"rounds=4\)": "rounds=1, config=quick)",
     r"build_task_datasets\(tokenizer\)": "build_task_datasets(tokenizer, [task.name], n_test=2)",
 }
