@@ -92,8 +92,8 @@ class PruningConfig:
     interchange: float = 0.0
     """Weight of a second loss: with some of the circuit's nodes swapped from the counterfactual
     prompt, the circuit alone must answer as the whole model does, which a part that only goes with
-    the answer does not bring about. Then candidates must be as close as the target, in nats, under
-    every swap tried. Needs prompts as long as their counterfactuals. 0 does not ask."""
+    the answer mostly does not bring about. Then candidates must be as close as the target, in nats,
+    under every swap tried. Needs prompts as long as their counterfactuals. 0 does not ask."""
     interchange_depths: int = 4
     """Candidates are compared with nodes up to so many depths swapped, evenly spaced: all of them,
     a random half, and the other half. Learning masks draws from all depths."""
