@@ -141,7 +141,7 @@ def test_a_gguf_file_is_read_trained_and_saved(gguf_file, corpus, tokenizer, tmp
 def test_a_gguf_file_without_its_reader(gguf_file, corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pretrained, "is_gguf_available", lambda: False)
     assert make_sparse(gguf_file[0], corpus, tmp_path / "run") == 2
-    assert "pip install gguf" in capsys.readouterr().err
+    assert "hf-circuit-sparsity[gguf]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
