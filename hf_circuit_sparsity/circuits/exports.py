@@ -90,14 +90,14 @@ class Exports(NodeSet):
             raise ValueError("The circuit has no example prompt, so that there is nothing to show.")
         at, activations, logits = self._on_example(model, tokens)
         inner, last = unwrapped(model), len(tokens) - 1
-        layers = [f"{tokenizer.decode([token])}" for token in tokens]
+        pieces = [tokenizer.decode([token]) for token in tokens]
         end = str(2 * inner.config.num_hidden_layers)
         nodes, ids = [], {}
         for position, token in enumerate(tokens):
             ids["token", token, position] = f"E_{token}_{position}"
             nodes.append(_graph_node(
                 ids["token", token, position], "E", position, token, "embedding",
-                repr(layers[position]), last,
+                repr(pieces[position]), last,
             ))  # fmt: skip
         for site, index in self:
             layer, feature = _graph_place(site, index)
@@ -120,7 +120,7 @@ class Exports(NodeSet):
                 "slug": slug or self.task,
                 "scan": self.model_name or self.model_fingerprint,
                 "transcoder_list": [],
-                "prompt_tokens": layers,
+                "prompt_tokens": pieces,
                 "prompt": tokenizer.decode(tokens),
                 "node_threshold": None,
                 "schema_version": NEURONPEDIA_SCHEMA,

@@ -26,7 +26,8 @@ y2="{{ y2 }}" stroke="{{ "#888" if kind == "edge" else "#bbb" }}"\
 {% endfor %}{% for x, title in columns %}<text x="{{ x }}" y="12" font-size="11" fill="#555" \
 text-anchor="middle">{{ title }}</text>
 {% endfor %}{% for x, y, label, title in boxes %}<g><title>{{ title }}</title><rect \
-x="{{ x - 31 }}" y="{{ y - 9 }}" width="62" height="18" rx="9" fill="#eef2f7" stroke="#667"/>\
+x="{{ x - box[0] / 2 }}" y="{{ y - box[1] / 2 }}" width="{{ box[0] }}" height="{{ box[1] }}" \
+rx="9" fill="#eef2f7" stroke="#667"/>\
 <text x="{{ x }}" y="{{ y + 4 }}" font-size="11" fill="#000" text-anchor="middle">{{ label }}\
 </text></g>
 {% endfor %}</svg></div>
@@ -56,13 +57,14 @@ def circuit_html(circuit: NodeSet) -> str:
         task=circuit.task,
         size=len(circuit),
         facts=facts,
+        box=_BOX,
         width=_WIDTH * len(columns) + 8,
         height=height,
         columns=[(4 + _WIDTH * (i + 0.5), title) for i, title in enumerate(columns)],
         boxes=[
             (x, y, _label(circuit, node), _title(circuit, node)) for node, (x, y) in places.items()
         ],
-        lines=_lines(circuit, places) if places else [],
+        lines=_lines(circuit, places),
         drawn=bool(circuit.kept_edges),
         verdict=verdict(circuit.verification) if circuit.verification else "",
     )
@@ -89,6 +91,8 @@ def _places(circuit: NodeSet) -> tuple[dict[Any, tuple[float, float]], dict[str,
 
 
 def _lines(circuit: NodeSet, places: dict) -> list[tuple]:
+    if not places:
+        return []
     ends = [((e[0], e[1]), (e[2], e[3]), "edge") for e in circuit.kept_edges or ()]
     order = list(places)
     ends += [

@@ -4,7 +4,7 @@ The page shows the same: what the loss becomes without each node.
 """
 
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,7 +101,7 @@ class Interventions(NodeSet):
         ]
         return pandas.DataFrame(table, columns=["node", "site", "index", "name", "effect"])
 
-    def _running(self, model: nn.Module, alone: bool):
+    def _running(self, model: nn.Module, alone: bool) -> AbstractContextManager:
         if alone:
             return self.apply(model)
         self.check_model(model)

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
+
 Node = tuple[str, int]
 """Site and index there."""
 
@@ -63,6 +65,7 @@ class NodeSet:
     names: dict[str, str]
     notes: dict[str, str]
     tokens: list[int] | None
+    token_mean: torch.Tensor | None
     model_fingerprint: str
 
     def __len__(self) -> int:
@@ -133,20 +136,22 @@ class NodeSet:
                 f"The circuits are of two models, {self.model_fingerprint} and "
                 f"{other.model_fingerprint}; combine circuits of one."
             )
-        # Without tokens of its own a circuit has all of them.
-        tokens = self.tokens
-        if tokens is not None and of_sets is set.union:
-            tokens = None if other.tokens is None else sorted({*tokens, *other.tokens})
-        elif tokens is not None and of_sets is set.intersection and other.tokens is not None:
-            tokens = sorted(set(tokens) & set(other.tokens))
-        named = {node_text(node): node for node in other}
-        both = {
-            field: {n: text for n, text in getattr(other, field).items() if n in named}
-            | getattr(self, field)
-            for field in ("names", "notes")
-        }
-        fewer = {} if tokens is not None else {"token_mean": None}
-        return self._with(of_sets(set(self), set(other)), tokens=tokens, **both, **fewer)
+        both = {f: getattr(other, f) | getattr(self, f) for f in ("names", "notes")}
+        tokens = self._combined_tokens(other, of_sets)
+        mean = self.token_mean if self.tokens is not None else other.token_mean
+        both["token_mean"] = None if tokens is None else mean
+        return self._with(of_sets(set(self), set(other)), tokens=tokens, **both)
+
+    def _combined_tokens(
+        self, other: "NodeSet", of_sets: Callable[[set, set], set]
+    ) -> list[int] | None:
+        """A circuit that names no tokens has all of them. Differences are of nodes alone."""
+        if of_sets is set.difference:
+            return self.tokens
+        named = [set(c.tokens) for c in (self, other) if c.tokens is not None]
+        if not named or (of_sets is set.union and len(named) < 2):
+            return None
+        return sorted(of_sets(*named) if len(named) == 2 else named[0])
 
     def _with(self: Nodes, nodes: Iterable[Node], **fields: Any) -> Nodes:
         kept = set(nodes)

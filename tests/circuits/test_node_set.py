@@ -12,6 +12,7 @@ from hf_circuit_sparsity.circuits.ablation import hooked_sites, recorded_sites
 from hf_circuit_sparsity.circuits.card import circuit_card
 from hf_circuit_sparsity.circuits.evaluation.verification import random_circuit
 from hf_circuit_sparsity.circuits.node_set import as_node, site_order
+from hf_circuit_sparsity.circuits.task_scores import all_pair_logits, binary_loss, task_rows
 from tests.circuits.planted import (
     PLANTED_EDGES,
     PLANTED_NODES,
@@ -91,6 +92,11 @@ def test_tokens_are_combined_too(model, circuit):
     assert (full | circuit).tokens is None and (circuit | full).tokens is None
     assert (full & replace(full, tokens=[full.tokens[0]])).tokens == [full.tokens[0]]
     assert (full - circuit).tokens == full.tokens
+    for both in (full & circuit, circuit & full):  # all tokens, and those that one names
+        assert both.tokens == full.tokens and torch.equal(both.token_mean, full.token_mean)
+    assert (circuit - full).tokens is None and (circuit - full).token_mean is None
+    none = full & replace(full, tokens=[t for t in range(16) if t not in full.tokens])
+    assert none.tokens == [] and none.token_mean is not None
 
 
 def test_circuits_of_two_models_are_not_combined(circuit):
@@ -223,8 +229,6 @@ def test_effects_of_nodes_are_those_of_the_page(model, circuit):
     assert set(table["node"]) == {f"{site}.{i}" for site, i in circuit}
     assert table["effect"].is_monotonic_decreasing and table["effect"].iloc[0] > 0.3
     by_node = dict(zip(table["node"], table["effect"], strict=True))
-    from hf_circuit_sparsity.circuits.task_scores import all_pair_logits, binary_loss, task_rows
-
     rows = task_rows(on_off_task().tensors("test"), slice(20))
     with circuit.ablate(model, [NAME]):
         without = binary_loss(all_pair_logits(model, rows)).item()

@@ -15,9 +15,10 @@ from ...tasks.binary_task import BinaryTask
 from ..ablation import ReferenceMeans, ReferenceTokens, mean_ablated, means_over
 from ..circuit import Circuit
 from ..pruning.config import PruningConfig
-from ..pruning.find import TaskNotLearnedError, find_circuits, means_for
+from ..pruning.find import TaskNotLearnedError, check_lengths, find_circuits, means_for
 from ..pruning.masks import Masks, learn_masks
-from ..pruning.shrink import Selector, bisect, drop_unconnected, drop_unneeded
+from ..pruning.selector import Selector
+from ..pruning.shrink import bisect, drop_unconnected, drop_unneeded
 from ..task_scores import (
     Calibration,
     TaskTensors,
@@ -119,8 +120,13 @@ def fabricated_circuits(
         calibration: the whole model's on that task; nothing is calibrated anew.
         reference: for means; those of the shuffled model are its own.
         progress: show progress bars.
+
+    Raises:
+        ValueError: the circuit was found with activations of counterfactual prompts, and those of
+            this task are of other lengths.
     """
     config = PruningConfig.from_stored(circuit.config, num_seeds=1)
+    check_lengths(task, config)
     real = [task.tensors(split) for split in ("train", "test")]
     nonsense = [nonsense_answers(tensors) for tensors in real]
     means = means_for(model, task, real[0], reference, config, progress)

@@ -16,7 +16,7 @@ from ..circuit import Circuit
 from ..task_scores import model_scores, task_rows
 from .config import PruningConfig
 from .find import TaskNotLearnedError, find_circuits, smallest
-from .shrink import Selector
+from .selector import Selector
 
 
 @dataclass(frozen=True)

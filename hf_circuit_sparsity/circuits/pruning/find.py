@@ -34,7 +34,8 @@ from ..evaluation.faithfulness import evaluate_circuit
 from ..task_scores import TaskTensors, binary_loss, model_scores, task_rows
 from .config import PruningConfig
 from .masks import Masks, learn_masks, width
-from .shrink import Selector, bisect, drop_edges, drop_unconnected, drop_unneeded
+from .selector import Selector
+from .shrink import bisect, drop_edges, drop_unconnected, drop_unneeded
 
 
 class TaskNotLearnedError(ValueError):

@@ -1,8 +1,11 @@
 """The search elsewhere: other seeds, prompts and wordings, and where there is nothing to find."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from hf_circuit_sparsity import BinaryTask
 from hf_circuit_sparsity.circuits.ablation import reference_means
 from hf_circuit_sparsity.circuits.evaluation.alternatives import (
     fabricated_circuits,
@@ -109,3 +112,13 @@ def test_verify_shows_all_of_it(found):
     assert "| fabricated nodes: nonsense task |" in table and " | – |" in table
     stored = checks.numbers()["fabricated nodes: nonsense task"]
     assert "control" not in stored and "threshold" not in stored
+
+
+@pytest.mark.parametrize("settings", [{"interchange": 1.0}, {"ablation": "resample"}])
+def test_a_search_by_counterfactuals_is_not_repeated_on_others_of_other_lengths(found, settings):
+    model, _, circuit = found
+    pairs = [(("w1 on", " yes"), ("w1 w2 off", " no"))]
+    task = BinaryTask.from_pairs("lengths", on_off_task().tokenizer, pairs, pairs)
+    searched = replace(circuit, config={**circuit.config, **settings})
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        fabricated_circuits(searched, model, task, circuit.calibration, REFERENCE, progress=False)

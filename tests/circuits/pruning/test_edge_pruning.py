@@ -9,8 +9,9 @@ import torch
 from hf_circuit_sparsity import Circuit, PruningConfig
 from hf_circuit_sparsity.circuits.ablation import hooked, reference_means
 from hf_circuit_sparsity.circuits.edges import circuit_edges, cut_offsets, edge_hooks
-from hf_circuit_sparsity.circuits.pruning import shrink
-from hf_circuit_sparsity.circuits.pruning.shrink import Selector, drop_edges
+from hf_circuit_sparsity.circuits.pruning import selector as measuring
+from hf_circuit_sparsity.circuits.pruning.selector import Selector
+from hf_circuit_sparsity.circuits.pruning.shrink import drop_edges
 from hf_circuit_sparsity.circuits.task_scores import Calibration, task_rows
 from tests.circuits.planted import (
     OFF,
@@ -75,7 +76,7 @@ def test_needless_edges_go_and_take_their_nodes_along(model, means):
     assert selector.loss(keep, cut) <= selector.target
 
 
-@pytest.mark.parametrize("room", [1, 2**13, 2**20])
+@pytest.mark.parametrize("room", [(1, 1), (1, 2**13), (256, 1), (1, 2**20)])
 @pytest.mark.parametrize("outside", ["off", "random"])
 def test_many_circuits_are_measured_as_one_by_one(model, means, monkeypatch, room, outside):
     config = replace(CONFIG, outside=outside)
@@ -88,7 +89,8 @@ def test_many_circuits_are_measured_as_one_by_one(model, means, monkeypatch, roo
     one_by_one = Selector(model, rows, means, Calibration(), config)
     expected = [one_by_one.loss(keep, few=True) for keep in keeps]
     assert len({round(loss, 3) for loss in expected}) > 3
-    monkeypatch.setattr(shrink, "_HIDDEN_STATE", room)
+    monkeypatch.setattr(measuring, "_ROWS", room[0])
+    monkeypatch.setattr(measuring, "_HIDDEN_STATE", room[1])
     together = Selector(model, rows, means, Calibration(), config)
     found = together.losses([(keep, ()) for keep in keeps], few=True)
     assert found == pytest.approx(expected, abs=1e-5)
