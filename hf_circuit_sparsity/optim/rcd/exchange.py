@@ -2,7 +2,7 @@
 
 With a staleness of s everything is used later than it was sent, so that a process goes on while it
 is on its way: gradients s steps, and what grows 2 s steps, as the numbers of what every process
-found travel ahead of it. It is the same code without a delay and with one process.
+found travel ahead of it. Without staleness nothing waits in a queue.
 """
 
 from collections import deque
@@ -80,9 +80,13 @@ class Exchange:
         active_later = self._send_active(active, positions)
         in_block_later = self._send_sums(in_block)
         dense_later = self._send_dense(dense)
-        self._gradients.append(
-            lambda: Gradients(states, positions, active_later(), in_block_later(), dense_later())
-        )
+
+        def arrived() -> Gradients:
+            return Gradients(states, positions, active_later(), in_block_later(), dense_later())
+
+        if not self.staleness:
+            return arrived()
+        self._gradients.append(arrived)
         if len(self._gradients) <= self.staleness:
             return None
         return self._gradients.popleft()()
@@ -96,7 +100,10 @@ class Exchange:
         Returns:
             What all processes found, positions ascending, for the parameters whose turn it is.
         """
-        self._lengths.append(self._send_lengths(own) if own else None)
+        lengths = self._send_lengths(own) if own else None
+        if not self.staleness:
+            return {} if lengths is None else lengths()()
+        self._lengths.append(lengths)
         if len(self._lengths) <= self.staleness:
             return {}
         known = self._lengths.popleft()
