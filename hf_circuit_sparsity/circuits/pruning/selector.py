@@ -1,6 +1,7 @@
 """Candidate circuits, measured: what each loses, and which of its nodes or edges can go."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from tqdm.auto import trange
 
 from ..ablation import TOKENS, ReferenceMeans, hooked
+from ..collapse import Collapse
 from ..edges import Edge, cut_offsets, edge_hooks
 from ..gating import Gates
 from ..interchange import Swaps, interchange_loss
@@ -31,6 +33,8 @@ _REMEMBERED = 8
 # Rows of a forward pass, roughly; of small models more, up to so many numbers in a hidden state, so
 # that many circuits are measured in one pass.
 _ROWS, _HIDDEN_STATE = 256, 2**18
+# Of models that are narrower all else takes so long that collapsing them saves nothing.
+_WIDE = 128
 # Circuits that are listed at once.
 _AT_ONCE = 64
 
@@ -63,6 +67,7 @@ class Selector:
         self._few = task_rows(selection, slice(few)) if few else None
         self._generator = torch.Generator().manual_seed(config.seed)
         self._outside: list[Masks] = []
+        self._collapse: Collapse | None = None
         widths = {site: len(mean) for site, mean in means.nodes.items()}
         generator = torch.Generator().manual_seed(config.seed)
         self._swaps = Swaps(widths, generator).spread(config.interchange_depths)
@@ -134,7 +139,19 @@ class Selector:
     def _losses(self, gates: Gates, rows: TaskTensors) -> list[float]:
         """Of every row of gates, as many in a forward pass as there is room for."""
         fit = max(1, self._room(rows) // len(rows["target_ids"]))
-        return [loss for part in _parts(gates, fit) for loss in self._losses_at_once(part, rows)]
+        with self._collapsed(gates):
+            parts = [self._losses_at_once(part, rows) for part in _parts(gates, fit)]
+        return [loss for part in parts for loss in part]
+
+    def _collapsed(self, gates: Gates) -> AbstractContextManager[None]:
+        """Only what is open of any row of gates is computed, where the rest has fixed values."""
+        narrow = self.model.config.hidden_size < _WIDE
+        if narrow or self.config.ablation == "resample":
+            return nullcontext()
+        live = {site: gate.any(0) for site, gate in gates.items()}
+        if self._collapse is None or not self._collapse.fits(live):
+            self._collapse = Collapse(self.model, live, self.means.nodes)
+        return self._collapse.running()
 
     def _losses_at_once(self, gates: Gates, rows: TaskTensors) -> list[float]:
         copies = _rows_of(gates)
