@@ -113,9 +113,10 @@ def test_the_python_of_a_document_runs(path, names, hub_server):
         blocks = blocks[1:]
         names["model"].push_to_hub("ada/model")
     if path.name == "circuits.md":  # only what a model has learned can be verified
-        model = planted_model()
-        names |= {"model": model, "circuit": planted_circuit(model), "task": on_off_task()}
-        names["blocks"] = reference_ids()
+        model, task = planted_model(), on_off_task()
+        circuit = planted_circuit(model, own_task=task.text)
+        names |= {"model": model, "circuit": circuit, "task": task, "blocks": reference_ids()}
+        names["tokenizer"] = task.tokenizer
         shutil.copytree(FIXTURES / "reference" / "paper", "csp_yolo1")
         torch.save({"circuit_data": {"0.attn.v": torch.tensor([1])}}, "viz_data.pt")
     if path.name == "data.md":

@@ -1,6 +1,9 @@
 """A circuit for other programs: as a graph, a table, JSON, or a graph for Neuronpedia."""
 
 import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +12,8 @@ from torch import nn
 from .ablation import in_eval_mode, recorded_sites, unwrapped
 from .edges import Edge, embedding_edges, unembedding_edges
 from .node_set import PARTS, NodeSet, node_text, site_order
+from .program import write_program
+from .task_scores import candidates
 
 if TYPE_CHECKING:
     import networkx
@@ -65,6 +70,46 @@ class Exports(NodeSet):
         if model is not None:
             content["edges"] = [[*edge.name, edge.weight] for edge in self.edges(model)]
         return json.dumps(content, ensure_ascii=False, allow_nan=False)
+
+    def to_program(
+        self,
+        path: str | os.PathLike,
+        model: nn.Module,
+        *,
+        tokenizer: Any = None,
+        answers: Sequence[int] | None = None,
+    ) -> Path:
+        """Write the circuit as a Python program that needs numpy alone: a line per node and edge.
+
+        `python circuit.py 5 17 301` prints the logits of the answers after these tokens, and its
+        function `answers` returns them, as the model gives them inside [`Circuit.apply`]. What is
+        no part of the reading, as embeddings, lies beside it in `circuit.npz`.
+
+        Args:
+            path: of the program, ending in `.py`.
+            model: the one the circuit was cut out of, a CircuitGPT.
+            tokenizer: the model's; then the answers are those of the circuit's task, with text.
+            answers: ids of other tokens to compare. Without them and without a tokenizer, those of
+                the circuit's example.
+
+        Returns:
+            The program's path.
+
+        Raises:
+            ValueError: the circuit was made for another model, that is no CircuitGPT, the path
+                does not end in `.py`, or no answers are known.
+        """
+        if answers is None and tokenizer is not None:
+            task = self.load_task(tokenizer)
+            both = [candidates(task.tensors(split)) for split in ("train", "test")]
+            answers = torch.cat(both).unique().tolist()
+        elif answers is None:
+            ends = ("target_id", "counterfactual_target_id")
+            answers = [self.example[end] for end in ends if end in self.example]
+        if not answers:
+            raise ValueError("The circuit has no example; pass answers, the ids of tokens.")
+        texts = {i: f"token {i}" if tokenizer is None else tokenizer.decode([i]) for i in answers}
+        return write_program(self, path, model, texts)
 
     def to_neuronpedia(
         self, model: nn.Module, tokenizer: Any, *, slug: str | None = None
