@@ -12,14 +12,15 @@ from torch import nn
 
 from ..tasks.binary_task import BinaryTask
 from .ablation import ablation_hook, hooked_sites, in_eval_mode, recorded_sites, unwrapped
-from .node_set import Node, NodeSet, as_node, node_text
+from .node_set import Node, as_node, node_text
+from .running import Running
 from .task_scores import TaskTensors, all_pair_logits, binary_loss
 
 if TYPE_CHECKING:
     import pandas
 
 
-class Interventions(NodeSet):
+class Interventions(Running):
     """What can be done to a circuit's nodes while it runs."""
 
     @contextmanager

@@ -79,10 +79,13 @@ def test_what_it_may_be_used_for():
     assert not collapse.fits({s: mask | more[s] for s, mask in keep.items()})
 
 
-@pytest.mark.parametrize("settings", [{}, {"outside": "random"}, {"prune_edges": True}])
+@pytest.mark.parametrize("settings", [{}, {"prune_edges": True}])
 def test_a_search_that_collapses_finds_what_one_by_hooks_finds(monkeypatch, settings):
     model, task = planted_model(noise=0.03), on_off_task()
-    config = PruningConfig(max_steps=30, learning_rate=5e-2, selection_prompts=64, **settings)
+    config = PruningConfig(
+        max_steps=10, batch_size=8, learning_rate=5e-2, selection_prompts=32, screen_prompts=0,
+        **settings,
+    )  # fmt: skip
     found, collapsed = [], []
     build = Collapse.__init__
     monkeypatch.setattr(
