@@ -6,7 +6,15 @@
 import time
 
 from ..experiment import Experiment
-from . import abs_topk, projection, sparse_checkpoint, sparse_execution, training_step, width
+from . import (
+    abs_topk,
+    circuits,
+    projection,
+    sparse_checkpoint,
+    sparse_execution,
+    training_step,
+    width,
+)  # fmt: skip
 from .timing import main
 
 SECTIONS = {
@@ -16,6 +24,7 @@ SECTIONS = {
     "Time against width": width,
     "Training step": training_step,
     "Sparse checkpoints": sparse_checkpoint,
+    "Circuits": circuits,
 }
 
 

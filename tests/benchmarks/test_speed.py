@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.experiment import Experiment, stored, table
 from benchmarks.speed import __main__ as speed
-from benchmarks.speed import rcd_memory, timing, training_step, width
+from benchmarks.speed import circuits, rcd_memory, timing, training_step, width
 from benchmarks.speed.plain import plainly, project_plain_, random_sparse_model
 from benchmarks.speed.timing import Timing, interleaved, ratio
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
@@ -74,12 +74,13 @@ def test_the_report_holds_every_section_and_the_picture(tmp_path, monkeypatch):
         times = {name: Timing((d_model / 1e5, d_model / 9e4)) for name in width.STYLES}
         return {"d_model": d_model, "entries": 24 * d_model**2, "nonzeros": 100, "times": times}
 
-    monkeypatch.setattr(speed, "SECTIONS", {"One": speed.projection, "Two": width})
+    monkeypatch.setattr(speed, "SECTIONS", {"One": speed.projection, "Two": width, "3": circuits})
     monkeypatch.setattr(width, "measure", one_width)
     monkeypatch.setattr(sys, "argv", ["x", "--quick", "--results", str(tmp_path)])
     timing.main(speed.run, speed.__doc__, "speed")
     text = (tmp_path / "speed.md").read_text(encoding="utf-8")
     assert text.index("## One") < text.index("| 1/1000 |") < text.index("## Two")
+    assert "CircuitGPT, d_model 32" in text.split("## 3")[1]
     assert "![Time against width](speed.png)" in text and (tmp_path / "speed.png").is_file()
 
 

@@ -1,0 +1,129 @@
+"""A circuit on its open nodes alone, against the hooks that ablate the rest, and as a program.
+
+The nodes are drawn at random, evenly over the sites. "hooks" is `circuit.apply`; "collapsed" is
+what searches compute, with the same hooks on matrices that read open nodes only; the program
+answers one prompt at a time, so its time is that of as many calls.
+"""
+
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_circuit_sparsity.circuits.ablation import mean_activations, node_sites
+from hf_circuit_sparsity.circuits.circuit import Circuit
+from hf_circuit_sparsity.circuits.collapse import Collapse
+from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
+from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+
+from ..experiment import Experiment, table
+from .plain import random_sparse_model
+from .timing import interleaved, main, ratio, settings
+
+TOKENS = 30
+
+
+def run(experiment: Experiment) -> str:
+    """The table."""
+    device, dtype, quick = settings(experiment)
+    rows = []
+    for name, make, prompts, sizes in _models(quick):
+        model = make().to(device, dtype).eval()
+        for nodes in sizes:
+            row = {"model": name, "nodes": str(nodes), "prompts": str(prompts)}
+            rows.append(row | _measured(model, nodes, prompts, device, 2 if quick else 5))
+    return table(rows)
+
+
+def _models(quick: bool) -> list[tuple[str, Callable[[], nn.Module], int, tuple[int, ...]]]:
+    shapes = [(32, 1, 0.1, 4, (8,))] if quick else [
+        (128, 2, 0.05, 256, (20, 200)), (1024, 8, 1 / 64, 16, (50, 500)),
+    ]  # fmt: skip
+    models = [
+        (
+            f"CircuitGPT, d_model {width}, {layers} layers, density {density:.3g}",
+            lambda width=width, layers=layers, density=density: _sparse(width, layers, density),
+            prompts, sizes,
+        )
+        for width, layers, density, prompts, sizes in shapes
+    ]  # fmt: skip
+    if not quick:
+        models.append(("Llama of SmolLM2's shape, 30 layers, dense", _llama, 16, (800, 8000)))
+    return models
+
+
+def _sparse(width: int, layers: int, density: float) -> nn.Module:
+    config = CircuitGPTConfig(d_model=width, n_layer=layers, vocab_size=2048, block_size=128)
+    return random_sparse_model(config, density)
+
+
+def _llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+@torch.no_grad()
+def _measured(
+    model: nn.Module, nodes: int, prompts: int, device: str, rounds: int
+) -> dict[str, str]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (prompts, TOKENS), generator=generator)
+    sites = node_sites(model)
+    share = nodes / sum(site.width for site in sites.values())
+    kept = {s: torch.rand(site.width, generator=generator) < share for s, site in sites.items()}
+    circuit = Circuit(
+        {site: mask.nonzero()[:, 0].tolist() for site, mask in kept.items()},
+        {s: m.cpu() for s, m in mean_activations(model, ids[:4]).items()},
+        "random", model_fingerprint(model),
+    )  # fmt: skip
+    ids = ids.to(device)
+
+    def whole() -> torch.Tensor:
+        return model(ids, use_cache=False, logits_to_keep=1).logits
+
+    def hooks() -> torch.Tensor:
+        with circuit.apply(model):
+            return whole()
+
+    def collapsed() -> torch.Tensor:
+        with circuit.apply(model), Collapse(model, circuit.masks(), circuit.means).running():
+            return whole()
+
+    sides: dict[str, Callable[[], object]] = {"whole": whole, "hooks": hooks}
+    sides["collapsed"] = collapsed
+    torch.testing.assert_close(collapsed(), hooks(), rtol=1e-3, atol=1e-3)
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(model, CircuitGPTForCausalLM):
+            answers = _program(circuit, model, Path(folder))
+            sides["program"] = lambda: [answers(prompt) for prompt in ids.tolist()]
+        times = interleaved(sides, rounds, device)
+    line = {f"{name}, ms": str(time) for name, time in times.items()}
+    line.setdefault("program, ms", "–")
+    line["hooks / collapsed"] = ratio(times["hooks"], times["collapsed"])
+    made = "program" in times
+    line["hooks / program"] = ratio(times["hooks"], times["program"]) if made else "–"
+    return line
+
+
+def _program(
+    circuit: Circuit, model: nn.Module, folder: Path
+) -> Callable[[list[int]], dict[int, float]]:
+    path = circuit.to_program(folder / "circuit.py", model, answers=[1, 2])
+    spec = importlib.util.spec_from_file_location("circuit", path)
+    assert spec is not None and spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    return program.answers
+
+
+if __name__ == "__main__":
+    main(run, __doc__, "circuits")
