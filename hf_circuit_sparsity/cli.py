@@ -3,16 +3,16 @@
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
 
-import ast
-import inspect
 import sys
-from itertools import pairwise
-from typing import Annotated, Any
+from difflib import get_close_matches
+from importlib.metadata import version
+from typing import Annotated, Any, NoReturn
 
-from typer import Argument, Context, Option, Typer
-from typer.core import TyperGroup
+from typer import Argument, Context, Exit, Option, Typer
+from typer.core import CompletionItem, TyperCommand, TyperGroup
 
 from .commands.console import Interrupted, say
+from .commands.options import GROUPS, help_of, names_of, options_of
 
 
 class _Group(TyperGroup):
@@ -29,13 +29,22 @@ class _Group(TyperGroup):
             raise Interrupted(message) from interrupt
 
 
+class _ByFields(TyperCommand):
+    """A command whose options are the fields of dataclasses; completes these."""
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[CompletionItem]:
+        given = [name for name in names_of(str(self.name)) if name.startswith(incomplete)]
+        return [CompletionItem(name) for name in given] if incomplete.startswith("-") else []
+
+
 app = Typer(
     cls=_Group, help="Train weight-sparse transformers and cut circuits out of them.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    no_args_is_help=True, pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )  # fmt: skip
 # Commands whose options are the fields of dataclasses, which HfArgumentParser reads.
-BY_FIELDS = {
+BY_FIELDS: dict[str, Any] = {
+    "cls": _ByFields,
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
@@ -51,6 +60,21 @@ CircuitModel = Annotated[
     str | None, Option(help="Folder or Hub id of its model; what the circuit says if not given.")
 ]
 CircuitFolder = Annotated[str | None, Option(help="The circuit's folder if not given.")]
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        say(version("hf-circuit-sparsity"))
+        raise Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, Option("--version", help="Say it and exit.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train weight-sparse transformers and cut circuits out of them."""
 
 
 @app.command()
@@ -71,7 +95,8 @@ def quickstart(
 
 @app.command(**BY_FIELDS)
 def train(context: Context) -> None:
-    """Train a model; see train --help."""
+    """Train a CircuitGPT, or make a pretrained model sparse."""
+    _help_if_asked(context)
     from .commands.train import (
         DataArguments,
         ModelArguments,
@@ -83,26 +108,28 @@ def train(context: Context) -> None:
     pretrained = any(argument.split("=")[0] == "--model" for argument in context.args)
     training = PretrainedTrainingArguments if pretrained else SparseTrainingArguments
     classes = (ModelArguments, DataArguments, training)
-    run_train(*_parse(context, classes, "Train a CircuitGPT, or make a pretrained model sparse."))
+    run_train(*_parse(context, classes))
 
 
 @app.command(**BY_FIELDS)
 def bridge(context: Context) -> None:
-    """Train a sparse model beside a dense one, joined by bridges; see bridge --help."""
+    """Train a sparse model beside a dense one, joined by bridges."""
+    _help_if_asked(context)
     from .bridge.bridge_config import BridgeTrainingArguments
     from .commands.bridge import BridgeModelArguments, run_bridge
 
     classes = (BridgeModelArguments, BridgeTrainingArguments)
-    run_bridge(*_parse(context, classes, "Train a sparse model beside a dense one."))
+    run_bridge(*_parse(context, classes))
 
 
 @app.command(**BY_FIELDS)
 def prune(context: Context) -> None:
-    """Cut a task's circuit out of a trained model; see prune --help."""
+    """Cut a task's circuit out of a trained model."""
+    _help_if_asked(context)
     from .circuits.pruning.config import PruningConfig
     from .commands.prune import PruneArguments, run_prune
 
-    run_prune(*_parse(context, (PruneArguments, PruningConfig), "Cut out the circuit of a task."))
+    run_prune(*_parse(context, (PruneArguments, PruningConfig)))
 
 
 @app.command()
@@ -169,27 +196,49 @@ def publish(
     run_publish(run_dir, repo, dry_run=dry_run, public=public, tasks=task or None, corpus=corpus)
 
 
-def _parse(context: Context, classes: tuple[type, ...], description: str) -> tuple[Any, ...]:
+def _help_if_asked(context: Context) -> None:
+    """Print the options and exit; before anything heavy is imported."""
+    if {"-h", "--help"} & set(context.args):
+        say(help_of(str(context.info_name), str(context.command.help)))
+        raise Exit
+
+
+def _parse(context: Context, classes: tuple[type, ...]) -> tuple[Any, ...]:
     """One object of each dataclass, from options named after their fields."""
     from transformers import HfArgumentParser
 
-    program = f"hf-circuit-sparsity {context.info_name}"
-    parser = HfArgumentParser(classes, prog=program, description=description)
-    described = {name: text for cls in classes for name, text in field_docs(cls).items()}
+    command = str(context.info_name)
+    parser = HfArgumentParser(
+        classes, prog=f"hf-circuit-sparsity {command}", description=context.command.help,
+        allow_abbrev=False, add_help=False,
+    )  # fmt: skip
+    described = {o.name: o.text for group in GROUPS[command] for o in options_of(group)}
     for action in parser._actions:
         if action.const is not False:  # not of --no-cleanup, which --cleanup stands beside
-            action.help = action.help or described.get(action.dest)
-    return parser.parse_args_into_dataclasses(context.args)
+            text = described.get(f"--{action.dest.replace('_', '-')}", "").replace("%", "%%")
+            action.help = action.help or text or None
+    if "--help-all" in context.args:
+        parser.print_help()
+        raise Exit
+    known = parser._option_string_actions
 
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"{message}; see hf-circuit-sparsity {command} --help.")
 
-def field_docs(cls: type) -> dict[str, str]:
-    """The string below each field of a dataclass, as argparse takes help."""
-    (definition,) = ast.parse(inspect.getsource(cls)).body
-    return {
-        field.target.id: " ".join(below.value.value.split()).replace("%", "%%")
-        for field, below in pairwise(definition.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
-    }
+    parser.error = refuse
+    for name in (a.split("=")[0] for a in context.args if a.startswith("--") and len(a) > 2):
+        if name not in known:
+            dashed = [option for option in known if "_" not in option]
+            meant = name.replace("_", "-")
+            near = [option for option in dashed if option.startswith(meant)]
+            near = near or get_close_matches(meant, dashed, n=1)
+            refuse(f"There is no option {name}{f' (did you mean {near[0]}?)' if near else ''}")
+    *parsed, rest = parser.parse_args_into_dataclasses(
+        context.args, return_remaining_strings=True
+    )  # fmt: skip
+    if rest:
+        refuse(f"{' '.join(rest)} was passed, but {command} takes options only")
+    return tuple(parsed)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
@@ -37,6 +38,11 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|torch|accelerate)\.")
+
+
+def on_terminal() -> bool:
+    """Whether somebody sees a progress bar; into a file it would write a line per step."""
+    return sys.stderr.isatty()
 
 
 def check_can_draw() -> None:

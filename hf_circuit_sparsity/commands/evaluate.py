@@ -8,7 +8,7 @@ from ..circuits.task_scores import TaskScore, evaluate_tasks
 from ..files import check_can_write, write_json
 from ..modeling.fingerprint import model_fingerprint
 from ..tasks.load import check_tasks, list_tasks
-from .console import columns, quiet_libraries, say
+from .console import columns, on_terminal, quiet_libraries, say
 from .loading import load_model
 
 FILE_NAME = "task_evaluation.json"
@@ -42,7 +42,10 @@ def run_evaluate(
     if output_dir is not None or Path(model).is_dir():
         check_can_write(output_dir or model)
     loaded, tokenizer = load_model(model)
-    scores = evaluate_tasks(loaded, tokenizer, tasks, n_train=prompts, n_test=prompts, seed=seed)
+    scores = evaluate_tasks(
+        loaded, tokenizer, tasks, n_train=prompts, n_test=prompts, seed=seed,
+        progress=on_terminal(),
+    )  # fmt: skip
     say(scores_table(scores))
     saved = loaded.name_or_path
     folder = output_dir or (saved if Path(saved).is_dir() else None)

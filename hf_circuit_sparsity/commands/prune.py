@@ -14,7 +14,7 @@ from ..circuits.viewer.plot import plot_circuit
 from ..files import check_can_write
 from ..tasks.binary_task import BinaryTask
 from ..tasks.load import check_tasks, load_task
-from .console import check_can_draw, quiet_libraries, say, table
+from .console import check_can_draw, on_terminal, quiet_libraries, say, table
 from .loading import load_model, reference_blocks
 
 
@@ -73,12 +73,13 @@ def prune_model(
     trials: int = 1,
 ) -> Circuit:
     """Find the circuit of a task, then write it and its picture into `folder`."""
+    shown = {"reference": reference, "progress": on_terminal()}
     if trials > 1:
         circuit = search_circuit(
-            model, task, config, trials=trials, folder=folder / "search", reference=reference
+            model, task, config, trials=trials, folder=folder / "search", **shown
         )
     else:
-        circuit = find_circuit(model, task, config, reference=reference)
+        circuit = find_circuit(model, task, config, **shown)
     circuit.save_pretrained(folder)
     plot_circuit(circuit, folder / "circuit.png", model, task.tokenizer)
     return circuit

@@ -25,7 +25,7 @@ from ..modeling.sparse_checkpoint import SparsePreTrainedModel
 from ..tasks.load import list_tasks, load_task
 from ..tasks.task_repository import write_task_datasets
 from ..trainer.model_card import model_card
-from .console import check_can_draw
+from .console import check_can_draw, on_terminal
 from .evaluate import FILE_NAME as SCORES_NAME
 from .loading import load_model
 from .training import SUMMARY_NAME
@@ -206,7 +206,7 @@ def _lay_out_viewer(
     for name, page in pages.items():
         write_report(
             circuits[name], folder / page, run.model, run.tokenizer, reference=reference,
-            config=REPORT,
+            config=REPORT, progress=on_terminal(),
         )  # fmt: skip
     if len(pages) > 1:
         template = files("hf_circuit_sparsity.circuits.viewer") / "assets" / "circuits.html"

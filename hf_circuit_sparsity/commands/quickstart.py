@@ -25,7 +25,7 @@ from ..optim.topk_adamw import TopKAdamW
 from ..tasks.binary_task import BinaryTask
 from ..tasks.load import check_tasks, load_task
 from ..trainer.sparse_config import SparseTrainingArguments
-from .console import check_can_draw, quiet_libraries, say, table
+from .console import check_can_draw, on_terminal, quiet_libraries, say, table
 from .loading import read_corpus
 from .prune import circuit_rows, prune_model
 from .training import SUMMARY_NAME, newest_if_any, prepare_data, train_model, training_rows
@@ -164,7 +164,9 @@ def _prune(
 def _check(circuit: Circuit, model: CircuitGPTForCausalLM, task: BinaryTask, folder: Path) -> str:
     """The verdict on the circuit; its numbers are stored with it."""
     try:
-        checked = verify_circuit(circuit, model, task, others=[], **QUICK_CHECKS)
+        checked = verify_circuit(
+            circuit, model, task, others=[], progress=on_terminal(), **QUICK_CHECKS
+        )
     except ValueError as error:  # no nodes, or a model that guesses: said, as the circuit is there
         return str(error)
     circuit.save_pretrained(folder)

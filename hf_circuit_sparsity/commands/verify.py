@@ -5,7 +5,7 @@ from pathlib import Path
 from ..circuits.evaluation.checks import Verification
 from ..circuits.evaluation.verification import verify_circuit
 from ..files import check_can_write
-from .console import quiet_libraries, say
+from .console import on_terminal, quiet_libraries, say
 from .loading import circuit_at, load_circuit
 
 
@@ -41,8 +41,9 @@ def run_verify(
     longest = loaded.config.max_position_embeddings
     task = circuit.load_task(tokenizer, max_length=longest)
     verification = verify_circuit(
-        circuit, loaded, task, stability_seeds=stability_seeds, reference=reference
-    )
+        circuit, loaded, task, stability_seeds=stability_seeds, reference=reference,
+        progress=on_terminal(),
+    )  # fmt: skip
     say(f"{verification.table()}\n\n{verification.verdict()}")
     if output_dir or Path(name).is_dir():
         circuit.save_pretrained(output_dir or name)

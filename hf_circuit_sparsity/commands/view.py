@@ -5,7 +5,7 @@ from pathlib import Path
 from ..circuits.viewer.report import write_report
 from ..circuits.viewer.report_data import ReportConfig
 from ..files import check_can_write
-from .console import quiet_libraries, say, table
+from .console import on_terminal, quiet_libraries, say, table
 from .loading import circuit_at, load_circuit
 
 
@@ -33,7 +33,10 @@ def run_view(
     check_can_write(folder)
     circuit, loaded, tokenizer, reference = load_circuit(name, model, corpus)
     path = folder / "index.html"
-    write_report(circuit, path, loaded, tokenizer, reference=reference, config=config)
+    write_report(
+        circuit, path, loaded, tokenizer, reference=reference, config=config,
+        progress=on_terminal(),
+    )  # fmt: skip
     say("\n" + table([("page", path), ("size", f"{path.stat().st_size / 1000:,.0f} kB")]))
     say("\nOpen it in a browser. It needs no network and no server, and is a static Space already.")
     return path

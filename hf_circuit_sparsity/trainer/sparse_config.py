@@ -1,13 +1,13 @@
 """The settings of [`SparseTrainer`]."""
 
 import json
-import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from ..docstrings import documented
 from ..optim.rcd.config import RCDConfig
 from ..optim.schedules import check_linear_density
 from ..optim.settings import check, is_fraction
@@ -19,10 +19,8 @@ SPARSIFIERS: tuple[str, ...] = get_args(Sparsifier)
 
 def with_help(cls: type) -> type:
     """Give the fields of a dataclass, as help on a command line, what its docstring says."""
-    entries = re.findall(r"^ +(\w+) \(.*?\): (.+(?:\n {12}.+)*)", cls.__doc__ or "", re.MULTILINE)
-    for name, text in entries:
-        help = " ".join(text.replace("`", "").replace("%", "%%").split())
-        cls.__dataclass_fields__[name].metadata = {"help": help}
+    for name, text in documented(cls.__doc__ or "").items():
+        cls.__dataclass_fields__[name].metadata = {"help": text.replace("%", "%%")}
     return cls
 
 

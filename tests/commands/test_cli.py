@@ -6,15 +6,22 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import MISSING, fields
+from importlib.metadata import version
 
 import pytest
 import torch
 
 from hf_circuit_sparsity import Circuit, CircuitGPTForCausalLM, PruningConfig
+from hf_circuit_sparsity.bridge.bridge_config import BridgeTrainingArguments
 from hf_circuit_sparsity.cli import main
 from hf_circuit_sparsity.commands import quickstart
+from hf_circuit_sparsity.commands.bridge import BridgeModelArguments
 from hf_circuit_sparsity.commands.loading import circuit_at, model_at
+from hf_circuit_sparsity.commands.options import GROUPS, names_of, options_of
+from hf_circuit_sparsity.commands.prune import PruneArguments
+from hf_circuit_sparsity.commands.train import DataArguments, ModelArguments
+from hf_circuit_sparsity.trainer.sparse_config import SparseTrainingArguments
 from tests.circuits.planted import on_off_task, planted_circuit, planted_model
 
 TINY = ["--d-model", "32", "--n-layer", "1", "--d-mlp", "32", "--block-size", "128"]
@@ -239,20 +246,72 @@ def test_ctrl_c_leaves_a_run_that_resumes_bit_for_bit(corpus, tmp_path):
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
-def test_help_lists_the_commands_and_imports_nothing_heavy():
-    code = "import sys; from hf_circuit_sparsity.cli import main; main(['--help'])"
+@pytest.mark.parametrize("command", [[], ["train"], ["bridge"], ["prune"]])
+def test_help_fits_a_screen_and_imports_nothing_heavy(command):
+    code = f"import sys; from hf_circuit_sparsity.cli import main; main({[*command, '--help']})"
     code += "; print(*sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-    for command in ("quickstart", "train", "bridge", "prune", "verify", "view", "publish"):
-        assert f"\n  {command}" in shown
-    loaded = shown.splitlines()[-1].split()
-    assert not {"torch", "transformers", "datasets", "numpy"} & set(loaded)
+    *lines, loaded = shown.splitlines()
+    named = [line.split()[0] for line in lines if line.startswith("  ")]
+    expected = ("--target-density", "--seed", "--rcd-config") if "prune" not in command else ()
+    if not command:
+        expected = ("quickstart", "train", "bridge", "prune", "verify", "view", "publish")
+    assert set(expected) <= set(named) and len(lines) < 65
+    assert all(len(line) <= 100 for line in lines)
+    assert not {"torch", "transformers", "datasets", "numpy"} & set(loaded.split())
 
 
-def test_options_of_prune_are_the_fields_of_its_config(capsys):
-    assert main(["prune", "--help"]) == 0
-    shown = capsys.readouterr().out
-    for field in fields(PruningConfig):
-        assert f"--{field.name.replace('_', '-')} " in shown
-    assert "nats, that the circuit must reach" in " ".join(shown.split())
-    assert main(["prune"]) == 2
+@pytest.mark.parametrize(
+    ("command", "classes"),
+    [
+        ("train", (ModelArguments, DataArguments, SparseTrainingArguments)),
+        ("bridge", (BridgeModelArguments, BridgeTrainingArguments)),
+        ("prune", (PruneArguments, PruningConfig)),
+    ],
+)
+def test_what_help_reads_from_the_source_is_what_the_fields_are(command, classes, capsys):
+    named = {f"--{f.name.replace('_', '-')}" for cls in classes for f in fields(cls)}
+    shown = [name for name in names_of(command) if not name.startswith("--help")]
+    assert set(shown) <= named and len(set(shown)) == len(shown)
+    own = {o.name: o for group in GROUPS[command] for o in options_of(group)}
+    assert all(option.text for option in own.values())
+    required = {name for name, option in own.items() if option.default is None}
+    assert required == {
+        f"--{f.name.replace('_', '-')}" for cls in classes for f in fields(cls)
+        if f.default is MISSING and f.default_factory is MISSING
+    }  # fmt: skip
+    assert main([command, "--help-all"]) == 0
+    everything = capsys.readouterr().out
+    assert all(name in everything for name in named)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["train", "--learning_rte", "1"], "--learning-rate"),
+        (["train", "--target", "0.1"], "--target-density"),  # no abbreviations, but a hint
+        (["prune", "--model", "x", "--tsk", "y"], "--task"),
+        (["prune", "--model", "x"], "--task"),
+        (["train", "out"], "out"),
+        (["trian"], "train"),
+        (["view", "--modle", "x", "y"], "--model"),
+    ],
+)
+def test_a_mistyped_word_is_answered_with_the_right_one(argv, expected, capsys):
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert expected in said and len(said.splitlines()) < 6
+
+
+def test_version_and_completion(capsys, monkeypatch):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == version("hf-circuit-sparsity")
+    for shell in ("bash", "zsh", "fish"):
+        monkeypatch.setenv("_HF_CIRCUIT_SPARSITY_COMPLETE", f"complete_{shell}")
+        monkeypatch.setenv("COMP_WORDS", "hf-circuit-sparsity train --d-m")
+        monkeypatch.setenv("COMP_CWORD", "2")
+        monkeypatch.setenv("_TYPER_COMPLETE_ARGS", "hf-circuit-sparsity train --d-m")
+        monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
+        main([])
+        completed = capsys.readouterr().out
+        assert "--d-model" in completed and "--d-mlp" in completed and "--block" not in completed
