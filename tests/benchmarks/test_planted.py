@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from benchmarks.experiment import Experiment
+from benchmarks.findings.planted import __main__ as planted_run
 from benchmarks.findings.planted.__main__ import measured, report
 from benchmarks.findings.planted.builder import ARCHITECTURES
 from benchmarks.findings.planted.mechanisms import MECHANISMS, Nodes, Truth, plant
@@ -101,3 +103,24 @@ def test_a_search_is_held_against_the_truth():
     of = {"architecture": "circuitgpt", "noise": 0.0, "sized": "paper", "mechanism": "and"}
     rows = [{**found, **of, "method": "paper"}, {"refused": True, **of, "method": "paper"}]
     assert "| and | paper | 2 | 1 | 1.00 ± 0.00 | 1.00 ± 0.00 | 1.00 | 6.00 |" in report(rows)
+
+
+def test_what_was_measured_elsewhere_is_not_measured_again(tmp_path, monkeypatch):
+    row = {"precision": 1.0, "recall": 1.0, "nodes": 6, "decoys": 0, "accuracy": 1.0, "turned": 1.0}
+    monkeypatch.setattr(planted_run, "measured", lambda *_: [row, {**row, "precision": 0.25}])
+    options = {
+        "mechanisms": ("and",), "methods": ("KL",), "architectures": ("llama",), "noises": (0.01,),
+        "seeds": 1,
+    }  # fmt: skip
+    here = Experiment("planted", tmp_path / "runs", tmp_path / "results", **options)
+    made = planted_run.run(here)
+    assert "| KL | 1 | 0 | 1.00 ± 0.00 |" in made and "| random, as KL |" in made
+
+    def measured_again(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(planted_run, "measured", measured_again)
+    kept = (tmp_path / "results" / planted_run.ARCHIVE).read_bytes()
+    there = Experiment("planted", tmp_path / "elsewhere", tmp_path / "results", **options)
+    assert planted_run.run(there) == made
+    assert (tmp_path / "results" / planted_run.ARCHIVE).read_bytes() == kept

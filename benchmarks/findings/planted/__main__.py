@@ -1,5 +1,7 @@
 """Precision and recall of searches on planted mechanisms, of which the true nodes are known."""
 
+import gzip
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +15,7 @@ from hf_circuit_sparsity.circuits.evaluation.verification import random_circuit
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError, find_circuit
 from hf_circuit_sparsity.circuits.task_scores import all_pair_logits, binary_accuracy
+from hf_circuit_sparsity.files import replacing
 
 from ...experiment import Experiment, grouped, machine, mean, spread, stored, table
 from .builder import ARCHITECTURES
@@ -38,6 +41,7 @@ METHODS: dict[str, PruningConfig] = {
 time; each other one differs from it in one setting. Without masks nodes are ranked at random, and
 the clean-up, which goes by gradients, does all."""
 CONTROL = "random"
+ARCHIVE = "planted_runs.json.gz"
 NOISES = (0.0, 0.01, 0.03)
 
 
@@ -49,19 +53,36 @@ def run(experiment: Experiment) -> str:
         for seed in range(o.seeds) for method in o.methods for noise in o.noises
         for name in o.mechanisms for architecture in o.architectures
     ]  # fmt: skip
-    rows = []
+    rows, kept = [], archived(experiment.results)
     for method, name, architecture, noise, seed in cells:
-        path = experiment.folder / f"{method} {name} {architecture} {noise:g} {seed}.json"
-        if experiment.stored_only and not path.is_file():
+        cell = f"{method} {name} {architecture} {noise:g} {seed}"
+        path = experiment.folder / f"{cell}.json"
+        if experiment.stored_only and cell not in kept and not path.is_file():
             continue
 
-        def measure(cell: tuple = (method, name, architecture, noise, seed)) -> list[dict]:
-            return measured(METHODS[cell[0]], plant(*cell[1:]), cell[4])
+        def measure(of: tuple = (method, name, architecture, noise, seed)) -> list[dict]:
+            return measured(METHODS[of[0]], plant(*of[1:]), of[4])
 
-        for row, which in zip(stored(path, measure), (method, CONTROL), strict=True):
+        if cell not in kept:
+            kept[cell] = stored(path, measure)
+        for row, which in zip(kept[cell], (method, CONTROL), strict=True):
             of = {"architecture": architecture, "noise": noise, "sized": method, "method": which}
             rows.append({**row, **of, "mechanism": name})
+    archive(experiment.results, kept)
     return report(rows)
+
+
+def archived(results: Path) -> dict[str, list[dict[str, Any]]]:
+    """What was measured on any machine and committed: cell → rows. It is not measured again."""
+    path = results / ARCHIVE
+    return json.loads(gzip.decompress(path.read_bytes())) if path.is_file() else {}
+
+
+def archive(results: Path, kept: dict[str, list[dict[str, Any]]]) -> None:
+    """Keep it beside the report; the same content gives the same bytes."""
+    with replacing(results / ARCHIVE) as temporary:
+        text = json.dumps(dict(sorted(kept.items())))
+        temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 def measured(config: PruningConfig, planted: Planted, seed: int) -> list[dict[str, Any]]:
@@ -106,10 +127,12 @@ def score(planted: Planted, circuit: Circuit) -> dict[str, Any]:
 def report(rows: Sequence[dict[str, Any]]) -> str:
     """The tables, of rows with the keys of [`score`] and what they were measured on."""
     named = [{**row, "method": _method(row), "noise": f"{row['noise']:g}"} for row in rows]
+    by_method = _table(named, "method")
     by_mechanism = _table(named, "mechanism", "method")
     by_noise = _table(named, "method", "architecture", "noise")
     return "\n\n".join([
         "# Searches on planted mechanisms", EXPLANATION, f"Measured on: {machine()}.",
+        "Over everything:", by_method,
         "By mechanism, over architectures, noises and seeds:", by_mechanism,
         "By architecture and noise, over mechanisms and seeds:", by_noise,
     ])  # fmt: skip
