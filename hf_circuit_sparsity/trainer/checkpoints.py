@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from transformers.trainer import (
     FSDP_MODEL_NAME,
     OPTIMIZER_NAME,
     SCHEDULER_NAME,
     TRAINER_STATE_NAME,
     TRAINING_ARGS_NAME,
+    align_special_tokens,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, sort_checkpoints
 
@@ -188,6 +189,9 @@ class WholeCheckpoints(Trainer):
                 "%s has all %d steps: nothing is left to train.", checkpoint, state.global_step
             )
             self._load_from_checkpoint(str(checkpoint))
+            tokenizer = isinstance(self.processing_class, PreTrainedTokenizerBase)
+            if tokenizer and hasattr(self.model, "config"):  # as `Trainer` does before it trains
+                align_special_tokens(self.model, self.processing_class)
             self.state = state
             if self.args.should_save and not named:  # it may have been killed before it did that
                 self._let_go_of_the_oldest(folder, checkpoint)
