@@ -3,7 +3,11 @@
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
 
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.metadata import version
 from typing import Annotated, Any, NoReturn
@@ -245,7 +249,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        app(argv, prog_name="hf-circuit-sparsity")
+        with _stopped_by_schedulers():
+            app(argv, prog_name="hf-circuit-sparsity")
     except SystemExit as end:
         return int(end.code or 0)
     except Interrupted as interruption:
@@ -263,6 +268,23 @@ def main(argv: list[str] | None = None) -> int:
         print(f"hf-circuit-sparsity: {message}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _stopped_by_schedulers() -> Iterator[None]:
+    """Within it SIGTERM, which schedulers send, is Ctrl-C, unless somebody has taken it already.
+
+    So what is begun is cleaned up; a training of ours takes both signals for as long as it runs.
+    """
+    own = threading.current_thread() is threading.main_thread()
+    if not own or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _resuming(argv: list[str]) -> str:

@@ -10,6 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+SAVING = ".saving"  # within a folder, what is being saved together
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
@@ -26,13 +32,37 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the suffix may say the format
+    temporary = temporary_name(path)
     try:
         yield temporary
         temporary.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: str | os.PathLike) -> Path:
+    """What a file is called beside its place until it is whole."""
+    path = Path(path)
+    return path.with_name(f".{path.stem}.tmp{path.suffix}")  # the suffix may say the format
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which is moved there when the block ends.
+
+    Args:
+        path: a folder that is not there yet.
+    """
+    path = Path(path)
+    new = temporary_name(path)
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    new.mkdir(parents=True)
+    try:
+        yield new
+        os.replace(new, path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 @contextmanager
@@ -49,7 +79,7 @@ def replacing_together(folder: str | os.PathLike, *switches: str) -> Iterator[Pa
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder / ".saving"
+    new = folder / SAVING
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     new.mkdir()
     try:
@@ -62,6 +92,55 @@ def replacing_together(folder: str | os.PathLike, *switches: str) -> Iterator[Pa
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """Yield an empty folder for temporary files, which is removed when the block ends.
+
+    So are those of processes that were killed: whoever uses one holds a lock on it, which goes with
+    the process. Where there are no such locks they stay.
+
+    Args:
+        prefix: of its name; no other folders for temporary files may have it.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        held = _lock(left, wait=False)
+        if held is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(held)
+    held = None
+    while held is None:
+        folder = Path(tempfile.mkdtemp(prefix=prefix))
+        if fcntl is None:
+            break
+        held = _lock(folder, wait=True)
+        if not folder.is_dir():  # taken for one that was left, before it was locked
+            held = None if held is None else os.close(held)
+        elif held is None:  # a file system without locks
+            break
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _lock(folder: Path, wait: bool) -> int | None:
+    """A descriptor that holds the lock on a folder; None if it cannot be had."""
+    if fcntl is None:
+        return None
+    try:
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:  # somebody else's, or gone
+        return None
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(opened)
+        return None
+    return opened
 
 
 def check_can_write(folder: str | os.PathLike) -> None:

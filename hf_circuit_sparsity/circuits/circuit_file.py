@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, ModelInfo, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-from ..files import replacing, sha256_of
+from ..files import replacing_together, sha256_of
 from ..modeling.configuration_circuitgpt import ArtifactError
 from ..modeling.sparse_checkpoint import read_tensors
 from ..modeling.validation import Field, check_vector, read_json
@@ -128,10 +128,10 @@ def write_circuit(
     tensors: dict[str, torch.Tensor],
     own_task: TaskText | None = None,
 ) -> None:
-    """Write all files, each to a temporary name first and then moved into place.
+    """Write all files into a folder beside them, which are then moved into place together.
 
-    `circuit.json` comes last and has the hashes of the others, so that nodes of one circuit are
-    never read with the means of another.
+    `circuit.json` goes first and comes last, and has the hashes of the others, so that nodes of one
+    circuit are never read with the means of another.
 
     Args:
         folder: made if it is not there.
@@ -147,17 +147,15 @@ def write_circuit(
     check_content(Field(content, folder / JSON_NAME))
     _check_tensors(tensors, folder / TENSORS_NAME)
     json.dumps(content, allow_nan=False)  # raises before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
-    if own_task is not None:
-        own_task.save(folder)
-    with replacing(folder / TENSORS_NAME) as path:
+    with replacing_together(folder, JSON_NAME) as new:
+        if own_task is not None:
+            own_task.save(new)
         # Copies, as tensors that share memory are refused.
-        save_file({n: t.clone() for n, t in tensors.items()}, path, metadata={"format": "pt"})
-    parts = [TENSORS_NAME] if own_task is None else [TENSORS_NAME, TASK_NAME]
-    content[PARTS] = {name: sha256_of(folder / name) for name in parts}
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    with replacing(folder / JSON_NAME) as path:
-        path.write_text(text + "\n", encoding="utf-8")
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        save_file(copies, new / TENSORS_NAME, metadata={"format": "pt"})
+        content[PARTS] = {path.name: sha256_of(path) for path in sorted(new.iterdir())}
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        (new / JSON_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def read_circuit(

@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
-from ..files import check_can_write
+from ..files import check_can_write, scratch_folder
 from ..tasks.load import check_tasks
 from .console import columns, quiet_libraries, say
 from .loading import reference_blocks
@@ -46,11 +46,11 @@ def run_publish(
     run = read_run(run_dir)
     reference = reference_blocks(corpus, run.model, run.tokenizer)
     parts = parts_of(run, repo, tasks=tasks, reference=reference)
-    with tempfile.TemporaryDirectory(prefix="publish-") as staging:
+    with scratch_folder("hf-circuit-sparsity-publish-") as staging:
         if dry_run:
-            _list(parts, Path(staging))
+            _list(parts, staging)
             return {}
-        addresses = _upload(parts, Path(staging), public)
+        addresses = _upload(parts, staging, public)
     addresses["collection"] = _collect(parts, repo, public)
     width = max(map(len, addresses))
     say("\nPublished" + (":" if public else ", privately unless it was there:"))

@@ -17,7 +17,7 @@ from ..circuits.evaluation.verification import verify_circuit
 from ..circuits.pruning.config import PruningConfig
 from ..circuits.pruning.find import TaskNotLearnedError
 from ..circuits.task_scores import all_pair_logits, binary_accuracy
-from ..files import check_can_write, write_json
+from ..files import check_can_write, new_folder, temporary_name, write_json
 from ..modeling.configuration_circuitgpt import CircuitGPTConfig
 from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from ..optim.param_groups import sparse_param_groups
@@ -94,10 +94,15 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
     say("1/5  Reading Python and learning its tokens")
     corpus = read_corpus(settings.corpus)
     model_folder = folder / "model"
-    saved_tokenizer = str(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
-    tokenizer, blocks = prepare_data(corpus, BLOCK_SIZE, saved_tokenizer)
+    kept = folder / "tokenizer"
+    tokenizer, blocks = prepare_data(corpus, BLOCK_SIZE, str(kept) if kept.is_dir() else None)
     task = load_task(settings.task, tokenizer, seed=settings.seed, max_length=BLOCK_SIZE)
-    tokenizer.save_pretrained(folder / "tokenizer")
+    # Before all else, for it says that the folder is a quickstart's.
+    steps = stored.get("steps") or (STEPS if settings.minutes is None else None)
+    write_json(folder / SETTINGS_NAME, {**asdict(settings), "steps": steps})
+    if not kept.is_dir():
+        with new_folder(kept) as new:
+            tokenizer.save_pretrained(new)
 
     config = CircuitGPTConfig(
         d_model=D_MODEL, n_layer=N_LAYER, block_size=BLOCK_SIZE, vocab_size=len(tokenizer),
@@ -108,10 +113,9 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
         trained = json.loads((model_folder / SUMMARY_NAME).read_text())
     else:
         seconds = _seconds_per_step(config, blocks["train"])
-        steps = stored.get("steps") or STEPS
-        if settings.minutes is not None and not stored:
+        if steps is None:
             steps = max(50, int(60 * settings.minutes / seconds))
-        write_json(folder / SETTINGS_NAME, {**asdict(settings), "steps": steps})
+            write_json(folder / SETTINGS_NAME, {**asdict(settings), "steps": steps})
         say(
             f"2/5  Training a transformer of {N_LAYER} layers and width {D_MODEL} for {steps:,} "
             f"steps, about {steps * seconds / 60:.0f} min"
@@ -177,7 +181,8 @@ def _stored_settings(folder: Path, settings: QuickstartSettings) -> dict[str, An
     """The settings that the folder was started with, or none; refuses to mix two runs."""
     path = folder / SETTINGS_NAME
     if not path.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        begun = temporary_name(path)  # of a quickstart that was killed at once
+        if folder.is_dir() and any(other != begun for other in folder.iterdir()):
             raise ValueError(
                 f"{folder} is not empty and holds no quickstart; choose another --output-dir."
             )

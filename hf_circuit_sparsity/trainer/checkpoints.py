@@ -20,15 +20,16 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from transformers.trainer import (
     FSDP_MODEL_NAME,
     OPTIMIZER_NAME,
     SCHEDULER_NAME,
     TRAINER_STATE_NAME,
     TRAINING_ARGS_NAME,
+    align_special_tokens,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, sort_checkpoints
 
 from ..files import write_json
 
@@ -163,7 +164,10 @@ class WholeCheckpoints(Trainer):
         """
         folder = Path(self.args.output_dir)
         if self.args.should_save:
-            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # of a run that was killed
+            # Of a run that was killed; the latter is what safetensors writes to.
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+            for path in filter(Path.is_file, folder.glob(".tmp??????")):
+                path.unlink()
         found = checkpoints_of(folder)
         if resume_from_checkpoint in (None, False):
             if found and self.args.should_save:
@@ -185,7 +189,12 @@ class WholeCheckpoints(Trainer):
                 "%s has all %d steps: nothing is left to train.", checkpoint, state.global_step
             )
             self._load_from_checkpoint(str(checkpoint))
+            tokenizer = isinstance(self.processing_class, PreTrainedTokenizerBase)
+            if tokenizer and hasattr(self.model, "config"):  # as `Trainer` does before it trains
+                align_special_tokens(self.model, self.processing_class)
             self.state = state
+            if self.args.should_save and not named:  # it may have been killed before it did that
+                self._let_go_of_the_oldest(folder, checkpoint)
             if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 self._load_best_model()
             return TrainOutput(state.global_step, 0.0, {})
@@ -298,16 +307,21 @@ class WholeCheckpoints(Trainer):
             if (run_folder / name).exists():
                 os.replace(run_folder / name, folder / "replaced")
             os.replace(folder / name, run_folder / name)
-            shutil.rmtree(folder, ignore_errors=True)
-            rotate_checkpoints(
-                output_dir=str(run_folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            self._let_go_of_the_oldest(run_folder)
         self.accelerator.wait_for_everyone()
         if push:
             self._push_from_checkpoint(str(run_folder / name))
+
+    def _let_go_of_the_oldest(self, folder: Path, in_use: str | None = None) -> None:
+        """Remove what is beyond `save_total_limit`: a checkpoint goes as it comes, as a whole."""
+        paths = [Path(p) for p in sort_checkpoints(str(folder), use_mtime=True)]
+        kept = {*paths[-1:], *map(Path, filter(None, [self.state.best_model_checkpoint, in_use]))}
+        limit, unfinished = self.args.save_total_limit or 0, folder / UNFINISHED
+        beyond = len(paths) - max(limit, len(kept)) if limit > 0 else 0
+        for path in [path for path in paths if path not in kept][: max(0, beyond)]:
+            unfinished.mkdir(exist_ok=True)
+            os.replace(path, unfinished / f"old-{path.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _digest(content: bytes) -> str:

@@ -4,6 +4,8 @@ import errno
 import importlib
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 from transformers.trainer import OPTIMIZER_NAME
 
 from hf_circuit_sparsity.cli import main
+from hf_circuit_sparsity.commands import quickstart, training
 from hf_circuit_sparsity.commands.training import fit
-from hf_circuit_sparsity.files import check_can_write
+from hf_circuit_sparsity.files import check_can_write, scratch_folder
 from hf_circuit_sparsity.optim.topk_adamw import TopKAdamW
 from tests.commands.test_cli import train_arguments
 
@@ -76,6 +79,62 @@ def test_gradients_that_stay_infinite_are_one_sentence(corpus, tmp_path, monkeyp
     assert main(train_arguments(corpus, tmp_path / "run", "--max-steps", "9")) == 2
     error = capsys.readouterr().err
     assert "not finite" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "command",
+    [c for c in COMMANDS if c.startswith(("prune", "quickstart", "verify"))] + ["publish"],
+)
+def test_what_a_scheduler_sends_stops_a_command_as_ctrl_c_does(
+    command, saved, saved_circuit, tmp_path, monkeypatch, capsys
+):
+    arguments = f"{command} {tmp_path / 'out'}".format(saved=saved, circuit=saved_circuit).split()
+    name, first = COMMANDS.get(command, ("publish", "read_run"))
+    if name == "publish":
+        arguments = ["publish", str(saved), "--repo", "ada/x"]
+    module = importlib.import_module(f"hf_circuit_sparsity.commands.{name}")
+    monkeypatch.setattr(module, first, lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(arguments) == 130
+    assert "Stopped" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_quickstart_killed_before_it_trains_goes_on(corpus, tmp_path, monkeypatch):
+    """It has learned its tokens by then, and is about to see how fast this machine is."""
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    def no_learning(*args, **kwargs):
+        raise AssertionError("the tokens are learned anew")
+
+    folder = tmp_path / "q"
+    folder.mkdir()
+    (folder / ".quickstart.tmp.json").write_text("{")  # of one that was killed even before
+    monkeypatch.setattr(quickstart, "_seconds_per_step", killed)
+    arguments = ["quickstart", "--minutes", "1", "--output-dir", str(folder)]
+    for _ in range(2):
+        assert main([*arguments, "--corpus", str(corpus)]) == 130
+        assert {path.name for path in folder.iterdir()} == {"quickstart.json", "tokenizer"}
+        monkeypatch.setattr(training, "train_tokenizer", no_learning)
+
+
+def test_a_folder_for_temporary_files_outlives_no_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = """
+import os
+from hf_circuit_sparsity.files import scratch_folder
+with scratch_folder("ours-") as folder:
+    (folder / "weights").write_text("many")
+    os._exit(9)
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 9
+    (left,) = tmp_path.iterdir()
+    with scratch_folder("ours-") as folder, scratch_folder("ours-") as other:
+        assert set(tmp_path.iterdir()) == {folder, other} and left not in (folder, other)
+        assert not list(folder.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 class Killed(torch.utils.data.Dataset):

@@ -246,6 +246,19 @@ def test_ctrl_c_leaves_a_run_that_resumes_bit_for_bit(corpus, tmp_path):
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+def test_a_run_killed_after_its_last_checkpoint_saves_the_same_model(corpus, tmp_path):
+    """Nothing is left to train then, but all that surrounds training."""
+    folder = tmp_path / "run"
+    arguments = ["--max-steps", "2", "--save-steps", "1", "--resume-from-checkpoint", "auto"]
+    assert train(corpus, folder, *arguments) == 0
+    names = ("model.safetensors", "config.json", "generation_config.json")
+    before = [(folder / name).read_bytes() for name in names]
+    for name in names:
+        (folder / name).unlink()
+    assert train(corpus, folder, *arguments) == 0
+    assert [(folder / name).read_bytes() for name in names] == before
+
+
 @pytest.mark.parametrize("command", [[], ["train"], ["bridge"], ["prune"]])
 def test_help_fits_a_screen_and_imports_nothing_heavy(command):
     code = f"import sys; from hf_circuit_sparsity.cli import main; main({[*command, '--help']})"

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from hf_circuit_sparsity.trainer.checkpoints import (
     RUN_NAME,
     UNFINISHED,
+    WholeCheckpoints,
     last_whole_checkpoint,
     problem_of,
 )
@@ -252,3 +254,35 @@ def test_a_run_whose_last_step_was_saved_trains_no_more(settings, make_gpt2, mak
     assert "nothing is left to train" in caplog.text
     for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_run_killed_as_it_lets_go_of_its_oldest_checkpoint(make_gpt2, make_trainer, monkeypatch):
+    settings = {**EVERY_FOUR, "save_total_limit": 1}
+    trainer = make_trainer(make_gpt2(), **settings)
+
+    def killed(folder, *more):
+        if len(list(folder.glob("checkpoint-*"))) > 1 and trainer.state.global_step == 12:
+            raise Killed
+        WholeCheckpoints._let_go_of_the_oldest(trainer, folder)
+
+    monkeypatch.setattr(trainer, "_let_go_of_the_oldest", killed)
+    with pytest.raises(Killed):
+        trainer.train()
+    assert {"checkpoint-8", "checkpoint-12"} < set(names(trainer))
+    (Path(trainer.args.output_dir) / ".tmpX1y2Z3").write_text("what safetensors was writing")
+    trainer = make_trainer(make_gpt2(), **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert names(trainer) == ["checkpoint-12"]
+
+
+def test_a_checkpoint_that_is_let_go_of_is_never_half_there(make_gpt2, make_trainer, monkeypatch):
+    trainer = make_trainer(make_gpt2(), **EVERY_FOUR, save_total_limit=1)
+
+    def killed(path, *args, **kwargs):
+        if (Path(path) / "old-checkpoint-4").exists():
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", killed)
+        trainer.train()
+    assert names(trainer) == [UNFINISHED, "checkpoint-8"]

@@ -7,6 +7,7 @@ on where it was stopped, and goes the same way as if it had not been.
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -16,11 +17,12 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...files import check_can_write, replacing, write_json
+from ...files import SAVING, check_can_write, replacing, write_json
 from ...modeling.fingerprint import model_fingerprint
 from ...tasks.binary_task import BinaryTask
 from ..ablation import ReferenceTokens, means_over, node_sites, unwrapped
 from ..circuit import Circuit
+from ..circuit_file import JSON_NAME
 from .config import PruningConfig
 from .find import circuit_size, find_circuits, smallest
 
@@ -92,6 +94,7 @@ def search_circuit(
     )
 
     best = folder / BEST_NAME
+    shutil.rmtree(best / SAVING, ignore_errors=True)  # of a process that was killed
 
     def objective(trial: Any) -> float:
         settings = {n: trial.suggest_float(n, *r, log=True) for n, r in _LOGARITHMIC.items()}
@@ -102,7 +105,9 @@ def search_circuit(
             )
         )
         # Saved before the trial counts as done, so that no recorded trial is without its circuit.
-        if not best.is_dir() or circuit_size(circuit) < circuit_size(Circuit.from_pretrained(best)):
+        # After a save that was cut off there is none: its trial comes again, with its circuit.
+        saved = (best / JSON_NAME).is_file()
+        if not saved or circuit_size(circuit) < circuit_size(Circuit.from_pretrained(best)):
             circuit.save_pretrained(best)
         # One number for optuna: edges, and nodes where edges are equal.
         return circuit.metrics["edges"] + circuit.metrics["nodes"] / 1e4
@@ -114,7 +119,9 @@ def search_circuit(
             optuna.storages.journal.JournalFileBackend(str(journal), lock_obj=_NoLock())
         )
         study = optuna.create_study(storage=storage, study_name="search", load_if_exists=True)
-        done = len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
+        states = optuna.trial.TrialState
+        done = len(study.get_trials(deepcopy=False, states=[states.COMPLETE]))
+        queued = study.get_trials(deepcopy=False, states=[states.WAITING])
         with tqdm(
             total=trials, initial=min(done, trials), desc="trials", disable=not progress,
             leave=False,
@@ -125,7 +132,7 @@ def search_circuit(
                 study.sampler = optuna.samplers.TPESampler(
                     seed=config.seed * 1_000_003 + number, n_startup_trials=5
                 )
-                if number == 0:
+                if number == 0 and not queued:  # or else the second trial would be the first again
                     study.enqueue_trial({name: getattr(config, name) for name in SEARCHED})
                 study.optimize(objective, n_trials=1)
                 bar.update()

@@ -2,11 +2,15 @@
 
 import fcntl
 import json
+import os
+from pathlib import Path
 
+import optuna
 import pytest
 
 from hf_circuit_sparsity import PruningConfig, search_circuit
-from hf_circuit_sparsity.circuits.pruning.tune import LOCK_NAME
+from hf_circuit_sparsity.circuits.circuit_file import JSON_NAME
+from hf_circuit_sparsity.circuits.pruning.tune import BEST_NAME, LOCK_NAME
 from tests.circuits.planted import on_off_task, planted_model, reference_ids
 from tests.circuits.pruning.conftest import QUICKER
 
@@ -55,6 +59,40 @@ def test_what_a_killed_search_leaves_behind_is_no_obstacle(tmp_path):
         journal.write('{"op_code": 4, "worker_id": "half a li')
     assert search(cut, 2).nodes == whole.nodes
     assert values(cut) == values(tmp_path / "whole")
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+def test_a_search_killed_while_it_saves_the_smallest_finds_it_again(tmp_path, monkeypatch):
+    whole, cut = search(tmp_path / "whole", 2), tmp_path / "cut"
+    replace = os.replace
+
+    def killed(source, target):
+        if Path(target).name == JSON_NAME:
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", killed)
+        search(cut, 2)
+    assert (cut / BEST_NAME).is_dir() and not (cut / BEST_NAME / JSON_NAME).exists()
+    assert search(cut, 2).nodes == whole.nodes
+    # The trial that was killed has drawn its settings too.
+    assert values(cut) == values(cut)[:7] + values(tmp_path / "whole")
+
+
+def test_a_search_killed_before_its_first_trial_begins_with_it_once(tmp_path, monkeypatch):
+    def killed(*args, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(optuna.Study, "optimize", killed)
+        search(tmp_path, 2)
+    search(tmp_path, 2)
+    found = values(tmp_path)
+    assert len(found) == 2 * 7 and found[:7] != found[7:]
 
 
 def test_two_searches_in_one_folder_are_refused(tmp_path):
