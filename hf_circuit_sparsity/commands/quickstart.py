@@ -85,7 +85,7 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
     check_can_draw()
     if settings.minutes is not None and not settings.minutes > 0:
         raise ValueError(f"minutes={settings.minutes:g} was passed, but it must be above 0.")
-    started = time.perf_counter()
+    parts = _Parts()
     folder = Path(output_dir)
     check_tasks([settings.task])
     check_can_write(folder)
@@ -108,6 +108,7 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
         d_model=D_MODEL, n_layer=N_LAYER, block_size=BLOCK_SIZE, vocab_size=len(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
+    parts.end("reading")
     if (model_folder / SUMMARY_NAME).is_file():
         say("2/5  Training: done before")
         trained = json.loads((model_folder / SUMMARY_NAME).read_text())
@@ -131,17 +132,47 @@ def run_quickstart(output_dir: str, settings: QuickstartSettings) -> dict[str, A
             measure=_task_accuracy(task),
             start_at_bigrams=True,
         )
+    parts.end("training")
 
     say(f"3/5  Cutting out the circuit of {task.name}")
     model = CircuitGPTForCausalLM.from_pretrained(model_folder).eval()
     circuit = _prune(model, task, settings.seed, folder / "circuit", blocks["train"])
+    parts.end("circuit")
     say("4/5  Asking whether it may be believed")
     verdict = _check(circuit, model, task, folder / "circuit")
+    parts.end("checks")
     say("5/5  Done")
-    summary = {**trained, **circuit.metrics, "total_seconds": time.perf_counter() - started}
+    summary = {**trained, **circuit.metrics, **parts.seconds}
     write_json(folder / "summary.json", summary)
-    _print_summary(folder, trained, circuit, summary, verdict)
+    _print_summary(folder, trained, circuit, parts, verdict)
     return summary
+
+
+class _Parts:
+    """How long the parts of a run took: `seconds` are `NAME_seconds` of the clock and
+    `NAME_cpu_seconds` of all threads, and the same of `total`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = self._part = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
+
+    def end(self, name: str) -> None:
+        """The part of this name, which began where the last one ended, ends now."""
+        now = self._now()
+        for of, since in ((name, self._part), ("total", self._started)):
+            self.seconds[f"{of}_seconds"] = now[0] - since[0]
+            self.seconds[f"{of}_cpu_seconds"] = now[1] - since[1]
+        self._part = now
+
+    def row(self, kind: str) -> str:
+        """Minutes of the clock (`seconds`) or of CPU (`cpu_seconds`), in all and by part."""
+        names = ("total", "reading", "training", "circuit", "checks")
+        total, *rest = (f"{self.seconds[f'{name}_{kind}'] / 60:.1f}" for name in names)
+        return f"{total}: {', '.join(map(' '.join, zip(names[1:], rest, strict=True)))}"
 
 
 def _prune(
@@ -234,12 +265,13 @@ def _task_accuracy(task: BinaryTask) -> Callable[[CircuitGPTForCausalLM], dict[s
 
 
 def _print_summary(
-    folder: Path, trained: dict[str, Any], circuit: Circuit, summary: dict[str, Any], verdict: str
+    folder: Path, trained: dict[str, Any], circuit: Circuit, parts: _Parts, verdict: str
 ) -> None:
     rows = [
         *training_rows(trained),
         *circuit_rows(circuit),
-        ("minutes in all", f"{summary['total_seconds'] / 60:.1f}"),
+        ("minutes in all", parts.row("seconds")),
+        ("  of CPU", parts.row("cpu_seconds")),
         ("model", str(folder / "model")),
         ("circuit", str(folder / "circuit")),
         ("picture", str(folder / "circuit" / "circuit.png")),

@@ -106,6 +106,10 @@ def test_quickstart_from_corpus_to_picture_and_again(corpus, tmp_path, monkeypat
     assert (tmp_path / "q" / "circuit" / "circuit.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((tmp_path / "q" / "summary.json").read_text())
     assert summary["nodes"] == len(circuit)
+    for kind in ("seconds", "cpu_seconds"):
+        parts = [summary[f"{p}_{kind}"] for p in ("reading", "training", "circuit", "checks")]
+        assert min(parts) >= 0 and sum(parts) == pytest.approx(summary[f"total_{kind}"])
+    assert ": reading " in printed.split("minutes in all")[1]
 
     assert main(arguments) == 0  # the same command again trains nothing anew
     assert "done before" in capsys.readouterr().out
