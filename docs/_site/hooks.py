@@ -14,9 +14,11 @@ def on_files(files, config):
     """Add pages that lie outside of docs/, under the paths they have in the repository."""
     add = {HOME: ROOT / "README.md"}
     add |= {name: ROOT / name for name in AS_IT_IS}
-    for path in (ROOT / "benchmarks").rglob("*"):
-        if path.suffix in {".md", ".png", ".svg", ".json"}:
-            add[path.relative_to(ROOT).as_posix()] = path
+    shown = {".md", ".png", ".svg", ".json", ".yaml"}
+    for folder in ("benchmarks", "examples"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in shown:
+                add[path.relative_to(ROOT).as_posix()] = path
     for name, path in add.items():
         files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
