@@ -1,15 +1,59 @@
 """The site builds without a broken link, and its reference has what the docstrings say."""
 
+import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import hf_circuit_sparsity
 
 ROOT = Path(__file__).parents[1]
+RESULTS = sorted(path.stem for path in ROOT.glob("benchmarks/results/*.md"))
+
+
+def of_the_site(name: str):
+    """A module of docs/_site, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "_site" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def listed(nav) -> list[str]:
+    """The pages of a navigation, at any depth."""
+    if isinstance(nav, str):
+        return [nav]
+    return [
+        page for part in (nav if isinstance(nav, list) else nav.values()) for page in listed(part)
+    ]
+
+
+def test_the_navigation_has_every_page_once():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = listed(yaml.safe_load(text[text.index("\nnav:") :])["nav"])
+    there = {f"docs/{path.name}" for path in ROOT.glob("docs/*.md")}
+    there |= {f"benchmarks/results/{name}.md" for name in RESULTS} | {"benchmarks/README.md"}
+    elsewhere = {"index.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"}
+    assert len(pages) == len(set(pages))
+    assert set(pages) - elsewhere == {page.removeprefix("docs/") for page in there}
+
+
+def test_findings_say_a_sentence_of_every_result():
+    text = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[(\w+)\]\(\.\./benchmarks/results/(\w+)\.md\) \| .+\. \|$", text, re.M)
+    assert all(name == link for name, link in rows)
+    assert sorted(name for name, _ in rows) == RESULTS
+
+
+def test_pictures_of_concepts_are_what_the_script_draws():
+    script = of_the_site("draw_concepts")
+    assert {path.name for path in script.FOLDER.iterdir()} == script.PICTURES.keys()
+    for name, draw in script.PICTURES.items():
+        assert (script.FOLDER / name).read_text(encoding="utf-8") == draw(), name
 
 
 @pytest.mark.slow
