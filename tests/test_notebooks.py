@@ -21,7 +21,7 @@ SMALL = {
     "steer": {
         "LINES": 2000, "DENSE_STEPS": 3, "SPARSE_STEPS": 3, "BRIDGE_STEPS": 2, "PROMPTS": 8,
     },
-    "pretrained": {"DENSE_STEPS": 3, "SPARSE_STEPS": 3},
+    "pretrained": {"DENSE_STEPS": 3, "SPARSE_STEPS": 10},
 }  # fmt: skip
 FAST = "train"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
