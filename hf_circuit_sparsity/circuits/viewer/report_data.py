@@ -147,8 +147,7 @@ class _Report:
             "columns": [column._asdict() for column in graph.columns],
             "nodes": [self._node(graph, key, effects, order, activations) for key in graph.nodes],
             "links": [
-                [positions[link.source], positions[link.target], link.weight, link.kind]
-                for link in graph.links
+                [positions[link.source], positions[link.target], *link[2:]] for link in graph.links
             ],
             "heads": self._heads(graph),
             "curve": self._curve(order, runs["circuit"]["loss"]),

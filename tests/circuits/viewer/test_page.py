@@ -4,6 +4,7 @@ import copy
 
 import pytest
 
+from hf_circuit_sparsity.circuits.viewer.layout import layered_graph
 from hf_circuit_sparsity.circuits.viewer.report import render_page
 
 NEURON = "Neuron 7, layer 1, MLP"
@@ -41,6 +42,56 @@ def test_it_says_what_the_circuit_does_and_how_well(open_page, html, data):
     # The node that matters most is open, and nothing is dimmed before the first click.
     assert heading(page) == "Neuron 7" or heading(page) == "Value 5"
     assert page.locator(".node.far").count() == 0
+
+
+SMALLEST = """() => Math.min(...[...document.querySelectorAll("body *")]
+  .filter((e) => e.getClientRects().length && [...e.childNodes].some((n) => n.nodeType === 3
+    && n.data.trim()))
+  .map((e) => {
+    const matrix = e.ownerSVGElement ? e.getScreenCTM() : { a: 1, b: 0 };
+    return parseFloat(getComputedStyle(e).fontSize) * Math.hypot(matrix.a, matrix.b);
+  }))"""
+
+
+@pytest.fixture(scope="module")
+def crowded_html(crowded, data):
+    """The graph of a hundred nodes, with what another circuit's nodes were measured to do."""
+    model, circuit = crowded
+    graph = layered_graph(circuit, model)
+    some = next(node for node in data["nodes"] if node["site"] == "h.1.mlp.post_act")
+    keys = list(graph.nodes)
+    own = [key for key in keys if graph.nodes[key].kind != "token"]
+    nodes = []
+    for key, node in graph.nodes.items():
+        place = {"site": key[0], "index": key[1], "kind": node.kind, "column": node.column}
+        place["row"] = graph.rows[key]
+        if node.head is not None:
+            place["head"] = node.head
+        nodes.append(place if node.kind == "token" else {**some, **place})
+    many = {
+        **data,
+        "columns": [column._asdict() for column in graph.columns],
+        "nodes": nodes,
+        "links": [[keys.index(x.source), keys.index(x.target), *x[2:]] for x in graph.links],
+        "curve": {"sizes": [0, len(own)], "losses": [0.7, 0.1], "order": own},
+    }
+    return render_page(many)
+
+
+def test_text_is_readable_and_weights_stand_on_nothing(open_page, html, crowded_html):
+    for page in map(open_page, (html, crowded_html)):
+        assert page.evaluate(SMALLEST) >= 11
+        weights = [w.bounding_box() for w in page.locator(".weights text").all()]
+        assert len(weights) >= 5
+        boxes = [b.bounding_box() for b in page.locator(".node rect, .head rect").all()]
+        for i, one in enumerate(weights):
+            for other in [*boxes, *weights[:i]]:
+                apart = max(
+                    abs(one[x] + one[size] / 2 - other[x] - other[size] / 2)
+                    - (one[size] + other[size]) / 2
+                    for x, size in (("x", "width"), ("y", "height"))
+                )
+                assert apart > -2, (one, other)
 
 
 def test_a_node_shows_its_site_weights_effect_and_examples(open_page, html, data):
@@ -87,7 +138,7 @@ def test_a_head_shows_where_it_looks(open_page, html, data):
 
 def test_the_sliders_hide_weights_and_nodes(open_page, html, data):
     page = open_page(html)
-    lines = [abs(weight) for _, _, weight, kind in data["links"] if kind != "residual"]
+    lines = [abs(weight) for _, _, weight, kind, _ in data["links"] if kind != "residual"]
     assert f"{len(lines)} of {len(lines)} lines" in page.locator("#strength-value").inner_text()
     slide(page, "strength", 60)
     left = sum(weight >= 0.6 * max(lines) for weight in lines)
@@ -106,7 +157,7 @@ def test_the_sliders_hide_weights_and_nodes(open_page, html, data):
     # The mark on the curve follows, and a click on the curve moves the slider.
     mark = page.locator(".here circle")
     x = float(mark.get_attribute("cx"))
-    page.locator("#curve .catch").click(position={"x": 700, "y": 50})
+    page.locator("#curve .catch").click(position={"x": 400, "y": 50})
     assert page.locator("#size-value").inner_text().startswith("best 7 of 7")
     assert float(mark.get_attribute("cx")) > x
     assert page.locator(".node.cut").count() == 0
@@ -250,11 +301,11 @@ def test_a_large_circuit_is_a_small_page(open_page, data):
         clone = copy.deepcopy(pattern) | {"index": 100 + i, "row": i - 55}
         large["nodes"].append(clone)
         large["curve"]["order"].append([clone["site"], clone["index"]])
-        for source, target, weight, kind in list(large["links"]):
+        for source, target, weight, kind, via in list(large["links"]):
             if place in (source, target):
                 new = len(large["nodes"]) - 1
                 ends = [new if end == place else end for end in (source, target)]
-                large["links"].append([*ends, weight * (1 - i / 120), kind])
+                large["links"].append([*ends, weight * (1 - i / 120), kind, via])
     large["curve"]["sizes"].append(117)
     large["curve"]["losses"].append(0.1)
     html = render_page(large)

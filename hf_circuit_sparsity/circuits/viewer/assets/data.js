@@ -2,8 +2,8 @@
 
 const data = JSON.parse(byId("data").textContent);
 const nodes = data.nodes.map((node, id) => ({ ...node, id, ins: [], outs: [] }));
-const links = data.links.map(([source, target, weight, kind], id) => ({
-  id, source: nodes[source], target: nodes[target], weight, kind,
+const links = data.links.map(([source, target, weight, kind, via], id) => ({
+  id, source: nodes[source], target: nodes[target], weight, kind, via,
 }));
 for (const link of links) {
   link.source.outs.push(link);
@@ -31,7 +31,7 @@ const BLOCKS = { attn: "attention", mlp: "MLP" };
 
 function nodeLabel(node) {
   if (node.kind === "token") return tokenLabel(node.index);
-  if (node.name) return clip(visible(node.name), 10);
+  if (node.name) return clip(visible(node.name, false), 12);
   return node.head === undefined ? String(node.index) : `${node.kind} ${node.index}`;
 }
 
@@ -39,7 +39,7 @@ function nodeName(node) {
   if (node.site === "token") return `Token ${tokenLabel(node.index, 24)}`;
   if (node.site === "answer") return `Answer ${tokenLabel(node.index, 24)}`;
   const word = WORDS[node.kind] ?? node.kind;
-  const name = node.name ? `, “${visible(node.name)}”` : "";
+  const name = node.name ? `, “${visible(node.name, false)}”` : "";
   return `${word[0].toUpperCase()}${word.slice(1)} ${node.index}${name}`;
 }
 

@@ -1,4 +1,4 @@
-// The panel beside the graph: one node, or one attention head.
+// The panel below the graph: one node, or one attention head.
 
 const details = (() => {
   const host = byId("details");
@@ -47,7 +47,7 @@ const details = (() => {
   function nodeDetails(node) {
     const code = node.kind === "token" ? `token ${node.index}` : `${node.site}[${node.index}]`;
     const parts = heading(nodeName(node), nodePlace(node), code, nodeMeaning(node));
-    if (node.note) parts.push(h("p", { class: "note" }, visible(node.note)));
+    if (node.note) parts.push(h("p", { class: "note" }, visible(node.note, false)));
     if (node.effect !== undefined) parts.push(effectOf(node));
     const head = headOf(node);
     if (head && node.head !== undefined) {
