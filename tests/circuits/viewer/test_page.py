@@ -72,7 +72,7 @@ def crowded_html(crowded, data):
         **data,
         "columns": [column._asdict() for column in graph.columns],
         "nodes": nodes,
-        "links": [[keys.index(x.source), keys.index(x.target), *x[2:]] for x in graph.links],
+        "links": [[keys.index(x.source), keys.index(x.target), *x[2:], None] for x in graph.links],
         "curve": {"sizes": [0, len(own)], "losses": [0.7, 0.1], "order": own},
     }
     return render_page(many)
@@ -123,22 +123,71 @@ def test_a_head_shows_where_it_looks(open_page, html, data):
     page.locator(".head").click()
     assert heading(page) == "Head 1"
     tokens = page.locator("#details .tokens button")
-    assert tokens.count() == len(data["heads"]["prompts"][0])
+    assert tokens.count() == len(data["pairs"][0][0]["ids"])
     assert tokens.last.get_attribute("aria-pressed") == "true"
     tokens.nth(1).click()
     assert tokens.nth(1).get_attribute("aria-pressed") == "true"
     assert "it looks most at" in page.locator("#details").inner_text()
     page.get_by_role("button", name="Whole model").click()
-    page.get_by_role("button", name="Counterfactual").click()
-    assert tokens.count() == len(data["heads"]["prompts"][1])
+    page.locator("#details").get_by_role("button", name="Class 2").click()
+    assert tokens.count() == len(data["pairs"][0][1]["ids"])
     pattern = data["heads"]["heads"][0]["model"][1]
     cells = sum(weight >= 10 for weight in pattern)
     assert page.locator("#details .cell").count() == cells
 
 
+def test_a_weight_shows_what_is_lost_without_it(open_page, html, data):
+    page = open_page(html)
+    node(page, NEURON).click()
+    button = page.get_by_role("button", name="Weight +1.50, Channel 3 to Neuron 7")
+    at = next(i for i, n in enumerate(data["nodes"]) if n["site"] == "h.1.mlp.post_act")
+    effect = next(x[5] for x in data["links"] if x[1] == at)
+    assert effect > 0.1 and button.inner_text() == f"+{effect:.3f}"
+    button.click()
+    assert heading(page) == "Weight +1.500"
+    loss = data["losses"]["circuit"]["loss"]
+    assert f"from {loss:.3f} to {loss + effect:.3f}" in page.locator("#details").inner_text()
+    assert page.locator(".link.chosen").count() == 1
+    page.locator(".link-catch").last.dispatch_event("click")
+    assert "Channel" in page.locator("#details .place").inner_text()
+
+
+def test_pairs_are_chosen_and_their_predictions_named(open_page, html, data):
+    page = open_page(html)
+    example = page.locator("#example")
+    top, probability = data["pairs"][0][0]["predicted"]["circuit"][0]
+    assert data["tokens"][str(top)] == "yes" and probability > 0.9
+    assert f"yes {100 * probability:.0f}%" in example.inner_text()
+    node(page, NEURON).click()
+    classes = page.locator("#details .classes")
+    before = classes.inner_text()
+    assert "Class 1: yes" in before and "Class 2: no" in before
+    neuron = next(n for n in data["nodes"] if n["site"] == "h.1.mlp.post_act")
+    one, two = neuron["pairs"][:2]
+    largest = max((a - b for a, b in zip(one, two, strict=True)), key=abs)
+    assert f"largest +{largest:.2f}" in before
+    page.get_by_role("button", name="Pair 2").click()
+    assert classes.inner_text() != before
+    assert page.evaluate("document.activeElement.textContent") == "Pair 2"
+    assert "99 %" in page.locator("#details").inner_text()
+
+
+def test_a_key_shows_what_it_adds_to_the_attention(open_page, html, data):
+    page = open_page(html)
+    node(page, "Key 4").click()
+    key = next(n for n in data["nodes"] if n["site"] == "h.0.attn.k")
+    products = [data["heads"]["scale"] * key["mateMean"] * k for k in key["pairs"][0]]
+    shown = page.locator("#details .tokens button")
+    assert shown.count() == len(products)
+    place = max(range(len(products)), key=products.__getitem__)
+    text = page.locator("#details .how").nth(1).inner_text()
+    assert f"({products[place]:+.2f})".replace("-0.00", "+0.00").replace("-", "−") in text
+    assert "The query of this channel is not in the circuit" in text
+
+
 def test_the_sliders_hide_weights_and_nodes(open_page, html, data):
     page = open_page(html)
-    lines = [abs(weight) for _, _, weight, kind, _ in data["links"] if kind != "residual"]
+    lines = [abs(weight) for _, _, weight, kind, _, _ in data["links"] if kind != "residual"]
     assert f"{len(lines)} of {len(lines)} lines" in page.locator("#strength-value").inner_text()
     slide(page, "strength", 60)
     left = sum(weight >= 0.6 * max(lines) for weight in lines)
@@ -153,7 +202,8 @@ def test_the_sliders_hide_weights_and_nodes(open_page, html, data):
     assert page.locator("#size-value").inner_text() == shown
     assert page.locator(".node.cut").count() == 5
     kept = {tuple(key) for key in curve["order"][:2]}
-    assert {"h.0.attn.act_in", "h.0.attn.v"} == {site for site, _ in kept}
+    effects = {(n["site"], n["index"]): n["effect"] for n in data["nodes"] if "effect" in n}
+    assert min(map(effects.get, kept)) >= sorted(effects.values())[-2]
     # The mark on the curve follows, and a click on the curve moves the slider.
     mark = page.locator(".here circle")
     x = float(mark.get_attribute("cx"))
@@ -254,6 +304,7 @@ def test_hostile_text_stays_text(open_page, data, label):
     for name in ("task", "description", "model", "fingerprint"):
         hostile[name] = label
     hostile["tokens"] = {token: label for token in hostile["tokens"]}
+    hostile["pairs"] = [[side | {"target": 7} for side in pair] for pair in hostile["pairs"]]
     hostile["checks"] = {label: {"value": 1.0, "control": 0.0, "control_low": -1.0, "passed": 1.0}}
     hostile["verdict"] = f"Failed: {label}"[:2000]
     for node in hostile["nodes"]:
@@ -301,11 +352,11 @@ def test_a_large_circuit_is_a_small_page(open_page, data):
         clone = copy.deepcopy(pattern) | {"index": 100 + i, "row": i - 55}
         large["nodes"].append(clone)
         large["curve"]["order"].append([clone["site"], clone["index"]])
-        for source, target, weight, kind, via in list(large["links"]):
+        for source, target, weight, kind, via, effect in list(large["links"]):
             if place in (source, target):
                 new = len(large["nodes"]) - 1
                 ends = [new if end == place else end for end in (source, target)]
-                large["links"].append([*ends, weight * (1 - i / 120), kind, via])
+                large["links"].append([*ends, weight * (1 - i / 120), kind, via, effect])
     large["curve"]["sizes"].append(117)
     large["curve"]["losses"].append(0.1)
     html = render_page(large)

@@ -2,8 +2,8 @@
 
 const data = JSON.parse(byId("data").textContent);
 const nodes = data.nodes.map((node, id) => ({ ...node, id, ins: [], outs: [] }));
-const links = data.links.map(([source, target, weight, kind, via], id) => ({
-  id, source: nodes[source], target: nodes[target], weight, kind, via,
+const links = data.links.map(([source, target, weight, kind, via, effect], id) => ({
+  id, source: nodes[source], target: nodes[target], weight, kind, via, effect,
 }));
 for (const link of links) {
   link.source.outs.push(link);
@@ -14,6 +14,7 @@ for (const node of nodes) {
   if (node.kind !== "token") Object.assign(node, { layer: Number(layer), block });
 }
 const heads = data.heads.heads;
+const PAIR_TOKENS = 48;
 const members = (head) =>
   nodes.filter((node) => node.layer === head.layer && node.head === head.head);
 const headOf = (node) =>
@@ -116,5 +117,7 @@ const state = {
   size: measured.length, // nodes kept, in the order of the curve
   sample: "task", // or "text": which activations are shown
   run: "circuit", // or "model": whose attention is shown
-  prompt: 0, // whose attention is shown
+  pair: 0, // of prompts
+  side: 0, // of the pair
+  query: null, // token of it that looks; null is the last
 };

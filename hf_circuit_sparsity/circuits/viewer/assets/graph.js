@@ -165,7 +165,7 @@ const graph = (() => {
     linkMarks = marks((link) =>
       `link ${link.kind} ${link.weight < 0 ? "negative" : "positive"}`)
       .attr("stroke-width", (link) => (link.kind === "residual" ? 1.2 : edgeWidth(link.weight)));
-    marks("link-catch")
+    marks("link-catch").on("click", (event, link) => select({ link }))
       .on("pointerenter pointermove", (event, link) => tip.show(event, linkText(link)))
       .on("pointerleave", tip.hide);
   }
@@ -175,7 +175,8 @@ const graph = (() => {
     if (link.kind === "residual") return [ends, "the same residual channel"];
     const what = { weight: "weight", embed: link.source.kind === "token" ? "embedding"
       : "unembedding" }[link.kind];
-    return [ends, `${what} ${signed(link.weight, 3)}`];
+    return [ends, `${what} ${signed(link.weight, 3)}`,
+      ...(link.effect === null ? [] : [`without it: loss ${signed(link.effect, 3)}`])];
   }
 
   function drawNodes() {
@@ -310,9 +311,12 @@ const graph = (() => {
 
   function update() {
     const { selected, threshold } = state;
-    const start = selected?.node ? [selected.node] : selected?.head ? members(selected.head) : null;
+    const start = selected?.node ? [selected.node] : selected?.head ? members(selected.head)
+      : selected?.link ? [selected.link.source, selected.link.target] : null;
     const near = start && state.dim ? trace(start) : null;
     const direct = new Set(start?.map((node) => node.id));
+    const touches = (link) => (selected?.link ? selected.link === link
+      : direct.has(link.source.id) || direct.has(link.target.id));
     const hidden = (link) =>
       cut(link.source) || cut(link.target)
       || (link.kind !== "residual" && Math.abs(link.weight) < threshold * strongestWeight);
@@ -325,9 +329,9 @@ const graph = (() => {
       .attr("aria-pressed", (head) => String(selected?.head === head));
     linkMarks.classed("hidden", hidden)
       .classed("far", (link) => near && !near.links.has(link.id))
-      .classed("direct", (link) => direct.has(link.source.id) || direct.has(link.target.id));
-    drawWeights(links.filter((link) => link.kind !== "residual" && !hidden(link)
-      && (!near || direct.has(link.source.id) || direct.has(link.target.id))));
+      .classed("chosen", (link) => selected?.link === link)
+      .classed("direct", touches);
+    drawWeights(links.filter((link) => link.kind !== "residual" && !hidden(link) && (!near || touches(link))));
     return links.filter((link) => link.kind !== "residual" && !hidden(link)).length;
   }
 

@@ -2,7 +2,7 @@
 
 function select(selection) {
   const same = selection && state.selected
-    && selection.node === state.selected.node && selection.head === state.selected.head;
+    && ["node", "head", "link"].every((kind) => selection[kind] === state.selected[kind]);
   if (same && state.dim) return;
   state.selected = selection;
   state.dim = true;
@@ -12,7 +12,16 @@ function select(selection) {
   if (selection) bringDetailsIntoView();
 }
 
-// On a narrow screen the panel is below the graph: show at least where it begins.
+// What follows from the state besides the graph and the sliders.
+function refresh() {
+  const held = byId("example").contains(document.activeElement) && document.activeElement.dataset.key;
+  showExample();
+  details.update();
+  // Who pressed a button that was drawn anew is still on it.
+  if (held) byId("example").querySelector(`[data-key="${CSS.escape(held)}"]`)?.focus({ preventScroll: true });
+}
+
+// The panel is below the graph: show at least where it begins.
 function bringDetailsIntoView() {
   const { top } = byId("details").getBoundingClientRect();
   const wanted = 0.62 * window.innerHeight;
