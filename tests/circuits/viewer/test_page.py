@@ -1,6 +1,8 @@
 """The page in a real browser: what a person does with it, by mouse, finger and keyboard."""
 
 import copy
+import json
+from xml.etree import ElementTree
 
 import pytest
 
@@ -183,6 +185,84 @@ def test_a_key_shows_what_it_adds_to_the_attention(open_page, html, data):
     text = page.locator("#details .how").nth(1).inner_text()
     assert f"({products[place]:+.2f})".replace("-0.00", "+0.00").replace("-", "−") in text
     assert "The query of this channel is not in the circuit" in text
+
+
+def test_the_view_is_in_the_address(open_page, html, data):
+    page = open_page(html)
+    node(page, NEURON).click()
+    page.get_by_role("button", name="Pin", exact=True).click()
+    page.get_by_label("Name of Neuron 7").fill("sees <on> & says so")
+    page.get_by_label("Name of Neuron 7").press("Enter")
+    page.locator("#pins input").nth(1).fill("Readers")
+    page.locator("#pins input").nth(1).press("Enter")
+    page.locator("#search").fill("mlp channel")
+    page.get_by_role("button", name="Pair 3").click()
+    page.get_by_role("button", name="Pretraining text").click()
+    page.locator("#channels").get_by_role("button", name="3", exact=False).click()
+    slide(page, "strength", 30)
+    slide(page, "size", 3)
+    page.locator("#theme").click()
+
+    def view(page):
+        return [
+            page.locator(f"#{name}").inner_text()
+            for name in (
+                "example",
+                "details",
+                "strength-value",
+                "size-value",
+                "pins",
+                "found",
+                "channels",
+            )
+        ] + [
+            page.locator("#pins input").evaluate_all("list => list.map((entry) => entry.value)"),
+            page.locator(".node.found").count(),
+            page.evaluate("document.documentElement.dataset.theme"),
+        ]
+
+    seen = view(page)
+    assert seen[-3] == ["sees <on> & says so", "Readers"] and seen[-2] == 2
+    assert "“sees <on> & says so”" in seen[1]
+    assert page.locator(".node .dot-mark.group-0").count() == 1
+    other = open_page(html)
+    other.evaluate("(hash) => { location.hash = hash; }", page.evaluate("location.hash"))
+    other.wait_for_selector("#pins input")
+    assert view(other) == seen
+    other.reload()
+    other.wait_for_selector("html[data-ready]", state="attached")
+    assert view(other) == seen
+    other.locator("#pins .groups button").click()
+    assert heading(other) == "Readers"
+    other.locator("#pins").get_by_label("Unpin").click()
+    assert other.locator("#pins input").count() == 0 and "pin=" not in other.url
+
+
+def test_an_address_that_names_nothing_here_shows_the_page(open_page, html):
+    page = open_page(html)
+    strange = "#at=h.9&strength=1e9&size=-1&pair=99&side=x&query=4.5&sample=<b>&pin=[1&pin=null"
+    strange += "&pin=%5B%22h.1.mlp.post_act.7%22%2C%7B%7D%5D&search=%3Cimg%20src%3Dx%3E&theme=a%0Ab"
+    page.evaluate("(hash) => { location.hash = hash; }", strange)
+    page.wait_for_selector("#pins input")
+    assert heading(page) == "Nothing selected"
+    assert page.locator("#strength-value").inner_text().startswith("from 0.00")
+    assert page.locator("#size-value").inner_text().startswith("best 7 of 7")
+    assert page.evaluate("document.images.length") == 0
+
+
+def test_picture_and_data_are_downloaded(open_page, html, data, tmp_path):
+    page = open_page(html, accept_downloads=True)
+    for button, name in (("Picture", "on_off.svg"), ("Data", "on_off.json")):
+        with page.expect_download() as waiting:
+            page.get_by_role("button", name=button).click()
+        assert waiting.value.suggested_filename == name
+        waiting.value.save_as(tmp_path / name)
+    assert json.loads((tmp_path / "on_off.json").read_text()) == json.loads(json.dumps(data))
+    root = ElementTree.parse(tmp_path / "on_off.svg").getroot()
+    assert root.tag.endswith("svg") and "+2.00" in "".join(root.itertext())
+    boxes = [e for e in root.iter() if e.get("class", "").startswith("node ")]
+    assert len(boxes) == len(data["nodes"])
+    assert all(box[0].get("fill", "").startswith(("rgb", "color", "oklab")) for box in boxes)
 
 
 def test_the_sliders_hide_weights_and_nodes(open_page, html, data):

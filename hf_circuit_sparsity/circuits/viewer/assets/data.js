@@ -30,9 +30,14 @@ const ROLES = { tokens: "tokens that decide", qkv: "query · key · value" };
 const roleName = (column) => ROLES[column.role] ?? column.role;
 const BLOCKS = { attn: "attention", mlp: "MLP" };
 
+const nodeKey = (node) => `${node.site}.${node.index}`;
+// What the reader calls it, or who found the circuit.
+const nameOf = (node) => state.pins.get(node)?.name || node.name;
+
 function nodeLabel(node) {
+  const name = nameOf(node);
+  if (name) return clip(visible(name, false), 12);
   if (node.kind === "token") return tokenLabel(node.index);
-  if (node.name) return clip(visible(node.name, false), 12);
   return node.head === undefined ? String(node.index) : `${node.kind} ${node.index}`;
 }
 
@@ -40,7 +45,8 @@ function nodeName(node) {
   if (node.site === "token") return `Token ${tokenLabel(node.index, 24)}`;
   if (node.site === "answer") return `Answer ${tokenLabel(node.index, 24)}`;
   const word = WORDS[node.kind] ?? node.kind;
-  const name = node.name ? `, “${visible(node.name, false)}”` : "";
+  const called = nameOf(node);
+  const name = called ? `, “${clip(visible(called, false), 60)}”` : "";
   return `${word[0].toUpperCase()}${word.slice(1)} ${node.index}${name}`;
 }
 
@@ -111,12 +117,14 @@ function trace(start) {
 }
 
 const state = {
-  selected: null, // { node } or { head }
+  selected: null, // { node }, { head }, { link } or { group }
   dim: false, // whether what the selection does not touch is dimmed; not before the first click
   threshold: 0, // share of the strongest weight below which weights are hidden
   size: measured.length, // nodes kept, in the order of the curve
   sample: "task", // or "text": which activations are shown
   run: "circuit", // or "model": whose attention is shown
+  search: "",
+  pins: new Map(), // node → { name, group }, as the reader calls it
   pair: 0, // of prompts
   side: 0, // of the pair
   query: null, // token of it that looks; null is the last

@@ -10,14 +10,16 @@ const details = (() => {
     if (selected?.node) fill(host, nodeDetails(selected.node));
     else if (selected?.head) fill(host, headDetails(selected.head));
     else if (selected?.link) fill(host, linkDetails(selected.link));
+    else if (selected?.group) fill(host, groupDetails(selected.group));
     else fill(host, overview());
     // Who pressed a button that was drawn anew is still on it.
     if (held) host.querySelector(`[data-key="${CSS.escape(held)}"]`)?.focus({ preventScroll: true });
   }
 
-  const heading = (title, place, code, meaning) => [
+  const heading = (title, place, code, meaning, ...buttons) => [
     h("div", { class: "bar" },
       h("h2", {}, title),
+      ...buttons,
       h("button", { type: "button", class: "quiet", "aria-label": "Close", onclick: () => select(null) },
         "✕")),
     h("p", { class: "place" }, place, code ? h("code", {}, code) : null),
@@ -47,7 +49,7 @@ const details = (() => {
 
   function nodeDetails(node) {
     const code = node.kind === "token" ? `token ${node.index}` : `${node.site}[${node.index}]`;
-    const parts = heading(nodeName(node), nodePlace(node), code, nodeMeaning(node));
+    const parts = heading(nodeName(node), nodePlace(node), code, nodeMeaning(node), notes.button(node));
     if (node.note) parts.push(h("p", { class: "note" }, visible(node.note, false)));
     if (node.effect !== undefined) parts.push(effectOf(node));
     const head = headOf(node);
@@ -76,6 +78,16 @@ const details = (() => {
         h("b", {}, `${signed(node.effect, 3)} nats`),
         h("p", {}, `Without this node, fixed at its mean, the circuit's loss ${verb} from ${loss.toFixed(3)} `
           + `to ${Math.max(0, loss + node.effect).toFixed(3)}. By effect it is ${node.rank + 1} of ${measured.length}.${score}`)));
+  }
+
+  function groupDetails(name) {
+    return [
+      ...heading(clip(visible(name, false), 60), "a group of yours", "",
+        "The effect is that of each node alone; a group's was not measured."),
+      h("div", { class: "rows" }, inGroup(name).map((node) => nodeButton(node,
+        h("span", { class: "grow" }, `${nodeName(node)}, ${nodePlace(node)}`),
+        h("span", { class: "value" }, node.effect === undefined ? "" : signed(node.effect))))),
+    ];
   }
 
   // A weight: its ends, and what the loss becomes without it.

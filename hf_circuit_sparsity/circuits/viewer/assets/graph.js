@@ -13,7 +13,7 @@ const graph = (() => {
   let nodeMarks, linkMarks, headMarks, headFrames, labelLayer;
 
   const widthOf = (node) =>
-    Math.max(NODE.width, node.kind === "token" || node.name ? 18 + 8 * nodeLabel(node).length : 0);
+    Math.max(NODE.width, node.kind === "token" || nameOf(node) ? 18 + 8 * nodeLabel(node).length : 0);
 
   function place() {
     // From one column to the next, and from one box to its neighbour.
@@ -200,6 +200,9 @@ const graph = (() => {
       .attr("width", (node) => node.width).attr("height", NODE.height)
       .attr("rx", (node) => (node.kind === "token" ? 4 : NODE.height / 2));
     nodeMarks.append("text").attr("text-anchor", "middle").attr("dy", "0.35em").text(nodeLabel);
+    nodeMarks.filter((node) => state.pins.has(node)).append("circle").attr("r", 5)
+      .attr("class", (node) => `dot-mark ${groupClass(node)}`)
+      .attr("cx", (node) => 6 - node.width / 2).attr("cy", -NODE.height / 2);
     nodeMarks.each(function colour(node) {
       if (node.effect === undefined) return;
       const strength = effectStrength(node.effect);
@@ -212,7 +215,7 @@ const graph = (() => {
   // Zoom and drag. A finger scrolls the page until the graph is zoomed in; the wheel needs Ctrl.
   function addZoom() {
     const fit = fitted();
-    const free = fit.k * 1.02;
+    const free = Math.max(fit.k, READABLE) * 1.02;
     zoom = d3.zoom().scaleExtent([Math.min(fit.k, 0.3), 4])
       .filter((event) => {
         if (event.type === "wheel") return event.ctrlKey || event.metaKey;
@@ -312,7 +315,8 @@ const graph = (() => {
   function update() {
     const { selected, threshold } = state;
     const start = selected?.node ? [selected.node] : selected?.head ? members(selected.head)
-      : selected?.link ? [selected.link.source, selected.link.target] : null;
+      : selected?.link ? [selected.link.source, selected.link.target]
+        : selected?.group ? inGroup(selected.group) : null;
     const near = start && state.dim ? trace(start) : null;
     const direct = new Set(start?.map((node) => node.id));
     const touches = (link) => (selected?.link ? selected.link === link
@@ -368,5 +372,7 @@ const graph = (() => {
       .text(({ link }) => signed(link.weight));
   }
 
-  return { draw, update, zoomBy, zoomFit, moveFocus, focus, isVertical: () => vertical };
+  const mark = (found) => nodeMarks.classed("found", (node) => found.has(node));
+
+  return { draw, update, mark, reveal, zoomBy, zoomFit, moveFocus, focus, isVertical: () => vertical };
 })();

@@ -209,6 +209,7 @@ const channels = (() => {
   function show(channel) {
     shown = channel;
     draw();
+    url.save();
     const still = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
     byId("channels-title").scrollIntoView({ behavior: still ? "auto" : "smooth", block: "start" });
   }
@@ -245,7 +246,7 @@ const channels = (() => {
         return h("button", {
           type: "button", "aria-pressed": String(entry === shown),
           title: `channel ${entry.channel}, ${sides.filter(Boolean).join(" and ")} by the circuit`,
-          onclick: () => { shown = entry; draw(); },
+          onclick: () => { shown = entry; draw(); url.save(); },
         }, `${entry.channel}${entry.writes.length ? entry.reads.length ? " ⇄" : " →" : ""}`);
       }));
     const position = h("div", { class: "table" }, h("h3", {}, "Positions"),
@@ -266,7 +267,10 @@ const channels = (() => {
     const telling = (entry) => (entry.embed && entry.reads.length ? 100 : 0);
     shown = list[d3.maxIndex(list, (entry) => worth(entry) + telling(entry))];
   }
-  return { draw, of, show };
+  const first = shown;
+  const choose = (number) => { shown = list.find((entry) => entry.channel === number) ?? first; };
+  const chosen = () => (shown === first ? "" : shown.channel);
+  return { draw, of, show, choose, chosen };
 })();
 
 function showWords() {
