@@ -81,6 +81,10 @@ def histogram(values: torch.Tensor, low: float, high: float) -> dict[str, Any]:
     return {"counts": counts.long().tolist(), "zero": 1 - len(nonzero) / max(1, len(values))}
 
 
+QUANTILES = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99)
+"""Of a node's activations, at which an example is shown."""
+
+
 class Example(NamedTuple):
     """A stretch of a sequence around the token at which a node is most, or least, active."""
 
@@ -123,13 +127,29 @@ def extreme_examples(
         if sequence in taken:
             continue
         taken.add(sequence)
-        first, end = recorded.starts[sequence], recorded.starts[sequence + 1]
-        at = token - first
-        start, stop = max(0, at - BEFORE), min(end - first, at + AFTER + 1)
-        stretch = tuple(recorded.input_ids[sequence][start:stop])
+        example = _around(recorded, values, token)
+        stop = example.start + len(example.values)
+        stretch = tuple(recorded.input_ids[sequence][example.start : stop])
         if stretch in seen:  # text repeats itself, licences above all
             continue
         seen.add(stretch)
-        shown = values[first + start : first + stop].tolist()
-        examples.append(Example(sequence, start, at, shown))
+        examples.append(example)
     return examples
+
+
+def quantile_examples(recorded: Activations, site: str, column: int) -> list[Example]:
+    """A token at each of the `QUANTILES` of a node's activations, zeros included."""
+    values = recorded.values[site][:, column]
+    order = values.argsort(stable=True)
+    places = [round(share * (len(values) - 1)) for share in QUANTILES]
+    return [_around(recorded, values, int(order[place])) for place in places]
+
+
+def _around(recorded: Activations, values: torch.Tensor, token: int) -> Example:
+    """The stretch around a token, which is counted over all sequences."""
+    starts = torch.tensor(recorded.starts)
+    sequence = int(torch.searchsorted(starts, token, right=True)) - 1
+    first, end = recorded.starts[sequence], recorded.starts[sequence + 1]
+    at = token - first
+    start, stop = max(0, at - BEFORE), min(end - first, at + AFTER + 1)
+    return Example(sequence, start, at, values[first + start : first + stop].tolist())

@@ -28,6 +28,10 @@ ROLES = {
 MAX_TOKENS = 14
 HEAD_GAP = 0.9
 """Rows left free between two heads of a column."""
+CLEAR = 0.5
+"""Rows from a box's middle to where a line passes it."""
+HEAD_CLEAR = 1.15
+"""The same above the first box of a head, where the head's title is."""
 
 
 class Column(NamedTuple):
@@ -58,6 +62,8 @@ class GraphLink(NamedTuple):
     kind: str
     """`weight`, `embed` (embedding or unembedding), or `residual`: the target reads the channel
     that the source writes, and the weight is 0."""
+    via: tuple[float, ...] = ()
+    """Rows at which it passes the columns between its ends, clear of their boxes."""
 
 
 class LayeredGraph(NamedTuple):
@@ -91,7 +97,8 @@ def layered_graph(circuit: Circuit, model: nn.Module) -> LayeredGraph:
     columns, nodes = _columns(circuit, model, tokens)
     links = _links(circuit, list(node_sites(model)), edges, embedded, unembedded)
     links = [link for link in links if link.source in nodes and link.target in nodes]
-    return LayeredGraph(columns, nodes, links, _rows(nodes, links), len(cut))
+    rows = _rows(nodes, links)
+    return LayeredGraph(columns, nodes, _routed(nodes, links, rows), rows, len(cut))
 
 
 def deciding_tokens(circuit: Circuit) -> list[int]:
@@ -196,3 +203,42 @@ def _rows(nodes: dict[Key, GraphNode], links: list[GraphLink]) -> dict[Key, floa
             centres = {key: centre(key) for key in columns[column]}
             arrange(columns[column], centres.__getitem__)
     return rows
+
+
+def _routed(
+    nodes: dict[Key, GraphNode], links: list[GraphLink], rows: dict[Key, float]
+) -> list[GraphLink]:
+    """The links with the rows at which they pass the columns between, so that none is hidden."""
+    columns: dict[int, list[Key]] = {}
+    for key, node in nodes.items():
+        columns.setdefault(node.column, []).append(key)
+    gaps = {column: _gaps(keys, nodes, rows) for column, keys in columns.items()}
+    routes = []
+    shared: dict[tuple[int, float], list[tuple[int, int]]] = {}
+    for number, link in enumerate(links):
+        first, last = nodes[link.source].column, nodes[link.target].column
+        row, end, via = rows[link.source], rows[link.target], []
+        for column in range(first + 1, last):
+            row += (end - row) / (last - column + 1)
+            low, high, between = gaps.get(column, (0.0, 0.0, []))
+            if column in gaps and low < row < high:
+                row = min([low, *between, high], key=lambda gap: abs(gap - row))
+                shared.setdefault((column, row), []).append((number, len(via)))
+            via.append(row)
+        routes.append(via)
+    # Lines that pass through one gap lie beside each other.
+    for (_, gap), places in shared.items():
+        step = min(0.08, 0.24 / len(places))
+        for i, (number, place) in enumerate(places):
+            routes[number][place] = gap + step * (i - (len(places) - 1) / 2)
+    return [link._replace(via=tuple(via)) for link, via in zip(links, routes, strict=True)]
+
+
+def _gaps(
+    keys: list[Key], nodes: dict[Key, GraphNode], rows: dict[Key, float]
+) -> tuple[float, float, list[float]]:
+    """Below and above which a column is free, and the rows between that are."""
+    places = sorted(keys, key=rows.__getitem__, reverse=True)
+    top = rows[places[0]] + (CLEAR if nodes[places[0]].head is None else HEAD_CLEAR)
+    below = [rows[key] - CLEAR for key in places]
+    return below[-1], top, below[:-1]

@@ -1,6 +1,6 @@
 """What a page shows of a circuit's parts: their effects, smaller circuits, attention, channels."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ...decoders.decoder import decoder_of
-from ..ablation import mean_ablated
+from ..ablation import ReferenceMeans, hooked, mean_ablated
 from ..circuit import Circuit
+from ..edges import Edge, EdgeName, cut_offsets, edge_hooks
 from ..task_scores import TaskTensors, all_pair_logits, binary_accuracy, binary_loss
 from .layout import Key
 
@@ -30,6 +31,39 @@ def before_and_after(
         name: {"loss": binary_loss(pairs).item(), "accuracy": binary_accuracy(pairs)}
         for name, pairs in runs.items()
     }
+
+
+def edge_effects(
+    circuit: Circuit,
+    model: nn.Module,
+    tensors: TaskTensors,
+    edges: Iterable[Edge],
+    attended: Mapping[str, torch.Tensor],
+    wrap: Callable[[Iterable], Iterable] = iter,
+) -> dict[EdgeName, float]:
+    """By how much the circuit's task loss rises, in nats, when a weight of it is cut too.
+
+    What its source adds to its target is then the same at every token: weight × the source's mean.
+
+    Args:
+        circuit: of `model`; its own cuts and calibration stay.
+        model: the model.
+        tensors: prompts to measure on.
+        edges: those to measure; the weights of one name are cut together.
+        attended: [`ReferenceMeans.attended`], for the edges of values.
+        wrap: put around the edges, e.g. a progress bar.
+    """
+    named: dict[EdgeName, list[Edge]] = {}
+    for edge in edges:
+        named.setdefault(edge.name, []).append(edge)
+    means = ReferenceMeans(circuit.means, dict(attended), torch.empty(0))
+    effects = {}
+    with circuit.apply(model):
+        whole = binary_loss(all_pair_logits(model, tensors)).item()
+        for name in wrap(named):
+            with hooked(edge_hooks(model, named[name], cut_offsets(named[name], means))):
+                effects[name] = binary_loss(all_pair_logits(model, tensors)).item() - whole
+    return effects
 
 
 def by_score(circuit: Circuit, nodes: Iterable[Key]) -> list[Key]:

@@ -21,7 +21,18 @@ from ..ablation import ReferenceTokens
 from ..circuit import Circuit
 from .report_data import ReportConfig, report_data
 
-SCRIPTS = ("dom", "data", "charts", "graph", "details", "sections", "main")
+SCRIPTS = (
+    "dom",
+    "data",
+    "charts",
+    "graph",
+    "examples",
+    "details",
+    "sections",
+    "notes",
+    "views",
+    "main",
+)
 """Parts of the page's script, in their order; each may use what those before it define."""
 
 

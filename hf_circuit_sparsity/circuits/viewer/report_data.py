@@ -3,7 +3,6 @@
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,27 +11,40 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...tasks.binary_task import BinaryTask
-from ..ablation import ReferenceTokens, in_eval_mode, reference_input_ids, unwrapped
+from ..ablation import (
+    ReferenceTokens,
+    in_eval_mode,
+    reference_input_ids,
+    reference_means,
+    unwrapped,
+)
 from ..attention import attention_patterns
 from ..circuit import Circuit
 from ..evaluation.verdict import verdict
 from ..node_effects import node_effects
 from ..node_set import node_text
-from ..pruning.find import task_example
 from ..task_scores import task_rows
-from .activations import Activations, Example, extreme_examples, histogram, record_activations
+from .activations import (
+    QUANTILES,
+    Activations,
+    Example,
+    extreme_examples,
+    histogram,
+    quantile_examples,
+    record_activations,
+)
 from .layout import Key, LayeredGraph, layered_graph
 from .measurements import (
     before_and_after,
     by_score,
     channel_embeddings,
     curve_sizes,
+    edge_effects,
     nested_losses,
     other_nodes,
 )
+from .pairs import PAIR_TOKENS, channel_scale, head_patterns, predictions, strongest, task_pairs
 
-PATTERN_TOKENS = 48
-"""Tokens of a prompt, its last, whose attention is shown."""
 LONGEST_TOKEN = 60
 LONGEST_TEXT = 600
 
@@ -48,14 +60,20 @@ class ReportConfig:
     """Tokens of pretraining text over which activations are taken."""
     examples: int = 5
     """Examples shown at either end of a node's activations."""
+    pairs: int = 4
+    """Prompts with their counterfactuals to choose from: the circuit's own and held-out ones."""
+    edges: int = 400
+    """Weights whose ablation effect is measured, the strongest."""
     seed: int = 0
     """Of the choice of prompts; and of the task, where none is passed and the circuit names no
     seed of its own."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "text_tokens", "examples"):
+        for name in ("prompts", "text_tokens", "examples", "pairs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} was passed, but it must be ≥ 1.")
+        if self.edges < 0:
+            raise ValueError(f"edges={self.edges} was passed, but it must be ≥ 0.")
 
 
 def report_data(
@@ -114,7 +132,7 @@ class _Report:
         random.Random(self.config.seed).shuffle(rows)
         self.test_rows = rows[: self.config.prompts]
         self.test = task_rows(self.task.tensors("test"), self.test_rows)
-        self.prompt_pair = self._prompt_pair()
+        self.pairs = task_pairs(self.circuit, self.task, self.test_rows, self.config.pairs)
         self.token_ids: set[int] = set()
         # By distribution: sequences that some example shows → their numbers on the page.
         self.sequences: dict[str, dict[int, int]] = {"task": {}, "text": {}}
@@ -136,18 +154,25 @@ class _Report:
         graph = layered_graph(circuit, model)
         keys = [key for key, node in graph.nodes.items() if node.kind != "token"]
         effects = node_effects(circuit, model, self.test, self._bar("ablating nodes")(keys))
-        order = by_score(circuit, effects)
-        if not circuit.scores:  # by ablation effect, where no mask was learned
-            order = sorted(effects, key=effects.__getitem__, reverse=True)
-        activations = self._activations(reference)
+        order = sorted(effects, key=effects.__getitem__, reverse=True)
+        text = reference_input_ids(
+            model, self.tokenizer, reference, self.config.text_tokens, self.progress
+        )
+        cut = self._edge_effects(text)
+        activations = self._activations(text)
         positions = {key: position for position, key in enumerate(graph.nodes)}
         data = {
             **self._facts(graph),
+            "pairs": [[self._side(side) for side in pair] for pair in self.pairs],
+            "quantiles": QUANTILES,
             "losses": runs,
             "columns": [column._asdict() for column in graph.columns],
             "nodes": [self._node(graph, key, effects, order, activations) for key in graph.nodes],
             "links": [
-                [positions[link.source], positions[link.target], link.weight, link.kind]
+                [
+                    *(positions[link.source], positions[link.target], *link[2:]),
+                    cut.get((*link.source, *link.target)) if link.kind == "weight" else None,
+                ]
                 for link in graph.links
             ],
             "heads": self._heads(graph),
@@ -166,14 +191,11 @@ class _Report:
 
     def _facts(self, graph: LayeredGraph) -> dict[str, Any]:
         circuit = self.circuit
-        for side in self.prompt_pair:
-            self.token_ids |= {*side["ids"], side["target"], side["other"]}
         return {
             "task": _shortened(circuit.task),
             "description": _shortened(self.task.description),
             "model": _shortened(circuit.model_name),
             "fingerprint": _shortened(circuit.model_fingerprint),
-            "example": self.prompt_pair,
             "size": {
                 "nodes": len(circuit),
                 "modelNodes": sum(len(mean) for mean in circuit.means.values()),
@@ -185,43 +207,54 @@ class _Report:
             "samples": {"prompts": len(self.test_rows), "seed": self.config.seed},
             "checks": {_shortened(name, 40): check for name, check in circuit.verification.items()},
             "verdict": _shortened(verdict(circuit.verification), 2000),
-            "ranking": "mask score" if circuit.scores else "ablation effect",
         }
 
-    def _prompt_pair(self) -> list[dict[str, Any]]:
-        """The circuit's own example and its counterfactual; the task's first if it has none."""
-        sides = ("", "counterfactual_")
-        example = self.circuit.example
-        named = [example.get(f"{side}token_ids") for side in sides]
-        if not all(named) or not all(f"{side}target_id" in example for side in sides):
-            example = task_example(self.task)
-        return [
-            {
-                "ids": example[f"{side}token_ids"],
-                "target": example[f"{side}target_id"],
-                "other": example[f"{other}target_id"],
-            }
-            for side, other in (sides, sides[::-1])
-        ]
-
-    def _activations(self, reference: ReferenceTokens) -> dict[str, Activations]:
-        """On the task with the circuit alone, on pretraining text with the whole model."""
-        nodes = self.circuit.nodes
-        prompts = [list(ids) for ids in self.task.test[self.test_rows]["input_ids"]]
-        text = reference_input_ids(
-            self.model, self.tokenizer, reference, self.config.text_tokens, self.progress
-        ).tolist()
+    def _side(self, side: dict[str, Any]) -> dict[str, Any]:
+        """A prompt with the likeliest next tokens, and the probabilities of the two answers."""
+        runs = predictions(self.circuit, self.model, side["ids"])
+        answers = [side["target"], side["other"]]
+        top = {run: strongest(probabilities) for run, probabilities in runs.items()}
+        named = {token for tokens in top.values() for token, _ in tokens}
+        self.token_ids |= {*side["ids"], *answers, *named}
         return {
-            "task": record_activations(
-                self.model,
-                nodes,
-                prompts,
-                within=lambda: self.circuit.apply(self.model),
-                wrap=self._bar("activations on the task"),
-            ),
-            "text": record_activations(
-                self.model, nodes, text, wrap=self._bar("activations on text")
-            ),
+            **side,
+            "predicted": top,
+            "answers": {
+                run: probabilities[answers].tolist() for run, probabilities in runs.items()
+            },
+        }
+
+    def _edge_effects(self, text: torch.Tensor) -> dict[tuple, float]:
+        edges = self.circuit.split_edges(self.model)[0]
+        edges = sorted(edges, key=lambda edge: abs(edge.weight), reverse=True)
+        chosen = {edge.name for edge in edges[: self.config.edges]}
+        attended = {}
+        if any(name[0].endswith(".v") for name in chosen):
+            attended = reference_means(self.model, text).attended
+        return edge_effects(
+            self.circuit,
+            self.model,
+            self.test,
+            [edge for edge in edges if edge.name in chosen],
+            attended,
+            self._bar("cutting weights"),
+        )
+
+    def _activations(self, text: torch.Tensor) -> dict[str, Activations]:
+        """On the task and its pairs with the circuit alone, on text with the whole model."""
+        prompts = [list(ids) for ids in self.task.test[self.test_rows]["input_ids"]]
+        sides = [side["ids"] for pair in self.pairs for side in pair]
+
+        def recorded(what: str, sequences: list[list[int]], alone: bool) -> Activations:
+            within = {"within": lambda: self.circuit.apply(self.model)} if alone else {}
+            return record_activations(
+                self.model, self.circuit.nodes, sequences, wrap=self._bar(what), **within
+            )
+
+        return {
+            "task": recorded("activations on the task", prompts, True),
+            "text": recorded("activations on text", text.tolist(), False),
+            "pairs": recorded("activations on the pairs", sides, True),
         }
 
     def _node(
@@ -246,16 +279,19 @@ class _Report:
             return shown
         if node.head is not None:
             shown["head"] = node.head
+            shown |= self._mate(site, index)
         for field, of_nodes in (("name", self.circuit.names), ("note", self.circuit.notes)):
             if text := of_nodes.get(node_text(key)):
                 shown[field] = text
         if self.circuit.scores:
             shown["score"] = self.circuit.scores[site][index].item()
         column = self.circuit.nodes[site].index(index)
-        columns = {name: a.values[site][:, column] for name, a in activations.items()}
+        samples = {name: activations[name] for name in ("task", "text")}
+        columns = {name: a.values[site][:, column] for name, a in samples.items()}
         low = min(c.min().item() for c in columns.values())
         high = max(c.max().item() for c in columns.values())
         mean = self.circuit.means[site][index].item()
+        count = self.config.examples
         return shown | {
             "effect": effects[key],
             "rank": order.index(key),
@@ -265,17 +301,35 @@ class _Report:
             "histograms": {name: histogram(c, low, high) for name, c in columns.items()},
             "examples": {
                 name: {
-                    end: [
-                        self._example(name, recorded, example)
-                        for example in extreme_examples(
-                            recorded, site, column, mean, self.config.examples, sign
-                        )
-                    ]
-                    for end, sign in (("top", 1), ("bottom", -1))
+                    which: [self._example(name, recorded, example) for example in examples]
+                    for which, examples in (
+                        ("top", extreme_examples(recorded, site, column, mean, count, 1)),
+                        ("bottom", extreme_examples(recorded, site, column, mean, count, -1)),
+                        ("quantiles", quantile_examples(recorded, site, column)),
+                    )
                 }
-                for name, recorded in activations.items()
+                for name, recorded in samples.items()
             },
+            "pairs": self._on_pairs(activations["pairs"], site, column),
         }
+
+    def _mate(self, site: str, index: int) -> dict[str, Any]:
+        """Site of the key that a query is multiplied with, or the other way round; and its mean,
+        where it stands, if it is not in the circuit."""
+        place, _, kind = site.rpartition(".")
+        if kind not in ("q", "k"):
+            return {}
+        mate = f"{place}.{'k' if kind == 'q' else 'q'}"
+        means = self.circuit.means[mate]
+        if index in self.circuit.nodes.get(mate, ()) or index >= len(means):
+            return {"mate": mate}
+        return {"mate": mate, "mateMean": means[index].item()}
+
+    def _on_pairs(self, recorded: Activations, site: str, column: int) -> list[list[float]]:
+        """The node's activations at the last tokens of every side of every pair."""
+        values = recorded.values[site][:, column]
+        ends = zip(recorded.starts, recorded.starts[1:], strict=False)
+        return [values[max(start, end - PAIR_TOKENS) : end].tolist() for start, end in ends]
 
     def _example(self, name: str, recorded: Activations, example: Example) -> list[Any]:
         numbers = self.sequences[name]
@@ -285,7 +339,7 @@ class _Report:
         return [number, example.start, example.at, example.values]
 
     def _heads(self, graph: LayeredGraph) -> dict[str, Any]:
-        """Patterns of every head with a node in the circuit, on two pairs of prompts."""
+        """Patterns of every head with a node in the circuit, on both sides of every pair."""
         heads = sorted(
             {
                 (int(key[0].split(".")[1]), node.head)
@@ -293,37 +347,16 @@ class _Report:
                 if node.head is not None
             }
         )
-        if not heads:
-            return {"prompts": [], "heads": []}
-        prompts = [side["ids"] for side in self.prompt_pair]
-        prompts += [list(ids) for ids in self.task.test[self.test_rows[:2]]["input_ids"]]
-        prompts = [p for i, p in enumerate(prompts) if p not in prompts[:i]]
-        layers = sorted({layer for layer, _ in heads})
-        patterns: dict[tuple[int, int], dict[str, list]] = {
-            head: {"circuit": [], "model": []} for head in heads
-        }
-        for ids in prompts:
-            for run, within in (
-                ("circuit", lambda: self.circuit.apply(self.model)),
-                ("model", nullcontext),
-            ):
-                weights = attention_patterns(self.model, ids, layers, within)
-                for layer, head in heads:
-                    square = weights[layer][head][-PATTERN_TOKENS:, -PATTERN_TOKENS:]
-                    # Per mille, and only what causality allows.
-                    lower = [(1000 * row[: i + 1]).round().int() for i, row in enumerate(square)]
-                    patterns[layer, head][run].append(torch.cat(lower).tolist())
-        shown = [ids[-PATTERN_TOKENS:] for ids in prompts]
-        self.token_ids.update(*shown)
-        return {
-            "prompts": shown,
-            "heads": [
-                {"layer": layer, "head": head, **patterns[layer, head]} for layer, head in heads
-            ],
-        }
+        prompts = [side["ids"] for pair in self.pairs for side in pair]
+        patterns = head_patterns(
+            self.circuit, self.model, heads, prompts, self._bar("where heads look")
+        )
+        scale = channel_scale(self.model, prompts[0], heads[0][0]) if heads else None
+        return {"heads": patterns, "scale": scale}
 
     def _curve(self, order: list[Key], circuit_loss: float) -> dict[str, Any]:
-        """Loss of the circuit's best nodes, then of more; and of the best of all by score alone."""
+        """Loss of the circuit's nodes, largest effect first, then of more; and of the model's best
+        by score alone."""
         others = other_nodes(self.circuit)
         sizes = curve_sizes(len(order), len(order) + len(others))
 

@@ -49,6 +49,18 @@ def data(planted) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def crowded() -> Any:
+    """Model and circuit of five nodes and more at every site: many lines, most past other columns.
+
+    Not to be changed.
+    """
+    model = planted_model(noise=0.1)
+    sites = model.node_sites().items()
+    nodes = {name: list(range(0, site.width, site.width // 5)) for name, site in sites}
+    return model, planted_circuit(model, nodes=nodes)
+
+
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """A headless Chromium, spoken to over its DevTools protocol."""
     if CHROMIUM is None:

@@ -1,9 +1,12 @@
 """The page in a real browser: what a person does with it, by mouse, finger and keyboard."""
 
 import copy
+import json
+from xml.etree import ElementTree
 
 import pytest
 
+from hf_circuit_sparsity.circuits.viewer.layout import layered_graph
 from hf_circuit_sparsity.circuits.viewer.report import render_page
 
 NEURON = "Neuron 7, layer 1, MLP"
@@ -43,6 +46,56 @@ def test_it_says_what_the_circuit_does_and_how_well(open_page, html, data):
     assert page.locator(".node.far").count() == 0
 
 
+SMALLEST = """() => Math.min(...[...document.querySelectorAll("body *")]
+  .filter((e) => e.getClientRects().length && [...e.childNodes].some((n) => n.nodeType === 3
+    && n.data.trim()))
+  .map((e) => {
+    const matrix = e.ownerSVGElement ? e.getScreenCTM() : { a: 1, b: 0 };
+    return parseFloat(getComputedStyle(e).fontSize) * Math.hypot(matrix.a, matrix.b);
+  }))"""
+
+
+@pytest.fixture(scope="module")
+def crowded_html(crowded, data):
+    """The graph of a hundred nodes, with what another circuit's nodes were measured to do."""
+    model, circuit = crowded
+    graph = layered_graph(circuit, model)
+    some = next(node for node in data["nodes"] if node["site"] == "h.1.mlp.post_act")
+    keys = list(graph.nodes)
+    own = [key for key in keys if graph.nodes[key].kind != "token"]
+    nodes = []
+    for key, node in graph.nodes.items():
+        place = {"site": key[0], "index": key[1], "kind": node.kind, "column": node.column}
+        place["row"] = graph.rows[key]
+        if node.head is not None:
+            place["head"] = node.head
+        nodes.append(place if node.kind == "token" else {**some, **place})
+    many = {
+        **data,
+        "columns": [column._asdict() for column in graph.columns],
+        "nodes": nodes,
+        "links": [[keys.index(x.source), keys.index(x.target), *x[2:], None] for x in graph.links],
+        "curve": {"sizes": [0, len(own)], "losses": [0.7, 0.1], "order": own},
+    }
+    return render_page(many)
+
+
+def test_text_is_readable_and_weights_stand_on_nothing(open_page, html, crowded_html):
+    for page in map(open_page, (html, crowded_html)):
+        assert page.evaluate(SMALLEST) >= 11
+        weights = [w.bounding_box() for w in page.locator(".weights text").all()]
+        assert len(weights) >= 5
+        boxes = [b.bounding_box() for b in page.locator(".node rect, .head rect").all()]
+        for i, one in enumerate(weights):
+            for other in [*boxes, *weights[:i]]:
+                apart = max(
+                    abs(one[x] + one[size] / 2 - other[x] - other[size] / 2)
+                    - (one[size] + other[size]) / 2
+                    for x, size in (("x", "width"), ("y", "height"))
+                )
+                assert apart > -2, (one, other)
+
+
 def test_a_node_shows_its_site_weights_effect_and_examples(open_page, html, data):
     page = open_page(html)
     node(page, NEURON).click()
@@ -72,22 +125,149 @@ def test_a_head_shows_where_it_looks(open_page, html, data):
     page.locator(".head").click()
     assert heading(page) == "Head 1"
     tokens = page.locator("#details .tokens button")
-    assert tokens.count() == len(data["heads"]["prompts"][0])
+    assert tokens.count() == len(data["pairs"][0][0]["ids"])
     assert tokens.last.get_attribute("aria-pressed") == "true"
     tokens.nth(1).click()
     assert tokens.nth(1).get_attribute("aria-pressed") == "true"
     assert "it looks most at" in page.locator("#details").inner_text()
     page.get_by_role("button", name="Whole model").click()
-    page.get_by_role("button", name="Counterfactual").click()
-    assert tokens.count() == len(data["heads"]["prompts"][1])
+    page.locator("#details").get_by_role("button", name="Class 2").click()
+    assert tokens.count() == len(data["pairs"][0][1]["ids"])
     pattern = data["heads"]["heads"][0]["model"][1]
     cells = sum(weight >= 10 for weight in pattern)
     assert page.locator("#details .cell").count() == cells
 
 
+def test_a_weight_shows_what_is_lost_without_it(open_page, html, data):
+    page = open_page(html)
+    node(page, NEURON).click()
+    button = page.get_by_role("button", name="Weight +1.50, Channel 3 to Neuron 7")
+    at = next(i for i, n in enumerate(data["nodes"]) if n["site"] == "h.1.mlp.post_act")
+    effect = next(x[5] for x in data["links"] if x[1] == at)
+    assert effect > 0.1 and button.inner_text() == f"+{effect:.3f}"
+    button.click()
+    assert heading(page) == "Weight +1.500"
+    loss = data["losses"]["circuit"]["loss"]
+    assert f"from {loss:.3f} to {loss + effect:.3f}" in page.locator("#details").inner_text()
+    assert page.locator(".link.chosen").count() == 1
+    page.locator(".link-catch").last.dispatch_event("click")
+    assert "Channel" in page.locator("#details .place").inner_text()
+
+
+def test_pairs_are_chosen_and_their_predictions_named(open_page, html, data):
+    page = open_page(html)
+    example = page.locator("#example")
+    top, probability = data["pairs"][0][0]["predicted"]["circuit"][0]
+    assert data["tokens"][str(top)] == "yes" and probability > 0.9
+    assert f"yes {100 * probability:.0f}%" in example.inner_text()
+    node(page, NEURON).click()
+    classes = page.locator("#details .classes")
+    before = classes.inner_text()
+    assert "Class 1: yes" in before and "Class 2: no" in before
+    neuron = next(n for n in data["nodes"] if n["site"] == "h.1.mlp.post_act")
+    one, two = neuron["pairs"][:2]
+    largest = max((a - b for a, b in zip(one, two, strict=True)), key=abs)
+    assert f"largest +{largest:.2f}" in before
+    page.get_by_role("button", name="Pair 2").click()
+    assert classes.inner_text() != before
+    assert page.evaluate("document.activeElement.textContent") == "Pair 2"
+    assert "99 %" in page.locator("#details").inner_text()
+
+
+def test_a_key_shows_what_it_adds_to_the_attention(open_page, html, data):
+    page = open_page(html)
+    node(page, "Key 4").click()
+    key = next(n for n in data["nodes"] if n["site"] == "h.0.attn.k")
+    products = [data["heads"]["scale"] * key["mateMean"] * k for k in key["pairs"][0]]
+    shown = page.locator("#details .tokens button")
+    assert shown.count() == len(products)
+    place = max(range(len(products)), key=products.__getitem__)
+    text = page.locator("#details .how").nth(1).inner_text()
+    assert f"({products[place]:+.2f})".replace("-0.00", "+0.00").replace("-", "−") in text
+    assert "The query of this channel is not in the circuit" in text
+
+
+def test_the_view_is_in_the_address(open_page, html, data):
+    page = open_page(html)
+    node(page, NEURON).click()
+    page.get_by_role("button", name="Pin", exact=True).click()
+    page.get_by_label("Name of Neuron 7").fill("sees <on> & says so")
+    page.get_by_label("Name of Neuron 7").press("Enter")
+    page.locator("#pins input").nth(1).fill("Readers")
+    page.locator("#pins input").nth(1).press("Enter")
+    page.locator("#search").fill("mlp channel")
+    page.get_by_role("button", name="Pair 3").click()
+    page.get_by_role("button", name="Pretraining text").click()
+    page.locator("#channels").get_by_role("button", name="3", exact=False).click()
+    slide(page, "strength", 30)
+    slide(page, "size", 3)
+    page.locator("#theme").click()
+
+    def view(page):
+        return [
+            page.locator(f"#{name}").inner_text()
+            for name in (
+                "example",
+                "details",
+                "strength-value",
+                "size-value",
+                "pins",
+                "found",
+                "channels",
+            )
+        ] + [
+            page.locator("#pins input").evaluate_all("list => list.map((entry) => entry.value)"),
+            page.locator(".node.found").count(),
+            page.evaluate("document.documentElement.dataset.theme"),
+        ]
+
+    seen = view(page)
+    assert seen[-3] == ["sees <on> & says so", "Readers"] and seen[-2] == 2
+    assert "“sees <on> & says so”" in seen[1]
+    assert page.locator(".node .dot-mark.group-0").count() == 1
+    other = open_page(html)
+    other.evaluate("(hash) => { location.hash = hash; }", page.evaluate("location.hash"))
+    other.wait_for_selector("#pins input")
+    assert view(other) == seen
+    other.reload()
+    other.wait_for_selector("html[data-ready]", state="attached")
+    assert view(other) == seen
+    other.locator("#pins .groups button").click()
+    assert heading(other) == "Readers"
+    other.locator("#pins").get_by_label("Unpin").click()
+    assert other.locator("#pins input").count() == 0 and "pin=" not in other.url
+
+
+def test_an_address_that_names_nothing_here_shows_the_page(open_page, html):
+    page = open_page(html)
+    strange = "#at=h.9&strength=1e9&size=-1&pair=99&side=x&query=4.5&sample=<b>&pin=[1&pin=null"
+    strange += "&pin=%5B%22h.1.mlp.post_act.7%22%2C%7B%7D%5D&search=%3Cimg%20src%3Dx%3E&theme=a%0Ab"
+    page.evaluate("(hash) => { location.hash = hash; }", strange)
+    page.wait_for_selector("#pins input")
+    assert heading(page) == "Nothing selected"
+    assert page.locator("#strength-value").inner_text().startswith("from 0.00")
+    assert page.locator("#size-value").inner_text().startswith("best 7 of 7")
+    assert page.evaluate("document.images.length") == 0
+
+
+def test_picture_and_data_are_downloaded(open_page, html, data, tmp_path):
+    page = open_page(html, accept_downloads=True)
+    for button, name in (("Picture", "on_off.svg"), ("Data", "on_off.json")):
+        with page.expect_download() as waiting:
+            page.get_by_role("button", name=button).click()
+        assert waiting.value.suggested_filename == name
+        waiting.value.save_as(tmp_path / name)
+    assert json.loads((tmp_path / "on_off.json").read_text()) == json.loads(json.dumps(data))
+    root = ElementTree.parse(tmp_path / "on_off.svg").getroot()
+    assert root.tag.endswith("svg") and "+2.00" in "".join(root.itertext())
+    boxes = [e for e in root.iter() if e.get("class", "").startswith("node ")]
+    assert len(boxes) == len(data["nodes"])
+    assert all(box[0].get("fill", "").startswith(("rgb", "color", "oklab")) for box in boxes)
+
+
 def test_the_sliders_hide_weights_and_nodes(open_page, html, data):
     page = open_page(html)
-    lines = [abs(weight) for _, _, weight, kind in data["links"] if kind != "residual"]
+    lines = [abs(weight) for _, _, weight, kind, _, _ in data["links"] if kind != "residual"]
     assert f"{len(lines)} of {len(lines)} lines" in page.locator("#strength-value").inner_text()
     slide(page, "strength", 60)
     left = sum(weight >= 0.6 * max(lines) for weight in lines)
@@ -102,11 +282,12 @@ def test_the_sliders_hide_weights_and_nodes(open_page, html, data):
     assert page.locator("#size-value").inner_text() == shown
     assert page.locator(".node.cut").count() == 5
     kept = {tuple(key) for key in curve["order"][:2]}
-    assert {"h.0.attn.act_in", "h.0.attn.v"} == {site for site, _ in kept}
+    effects = {(n["site"], n["index"]): n["effect"] for n in data["nodes"] if "effect" in n}
+    assert min(map(effects.get, kept)) >= sorted(effects.values())[-2]
     # The mark on the curve follows, and a click on the curve moves the slider.
     mark = page.locator(".here circle")
     x = float(mark.get_attribute("cx"))
-    page.locator("#curve .catch").click(position={"x": 700, "y": 50})
+    page.locator("#curve .catch").click(position={"x": 400, "y": 50})
     assert page.locator("#size-value").inner_text().startswith("best 7 of 7")
     assert float(mark.get_attribute("cx")) > x
     assert page.locator(".node.cut").count() == 0
@@ -203,6 +384,7 @@ def test_hostile_text_stays_text(open_page, data, label):
     for name in ("task", "description", "model", "fingerprint"):
         hostile[name] = label
     hostile["tokens"] = {token: label for token in hostile["tokens"]}
+    hostile["pairs"] = [[side | {"target": 7} for side in pair] for pair in hostile["pairs"]]
     hostile["checks"] = {label: {"value": 1.0, "control": 0.0, "control_low": -1.0, "passed": 1.0}}
     hostile["verdict"] = f"Failed: {label}"[:2000]
     for node in hostile["nodes"]:
@@ -250,11 +432,11 @@ def test_a_large_circuit_is_a_small_page(open_page, data):
         clone = copy.deepcopy(pattern) | {"index": 100 + i, "row": i - 55}
         large["nodes"].append(clone)
         large["curve"]["order"].append([clone["site"], clone["index"]])
-        for source, target, weight, kind in list(large["links"]):
+        for source, target, weight, kind, via, effect in list(large["links"]):
             if place in (source, target):
                 new = len(large["nodes"]) - 1
                 ends = [new if end == place else end for end in (source, target)]
-                large["links"].append([*ends, weight * (1 - i / 120), kind])
+                large["links"].append([*ends, weight * (1 - i / 120), kind, via, effect])
     large["curve"]["sizes"].append(117)
     large["curve"]["losses"].append(0.1)
     html = render_page(large)

@@ -8,19 +8,30 @@ import pytest
 import torch
 
 from hf_circuit_sparsity import Circuit, write_report
-from hf_circuit_sparsity.circuits.ablation import hooked_sites, mean_ablated, node_sites
+from hf_circuit_sparsity.circuits.ablation import (
+    hooked,
+    hooked_sites,
+    mean_ablated,
+    node_sites,
+    recorded_sites,
+    reference_means,
+)
 from hf_circuit_sparsity.circuits.attention import attention_patterns
 from hf_circuit_sparsity.circuits.node_effects import node_effects
 from hf_circuit_sparsity.circuits.task_scores import all_pair_logits, binary_loss
 from hf_circuit_sparsity.circuits.viewer.activations import (
+    QUANTILES,
     extreme_examples,
     histogram,
+    quantile_examples,
     record_activations,
 )
 from hf_circuit_sparsity.circuits.viewer.measurements import (
     channel_embeddings,
     curve_sizes,
+    edge_effects,
 )
+from hf_circuit_sparsity.circuits.viewer.pairs import channel_scale
 from hf_circuit_sparsity.circuits.viewer.report import render_page
 from hf_circuit_sparsity.circuits.viewer.report_data import ReportConfig, report_data
 from tests.circuits.planted import NO, ON, YES, planted_model, reference_ids
@@ -51,6 +62,111 @@ def test_effects_are_the_rise_of_the_loss(planted):
     assert effects["h.1.mlp.post_act", 7] > 0.5 > abs(effects["h.0.attn.k", 4])
 
 
+def test_effects_of_weights_are_those_of_plain_hooks(planted):
+    model, _, task, circuit = planted
+    tensors = task.tensors("test")
+    text = reference_ids()
+    attended = reference_means(model, text).attended
+    effects = edge_effects(circuit, model, tensors, circuit.edges(model), attended)
+    layers = model.transformer.h
+    values = []
+    with hooked([(layers[0].attn.c_proj, lambda m, args, out: values.append(args[0][..., 5]))]):
+        model(text)
+    modules = {
+        ("h.0.attn.v", 5, "h.0.attn.resid_delta", 3): (layers[0].attn.c_proj, 3, values[0].mean()),
+        ("h.1.mlp.act_in", 3, "h.1.mlp.post_act", 7): (
+            layers[1].mlp.c_fc,
+            7,
+            circuit.means["h.1.mlp.act_in"][3],
+        ),
+    }
+
+    def loss():
+        return binary_loss(all_pair_logits(model, tensors)).item()
+
+    with circuit.apply(model):
+        whole = loss()
+        for (site, source, target_site, target), (module, row, mean) in modules.items():
+            weight = module.weight[row, source].item()
+
+            def without(m, args, out, row=row, source=source, weight=weight, mean=mean):
+                out = out.clone()
+                out[..., row] += weight * (mean - args[0][..., source])
+                return out
+
+            with hooked([(module, without)]):
+                expected = loss() - whole
+            assert effects[site, source, target_site, target] == pytest.approx(expected, abs=1e-4)
+            assert expected > 0.1
+
+
+def test_only_the_strongest_weights_are_measured(planted, data):
+    model, tokenizer, task, circuit = planted
+    few = ReportConfig(prompts=4, text_tokens=64, examples=1, pairs=1, edges=2)
+    data = report_data(
+        circuit, model, tokenizer, task=task, reference=reference_ids(), config=few, progress=False
+    )
+    weights = [(abs(link[2]), link[5]) for link in data["links"] if link[3] == "weight"]
+    measured = [effect is not None for _, effect in sorted(weights, key=lambda weight: -weight[0])]
+    assert measured == [True] * 2 + [False] * (len(weights) - 2)
+
+
+def test_predictions_and_pairs_are_those_of_a_plain_run(planted, data):
+    model, _, _, circuit = planted
+    assert len(data["pairs"]) == ReportConfig().pairs
+    for number, pair in enumerate(data["pairs"][:3]):
+        for place, side in enumerate(pair):
+            ids = torch.tensor([side["ids"]])
+            runs = {}
+            with torch.no_grad():
+                runs["model"] = model(ids).logits[0, -1].softmax(-1)
+                with circuit.apply(model), recorded_sites(model, circuit.nodes) as recorded:
+                    runs["circuit"] = model(ids).logits[0, -1].softmax(-1)
+            for run, probabilities in runs.items():
+                token, probability = side["predicted"][run][0]
+                assert token == probabilities.argmax()
+                assert probability == pytest.approx(probabilities.max().item(), rel=1e-2)
+                answers = probabilities[[side["target"], side["other"]]].tolist()
+                assert side["answers"][run] == pytest.approx(answers, rel=1e-2)
+            for site in ("h.0.attn.v", "h.0.attn.k"):
+                index = circuit.nodes[site][0]
+                shown = node_of(data, site, index)["pairs"][2 * number + place]
+                assert shown == pytest.approx(recorded[site][0, :, index].tolist(), rel=1e-2)
+
+
+def test_channels_add_up_to_the_attention(tiny_config):
+    for sink in (True, False):
+        tiny_config.sink = sink
+        model = random_model(tiny_config)
+        ids = torch.randint(0, 64, (13,), generator=torch.Generator().manual_seed(0)).tolist()
+        scale = channel_scale(model, ids, 1)
+        sites = ["h.1.attn.q", "h.1.attn.k"]
+        with torch.no_grad(), recorded_sites(model, sites) as recorded:
+            model(torch.tensor([ids]))
+        width = model.config.d_head
+        q, k = (recorded[site][0, :, :width] for site in sites)
+        parts = scale * q[:, None] * k[None]  # (query, key, channel)
+        pattern = attention_patterns(model, ids, [1])[1][0]
+        row = parts.sum(-1)[-1]
+        assert torch.allclose(row - row[0], (pattern[-1] / pattern[-1, 0]).log(), atol=1e-3)
+
+
+@pytest.mark.parametrize("key_value_heads", [1, 2])
+def test_rotary_positions_leave_no_sum_over_channels(make_llama, key_value_heads):
+    model = make_llama(num_key_value_heads=key_value_heads)
+    assert channel_scale(model, list(range(3, 12)), 0) is None
+
+
+def test_examples_at_quantiles_are_there_in_the_order_of_all_tokens(planted):
+    model, _, _, circuit = planted
+    recorded = record_activations(model, circuit.nodes, reference_ids().tolist())
+    column = recorded.values["h.0.attn.v"][:, 0].sort().values
+    examples = quantile_examples(recorded, "h.0.attn.v", 0)
+    for share, example in zip(QUANTILES, examples, strict=True):
+        value = example.values[example.at - example.start]
+        assert value == column[round(share * (len(column) - 1))]
+
+
 def test_curve_starts_at_guessing_and_passes_the_circuit(planted, data):
     curve, losses = data["curve"], data["losses"]
     size = data["size"]
@@ -58,8 +174,9 @@ def test_curve_starts_at_guessing_and_passes_the_circuit(planted, data):
     assert curve["losses"][0] > 0.69
     assert curve["losses"][curve["sizes"].index(size["nodes"])] == losses["circuit"]["loss"]
     assert curve["losses"][-1] == pytest.approx(losses["model"]["loss"], abs=0.1)
-    # By mask score, which falls from site to site.
-    assert [site for site, _ in curve["order"]] == list(planted[3].nodes)
+    effects = {(n["site"], n["index"]): n["effect"] for n in data["nodes"] if "effect" in n}
+    ordered = [effects[tuple(key)] for key in curve["order"]]
+    assert ordered == sorted(effects.values(), reverse=True)
     assert losses["without"]["loss"] > 0.6 > losses["circuit"]["loss"]
     assert curve_sizes(3, 100) == sorted({*range(4), *curve_sizes(3, 100)})
     assert len(curve_sizes(1000, 10**6)) == 33
@@ -170,7 +287,7 @@ def test_every_token_shown_has_a_name_and_everything_is_json(data):
                     assert len(ids) == len(values)
                     assert all(str(i) in data["tokens"] for i in ids)
     pattern = data["heads"]["heads"][0]["circuit"][0]
-    length = len(data["heads"]["prompts"][0])
+    length = len(data["pairs"][0][0]["ids"])
     assert len(pattern) == length * (length + 1) // 2
     assert node_of(data, "h.0.attn.k", 4)["head"] == 1
 

@@ -2,8 +2,8 @@
 
 const data = JSON.parse(byId("data").textContent);
 const nodes = data.nodes.map((node, id) => ({ ...node, id, ins: [], outs: [] }));
-const links = data.links.map(([source, target, weight, kind], id) => ({
-  id, source: nodes[source], target: nodes[target], weight, kind,
+const links = data.links.map(([source, target, weight, kind, via, effect], id) => ({
+  id, source: nodes[source], target: nodes[target], weight, kind, via, effect,
 }));
 for (const link of links) {
   link.source.outs.push(link);
@@ -14,6 +14,7 @@ for (const node of nodes) {
   if (node.kind !== "token") Object.assign(node, { layer: Number(layer), block });
 }
 const heads = data.heads.heads;
+const PAIR_TOKENS = 48;
 const members = (head) =>
   nodes.filter((node) => node.layer === head.layer && node.head === head.head);
 const headOf = (node) =>
@@ -29,9 +30,14 @@ const ROLES = { tokens: "tokens that decide", qkv: "query · key · value" };
 const roleName = (column) => ROLES[column.role] ?? column.role;
 const BLOCKS = { attn: "attention", mlp: "MLP" };
 
+const nodeKey = (node) => `${node.site}.${node.index}`;
+// What the reader calls it, or who found the circuit.
+const nameOf = (node) => state.pins.get(node)?.name || node.name;
+
 function nodeLabel(node) {
+  const name = nameOf(node);
+  if (name) return clip(visible(name, false), 12);
   if (node.kind === "token") return tokenLabel(node.index);
-  if (node.name) return clip(visible(node.name), 10);
   return node.head === undefined ? String(node.index) : `${node.kind} ${node.index}`;
 }
 
@@ -39,7 +45,8 @@ function nodeName(node) {
   if (node.site === "token") return `Token ${tokenLabel(node.index, 24)}`;
   if (node.site === "answer") return `Answer ${tokenLabel(node.index, 24)}`;
   const word = WORDS[node.kind] ?? node.kind;
-  const name = node.name ? `, “${visible(node.name)}”` : "";
+  const called = nameOf(node);
+  const name = called ? `, “${clip(visible(called, false), 60)}”` : "";
   return `${word[0].toUpperCase()}${word.slice(1)} ${node.index}${name}`;
 }
 
@@ -110,11 +117,15 @@ function trace(start) {
 }
 
 const state = {
-  selected: null, // { node } or { head }
+  selected: null, // { node }, { head }, { link } or { group }
   dim: false, // whether what the selection does not touch is dimmed; not before the first click
   threshold: 0, // share of the strongest weight below which weights are hidden
   size: measured.length, // nodes kept, in the order of the curve
   sample: "task", // or "text": which activations are shown
   run: "circuit", // or "model": whose attention is shown
-  prompt: 0, // whose attention is shown
+  search: "",
+  pins: new Map(), // node → { name, group }, as the reader calls it
+  pair: 0, // of prompts
+  side: 0, // of the pair
+  query: null, // token of it that looks; null is the last
 };

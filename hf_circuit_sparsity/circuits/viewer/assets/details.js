@@ -1,4 +1,4 @@
-// The panel beside the graph: one node, or one attention head.
+// The panel below the graph: one node, or one attention head.
 
 const details = (() => {
   const host = byId("details");
@@ -9,14 +9,17 @@ const details = (() => {
     const held = host.contains(activeElement) ? activeElement.dataset.key : null;
     if (selected?.node) fill(host, nodeDetails(selected.node));
     else if (selected?.head) fill(host, headDetails(selected.head));
+    else if (selected?.link) fill(host, linkDetails(selected.link));
+    else if (selected?.group) fill(host, groupDetails(selected.group));
     else fill(host, overview());
     // Who pressed a button that was drawn anew is still on it.
     if (held) host.querySelector(`[data-key="${CSS.escape(held)}"]`)?.focus({ preventScroll: true });
   }
 
-  const heading = (title, place, code, meaning) => [
+  const heading = (title, place, code, meaning, ...buttons) => [
     h("div", { class: "bar" },
       h("h2", {}, title),
+      ...buttons,
       h("button", { type: "button", class: "quiet", "aria-label": "Close", onclick: () => select(null) },
         "✕")),
     h("p", { class: "place" }, place, code ? h("code", {}, code) : null),
@@ -46,8 +49,8 @@ const details = (() => {
 
   function nodeDetails(node) {
     const code = node.kind === "token" ? `token ${node.index}` : `${node.site}[${node.index}]`;
-    const parts = heading(nodeName(node), nodePlace(node), code, nodeMeaning(node));
-    if (node.note) parts.push(h("p", { class: "note" }, visible(node.note)));
+    const parts = heading(nodeName(node), nodePlace(node), code, nodeMeaning(node), notes.button(node));
+    if (node.note) parts.push(h("p", { class: "note" }, visible(node.note, false)));
     if (node.effect !== undefined) parts.push(effectOf(node));
     const head = headOf(node);
     if (head && node.head !== undefined) {
@@ -56,7 +59,7 @@ const details = (() => {
     }
     parts.push(connections("Reads from", node.ins, "source"));
     parts.push(connections("Writes to", node.outs, "target"));
-    if (node.histograms) parts.push(...activationsOf(node));
+    if (node.histograms) parts.push(...channelAttention(node), ...onPair(node), ...activationsOf(node));
     const channel = channels.of(node);
     if (channel) {
       parts.push(h("p", {}, h("button", { type: "button", class: "wide", onclick: () => channels.show(channel) },
@@ -68,14 +71,52 @@ const details = (() => {
   function effectOf(node) {
     const { loss } = data.losses.circuit;
     const verb = node.effect < 0 ? "falls" : "rises";
-    const rank = data.ranking === "mask score" && node.score !== undefined
-      ? `Mask score ${plain(node.score)}, ` : "";
+    const score = node.score === undefined ? "" : ` Its mask score is ${plain(node.score)}.`;
     return h("div", { class: "effect" },
       h("span", { class: `swatch ${node.effect < 0 ? "helps" : "harms"}`, "--t": effectStrength(node.effect).toFixed(3) }),
       h("div", {},
         h("b", {}, `${signed(node.effect, 3)} nats`),
         h("p", {}, `Without this node, fixed at its mean, the circuit's loss ${verb} from ${loss.toFixed(3)} `
-          + `to ${Math.max(0, loss + node.effect).toFixed(3)}. ${rank}rank ${node.rank + 1} of ${measured.length}.`)));
+          + `to ${Math.max(0, loss + node.effect).toFixed(3)}. By effect it is ${node.rank + 1} of ${measured.length}.${score}`)));
+  }
+
+  function groupDetails(name) {
+    return [
+      ...heading(clip(visible(name, false), 60), "a group of yours", "",
+        "The effect is that of each node alone; a group's was not measured."),
+      h("div", { class: "rows" }, inGroup(name).map((node) => nodeButton(node,
+        h("span", { class: "grow" }, `${nodeName(node)}, ${nodePlace(node)}`),
+        h("span", { class: "value" }, node.effect === undefined ? "" : signed(node.effect))))),
+    ];
+  }
+
+  // A weight: its ends, and what the loss becomes without it.
+  function linkDetails(link) {
+    const { source, target, weight, effect, kind } = link;
+    const name = { weight: "Weight", residual: "Same channel",
+      embed: source.kind === "token" ? "Embedding" : "Unembedding" }[kind];
+    const { loss } = data.losses.circuit;
+    const unmeasured = {
+      weight: "Its effect was not measured: only those of the strongest weights were.",
+      embed: "It is taken away together with its channel or its token, not alone.",
+      residual: "No weight: what the first writes to the channel, the second reads there.",
+    }[kind];
+    return [
+      ...heading(kind === "residual" ? name : `${name} ${signed(weight, 3)}`,
+        `${nodeName(source)} → ${nodeName(target)}`, "", ""),
+      effect === null
+        ? h("p", { class: "effect" }, unmeasured)
+        : h("div", { class: "effect" },
+          h("span", { class: `swatch ${effect < 0 ? "helps" : "harms"}`, "--t": effectStrength(effect).toFixed(3) }),
+          h("div", {}, h("b", {}, `${signed(effect, 3)} nats`),
+            h("p", {}, "Without this weight, with what it carries fixed at its mean, the circuit's loss "
+              + `${effect < 0 ? "falls" : "rises"} from ${loss.toFixed(3)} to `
+              + `${Math.max(0, loss + effect).toFixed(3)}.`))),
+      h("h3", {}, "Its ends"),
+      h("div", { class: "rows" }, [source, target].map((node) => nodeButton(node,
+        h("span", { class: "grow" }, `${nodeName(node)}, ${nodePlace(node)}`),
+        h("span", { class: "value" }, node.effect === undefined ? "" : signed(node.effect))))),
+    ];
   }
 
   function connections(title, list, end) {
@@ -84,13 +125,17 @@ const details = (() => {
     const rows = (some) => some.map((link) => {
       const node = link[end];
       const residual = link.kind === "residual";
-      return nodeButton(node,
+      return h("div", { class: "connection" }, nodeButton(node,
         h("span", { class: "grow" }, residual ? "same channel" : nodePlace(node)),
         residual ? null : h("span", { class: `meter ${link.weight < 0 ? "negative" : "positive"}`, "--t": (Math.abs(link.weight) / strongestWeight).toFixed(3) }),
-        h("span", { class: "value" }, residual ? "" : signed(link.weight)));
+        h("span", { class: "value" }, residual ? "" : signed(link.weight))),
+      residual ? null : h("button", { type: "button", class: "quiet", title: "About this weight",
+        "aria-label": `Weight ${signed(link.weight)}, ${nodeName(link.source)} to ${nodeName(link.target)}`,
+        onclick: () => go({ link }) }, link.effect === null ? "…" : signed(link.effect, 3)));
     });
     return h("div", {},
-      h("h3", {}, `${title} `, h("span", { class: "faint" }, String(list.length))),
+      h("h3", {}, `${title} `, h("span", { class: "faint" }, String(list.length)),
+        h("span", { class: "faint right" }, "weight · loss without it")),
       h("div", { class: "rows" }, rows(order.slice(0, 6))),
       order.length > 6
         ? h("details", {}, h("summary", {}, `${order.length - 6} more`),
@@ -98,49 +143,11 @@ const details = (() => {
         : null);
   }
 
-  const SAMPLES = [["task", "Task prompts"], ["text", "Pretraining text"]];
-
-  function activationsOf(node) {
-    const { sample } = state;
-    const { top, bottom } = node.examples[sample];
-    const beside = (value) => value - node.mean;
-    const shown = [...top, ...bottom].flatMap(([, , , values]) => values);
-    const largest = d3.max(shown, (value) => Math.abs(beside(value)));
-    const list = (title, examples, none) => [
-      h("h3", {}, title),
-      examples.length
-        ? h("ol", { class: "examples" }, examples.map(([sequence, start, at, values]) => {
-          const ids = data.sequences[sample][sequence].slice(start, start + values.length);
-          return h("li", {},
-            h("span", { class: "value" }, plain(values[at - start])),
-            colouredTokens(ids, values, largest, { at: at - start, start, shade: beside }));
-        }))
-        : h("p", { class: "faint" }, none),
-    ];
-    return [
-      h("h3", {}, "Activation"),
-      segmented("Which text", SAMPLES, sample, (value) => { state.sample = value; update(); }),
-      histogramChart(node, sample),
-      h("p", { class: "note" },
-        `The line is the node's mean, ${plain(node.mean)}, at which it stands when ablated; orange `
-        + `is above it, blue below. Zeros, ${percent(node.histograms[sample].zero)} of the tokens, `
-        + "are left out; heights are square roots. "
-        + (sample === "task" ? "Measured with the circuit alone." : "Measured in the whole model.")),
-      ...list("Highest", top, "Never above its mean here."),
-      ...list("Lowest", bottom, "Never below its mean here, but for zeros."),
-    ];
-  }
-
-  // Query token per prompt that the reader chose; the last one, which answers, until then.
-  const chosenQuery = new Map();
-
   function headDetails(head) {
-    const { prompts } = data.heads;
-    const ids = prompts[state.prompt];
-    const flat = head[state.run][state.prompt];
-    const query = chosenQuery.get(state.prompt) ?? ids.length - 1;
+    const { ids } = pairIds(state.pair)[state.side];
+    const flat = head[state.run][2 * state.pair + state.side];
+    const query = queryOf(ids);
     const weights = patternRow(flat, query);
-    const choose = (token) => { chosenQuery.set(state.prompt, token); update(); };
     const most = d3.maxIndex(weights);
     const rest = 1 - d3.sum(weights);
     return [
@@ -151,24 +158,21 @@ const details = (() => {
         h("span", { class: "grow" }, nodeName(node)),
         h("span", { class: "value" }, signed(node.effect))))),
       h("h3", {}, "Where it looks"),
-      segmented("Prompt", prompts.map((_, i) => [i, PROMPT_NAMES[i] ?? `Another ${i - 1}`]), state.prompt,
-        (value) => { state.prompt = value; update(); }),
+      sideButtons(),
       segmented("Run", [["circuit", "Circuit alone"], ["model", "Whole model"]], state.run,
-        (value) => { state.run = value; update(); }),
+        (value) => { state.run = value; refresh(); }),
       h("p", { class: "how" }, "From ", h("b", {}, tokenLabel(ids[query], 20)),
         query === ids.length - 1 ? ", the last token, it looks most at " : ", it looks most at ",
         h("b", {}, tokenLabel(ids[most], 20)), ` (${weights[most].toFixed(2)}). `,
         rest > 0.02 ? `${rest.toFixed(2)} goes to no token at all (the sink). ` : "",
         "Click a token to look from there."),
       colouredTokens(ids, ids.map((_, i) => weights[i] ?? 0), Math.max(0.05, d3.max(weights)),
-        { at: query, onpick: choose }),
-      patternChart(ids, flat, query, choose),
+        { at: query, onpick: chooseQuery }),
+      patternChart(ids, flat, query, chooseQuery),
       h("p", { class: "note" }, "One row per token that looks, one column per token looked at; darker is "
         + "more (a square root). The frame is the row chosen above."),
     ];
   }
-
-  const PROMPT_NAMES = ["Example", "Counterfactual"];
 
   return { update };
 })();

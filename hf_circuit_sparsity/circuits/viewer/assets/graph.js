@@ -3,23 +3,31 @@
 const graph = (() => {
   const host = byId("graph");
   const NODE = { width: 58, height: 26 };
+  // The smallest text is 12 units high; at this scale it is 11 pixels.
+  const READABLE = 0.92;
+  const STRONGEST = 24; // weights that are written
   const tallest = d3.max(nodes, (node) => 2 * Math.abs(node.row) + 1) || 1;
+  let spacing = { along: 0, across: 0, widths: [] };
   let vertical = false; // tokens at the top, answers at the bottom: on narrow screens
   let picture, world, zoom, box;
   let nodeMarks, linkMarks, headMarks, headFrames, labelLayer;
 
   const widthOf = (node) =>
-    Math.max(NODE.width, node.kind === "token" ? 18 + 8 * nodeLabel(node).length : 0);
+    Math.max(NODE.width, node.kind === "token" || nameOf(node) ? 18 + 8 * nodeLabel(node).length : 0);
 
   function place() {
     // From one column to the next, and from one box to its neighbour.
-    const along = vertical ? 92 : data.columns.length > 9 ? 112 : 148;
-    const across = vertical ? 68 : tallest > 16 ? 31 : 42;
+    const fair = (host.clientWidth / READABLE - 140) / (data.columns.length - 1);
+    const along = vertical ? 92 : Math.max(112, Math.min(180, fair));
+    const across = vertical ? 74 : tallest > 16 ? 36 : 42;
     for (const node of nodes) {
       const [main, cross] = [node.column * along, -node.row * across];
       [node.x, node.y] = vertical ? [-cross, main] : [main, cross];
       node.width = widthOf(node);
     }
+    const widths = data.columns.map((_, i) =>
+      d3.max(nodes, (node) => (node.column === i ? node.width : 0)) || NODE.width);
+    spacing = { along, across, widths };
     const reach = (tallest / 2) * across;
     const end = (data.columns.length - 1) * along;
     box = vertical
@@ -40,13 +48,26 @@ const graph = (() => {
     return found;
   }
 
-  function curvePath({ source, target }) {
+  // Past the columns between its ends a line runs straight, clear of their boxes.
+  function curvePath({ source, target, via }) {
     const half = (node) => (vertical ? NODE.height : node.width) / 2;
-    const [x0, y0] = vertical ? [source.x, source.y + half(source)] : [source.x + half(source), source.y];
-    const [x1, y1] = vertical ? [target.x, target.y - half(target)] : [target.x - half(target), target.y];
-    return vertical
-      ? `M${x0},${y0}C${x0},${(y0 + y1) / 2} ${x1},${(y0 + y1) / 2} ${x1},${y1}`
-      : `M${x0},${y0}C${(x0 + x1) / 2},${y0} ${(x0 + x1) / 2},${y1} ${x1},${y1}`;
+    const [main, cross] = vertical ? ["y", "x"] : ["x", "y"];
+    const stops = via.map((row, i) => {
+      const column = source.column + i + 1;
+      const side = (vertical ? NODE.height : spacing.widths[column]) / 2 + 2;
+      const at = column * spacing.along;
+      return [at - side, at + side, (vertical ? 1 : -1) * row * spacing.across];
+    });
+    const point = (m, c) => (vertical ? `${c},${m}` : `${m},${c}`);
+    let [m, c] = [source[main] + half(source), source[cross]];
+    let path = `M${point(m, c)}`;
+    for (const [enter, leave, row] of [...stops, [target[main] - half(target), null, target[cross]]]) {
+      const middle = (m + enter) / 2;
+      path += `C${point(middle, c)} ${point(middle, row)} ${point(enter, row)}`;
+      if (leave !== null) path += `L${point(leave, row)}`;
+      [m, c] = [leave, row];
+    }
+    return path;
   }
 
   function draw() {
@@ -54,9 +75,10 @@ const graph = (() => {
     const { along } = place();
     host.replaceChildren();
     host.classList.toggle("vertical", vertical);
+    const scale = Math.max(READABLE, Math.min(1.25, host.clientWidth / box.width));
     const height = Math.round(
-      Math.min(Math.max(300, (box.height * host.clientWidth) / box.width), box.height * 1.25,
-        Math.max(420, window.innerHeight * (vertical ? 0.72 : 0.78))),
+      // A finger scrolls the page along a graph that runs down.
+      Math.min(box.height * scale, vertical ? 2400 : Math.max(420, window.innerHeight * 0.7)),
     );
     picture = d3.select(host).append("svg").attr("height", height).attr("class", "graph")
       .attr("role", "group").attr("aria-label",
@@ -143,7 +165,7 @@ const graph = (() => {
     linkMarks = marks((link) =>
       `link ${link.kind} ${link.weight < 0 ? "negative" : "positive"}`)
       .attr("stroke-width", (link) => (link.kind === "residual" ? 1.2 : edgeWidth(link.weight)));
-    marks("link-catch")
+    marks("link-catch").on("click", (event, link) => select({ link }))
       .on("pointerenter pointermove", (event, link) => tip.show(event, linkText(link)))
       .on("pointerleave", tip.hide);
   }
@@ -153,7 +175,8 @@ const graph = (() => {
     if (link.kind === "residual") return [ends, "the same residual channel"];
     const what = { weight: "weight", embed: link.source.kind === "token" ? "embedding"
       : "unembedding" }[link.kind];
-    return [ends, `${what} ${signed(link.weight, 3)}`];
+    return [ends, `${what} ${signed(link.weight, 3)}`,
+      ...(link.effect === null ? [] : [`without it: loss ${signed(link.effect, 3)}`])];
   }
 
   function drawNodes() {
@@ -177,6 +200,9 @@ const graph = (() => {
       .attr("width", (node) => node.width).attr("height", NODE.height)
       .attr("rx", (node) => (node.kind === "token" ? 4 : NODE.height / 2));
     nodeMarks.append("text").attr("text-anchor", "middle").attr("dy", "0.35em").text(nodeLabel);
+    nodeMarks.filter((node) => state.pins.has(node)).append("circle").attr("r", 5)
+      .attr("class", (node) => `dot-mark ${groupClass(node)}`)
+      .attr("cx", (node) => 6 - node.width / 2).attr("cy", -NODE.height / 2);
     nodeMarks.each(function colour(node) {
       if (node.effect === undefined) return;
       const strength = effectStrength(node.effect);
@@ -189,7 +215,7 @@ const graph = (() => {
   // Zoom and drag. A finger scrolls the page until the graph is zoomed in; the wheel needs Ctrl.
   function addZoom() {
     const fit = fitted();
-    const free = fit.k * 1.02;
+    const free = Math.max(fit.k, READABLE) * 1.02;
     zoom = d3.zoom().scaleExtent([Math.min(fit.k, 0.3), 4])
       .filter((event) => {
         if (event.type === "wheel") return event.ctrlKey || event.metaKey;
@@ -205,16 +231,20 @@ const graph = (() => {
     picture.call(zoom).on("dblclick.zoom", null);
     picture.call(zoom.transform, fit);
     const chosen = state.selected?.node;
-    // Too many columns to read at once: begin readable, at what is selected.
-    if (fit.k < 0.42 && chosen) {
-      const across = vertical ? host.clientWidth / box.width : picture.attr("height") / box.height;
-      const whole = across >= 0.6; // all of a column is seen
-      picture.call(zoom.scaleTo, whole ? Math.min(1.1, across) : 0.6);
-      const x = vertical && whole ? box.x + box.width / 2 : chosen.x;
-      const y = !vertical && whole ? box.y + box.height / 2 : chosen.y;
+    // Too much to read at once: begin readable, at what is selected.
+    if (fit.k < READABLE - 0.01) {
+      const at = chosen ?? nodes[0];
+      picture.call(zoom.scaleTo, READABLE);
+      const [wide, high] = [host.clientWidth, picture.attr("height")].map((size) => size / READABLE);
+      const x = wide >= box.width ? box.x + box.width / 2 : within(at.x, wide, box.x, box.width);
+      const y = high >= box.height ? box.y + box.height / 2 : within(at.y, high, box.y, box.height);
       picture.call(zoom.translateTo, x, y);
     }
   }
+
+  // The middle of a window on a stretch, as near to a place as the ends allow.
+  const within = (place, window, start, length) =>
+    Math.max(start + window / 2, Math.min(start + length - window / 2, place));
 
   function fitted() {
     const { clientWidth } = host;
@@ -284,9 +314,13 @@ const graph = (() => {
 
   function update() {
     const { selected, threshold } = state;
-    const start = selected?.node ? [selected.node] : selected?.head ? members(selected.head) : null;
+    const start = selected?.node ? [selected.node] : selected?.head ? members(selected.head)
+      : selected?.link ? [selected.link.source, selected.link.target]
+        : selected?.group ? inGroup(selected.group) : null;
     const near = start && state.dim ? trace(start) : null;
     const direct = new Set(start?.map((node) => node.id));
+    const touches = (link) => (selected?.link ? selected.link === link
+      : direct.has(link.source.id) || direct.has(link.target.id));
     const hidden = (link) =>
       cut(link.source) || cut(link.target)
       || (link.kind !== "residual" && Math.abs(link.weight) < threshold * strongestWeight);
@@ -299,36 +333,46 @@ const graph = (() => {
       .attr("aria-pressed", (head) => String(selected?.head === head));
     linkMarks.classed("hidden", hidden)
       .classed("far", (link) => near && !near.links.has(link.id))
-      .classed("direct", (link) => direct.has(link.source.id) || direct.has(link.target.id));
-    drawWeights(links.filter((link) => link.kind !== "residual" && !hidden(link)
-      && (near ? direct.has(link.source.id) || direct.has(link.target.id) : links.length <= 24)));
+      .classed("chosen", (link) => selected?.link === link)
+      .classed("direct", touches);
+    drawWeights(links.filter((link) => link.kind !== "residual" && !hidden(link) && (!near || touches(link))));
     return links.filter((link) => link.kind !== "residual" && !hidden(link)).length;
   }
 
+  // Of the strongest, those for which there is room: on no box, no title and no other weight.
   function drawWeights(shown) {
-    const few = shown.length <= 24 ? shown : d3.sort(shown, (link) => -Math.abs(link.weight)).slice(0, 24);
-    // Where on its line a label is farthest from those already there; labels are wider than high.
-    const taken = [];
-    const spot = (path) => {
+    const few = d3.sort(shown, (link) => -Math.abs(link.weight)).slice(0, STRONGEST);
+    const size = (text) => ({ width: 8 * text.length + 8, height: 20 });
+    const taken = [
+      ...nodes.map((node) => ({ x: node.x, y: node.y, width: node.width + 4, height: NODE.height + 4 })),
+      ...heads.map(({ title: [x, y] }) => ({ x, y, width: 58, height: 20 })),
+    ];
+    const free = (place) => taken.every((other) =>
+      Math.abs(place.x - other.x) * 2 >= place.width + other.width
+      || Math.abs(place.y - other.y) * 2 >= place.height + other.height);
+    const placed = [];
+    for (const link of few) {
+      const path = linkMarks.filter((other) => other === link).node();
       const length = path.getTotalLength();
-      const spots = [0.5, 0.42, 0.58, 0.34, 0.66, 0.26, 0.74].map((share) => path.getPointAtLength(share * length));
-      const room = (point) => d3.min(taken, (other) =>
-        Math.hypot(0.36 * (point.x - other.x), point.y - other.y)) ?? Infinity;
-      const best = spots.find((point) => room(point) > 13) ?? d3.greatest(spots, room);
-      taken.push(best);
-      return best;
-    };
-    labelLayer.selectAll("text").data(few, (link) => link.id).join("text")
-      .attr("class", (link) => (link.weight < 0 ? "negative" : "positive"))
+      for (let i = 0; i < 19; i += 1) {
+        // From the middle outwards, to either side in turn.
+        const share = 0.5 + (i % 2 ? 1 : -1) * Math.ceil(i / 2) * 0.05;
+        const { x, y } = path.getPointAtLength(share * length);
+        const place = { x, y, ...size(signed(link.weight)) };
+        if (!free(place)) continue;
+        taken.push(place);
+        placed.push({ link, x, y });
+        break;
+      }
+    }
+    labelLayer.selectAll("text").data(placed, ({ link }) => link.id).join("text")
+      .attr("class", ({ link }) => (link.weight < 0 ? "negative" : "positive"))
       .attr("text-anchor", "middle").attr("dy", "0.32em")
-      .each(function put(link) {
-        const path = linkMarks.filter((other) => other === link).node();
-        const point = spot(path);
-        this.setAttribute("x", point.x);
-        this.setAttribute("y", point.y);
-      })
-      .text((link) => signed(link.weight));
+      .attr("x", ({ x }) => x).attr("y", ({ y }) => y)
+      .text(({ link }) => signed(link.weight));
   }
 
-  return { draw, update, zoomBy, zoomFit, moveFocus, focus, isVertical: () => vertical };
+  const mark = (found) => nodeMarks.classed("found", (node) => found.has(node));
+
+  return { draw, update, mark, reveal, zoomBy, zoomFit, moveFocus, focus, isVertical: () => vertical };
 })();

@@ -2,17 +2,28 @@
 
 function select(selection) {
   const same = selection && state.selected
-    && selection.node === state.selected.node && selection.head === state.selected.head;
+    && ["node", "head", "link", "group"].every((kind) => selection[kind] === state.selected[kind]);
   if (same && state.dim) return;
   state.selected = selection;
   state.dim = true;
   tip.hide();
   graph.update();
   details.update();
+  url.save();
   if (selection) bringDetailsIntoView();
 }
 
-// On a narrow screen the panel is below the graph: show at least where it begins.
+// What follows from the state besides the graph and the sliders.
+function refresh() {
+  const held = byId("example").contains(document.activeElement) && document.activeElement.dataset.key;
+  showExample();
+  details.update();
+  url.save();
+  // Who pressed a button that was drawn anew is still on it.
+  if (held) byId("example").querySelector(`[data-key="${CSS.escape(held)}"]`)?.focus({ preventScroll: true });
+}
+
+// The panel is below the graph: show at least where it begins.
 function bringDetailsIntoView() {
   const { top } = byId("details").getBoundingClientRect();
   const wanted = 0.62 * window.innerHeight;
@@ -28,6 +39,7 @@ function setThreshold(percentage) {
   const all = links.filter((link) => link.kind !== "residual").length;
   const least = (state.threshold * strongestWeight).toFixed(2);
   byId("strength-value").textContent = `from ${least}: ${shown} of ${all} lines`;
+  url.save();
 }
 
 function setSize(size) {
@@ -36,7 +48,7 @@ function setSize(size) {
   byId("size").value = place;
   byId("size-value").textContent = `best ${size} of ${measured.length}: loss ${lossAt(size).toFixed(3)}`;
   byId("size").setAttribute("aria-valuetext", byId("size-value").textContent);
-  setThreshold(state.threshold * 100);
+  setThreshold(Math.round(state.threshold * 100));
   curveView.update();
 }
 
@@ -56,11 +68,12 @@ const themes = (() => {
     byId("theme").addEventListener("click", () => {
       root.dataset.theme = current() === "dark" ? "light" : "dark";
       label();
+      url.save();
     });
     label();
   }
 
-  return { start };
+  return { start, label };
 })();
 
 function onKey(event) {
@@ -89,12 +102,12 @@ function mostTelling() {
 }
 
 function start() {
+  url.read();
   themes.start();
   showTitle();
   showExample();
   showLosses();
   showChecks();
-  state.selected = { node: mostTelling() };
   const size = byId("size");
   size.max = sliderSizes.length - 1;
   graph.draw();
@@ -102,13 +115,34 @@ function start() {
   curveView.draw();
   channels.draw();
   details.update();
-  setSize(measured.length);
+  notes.update();
+  setSize(state.size);
+  search.update();
   showWords();
   size.addEventListener("input", () => setSize(sliderSizes[Number(size.value)]));
   byId("strength").addEventListener("input", (event) => setThreshold(Number(event.target.value)));
   byId("zoom-in").addEventListener("click", () => graph.zoomBy(1.3));
   byId("zoom-out").addEventListener("click", () => graph.zoomBy(1 / 1.3));
   byId("zoom-fit").addEventListener("click", graph.zoomFit);
+  byId("save-picture").addEventListener("click", downloads.picture);
+  byId("save-data").addEventListener("click", downloads.data);
+  byId("search").addEventListener("input", (event) => {
+    state.search = event.target.value;
+    search.update();
+    url.save();
+  });
+  // Another address of this page, typed or followed; our own changes do not come here.
+  window.addEventListener("hashchange", () => {
+    url.read();
+    themes.label();
+    showExample();
+    graph.draw();
+    details.update();
+    channels.draw();
+    notes.update();
+    setSize(state.size);
+    search.update();
+  });
   document.addEventListener("keydown", onKey);
   let width = window.innerWidth;
   window.addEventListener("resize", () => {

@@ -12,8 +12,18 @@ function showTitle() {
   );
 }
 
+// Token of a prompt's last that looks; the last one, which answers, until another is chosen.
+const queryOf = (ids) => Math.min(state.query ?? ids.length - 1, ids.length - 1);
+function chooseQuery(token) {
+  state.query = token;
+  refresh();
+}
+
+const sideButtons = () => segmented("Prompt", CLASSES.map((name, i) => [i, name]), state.side,
+  (side) => { state.side = side; refresh(); });
+
 function showExample() {
-  const [here, there] = data.example;
+  const [here, there] = data.pairs[state.pair];
   const differ = (side, other) => side.ids.map((id, i) =>
     (side.ids.length === other.ids.length ? id !== other.ids[i] : !other.ids.includes(id)));
   const line = (name, side, other) => {
@@ -28,14 +38,30 @@ function showExample() {
           clip(visible(tokenText(id), false), 24).replaceAll("⏎", "⏎\n"))),
         h("span", { class: "arrow" }, " → "),
         h("b", { class: "answer" }, tokenLabel(side.target)),
-        h("span", { class: "faint" }, `  not ${tokenLabel(side.other)}`)));
+        h("span", { class: "faint" }, `  not ${tokenLabel(side.other)}`)),
+      predicted("Circuit alone", "circuit", side),
+      predicted("Whole model", "model", side));
   };
-  byId("example").append(
-    h("h2", {}, "The task"),
+  const choose = (pair) => { Object.assign(state, { pair, query: null }); refresh(); };
+  fill(byId("example"),
+    h("div", { class: "bar" }, h("h2", {}, "The task"),
+      data.pairs.length > 1 ? segmented("Pair of prompts",
+        data.pairs.map((_, i) => [i, `Pair ${i + 1}`]), state.pair, choose) : null),
     h("div", { class: "prompts" },
-      line("Example", here, there),
-      line("Counterfactual", there, here)),
+      line(state.pair ? "Class 1" : "Class 1, the circuit's example", here, there),
+      line("Class 2, its counterfactual", there, here)),
   );
+}
+
+// The likeliest next tokens of all, and the two answers among them.
+function predicted(name, run, side) {
+  const answers = side.answers[run];
+  return h("p", { class: "note predicted" }, `${name}: `,
+    side.predicted[run].slice(0, 3).flatMap(([token, probability]) => [
+      h("span", { class: `chip${token === side.target ? " right-answer" : ""}` }, tokenLabel(token)),
+      ` ${percent(probability)} `]),
+    side.predicted[run].slice(0, 3).some(([token]) => token === side.target) ? ""
+      : `· right answer ${percent(answers[0])}`);
 }
 
 function showLosses() {
@@ -157,7 +183,7 @@ const curveView = (() => {
       mark.select("circle").attr("cx", x(state.size)).attr("cy", y(lossAt(state.size)));
     };
     move();
-    byId("curve-how").textContent = `Loss when only so many nodes are kept, best ${data.ranking} `
+    byId("curve-how").textContent = "Loss when only so many nodes are kept, the largest ablation effect "
       + "first: up to the mark those of this circuit, after it others of the model are added. "
       + (curve.byScore ? "Dashed: the model's best nodes by mask score alone, before pruning "
         + "dropped those that turned out not to be needed. " : "")
@@ -183,6 +209,7 @@ const channels = (() => {
   function show(channel) {
     shown = channel;
     draw();
+    url.save();
     const still = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
     byId("channels-title").scrollIntoView({ behavior: still ? "auto" : "smooth", block: "start" });
   }
@@ -219,7 +246,7 @@ const channels = (() => {
         return h("button", {
           type: "button", "aria-pressed": String(entry === shown),
           title: `channel ${entry.channel}, ${sides.filter(Boolean).join(" and ")} by the circuit`,
-          onclick: () => { shown = entry; draw(); },
+          onclick: () => { shown = entry; draw(); url.save(); },
         }, `${entry.channel}${entry.writes.length ? entry.reads.length ? " ⇄" : " →" : ""}`);
       }));
     const position = h("div", { class: "table" }, h("h3", {}, "Positions"),
@@ -240,7 +267,10 @@ const channels = (() => {
     const telling = (entry) => (entry.embed && entry.reads.length ? 100 : 0);
     shown = list[d3.maxIndex(list, (entry) => worth(entry) + telling(entry))];
   }
-  return { draw, of, show };
+  const first = shown;
+  const choose = (number) => { shown = list.find((entry) => entry.channel === number) ?? first; };
+  const chosen = () => (shown === first ? "" : shown.channel);
+  return { draw, of, show, choose, chosen };
 })();
 
 function showWords() {
