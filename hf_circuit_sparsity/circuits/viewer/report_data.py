@@ -62,7 +62,7 @@ class ReportConfig:
     """Examples shown at either end of a node's activations."""
     pairs: int = 4
     """Prompts with their counterfactuals to choose from: the circuit's own and held-out ones."""
-    edges: int = 400
+    edges: int = 100
     """Weights whose ablation effect is measured, the strongest."""
     seed: int = 0
     """Of the choice of prompts; and of the task, where none is passed and the circuit names no
