@@ -5,6 +5,7 @@ from pathlib import Path
 from ..circuits.viewer.report import write_report
 from ..circuits.viewer.report_data import ReportConfig
 from ..files import check_can_write
+from ..modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from .console import on_terminal, quiet_libraries, say, table
 from .loading import circuit_at, load_circuit
 
@@ -17,6 +18,8 @@ def run_view(
     config: ReportConfig | None = None,
 ) -> Path:
     """Measure what a saved circuit does and write its page, `index.html`.
+
+    Beside it goes `circuit.py`, which the page links: a circuit of a CircuitGPT as a program.
 
     Args:
         name: folder or Hub id of the circuit.
@@ -33,10 +36,16 @@ def run_view(
     check_can_write(folder)
     circuit, loaded, tokenizer, reference = load_circuit(name, model, corpus)
     path = folder / "index.html"
+    program = None
+    if isinstance(loaded, CircuitGPTForCausalLM):
+        program = circuit.to_program(folder / "circuit.py", loaded, tokenizer=tokenizer)
     write_report(
         circuit, path, loaded, tokenizer, reference=reference, config=config,
-        progress=on_terminal(),
+        program=program and program.name, progress=on_terminal(),
     )  # fmt: skip
-    say("\n" + table([("page", path), ("size", f"{path.stat().st_size / 1000:,.0f} kB")]))
+    rows = [("page", path), ("size", f"{path.stat().st_size / 1000:,.0f} kB")]
+    if program is not None:
+        rows.append(("program", program))
+    say("\n" + table(rows))
     say("\nOpen it in a browser. It needs no network and no server, and is a static Space already.")
     return path

@@ -11,6 +11,7 @@ from hf_circuit_sparsity.circuits.pruning import selector
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import find_circuit
 from tests.circuits.planted import on_off_task, planted_model, reference_ids
+from tests.conftest import sparsify
 from tests.decoders.dense_models import DENSE, PARALLEL, circuitgpt
 
 MODELS = {
@@ -19,6 +20,7 @@ MODELS = {
     "circuitgpt, all of it": lambda: circuitgpt(
         afrac=0.25, sink=True, bias=True, d_pos_emb=8, sinusoidal_cat_pos_emb=True
     ),
+    "circuitgpt on its nonzeros": lambda: sparsify(circuitgpt(), 0.1).to_sparse(),
 }
 
 

@@ -76,6 +76,15 @@ def test_answers_are_those_of_the_hooks(fields, density, tmp_path):
     np.testing.assert_allclose(by_program(path, PROMPTS.tolist()), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_on_its_nonzeros_gives_the_same_program(tmp_path):
+    dense = sparsify(circuitgpt(), 0.1)
+    circuit = random_circuit_of(dense, 0.3)
+    path = circuit.to_program(tmp_path / "dense.py", dense, answers=[3, 9])
+    on_nonzeros = dense.to_sparse()
+    other = circuit.to_program(tmp_path / "sparse.py", on_nonzeros, answers=[3, 9])
+    assert np.array_equal(by_program(path, [[1, 2, 3]]), by_program(other, [[1, 2, 3]]))
+
+
 def test_cut_edges_and_tokens(tmp_path):
     model = sparsify(circuitgpt(), 0.3)
     circuit = random_circuit_of(model, 0.4)

@@ -11,6 +11,7 @@ import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment
 from torch import nn
@@ -45,6 +46,7 @@ def write_report(
     task: BinaryTask | None = None,
     reference: ReferenceTokens = None,
     config: ReportConfig | None = None,
+    program: str | None = None,
     progress: bool = True,
 ) -> Path:
     """Write a page on which a person sees what the circuit does: one HTML file.
@@ -60,6 +62,7 @@ def write_report(
         task: the task it was found for; that of [`Circuit.load_task`] if not given.
         reference: sample of the pretraining distribution for examples; see [`find_circuit`].
         config: how many prompts, tokens and examples.
+        program: name of a file beside the page to link, as [`Circuit.to_program`] writes it.
         progress: show progress bars.
 
     Returns:
@@ -72,14 +75,14 @@ def write_report(
     data = report_data(
         circuit, model, tokenizer, task=task, reference=reference, config=config, progress=progress
     )
-    page = render_page(data)
+    page = render_page(data, program)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return Path(path)
 
 
-def render_page(data: dict[str, Any]) -> str:
-    """The HTML document that shows `data`, as [`report_data`] makes it.
+def render_page(data: dict[str, Any], program: str | None = None) -> str:
+    """The HTML document that shows `data`, as [`report_data`] makes it, and links a program.
 
     Raises:
         ValueError: a number is not finite.
@@ -102,8 +105,9 @@ def render_page(data: dict[str, Any]) -> str:
     # Pure ASCII: a damaged tokenizer may give halves of surrogate pairs, which are no UTF-8.
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     page = environment.from_string(_read("assets/page.html")).render(
-        policy=policy, style=style, library=library, script=script, data=data
-    )
+        policy=policy, style=style, library=library, script=script, data=data,
+        program=program and quote(program),
+    )  # fmt: skip
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
