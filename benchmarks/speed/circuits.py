@@ -36,7 +36,7 @@ def run(experiment: Experiment) -> str:
         model = make().to(device, dtype).eval()
         for nodes in sizes:
             row = {"model": name, "nodes": str(nodes), "prompts": str(prompts)}
-            rows.append(row | _measured(model, nodes, prompts, device, 2 if quick else 5))
+            rows.append(row | _measured(model, nodes, prompts, device, 2 if quick else 3))
     return table(rows)
 
 
@@ -53,7 +53,7 @@ def _models(quick: bool) -> list[tuple[str, Callable[[], nn.Module], int, tuple[
         for width, layers, density, prompts, sizes in shapes
     ]  # fmt: skip
     if not quick:
-        models.append(("Llama of SmolLM2's shape, 30 layers, dense", _llama, 16, (800, 8000)))
+        models.append(("Llama of SmolLM2's width, 8 layers, dense", _llama, 16, (200, 2000)))
     return models
 
 
@@ -65,7 +65,7 @@ def _sparse(width: int, layers: int, density: float) -> nn.Module:
 def _llama() -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=8,
         num_attention_heads=9, num_key_value_heads=3,
     )  # fmt: skip
     return LlamaForCausalLM(config)
