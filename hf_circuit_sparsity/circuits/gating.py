@@ -6,7 +6,7 @@ left, or with norms as they are in the whole model.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .ablation import TOKENS, hooked, hooked_sites, recorded_sites
+from .collapse import Collapse
 from .task_scores import TaskTensors, next_token_logits, pair_logits
 
 Gates = dict[str, Tensor]
@@ -72,6 +73,7 @@ class GatedModel:
         prepared: Prepared | None = None,
         copies: int = 1,
         logits: Callable[[nn.Module, TaskTensors], Tensor] = pair_logits,
+        collapse: Collapse | None = None,
     ) -> Tensor:
         """Logits of the answers, `(copies * rows, 2)`.
 
@@ -81,11 +83,13 @@ class GatedModel:
             prepared: of these rows, where it is known already.
             copies: how often the rows are repeated.
             logits: [`next_token_logits`] for the whole vocabulary.
+            collapse: to nodes among which all that are open are, where the others are at `means`.
         """
         prepared = prepared or self.prepare(rows)
         frozen = [(norm, _freeze(_repeated(size, copies))) for norm, size in prepared.norms.items()]
         # Norms first: a node site may be a norm's output.
-        with hooked(frozen):
+        # What was prepared is of the whole model; only the gated one is collapsed.
+        with hooked(frozen), collapse.running() if collapse else nullcontext():
             return self._gated(rows, gates, prepared.centers, {}, copies, logits)
 
     def interchanged(

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from inspect import getsource, isfunction
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,8 @@ from ..decoders.decoder import decoder_of
 from ..files import replacing
 from . import program_functions
 from .ablation import unwrapped
-from .edges import SiteWeights, site_weights, unembedding_edges
+from .edges import site_weights, unembedding_edges
+from .running import Running
 
 Arrays = dict[str, np.ndarray]
 # Answers that are named in a comment.
@@ -51,7 +51,7 @@ DATA = {name: np.asarray(a, float) for name, a in np.load(io.BytesIO(arrays)).it
 
 
 def write_program(
-    circuit: Any,
+    circuit: Running,
     path: str | os.PathLike,
     model: nn.Module,
     answers: Mapping[int, str],
@@ -78,40 +78,37 @@ def write_program(
             f"A {type(model).__name__} was passed, but only circuits of a CircuitGPT can be "
             "written as programs so far; use circuit.apply to run this one."
         )
+    program = _Program(circuit, model, answers)
     with torch.no_grad():
-        text, arrays = _Program(circuit, model, answers).written()
+        code = program.code()
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    np.savez_compressed(buffer, **program.arrays)
+    loading = _LOADING.replace("{digest}", repr(hashlib.sha256(buffer.getvalue()).hexdigest()))
     # The program knows its arrays by their hash: of an interrupted pair it says so.
     with replacing(path.with_suffix(".npz")) as temporary:
         temporary.write_bytes(buffer.getvalue())
     with replacing(path) as temporary:
-        text = text.replace("{name}", path.name, 1).replace("{digest}", repr(digest), 1)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(f"{program.head(path.name)}\n{loading}{code}", encoding="utf-8")
     return path
 
 
 class _Program:
     """Writes the lines and collects the arrays."""
 
-    def __init__(self, circuit: Any, model: nn.Module, answers: Mapping[int, str]) -> None:
+    def __init__(self, circuit: Running, model: nn.Module, answers: Mapping[int, str]) -> None:
         self.circuit, self.model, self.answers = circuit, model, dict(answers)
         self.config, self.body = model.config, model.transformer
         self.sites = model.node_sites()
         self.means = {site: mean.double() for site, mean in circuit.means.items()}
         self.arrays: Arrays = {}
-        self.matrices = {m.target.site: self._uncut(m) for m in site_weights(model)}
+        # `(nodes, inputs)`, without what was cut.
+        self.matrices = {
+            matrix.target.site: matrix.weight.detach().double().cpu().clone()
+            for matrix in site_weights(model)
+        }
+        for edge in circuit.split_edges(model)[1]:
+            self.matrices[edge.target_site][edge.target, edge.column] = 0.0
         self.biases = self._biases()
-
-    def _uncut(self, matrix: SiteWeights) -> torch.Tensor:
-        """`(nodes, inputs)` without what was cut."""
-        weight = matrix.weight.detach().double().cpu().clone()
-        if self.circuit.kept_edges is not None:
-            for edge in self.circuit.split_edges(self.model)[1]:
-                if edge.target_site == matrix.target.site:
-                    weight[edge.target, edge.column] = 0.0
-        return weight
 
     def _biases(self) -> dict[str, torch.Tensor]:
         """Site → `(width,)`, with what cut edges add on average."""
@@ -123,9 +120,8 @@ class _Program:
                 own = torch.zeros(width) if bias is None else bias.detach().cpu()
                 own = own if bias is None or target.rows is None else own[target.rows]
                 own = own.double().clone()
-                if self.circuit.kept_edges is not None:
-                    for i, value in self.circuit.edge_offsets.get(target.site, {}).items():
-                        own[i] += value
+                for i, value in self.circuit.edge_offsets.get(target.site, {}).items():
+                    own[i] += value
                 biases[target.site] = own
         return biases
 
@@ -137,7 +133,8 @@ class _Program:
         k = self.sites[site].k
         return None if k is None or k >= self.sites[site].width else k
 
-    def written(self) -> tuple[str, Arrays]:
+    def code(self) -> str:
+        """The functions, then the layers, then what calls them; fills `arrays`."""
         parts: list[str] = []
         body: list[str] = []
         for i, block in enumerate(self.body.h):
@@ -153,33 +150,28 @@ class _Program:
                 name = f"layer_{i}_{'attention' if part == 'attn' else 'mlp'}"
                 body.append(f"    x = {name}(x)")
                 parts.append("\n".join([f"def {name}(x):", *lines(i, block, after), "", ""]))
-        text = "\n".join([*self._head(), _LOADING, *self._functions(parts), *parts])
-        return text + "\n".join(self._ends(body)), self.arrays
+        calling = "\n".join([*parts, *self._ends(body)])
+        called = [
+            f"{getsource(function)}\n" for name, function in vars(program_functions).items()
+            if isfunction(function) and (f"{name}(" in calling or f"act={name}" in calling)
+        ]  # fmt: skip
+        return "\n".join([*called, calling])
 
-    def _functions(self, parts: Sequence[str]) -> Iterator[str]:
-        """Those of `program_functions` that the program calls."""
-        code = "\n".join(parts)
-        for name, function in vars(program_functions).items():
-            if isfunction(function) and (f"{name}(" in code or f"act={name}" in code):
-                yield f"{getsource(function)}\n"
-
-    def _head(self) -> list[str]:
+    def head(self, name: str) -> str:
+        """What the program says of itself."""
         circuit = self.circuit
-        of = circuit.model_name or circuit.model_fingerprint
-        title = _comment(f"{circuit.task} in {of}")
-        return [
-            f'"""The circuit for {title}: {len(circuit)} nodes, '
-            f"{circuit.count_edges(self.model)} edges.",
-            "",
-            "    python {name} 5 17 301    # token ids of a prompt",
-            "",
-            "says the logit of each answer, which `answers([5, 17, 301])` returns. Rows of every",
-            "array are tokens. All that is not in the circuit is fixed at its average, so it is",
-            "here in the constants only, and as rivals: a node passes a site with AbsTopK only if",
-            "it is among the largest of all channels there. Written by hf-circuit-sparsity.",
-            '"""',
-            "",
-        ]
+        title = f"{circuit.task} in {circuit.model_name or circuit.model_fingerprint}"
+        return f'''"""The circuit for {_comment(title)}: {len(circuit)} nodes, \
+{circuit.count_edges(self.model)} edges.
+
+    python {_comment(name)} 5 17 301    # token ids of a prompt
+
+says the logit of each answer, which `answers([5, 17, 301])` returns. Rows of every array are
+tokens. All that is not in the circuit is fixed at its average, so it is here in the constants only,
+and as rivals: a node passes a site with AbsTopK only if it is among the largest of all channels
+there. Written by hf-circuit-sparsity.
+"""
+'''
 
     def _norm(self, x: str, name: str, norm: nn.Module) -> str:
         """A call of the norm, whose weights are stored."""

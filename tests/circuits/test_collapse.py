@@ -3,13 +3,19 @@
 import pytest
 import torch
 
-from hf_circuit_sparsity.circuits.ablation import mean_ablated, mean_activations, node_sites
+from hf_circuit_sparsity.circuits.ablation import (
+    mean_ablated,
+    mean_activations,
+    node_sites,
+    reference_means,
+)
 from hf_circuit_sparsity.circuits.collapse import Collapse
-from hf_circuit_sparsity.circuits.edges import site_weights
+from hf_circuit_sparsity.circuits.edges import circuit_edges, site_weights
 from hf_circuit_sparsity.circuits.gating import GatedModel, frozen_weights
 from hf_circuit_sparsity.circuits.pruning import selector
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
-from hf_circuit_sparsity.circuits.pruning.find import find_circuit
+from hf_circuit_sparsity.circuits.pruning.find import find_circuit, means_for
+from hf_circuit_sparsity.circuits.task_scores import Calibration, task_rows, trimmed
 from tests.circuits.planted import on_off_task, planted_model, reference_ids
 from tests.conftest import sparsify
 from tests.decoders.dense_models import DENSE, PARALLEL, circuitgpt
@@ -79,6 +85,37 @@ def test_what_it_may_be_used_for():
     assert not collapse.fits({s: mask & False for s, mask in keep.items()})
     more = share_of(model, 0.2, seed=1)
     assert not collapse.fits({s: mask | more[s] for s, mask in keep.items()})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"ablation": "zero"},
+        {"freeze_norms": True},
+        {"outside": "random"},
+        {"outside": "adversarial", "selection_supersets": 2},
+        {"interchange": 1.0, "interchange_depths": 1},
+        {"ablation": "resample"},
+    ],
+    ids=str,
+)
+def test_candidates_lose_what_they_lose_by_hooks(monkeypatch, settings):
+    model, task = planted_model(noise=0.3), on_off_task()
+    rows = task.tensors("train")
+    length = int(rows["attention_mask"].sum(1).mode().values)
+    rows = trimmed(task_rows(rows, rows["attention_mask"].sum(1) == length))
+    config = PruningConfig(target_loss=10.0, screen_prompts=0, **settings)
+    train = {name: tensor[:32] for name, tensor in rows.items()}
+    means = means_for(model, task, rows, reference_means(model, reference_ids()), config, False)
+    candidates = [(share_of(model, share, seed=1), ()) for share in (0.2, 0.4)]
+    cut = circuit_edges(model, {s: m.nonzero()[:, 0].tolist() for s, m in candidates[1][0].items()})
+    losses = []
+    for wide in (1024, 0):
+        monkeypatch.setattr(selector, "_WIDE", wide)
+        made = selector.Selector(model, train, means, Calibration(), config)
+        losses.append([*made.losses(candidates), made.loss(candidates[1][0], cut[::2])])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"prune_edges": True}])

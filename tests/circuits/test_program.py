@@ -85,6 +85,16 @@ def test_a_model_on_its_nonzeros_gives_the_same_program(tmp_path):
     assert np.array_equal(by_program(path, [[1, 2, 3]]), by_program(other, [[1, 2, 3]]))
 
 
+@pytest.mark.parametrize("site", ["h.0.attn.act_in", "h.1.mlp.resid_delta"])
+def test_hardly_a_circuit_and_names_that_look_like_placeholders(site, tmp_path):
+    model = circuitgpt(residual_activation_type="relu")
+    circuit = random_circuit_of(model, 0.0)
+    circuit.nodes, circuit.task = {site: [2, 3]}, "{digest}{name}\\N{x}"
+    path = circuit.to_program(tmp_path / "circuit.py", model, answers=[3, 9])
+    expected = by_hooks(circuit, model, PROMPTS.tolist(), [3, 9])
+    np.testing.assert_allclose(by_program(path, PROMPTS.tolist()), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_cut_edges_and_tokens(tmp_path):
     model = sparsify(circuitgpt(), 0.3)
     circuit = random_circuit_of(model, 0.4)

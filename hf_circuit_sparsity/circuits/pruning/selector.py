@@ -1,7 +1,6 @@
 """Candidate circuits, measured: what each loses, and which of its nodes or edges can go."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -139,25 +138,28 @@ class Selector:
     def _losses(self, gates: Gates, rows: TaskTensors) -> list[float]:
         """Of every row of gates, as many in a forward pass as there is room for."""
         fit = max(1, self._room(rows) // len(rows["target_ids"]))
-        with self._collapsed(gates):
-            parts = [self._losses_at_once(part, rows) for part in _parts(gates, fit)]
+        collapse = self._collapsed(gates)
+        parts = [self._losses_at_once(part, rows, collapse) for part in _parts(gates, fit)]
         return [loss for part in parts for loss in part]
 
-    def _collapsed(self, gates: Gates) -> AbstractContextManager[None]:
-        """Only what is open of any row of gates is computed, where the rest has fixed values."""
+    def _collapsed(self, gates: Gates) -> Collapse | None:
+        """To what is open of any row of gates; `None` where the rest has no fixed values, or
+        computing it costs little."""
         narrow = self.model.config.hidden_size < _WIDE
         if narrow or self.config.ablation == "resample":
-            return nullcontext()
+            return None
         live = {site: gate.any(0) for site, gate in gates.items()}
         if self._collapse is None or not self._collapse.fits(live):
             self._collapse = Collapse(self.model, live, self.means.nodes)
-        return self._collapse.running()
+        return self._collapse
 
-    def _losses_at_once(self, gates: Gates, rows: TaskTensors) -> list[float]:
+    def _losses_at_once(
+        self, gates: Gates, rows: TaskTensors, collapse: Collapse | None
+    ) -> list[float]:
         copies = _rows_of(gates)
 
         def logits(_: nn.Module, part: TaskTensors) -> torch.Tensor:
-            pairs = self.gated.run(part, gates, copies=copies)
+            pairs = self.gated.run(part, gates, copies=copies, collapse=collapse)
             return pairs.unflatten(0, (copies, -1)).transpose(0, 1)
 
         batch_size = max(1, self._room(rows) // copies)
