@@ -46,7 +46,7 @@ _RUN = {
     "num_train_epochs": "Passes through the data.",
     "per_device_train_batch_size": "Sequences per step and process.",
     "gradient_accumulation_steps": "Batches per optimizer step.",
-    "learning_rate": "Peak; 1e-2 for a new model, 3e-4 with --model.",
+    "learning_rate": "Peak; 1e-2, or 3e-4 where train has --model.",
     "lr_scheduler_type": "Its course: linear, cosine, constant, ...",
     "seed": "Of everything random.",
     "bf16": "Compute in bfloat16.",

@@ -36,15 +36,14 @@ def run_view(
     check_can_write(folder)
     circuit, loaded, tokenizer, reference = load_circuit(name, model, corpus)
     path = folder / "index.html"
-    program = None
-    if isinstance(loaded, CircuitGPTForCausalLM):
-        program = circuit.to_program(folder / "circuit.py", loaded, tokenizer=tokenizer)
+    program = folder / "circuit.py" if isinstance(loaded, CircuitGPTForCausalLM) else None
     write_report(
         circuit, path, loaded, tokenizer, reference=reference, config=config,
         program=program and program.name, progress=on_terminal(),
     )  # fmt: skip
     rows = [("page", path), ("size", f"{path.stat().st_size / 1000:,.0f} kB")]
     if program is not None:
+        circuit.to_program(program, loaded, tokenizer=tokenizer)
         rows.append(("program", program))
     say("\n" + table(rows))
     say("\nOpen it in a browser. It needs no network and no server, and is a static Space already.")
