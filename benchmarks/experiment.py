@@ -68,7 +68,7 @@ class Experiment:
         common = {"name": name, "folder": Path(folder), "results": Path(results)}
         for option, default in {**common, "stored_only": False, **options}.items():
             several = isinstance(default, tuple)
-            kind: dict[str, Any] = {"type": type(default[0] if several else default)}
+            kind: dict[str, Any] = {"type": type((default or ("",))[0] if several else default)}
             if default is False:
                 kind = {"action": "store_true"}
             elif several:

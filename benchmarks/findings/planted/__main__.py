@@ -4,7 +4,9 @@ import gzip
 import json
 import random
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +56,42 @@ def run(experiment: Experiment) -> str:
         for name in o.mechanisms for architecture in o.architectures
     ]  # fmt: skip
     rows, kept = [], archived(experiment.results)
+    if not experiment.stored_only:
+        missing = [cell for cell in cells if cell_name(*cell) not in kept]
+        # More processes, not more threads: the models are too small for a second one.
+        with ProcessPoolExecutor(o.workers, mp_context=get_context("spawn")) as pool:
+            waiting = [pool.submit(cell_rows, experiment.folder, *cell) for cell in missing]
+            for done in as_completed(waiting):
+                done.result()  # raises what the worker raised
     for method, name, architecture, noise, seed in cells:
-        cell = f"{method} {name} {architecture} {noise:g} {seed}"
-        path = experiment.folder / f"{cell}.json"
-        if experiment.stored_only and cell not in kept and not path.is_file():
-            continue
-
-        def measure(of: tuple = (method, name, architecture, noise, seed)) -> list[dict]:
-            return measured(METHODS[of[0]], plant(*of[1:]), of[4])
-
+        cell = cell_name(method, name, architecture, noise, seed)
         if cell not in kept:
-            kept[cell] = stored(path, measure)
+            path = cell_path(experiment.folder, cell)
+            if not path.is_file():
+                continue
+            kept[cell] = json.loads(path.read_text(encoding="utf-8"))
         for row, which in zip(kept[cell], (method, CONTROL), strict=True):
             of = {"architecture": architecture, "noise": noise, "sized": method, "method": which}
             rows.append({**row, **of, "mechanism": name})
     archive(experiment.results, kept)
     return report(rows)
+
+
+def cell_name(method: str, name: str, architecture: str, noise: float, seed: int) -> str:
+    """What one run is called in the folder and in the archive."""
+    return f"{method} {name} {architecture} {noise:g} {seed}"
+
+
+def cell_path(folder: Path, cell: str) -> Path:
+    """Where one run is stored until it is archived."""
+    return folder / f"{cell}.json"
+
+
+def cell_rows(folder: Path, method: str, *of: Any) -> list[dict[str, Any]]:
+    """What one run measured, now or before. At module level, so that a worker can be sent it."""
+    torch.set_num_threads(1)
+    path = cell_path(folder, cell_name(method, *of))
+    return stored(path, lambda: measured(METHODS[method], plant(*of), of[-1]))
 
 
 def archived(results: Path) -> dict[str, list[dict[str, Any]]]:
@@ -179,6 +201,7 @@ def main() -> None:
     Experiment.main(
         run, __doc__, "planted", str(Path("runs") / "planted"), mechanisms=tuple(MECHANISMS),
         methods=tuple(METHODS), architectures=tuple(ARCHITECTURES), noises=NOISES, seeds=5,
+        workers=1,
     )  # fmt: skip
 
 
