@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # What circuits of larger models need a GPU for: SmolLM2-135M made sparse, circuits of it before and
-# after, and those of the kept model, several at once, as each waits mostly for its launches. The
-# planted mechanisms use the cores that are left.
+# after, and those of the kept model. The planted mechanisms use the cores that are left.
 #
 #   bash benchmarks/gpu_circuits.sh OUT STAGE...
 #
-# STAGES, in this order: `smoke` (a minute, tries everything small), `background` (starts the kept
-# model's circuits and the planted runs, and returns), `pretrained` (needs the unpacked packages of
-# benchmarks/findings/pretrained.py in WORK/pretrained/packages, or as .parts/*.part, a wheel cut in
-# pieces), `collect` (packs all into OUT). WORK, PYTHON, WORKERS, STEPS and SEEDS change the defaults.
+# STAGES: `smoke` (a minute, tries everything small), `planted` (starts the planted runs and returns),
+# `kept` (the kept model's circuits), `train` and `circuits` (SmolLM2, whose package lies unpacked in
+# WORK/pretrained/packages or in .parts/*.part, a wheel cut in pieces that may come in several calls),
+# `collect` (packs all into OUT). Every stage but the last is cut off after LIMIT seconds, and goes on
+# where it was. JOBS searches run at once: two, for ten beside a training took ten times as long each
+# on an H100 and none ended within nine minutes. WORK, PYTHON, WORKERS, STEPS and SEEDS as below.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:?usage: bash benchmarks/gpu_circuits.sh OUT STAGE...}; shift
-PYTHON=${PYTHON:-python3} WORK=${WORK:-/tmp/gpu_circuits} DEVICE=${DEVICE:-cuda}
+PYTHON=${PYTHON:-python3} WORK=${WORK:-/tmp/gpu_circuits} DEVICE=${DEVICE:-cuda} ROUGH=${ROUGH-}
 TASKS=${TASKS:-bracket_brace else_elif fstring_brace lambda_func single_double_quote}
 KEPT=${KEPT:-while_return_true single_double_quote indent_for bracket_brace var_if fstring_brace if_equals lambda_func enumerate_range}
 mkdir -p "$OUT" "$WORK/logs" "$WORK/wheels"
@@ -48,16 +49,22 @@ smoke() {
   tail -n 30 "$WORK"/logs/smoke_*.log
 }
 
-background() {
-  cp -r "$PWD" "$WORK/tree"
+planted() {
+  cp -r "$PWD" "$WORK/tree"  # the next call sends the working tree anew
   cd "$WORK/tree" && export PYTHONPATH="$PWD:$WORK/packages"
   setsid "$PYTHON" -m benchmarks.findings.planted --folder "$WORK/planted" --results \
-    "$WORK/planted_results" --workers "${WORKERS:-8}" > "$WORK/logs/planted.log" 2>&1 &
+    "$WORK/planted_results" --workers "${WORKERS:-10}" > "$WORK/logs/planted.log" 2>&1 &
+  cd - > /dev/null
+}
+
+# queue: runs the commands of standard input, one per line, JOBS at a time.
+queue() { xargs -P "${JOBS:-2}" -d '\n' -I LINE bash -c 'LINE' >> "$WORK/logs/circuits.log" 2>&1; }
+
+kept() {
   for task in $KEPT; do
-    setsid "$PYTHON" -m benchmarks.findings.kept_model --device "$DEVICE" --threads 1 --folder \
-      "$WORK/kept" --results "$WORK/kept_results_$task" --tasks "$task" > "$WORK/logs/kept_$task.log" 2>&1 &
-  done
-  log "background: started"
+    echo "$PYTHON -m benchmarks.findings.kept_model --device $DEVICE --threads 1 --folder $WORK/kept \
+--results $WORK/kept_results/$task --tasks $task $ROUGH"
+  done | queue
 }
 
 unpack() {
@@ -69,25 +76,19 @@ unpack() {
   mv "$WORK/pretrained/packages.unfinished" "$WORK/pretrained/packages"
 }
 
-run_pretrained() {
+train() {
   unpack
-  log "unpacked"
-  pretrained --parts dense > "$WORK/logs/dense.log" 2>&1  # also unpacks the model and makes the blocks
-  log "dense: exit code $?"
-  each train pretrained --parts train --steps "${STEPS:-2000}" --batch-size 32 --learning-rate 6e-4 \
-    --save-steps 100000 --packages ${PACKAGES-sympy scipy sklearn pandas networkx statsmodels matplotlib jax skimage}
-  local train=$!
-  for task in $TASKS; do each "dense_$task" pretrained --parts "dense/$task" --seeds 1; done
-  wait "$train"
-  each sparse pretrained --parts sparse
-  for task in $TASKS; do each "sparse_$task" pretrained --parts "sparse/$task" --seeds 1; done
-  wait
+  pretrained --parts dense train sparse --steps "${STEPS:-1000}" --batch-size 32 --learning-rate 6e-4 \
+    --save-steps 250 > "$WORK/logs/train.log" 2>&1
+}
+
+circuits() {
   for task in $TASKS; do
     for model in dense sparse; do
-      each "more_${model}_$task" pretrained --parts "$model/$task" --seeds "${SEEDS:-3}"
+      echo "$PYTHON -m benchmarks.findings.pretrained --folder $WORK/pretrained --device $DEVICE \
+--results $WORK/results/$model-$task --threads 1 --seeds ${SEEDS:-1} --parts $model/$task"
     done
-  done
-  wait
+  done | queue
 }
 
 collect() {
@@ -101,9 +102,9 @@ collect() {
 
 for stage in "$@"; do
   case $stage in
-    smoke | background | collect) "$stage" ;;
-    pretrained) timeout "${LIMIT:-540}" bash "$0" "$OUT" run_pretrained ;;
-    run_pretrained) run_pretrained ;;
+    smoke | planted | collect) "$stage" ;;
+    kept | train | circuits) timeout "${LIMIT:-540}" bash "$0" "$OUT" "now_$stage"; log "$stage: exit code $?" ;;
+    now_*) "${stage#now_}" ;;
     *) echo "There is no stage $stage"; exit 2 ;;
   esac
 done

@@ -66,6 +66,7 @@ def run(experiment: Experiment) -> str:
     torch.set_num_threads(options.threads)
     if not experiment.stored_only:
         make_dense(folder)
+        blocks(folder, AutoTokenizer.from_pretrained(folder / DENSE), options.packages)
         for part in options.parts or every_part(options):
             measure_part(experiment, part)
     sparse: dict[str, Any] | None = None
@@ -180,7 +181,7 @@ def make_sparse(experiment: Experiment) -> dict[str, Any]:
             save_total_limit=1, report_to="none",
         )  # fmt: skip
         last = get_last_checkpoint(str(output)) if output.is_dir() else None
-        data = blocks(folder, tokenizer, o.packages)
+        data = blocks(folder, tokenizer)
         train_model(model, tokenizer, data, args, resume_from_checkpoint=last)
         return {}
 

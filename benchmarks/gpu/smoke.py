@@ -12,8 +12,8 @@ from hf_circuit_sparsity.circuits.pruning.find import find_circuits
 from hf_circuit_sparsity.trainer.sparse_config import SparseTrainingArguments
 from hf_circuit_sparsity.trainer.sparse_trainer import SparseTrainer
 
-from ..findings.planted.__main__ import METHODS
 from ..findings.planted.mechanisms import plant
+from ..findings.planted.searches import METHODS
 
 
 def main() -> None:

@@ -1,13 +1,19 @@
 """The planted mechanisms are what they are said to be, in every architecture."""
 
+import shlex
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from benchmarks.experiment import Experiment
 from benchmarks.findings.planted import __main__ as planted_run
-from benchmarks.findings.planted.__main__ import measured, report
+from benchmarks.findings.planted import searches
+from benchmarks.findings.planted.__main__ import report
 from benchmarks.findings.planted.builder import ARCHITECTURES
 from benchmarks.findings.planted.mechanisms import MECHANISMS, Nodes, Truth, plant
+from benchmarks.findings.planted.searches import ARCHIVE, measured
 from hf_circuit_sparsity.circuits.ablation import mean_ablated
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.task_scores import all_pair_logits, binary_accuracy
@@ -107,10 +113,10 @@ def test_a_search_is_held_against_the_truth():
 
 def test_what_was_measured_elsewhere_is_not_measured_again(tmp_path, monkeypatch):
     row = {"precision": 1.0, "recall": 1.0, "nodes": 6, "decoys": 0, "accuracy": 1.0, "turned": 1.0}
-    monkeypatch.setattr(planted_run, "measured", lambda *_: [row, {**row, "precision": 0.25}])
+    monkeypatch.setattr(searches, "measured", lambda *_: [row, {**row, "precision": 0.25}])
     options = {
         "mechanisms": ("and",), "methods": ("KL",), "architectures": ("llama",), "noises": (0.01,),
-        "seeds": 1,
+        "seeds": 1, "workers": 1,
     }  # fmt: skip
     here = Experiment("planted", tmp_path / "runs", tmp_path / "results", **options)
     made = planted_run.run(here)
@@ -119,8 +125,19 @@ def test_what_was_measured_elsewhere_is_not_measured_again(tmp_path, monkeypatch
     def measured_again(*_):
         raise AssertionError
 
-    monkeypatch.setattr(planted_run, "measured", measured_again)
-    kept = (tmp_path / "results" / planted_run.ARCHIVE).read_bytes()
+    monkeypatch.setattr(searches, "measured", measured_again)
+    kept = (tmp_path / "results" / ARCHIVE).read_bytes()
     there = Experiment("planted", tmp_path / "elsewhere", tmp_path / "results", **options)
     assert planted_run.run(there) == made
-    assert (tmp_path / "results" / planted_run.ARCHIVE).read_bytes() == kept
+    assert (tmp_path / "results" / ARCHIVE).read_bytes() == kept
+
+
+@pytest.mark.slow
+def test_several_processes_share_the_runs(tmp_path):
+    """As a person starts it: what `python -m` runs is not what a new process can import."""
+    cells = "--mechanisms and or --methods 'no masks' --architectures circuitgpt --noises 0"
+    command = f"{sys.executable} -m benchmarks.findings.planted {cells} --seeds 1 --workers 2"
+    folders = ["--folder", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    subprocess.run([*shlex.split(command), *folders], check=True, timeout=300)
+    made = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert made == ["no masks and circuitgpt 0 0.json", "no masks or circuitgpt 0 0.json"]

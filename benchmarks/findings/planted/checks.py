@@ -15,9 +15,9 @@ from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
 from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError
 
 from ...experiment import Experiment, grouped, machine, stored, table
-from .__main__ import NOISES
 from .builder import ARCHITECTURES, Nodes
 from .mechanisms import MECHANISMS, Planted, plant
+from .searches import NOISES
 
 ADDED = 20
 REMOVED = 2
