@@ -17,6 +17,7 @@ from transformers.utils import logging
 from .attention import AttentionKernels
 from .calling import takes
 from .compile import SWITCH, build, warn_that_there_are_none
+from .decode import DecodeKernels
 from .products import ProductKernels
 from .selection import SelectionKernels
 
@@ -28,7 +29,7 @@ logger = logging.get_logger(__name__)
 _switched_off = False
 
 
-class CpuKernels(SelectionKernels, ProductKernels, AttentionKernels):
+class CpuKernels(SelectionKernels, ProductKernels, AttentionKernels, DecodeKernels):
     """All kernels; `load_kernels` makes the one instance."""
 
 

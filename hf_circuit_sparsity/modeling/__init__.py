@@ -4,8 +4,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from . import causal_lm  # noqa: F401 (makes Conv1D one of the layers that run on nonzeros)
 from .configuration_circuitgpt import ACTIVATION_SITES, CircuitGPTConfig
+from .decode import decode_blocks
 from .modeling_circuitgpt import CircuitGPTForCausalLM, CircuitGPTModel, NodeSite
 
+CircuitGPTModel.decode_blocks = decode_blocks
 AutoConfig.register(CircuitGPTConfig.model_type, CircuitGPTConfig, exist_ok=True)
 AutoModel.register(CircuitGPTConfig, CircuitGPTModel, exist_ok=True)
 AutoModelForCausalLM.register(CircuitGPTConfig, CircuitGPTForCausalLM, exist_ok=True)

@@ -1,7 +1,4 @@
-"""AbsTopK and attention with a sink, as fast as they can be computed here.
-
-[`abs_topk_reference`] and [`eager_attention_forward`] are the plain paths beside them.
-"""
+"""AbsTopK and attention with a sink, as fast as can be, and the plain paths beside them."""
 
 import importlib
 from typing import Any

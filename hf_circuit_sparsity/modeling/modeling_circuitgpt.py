@@ -193,6 +193,7 @@ class CircuitGPTPreTrainedModel(SparsePreTrainedModel):
     _supports_sdpa = True  # not flex attention: that of transformers refuses sinks on the CPU
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    decode_blocks = staticmethod(lambda *args: None)  # the package's is faster; see decode.py
     _can_record_outputs = {"hidden_states": CircuitGPTBlock, "attentions": CircuitGPTAttention}  # noqa: RUF012
     # Older releases lack the first; the others are causal or pruning masks stored as buffers.
     _keys_to_ignore_on_load_missing = ["final_logits_bias"]  # noqa: RUF012
@@ -308,8 +309,10 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         x, positions, mask = self.embedded(x, attention_mask, position_ids, past_key_values)
-        for block in self.h:
+        done = None if kwargs else self.decode_blocks(x, positions, mask, past_key_values)
+        for block in self.h if done is None else ():
             x, _ = block(x, positions, mask, past_key_values, **kwargs)
+        x = x if done is None else done
         return BaseModelOutputWithPast(self.ln_f(x), past_key_values if use_cache else None)
 
 

@@ -8,8 +8,6 @@
  * Matrices of a head are (tokens, channels); see `struct heads` for where they are.
  */
 
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-
 #define FAR -1e30f /* the score of a key that comes after the query; exp of it is 0 */
 #define QUERIES 4  /* that share what is read and written of the keys */
 
@@ -21,39 +19,6 @@ struct heads {
 
 static inline float *head_of(const struct heads *h, int64_t sequence, int64_t head) {
     return h->data + sequence * h->sequence + head * h->head;
-}
-
-static inline vec where(ivec mask, vec yes, vec no) {
-    return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask));
-}
-
-/* e to the power of x for x up to about 0, to 2 units in the last place; what is NaN stays so. */
-static inline vec exponential(vec x) {
-    const vec low = (vec){0} - 87.0f, inside = where(x < low, low, x);
-    const ivec twos = __builtin_convertvector(inside * 1.44269504f - 0.5f, ivec); /* rounds */
-    const vec whole = __builtin_convertvector(twos, vec);
-    const vec r = (inside - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    vec e = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    e = e * r + 8.3334519073e-3f;
-    e = e * r + 4.1665795894e-2f;
-    e = e * r + 1.6666665459e-1f;
-    e = e * r + 5.0000001201e-1f;
-    e = e * r * r + r + 1.0f;
-    e = (vec)((ivec)e + (twos << 23));
-    e = where(x < low, (vec){0}, e);
-    return where(x == x, e, x);
-}
-
-static inline float largest(vec x) {
-    float m = x[0];
-    for (int v = 1; v < LANES; v++) m = x[v] > m ? x[v] : m;
-    return m;
-}
-
-static inline float total(vec x) {
-    float s = 0;
-    for (int v = 0; v < LANES; v++) s += x[v];
-    return s;
 }
 
 /* Scaled products of a query with LANES keys; those after the query, number `i`, are FAR. */

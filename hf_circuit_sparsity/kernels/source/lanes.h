@@ -1,4 +1,4 @@
-/* What the kernels share: vectors of LANES floats, and transposing.
+/* What the kernels share: vectors of LANES floats, their sums and exponentials, and transposing.
  *
  * Plain C with the vector extensions of GCC and Clang. Every function works on a range of rows or
  * columns, allocates nothing and keeps nothing: the callers in Python own all memory and split the
@@ -19,6 +19,58 @@ typedef float vec_anywhere __attribute__((vector_size(4 * LANES), aligned(4)));
 
 static inline vec load(const float *p) { return *(const vec_anywhere *)p; }
 static inline void store(float *p, vec v) { *(vec_anywhere *)p = v; }
+
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+
+static inline vec where(ivec mask, vec yes, vec no) {
+    return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask));
+}
+
+/* e to the power of x for x up to about 0, to 2 units in the last place; what is NaN stays so. */
+static inline vec exponential(vec x) {
+    const vec low = (vec){0} - 87.0f, inside = where(x < low, low, x);
+    const ivec twos = __builtin_convertvector(inside * 1.44269504f - 0.5f, ivec); /* rounds */
+    const vec whole = __builtin_convertvector(twos, vec);
+    const vec r = (inside - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    vec e = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    e = e * r + 8.3334519073e-3f;
+    e = e * r + 4.1665795894e-2f;
+    e = e * r + 1.6666665459e-1f;
+    e = e * r + 5.0000001201e-1f;
+    e = e * r * r + r + 1.0f;
+    e = (vec)((ivec)e + (twos << 23));
+    e = where(x < low, (vec){0}, e);
+    return where(x == x, e, x);
+}
+
+static inline float largest(vec x) {
+    float m = x[0];
+    for (int v = 1; v < LANES; v++) m = x[v] > m ? x[v] : m;
+    return m;
+}
+
+static inline float total(vec x) {
+    float s = 0;
+    for (int v = 0; v < LANES; v++) s += x[v];
+    return s;
+}
+
+/* Lane i of what is returned is the sum of the lanes of s[i]; s is overwritten. */
+static inline vec sums_of(vec *s) {
+#define HALVES(i, j, ...) __builtin_shufflevector(s[i], s[j], __VA_ARGS__)
+    for (int i = 0; i < 8; i++)
+        s[i] = HALVES(i, i + 8, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               HALVES(i, i + 8, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    for (int i = 0; i < 4; i++)
+        s[i] = HALVES(i, i + 4, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+               HALVES(i, i + 4, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int i = 0; i < 2; i++)
+        s[i] = HALVES(i, i + 2, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               HALVES(i, i + 2, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    return HALVES(0, 1, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           HALVES(0, 1, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+#undef HALVES
+}
 
 /* Rows i and i + 8 of a square, interleaved; four times over, that transposes it. */
 static inline void interleave(const vec *from, vec *to) {

@@ -248,23 +248,6 @@ void turn_pieces(const float *a, int64_t ld, int64_t tokens, int64_t from, int64
     }
 }
 
-/* Lane i of what is returned is the sum of the lanes of s[i]; s is overwritten. */
-static inline vec sums_of(vec *s) {
-#define HALVES(i, j, ...) __builtin_shufflevector(s[i], s[j], __VA_ARGS__)
-    for (int i = 0; i < 8; i++)
-        s[i] = HALVES(i, i + 8, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-               HALVES(i, i + 8, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    for (int i = 0; i < 4; i++)
-        s[i] = HALVES(i, i + 4, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-               HALVES(i, i + 4, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    for (int i = 0; i < 2; i++)
-        s[i] = HALVES(i, i + 2, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-               HALVES(i, i + 2, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    return HALVES(0, 1, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-           HALVES(0, 1, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-#undef HALVES
-}
-
 void gradient_at(const int32_t *starts, const int32_t *columns, int64_t rows, int64_t width,
                  const float *g, const float *x, int64_t tokens, int64_t from, int64_t to,
                  float *out) {
