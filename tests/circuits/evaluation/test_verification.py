@@ -23,6 +23,7 @@ def model():
 def verify(circuit, model, task=None, **options):
     if "others" not in options:
         options["others"] = [planted_circuit(model)]
+    options.setdefault("random_circuits", 6)
     options.setdefault("adversarial", {"other_rows": on_off_task(seed=9)})
     return verify_circuit(
         circuit, model, task or on_off_task(), prompts=80, progress=False, **options
