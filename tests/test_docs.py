@@ -8,6 +8,7 @@ import linecache
 import re
 import shutil
 import sysconfig
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,8 @@ def test_the_python_of_a_document_runs(path, names, hub_server, monkeypatch):
         names["model"].push_to_hub("ada/model")
     if path.name == "circuits.md":  # only what a model has learned can be verified
         model, task = planted_model(), on_off_task()
-        circuit = planted_circuit(model, own_task=task.text)
+        # Verifying searches anew, by the circuit's own settings.
+        circuit = planted_circuit(model, own_task=task.text, config=asdict(names["quick"]))
         names |= {"model": model, "circuit": circuit, "task": task, "blocks": reference_ids()}
         names["tokenizer"] = task.tokenizer
         shutil.copytree(FIXTURES / "reference" / "paper", "csp_yolo1")

@@ -172,11 +172,24 @@ def test_steering_adds_the_decoded_difference(make, location):
         logits = bridged.dense(IDS).logits
     torch.testing.assert_close(logits, go_on(last, location), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[:, :-1], whole[:, :-1])
-    torch._dynamo.reset()
+
+
+@torch.no_grad()
+@every_dense
+def test_a_model_that_was_compiled_is_steered_too(make):
+    bridged = bridged_pair(make)
+
+    def steered(location):
+        with bridged.steer(location, 5, 2.5, positions=-1):
+            return bridged.dense(IDS).logits
+
+    whole, expected = bridged.dense(IDS).logits, [steered(location) for location in range(5)]
+    torch._dynamo.reset()  # compiled once for all locations, which is what costs
     bridged.dense.compile(backend="eager")
-    bridged.dense(IDS)
-    with bridged.steer(location, 5, 2.5, positions=-1):
-        torch.testing.assert_close(bridged.dense(IDS).logits, logits)
+    for location, logits in enumerate(expected):
+        torch.testing.assert_close(bridged.dense(IDS).logits, whole)
+        assert not torch.allclose(logits, whole)
+        torch.testing.assert_close(steered(location), logits)
 
 
 @torch.no_grad()

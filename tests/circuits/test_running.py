@@ -67,11 +67,16 @@ def test_it_is_the_circuit_that_answers(model, circuit, wrapped):
     assert circuit.edges(wrapped) == circuit.edges(model)
 
 
-def test_it_is_the_circuit_that_is_measured_and_found(model, circuit, wrapped):
-    task = on_off_task()
-    expected = evaluate_circuit(circuit, model, task)
-    assert evaluate_circuit(circuit, wrapped, task) == pytest.approx(expected, abs=1e-5)
-    expected = find(model, QUICKER)
+@pytest.fixture(scope="module")
+def of_the_plain_model():
+    """What is measured of the planted circuit, and the circuit that is found."""
+    model = planted_model()
+    return evaluate_circuit(planted_circuit(model), model, on_off_task()), find(model, QUICKER)
+
+
+def test_it_is_the_circuit_that_is_measured_and_found(of_the_plain_model, circuit, wrapped):
+    measured, expected = of_the_plain_model
+    assert evaluate_circuit(circuit, wrapped, on_off_task()) == pytest.approx(measured, abs=1e-5)
     found = find(wrapped, QUICKER)
     assert found.nodes == expected.nodes
     assert found.metrics == pytest.approx(expected.metrics, abs=1e-4)

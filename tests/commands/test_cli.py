@@ -227,7 +227,7 @@ def weights_of(folder):
 
 
 def test_ctrl_c_leaves_a_run_that_resumes_bit_for_bit(corpus, tmp_path):
-    steps = ["--max-steps", "250", "--save-strategy", "no"]
+    steps = ["--max-steps", "120", "--save-strategy", "no"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train(corpus, whole, *steps) == 0
 
@@ -236,7 +236,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_bit_for_bit(corpus, tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     seen = ""
-    while "10/250" not in seen and running.poll() is None:
+    while "10/120" not in seen and running.poll() is None:
         seen += running.stdout.readline()
     time.sleep(0.05)
     running.send_signal(signal.SIGINT)

@@ -58,6 +58,7 @@ def test_commands_take_a_model_in_the_reproductions_layout(saved, corpus, tmp_pa
     task = ["--task", "while_return_true"]
     assert main(["evaluate", "--model", str(folder), *task, "--prompts", "32"]) == 0
     prune = ["prune", *task, "--target-loss", "0.9", "--max-steps", "2", "--batch-size", "2"]
+    prune += ["--selection-prompts", "32"]
     circuit = tmp_path / "circuit"
     prune += ["--model", str(folder), "--corpus", str(corpus), "--output-dir", str(circuit)]
     assert main(prune) == 0

@@ -10,7 +10,7 @@ from hf_circuit_sparsity.cli import main
 
 # An untrained model guesses; a circuit of guessing is a circuit all the same.
 GUESSING = ["--task", "while_return_true", "--target-loss", "0.9", "--max-steps", "2"]
-GUESSING += ["--batch-size", "2", "--num-seeds", "2"]
+GUESSING += ["--batch-size", "2", "--num-seeds", "2", "--selection-prompts", "32"]
 
 
 def test_search_with_every_switch_and_again(saved, corpus, tmp_path, capsys):

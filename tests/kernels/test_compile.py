@@ -13,14 +13,48 @@ from hf_circuit_sparsity.kernels import compile as compiling
 from hf_circuit_sparsity.kernels.cpu import load_kernels
 from hf_circuit_sparsity.modeling.functional import abs_topk
 
-ASK = """
+# `ask()` starts a process that has imported all this, and loads no kernels before it answers.
+ASKING = """
+import os
+import sys
 import torch
 from hf_circuit_sparsity.kernels.cpu import load_kernels
 from hf_circuit_sparsity.modeling.functional import abs_topk
-print(load_kernels() is not None, abs_topk(torch.tensor([[1.0, -3.0, 2.0]]), 2).tolist())
+
+def ask() -> int:
+    if child := os.fork():
+        return child
+    kept = abs_topk(torch.tensor([[1.0, -3.0, 2.0]]), 2).tolist()
+    answer = f"{load_kernels() is not None} {kept}\\n"
+    os.write(1, answer.encode())  # in one piece, as others may be writing
+    os._exit(0)
+
+def ended(child: int) -> None:
+    assert os.waitpid(child, 0)[1] == 0, "it was ended by a signal"
 """
+ANSWER = "True [[0.0, -3.0, 2.0]]"
+
+
+def asked(code: str) -> list[str]:
+    """What processes answer that a Python of its own starts by `ask()`."""
+    run = subprocess.run(
+        [sys.executable, "-c", ASKING + code], env=dict(os.environ), capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, (run.returncode, run.stderr)
+    return run.stdout.splitlines()
+
 
 needs_compiler = pytest.mark.skipif(load_kernels() is None, reason="no C compiler, or switched off")
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch, tmp_path_factory) -> None:
+    """The machine's, told to optimize nothing: how a library is kept is not how fast it is."""
+    compiler = tmp_path_factory.mktemp("compiler") / "quick-cc"
+    compiler.write_text('#!/bin/sh\nexec cc "$@" -O0\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
 
 
 @pytest.fixture
@@ -61,34 +95,26 @@ def test_compiled_once_and_kept(are_loaded, tmp_path):
     (library,) = folder.iterdir()
     made = library.stat().st_mtime_ns
     # A process of its own comes to the same name.
-    again = subprocess.run(
-        [sys.executable, "-c", ASK], env=dict(os.environ), capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert again.stdout.strip() == "True [[0.0, -3.0, 2.0]]"
+    assert asked("ended(ask())") == [ANSWER]
     assert [p.stat().st_mtime_ns for p in folder.iterdir()] == [made]
 
 
-def asked(**environment: str) -> str:
-    """What a process of its own answers; it must not be ended by a signal."""
-    run = subprocess.run(
-        [sys.executable, "-c", ASK], env=os.environ | environment, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, (run.returncode, run.stderr)
-    return run.stdout.strip()
-
-
 @needs_compiler
+@pytest.mark.usefixtures("quick_compiler")
 def test_a_library_that_was_cut_off_is_made_anew(are_loaded, tmp_path):
     assert are_loaded(XDG_CACHE_HOME=str(tmp_path))
-    (library,) = (tmp_path / "hf_circuit_sparsity").iterdir()
+    code = f"""
+from pathlib import Path
+
+for size in (0, -100):
+    (library,) = Path({str(tmp_path / "hf_circuit_sparsity")!r}).iterdir()
     whole = library.read_bytes()
-    for size in (0, -100):
-        library.write_bytes(whole[:size])
-        assert asked().startswith("True")
-        (library,) = (tmp_path / "hf_circuit_sparsity").iterdir()
-        assert len(library.read_bytes()) == len(whole)
+    library.write_bytes(whole[:size])
+    ended(ask())
+    (library,) = library.parent.iterdir()
+    assert len(library.read_bytes()) == len(whole)
+"""
+    assert asked(code) == [ANSWER, ANSWER]
 
 
 @needs_compiler
@@ -115,6 +141,7 @@ def test_a_compiler_that_speaks_another_encoding(are_loaded, tmp_path):
 
 
 @needs_compiler
+@pytest.mark.usefixtures("quick_compiler")
 def test_a_folder_that_others_can_write_to_is_not_used(are_loaded, tmp_path):
     folder = tmp_path / "hf_circuit_sparsity"
     folder.mkdir()
@@ -125,6 +152,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(are_loaded, tmp_path):
 
 
 @needs_compiler
+@pytest.mark.usefixtures("quick_compiler")
 def test_without_a_home_or_with_one_that_is_no_folder(are_loaded, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert are_loaded(XDG_CACHE_HOME=str(tmp_path / "file"))  # cannot be made, as on a full disk
@@ -138,6 +166,7 @@ def test_without_a_home_or_with_one_that_is_no_folder(are_loaded, tmp_path, monk
 
 
 @needs_compiler
+@pytest.mark.usefixtures("quick_compiler")
 def test_another_processor_has_a_library_of_its_own(are_loaded, tmp_path, monkeypatch):
     assert are_loaded(XDG_CACHE_HOME=str(tmp_path))
     monkeypatch.setattr(compiling, "_processor", lambda: "flags: fewer")
@@ -146,13 +175,9 @@ def test_another_processor_has_a_library_of_its_own(are_loaded, tmp_path, monkey
 
 
 @needs_compiler
-def test_several_processes_at_once(tmp_path):
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", ASK]
-    processes = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    assert all(p.communicate()[0].startswith("True") for p in processes)
+@pytest.mark.usefixtures("quick_compiler")
+def test_several_processes_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert asked("for child in [ask(), ask()]: ended(child)") == [ANSWER, ANSWER]
     kept = list((tmp_path / "hf_circuit_sparsity").iterdir())
     assert kept and all(path.suffix == ".so" for path in kept)  # nothing half-made

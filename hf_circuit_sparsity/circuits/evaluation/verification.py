@@ -141,11 +141,6 @@ def verify_circuit(
     model = unwrapped(model)
     check_prompts_fit(model, task)
     with in_eval_mode(model):
-        search = others is None and stability_seeds > 0
-        if search:
-            tokens = PruningConfig.from_stored(circuit.config).reference_tokens
-            reference = reference_input_ids(model, task.tokenizer, reference, tokens, progress)
-            others = other_circuits(circuit, model, task, stability_seeds, reference, progress)
         if adversarial is None:
             adversarial = load_adversarial_tasks(
                 task.name,
@@ -154,10 +149,16 @@ def verify_circuit(
                 seed=seed,
                 max_length=getattr(model.config, "max_position_embeddings", None),
             )
+        # It refuses a model that has not learned the task, so it comes before the searches.
         suite = Suite(
             model, task, circuit.means, prompts, subsets, supersets, adversary_steps, seed,
             adversarial,
         )  # fmt: skip
+        search = others is None and stability_seeds > 0
+        if search:
+            tokens = PruningConfig.from_stored(circuit.config).reference_tokens
+            reference = reference_input_ids(model, task.tokenizer, reference, tokens, progress)
+            others = other_circuits(circuit, model, task, stability_seeds, reference, progress)
         generator = torch.Generator().manual_seed(seed)
         vocabulary = model.get_input_embeddings().num_embeddings
         controls = [random_circuit(circuit, generator, vocabulary) for _ in range(random_circuits)]

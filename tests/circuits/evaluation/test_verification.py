@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_circuit_sparsity import Circuit, TaskNotLearnedError, verify_circuit
+from hf_circuit_sparsity.circuits.evaluation import verification
 from hf_circuit_sparsity.circuits.evaluation.verification import mean_and_interval, random_circuit
 from tests.circuits.planted import (
     PLANTED_NODES,
@@ -22,6 +23,7 @@ def model():
 def verify(circuit, model, task=None, **options):
     if "others" not in options:
         options["others"] = [planted_circuit(model)]
+    options.setdefault("random_circuits", 6)
     options.setdefault("adversarial", {"other_rows": on_off_task(seed=9)})
     return verify_circuit(
         circuit, model, task or on_off_task(), prompts=80, progress=False, **options
@@ -106,6 +108,16 @@ def test_the_interval_is_that_of_the_mean():
     assert mean == 0.5  # ± 1.96 times its standard error
     assert (low, high) == pytest.approx((0.5 - 0.098, 0.5 + 0.098), abs=0.01)
     assert mean_and_interval([3.0] * 5) == (3.0, 3.0, 3.0)
+
+
+def test_what_is_not_learned_is_refused_before_the_searches(monkeypatch):
+    def searched(*args, **kwargs):
+        raise AssertionError("the searches began")
+
+    monkeypatch.setattr(verification, "other_circuits", searched)
+    unable = unable_model()
+    with pytest.raises(TaskNotLearnedError, match="'on_off'"):
+        verify(planted_circuit(unable), unable, others=None)
 
 
 def test_bad_input(model):
