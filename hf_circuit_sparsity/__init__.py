@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .circuits.task_scores import evaluate_tasks
     from .circuits.viewer.plot import plot_circuit
     from .circuits.viewer.report import write_report
+    from .example import load_example
     from .modeling.causal_lm import load_causal_lm, save_nonzeros
     from .modeling.configuration_circuitgpt import ArtifactError, CircuitGPTConfig
     from .modeling.modeling_circuitgpt import CircuitGPTForCausalLM, CircuitGPTModel, NodeSite
@@ -82,6 +83,7 @@ _MODULES = {
     "list_tasks": "tasks.load",
     "load_causal_lm": "modeling.causal_lm",
     "load_documents": "tasks.documents",
+    "load_example": "example",
     "load_task": "tasks.load",
     "pack_dataset": "tasks.packing",
     "plot_circuit": "circuits.viewer.plot",

@@ -1,8 +1,10 @@
-"""The README's example: as printed it finds its circuit, and in small every line runs."""
+"""The README's examples: the first as printed; as printed the second finds its circuit, and in small
+every line of it runs."""
 
 import re
 import shutil
 import sysconfig
+import webbrowser
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,27 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture
-def example(tmp_path, monkeypatch) -> str:
-    """The first block of Python, to be run in an empty folder."""
+def blocks(tmp_path, monkeypatch) -> list[str]:
+    """The blocks of Python, to be run in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)[0]
+    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture
+def example(blocks) -> str:
+    """The block that trains."""
+    return blocks[1]
+
+
+def test_the_first_lines_load_print_and_open_a_circuit(blocks, monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert len(blocks[0].strip().splitlines()) <= 7  # six, and an empty one
+    exec(compile(blocks[0], "README.md", "exec"), {})
+    assert "single_double_quote" in capsys.readouterr().out
+    (page,) = opened
+    assert "<html" in Path(page).read_text(encoding="utf-8")
 
 
 def run(example: str) -> Circuit:
@@ -34,9 +53,10 @@ def test_every_line_runs(example, tmp_path):
         shutil.copy(Path(sysconfig.get_path("stdlib")) / f"{name}.py", library)
     for printed, small in {
         "build_corpus()": f"build_corpus({str(library)!r})",
-        "max_steps=2000": "max_steps=2",
+        "max_steps=2200": "max_steps=2",
         # Two steps teach nothing, and a circuit of guessing is a circuit all the same.
-        "target_loss=0.3": "target_loss=9.0, max_steps=2, cleanup=False, selection_prompts=16",
+        "target_loss=0.3, max_steps=150": "target_loss=9.0, cleanup=False, max_steps=2",
+        "selection_prompts=512": "selection_prompts=16",
     }.items():
         assert example.count(printed) == 1
         example = example.replace(printed, small)

@@ -9,7 +9,7 @@ median, which is subtracted: a constant added to a row of logits changes no prob
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_circuit_sparsity.circuits.task_scores import evaluate_tasks
 from hf_circuit_sparsity.files import write_json
@@ -22,10 +22,31 @@ TABLE_DENSITY = 0.2
 
 
 @torch.no_grad()
-def thin_bigram_table_(model: CircuitGPTForCausalLM) -> None:
+def save_small(
+    model: CircuitGPTForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    table_density: float = TABLE_DENSITY,
+) -> None:
+    """Save a model's nonzeros in bfloat16, with a thinned bigram table, and its tokenizer.
+
+    Without its code, which would be a second copy where the package is, and without where it lay.
+    """
+    thin_bigram_table_(model, table_density)
+    model.to(torch.bfloat16).save_pretrained(folder, sparse=True)
+    tokenizer.save_pretrained(folder)
+    for path in folder.glob("*.py"):
+        path.unlink()
+    left_out = ("auto_map", "_name_or_path")
+    config = {n: v for n, v in model.config.to_diff_dict().items() if n not in left_out}
+    write_json(folder / "config.json", dict(sorted({**config, "use_cache": True}.items())))
+
+
+@torch.no_grad()
+def thin_bigram_table_(model: CircuitGPTForCausalLM, density: float) -> None:
     """Set all but a share of the table to zero, in place."""
     difference = model.bigram_table - model.bigram_table.median(1, keepdim=True).values
-    dropped = int((1 - TABLE_DENSITY) * difference.numel())
+    dropped = int((1 - density) * difference.numel())
     threshold = difference.abs().flatten().kthvalue(dropped).values
     model.bigram_table.copy_(difference * (difference.abs() > threshold))
 
@@ -48,16 +69,7 @@ def main() -> None:
 
     _, before = load(args.work / "model")
     model = CircuitGPTForCausalLM.from_pretrained(args.work / "model")
-    thin_bigram_table_(model)
-    model.to(torch.bfloat16).save_pretrained(args.output, sparse=True)
-    tokenizer.save_pretrained(args.output)
-    # The package reads it; its code would be a second copy here.
-    for path in args.output.glob("*.py"):
-        path.unlink()
-    # Without its code, which would be a second copy here, and without where it lay before.
-    left_out = ("auto_map", "_name_or_path")
-    config = {n: v for n, v in model.config.to_diff_dict().items() if n not in left_out}
-    write_json(args.output / "config.json", dict(sorted({**config, "use_cache": True}.items())))
+    save_small(model, tokenizer, args.output)
     model, after = load(args.output)
     print(f"held-out loss, {len(blocks)} blocks: {before:.4f} as trained, {after:.4f} as kept")
     n = args.prompts

@@ -38,7 +38,7 @@ BLOCK_SIZE = 128
 # Half as many sequences learn the quotes far worse in the same time (task loss 0.34 for 0.10).
 BATCH_SIZE = 8
 DENSITY = 0.05
-STEPS = 2800
+STEPS = 2200
 # From bigram counts. From a bigram table of zeros it takes five times the rate to get as far.
 LEARNING_RATE = 4e-3
 # Target losses of the circuit, in nats, tried in this order. The paper's is 0.15; the prompts that
@@ -56,7 +56,7 @@ class QuickstartSettings:
     """What a quickstart folder was started with; a resumed run must ask for the same.
 
     Attributes:
-        minutes: of training, turned into steps by timing a few; None for the 2,800 steps that the
+        minutes: of training, turned into steps by timing a few; None for the 2,200 steps that the
             README's numbers are from.
         task: as for [`load_task`].
         seed: of tasks, model, training and pruning.

@@ -79,17 +79,12 @@ def tiny_quickstart(monkeypatch):
     for name, value in {
         "D_MODEL": 32, "N_LAYER": 1, "BLOCK_SIZE": 128, "BATCH_SIZE": 8, "DENSITY": 0.5,
         "STEPS": 30, "TARGETS": (0.001, 0.9),
+        # 30 steps do not teach a task; a circuit of guessing is a circuit all the same.
+        "SEARCH": PruningConfig(
+            selection_margin=1.0, max_steps=10, batch_size=8, selection_prompts=32, cleanup=False
+        ),
     }.items():  # fmt: skip
         monkeypatch.setattr(quickstart, name, value)
-    monkeypatch.setattr(quickstart, "PruningConfig", quick_pruning)
-
-
-def quick_pruning(seed, target_loss=0.9):
-    # 30 steps do not teach a task; a circuit of guessing is a circuit all the same.
-    return PruningConfig(
-        seed=seed, target_loss=target_loss, selection_margin=1.0, max_steps=10, batch_size=8,
-        selection_prompts=32, cleanup=False,
-    )  # fmt: skip
 
 
 def test_quickstart_from_corpus_to_picture_and_again(corpus, tmp_path, monkeypatch, capsys):
