@@ -83,7 +83,7 @@ def circuit_of(task: str, folder: Path, device: str, config: PruningConfig) -> d
         "target": target,
         "seconds": searched - started,
         "seconds of the checks": time.perf_counter() - searched,
-        "checks": {check.name: check.passed for check in checks},
+        "checks": {check.name: check.passed for check in checks if check.threshold is not None},
         "accuracy": score.accuracy,
         **found.metrics,
     }
@@ -108,7 +108,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
             lines.append({**line, **dict.fromkeys(names, ""), "not passed": row["problem"]})
             continue
         passed = [name for name, held in row["checks"].items() if held]
-        failed = [name for name, held in row["checks"].items() if held is False]
+        failed = [name for name, held in row["checks"].items() if not held]
         lines.append({
             **line,
             "target": f"{row['target']:g}",

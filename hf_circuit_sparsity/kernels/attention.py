@@ -57,7 +57,7 @@ class AttentionKernels(Library):
         q, k, v, o = (ctypes.addressof(place) for place in places)
 
         def work(part: range) -> None:
-            scratch = torch.empty((2 * width + 1) * _round_up(tokens))
+            scratch = torch.empty((2 * width + _QUERIES) * _round_up(tokens))
             self._attend(
                 q, k, v, heads, tokens, width, scale, sink.data_ptr(), part.start, part.stop,
                 o, log_sum.data_ptr(), scratch.data_ptr(),

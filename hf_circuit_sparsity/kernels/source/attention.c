@@ -3,8 +3,9 @@
 /* ---------------------------------------------------------------- causal attention with a sink
  *
  * One sequence and head at a time, whose keys and values then lie in the first cache. Scores of a
- * query are computed for LANES keys at once, from keys and values of which LANES at a time are
- * turned to (channels, keys).
+ * query are computed for LANES keys at once, from keys of which LANES at a time are turned to
+ * (channels, keys), and from those channels of the query alone that are not zero: AbsTopK leaves a
+ * few. Values are mixed for QUERIES queries at once, which share what is read of them.
  * Matrices of a head are (tokens, channels); see `struct heads` for where they are.
  */
 
@@ -36,6 +37,53 @@ static inline vec scores(const float *query, const float *turned, int64_t first,
     return where(lane <= (int32_t)(i - first), s, (vec){0} + FAR);
 }
 
+/* The channels of a query that are not zero, times the scale. */
+struct nonzeros {
+    int many;
+    int32_t channels[5 * LANES];
+    float values[5 * LANES];
+};
+
+static inline void list_nonzeros_of(const float *query, int width, float scale,
+                                    struct nonzeros *list) {
+    list->many = 0;
+#ifdef __AVX512F__
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (int c = 0; c < width; c += LANES) {
+        const vec x = load(query + c);
+        const __mmask16 kept =
+            _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        const __m512i at = _mm512_add_epi32(lanes, _mm512_set1_epi32(c));
+        _mm512_storeu_ps(list->values + list->many,
+                         _mm512_maskz_compress_ps(kept, (__m512)(x * scale)));
+        _mm512_storeu_si512(list->channels + list->many, _mm512_maskz_compress_epi32(kept, at));
+        list->many += __builtin_popcount(kept);
+    }
+    return;
+#endif
+    for (int c = 0; c < width; c++) {
+        list->channels[list->many] = c;
+        list->values[list->many] = query[c] * scale;
+        list->many += query[c] != 0;
+    }
+}
+
+/* As `scores`, of LANES keys that are turned, the first of them number `first`. */
+static inline vec sparse_scores(const struct nonzeros *query, const float *keys, int64_t first,
+                                int64_t i) {
+    vec even = {0}, odd = {0};
+    int n = 0;
+    for (; n + 1 < query->many; n += 2) {
+        even += query->values[n] * load(keys + query->channels[n] * LANES);
+        odd += query->values[n + 1] * load(keys + query->channels[n + 1] * LANES);
+    }
+    if (n < query->many) even += query->values[n] * load(keys + query->channels[n] * LANES);
+    const vec s = even + odd;
+    if (first + LANES <= i + 1) return s;
+    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return where(lane <= (int32_t)(i - first), s, (vec){0} + FAR);
+}
+
 /* The matrix of a head as one piece: rows at the distance of tokens would share cache sets. */
 static inline void gather(const float *from, int64_t ld, int64_t tokens, int width, float *to) {
     for (int64_t t = 0; t < tokens; t++) memcpy(to + t * width, from + t * ld, 4 * width);
@@ -59,33 +107,39 @@ static inline __attribute__((always_inline)) void attend_head(
     float *turned = scratch, *values = turned + width * padded, *weights = values + width * padded;
     turn_by_lanes(k, ld_k, tokens, width, turned);
     gather(v, ld_v, tokens, width, values);
-    for (int64_t i = 0; i < tokens; i++) {
-        const float *query = q + i * ld_q;
-        vec top = (vec){0} + sink;
-        for (int64_t j = 0; j <= i; j += LANES) {
-            const vec s = scores(query, turned, j, i, width, scale);
-            store(weights + j, s);
-            top = where(s > top, s, top);
-        }
-        const float most = largest(top);
-        vec sum = {0};
-        for (int64_t j = 0; j <= i; j += LANES) {
-            const vec e = exponential(load(weights + j) - most);
-            store(weights + j, e);
-            sum += e;
-        }
-        const float all = total(sum) + exponential((vec){0} + (sink - most))[0];
-        log_sum[i] = most + __builtin_logf(all);
-        vec mixed[4] = {{0}}, others[4] = {{0}};
-        int64_t j = 0;
-        for (; j + 1 <= i; j += 2)
-            for (int n = 0; n < width / LANES; n++) {
-                mixed[n] += weights[j] * load(values + j * width + n * LANES);
-                others[n] += weights[j + 1] * load(values + (j + 1) * width + n * LANES);
+    for (int64_t first = 0; first < tokens; first += QUERIES) {
+        const int64_t seen = first + QUERIES < tokens ? first + QUERIES : tokens;
+        float all[QUERIES];
+        for (int a = 0; a < QUERIES; a++) {
+            /* Behind the last token its query is taken again, and not written. */
+            const int64_t i = first + a < tokens ? first + a : tokens - 1;
+            float *row = weights + a * padded;
+            struct nonzeros query;
+            list_nonzeros_of(q + i * ld_q, width, scale, &query);
+            vec top = (vec){0} + sink;
+            for (int64_t j = 0; j < seen; j += LANES) {
+                const vec s = sparse_scores(&query, turned + j * width, j, i);
+                store(row + j, s);
+                top = where(s > top, s, top);
             }
+            const float most = largest(top);
+            vec sum = {0};
+            for (int64_t j = 0; j < seen; j += LANES) {
+                const vec e = exponential(load(row + j) - most);
+                store(row + j, e);
+                sum += e;
+            }
+            all[a] = total(sum) + exponential((vec){0} + (sink - most))[0];
+            log_sum[i] = most + __builtin_logf(all[a]);
+        }
         for (int n = 0; n < width / LANES; n++) {
-            if (j == i) mixed[n] += weights[j] * load(values + j * width + n * LANES);
-            store(out + i * ld_out + n * LANES, (mixed[n] + others[n]) / all);
+            vec mixed[QUERIES] = {{0}};
+            for (int64_t j = 0; j < seen; j++) {
+                const vec value = load(values + j * width + n * LANES);
+                for (int a = 0; a < QUERIES; a++) mixed[a] += weights[a * padded + j] * value;
+            }
+            for (int a = 0; a < QUERIES && first + a < tokens; a++)
+                store(out + (first + a) * ld_out + n * LANES, mixed[a] / all[a]);
         }
     }
 }
@@ -162,7 +216,7 @@ static inline __attribute__((always_inline)) void attend_head_back(
 
 /* Heads [from, to) of all sequences' heads. width: channels of a head, LANES or a small multiple.
  * sink: (heads,); log_sum: (sequences * heads, tokens), of the softmax denominator with the sink.
- * scratch: (2 * width + 1, tokens rounded up to LANES). */
+ * scratch: (2 * width + QUERIES, tokens rounded up to LANES). */
 void attend(const struct heads *q, const struct heads *k, const struct heads *v, int64_t heads,
             int64_t tokens, int64_t width, float scale, const float *sink, int64_t from, int64_t to,
             const struct heads *out, float *log_sum, float *scratch) {
