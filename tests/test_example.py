@@ -18,7 +18,9 @@ def example():
 
 
 def test_it_is_small_and_holds_no_code():
-    files = [path for path in FOLDER.rglob("*") if path.is_file() and "__pycache__" not in str(path)]
+    files = [
+        path for path in FOLDER.rglob("*") if path.is_file() and "__pycache__" not in str(path)
+    ]
     assert sum(path.stat().st_size for path in files) < 1_500_000
     assert [path.name for path in files if path.suffix in (".py", ".bin", ".pt")] == ["__init__.py"]
 
@@ -40,7 +42,9 @@ def test_the_circuit_is_of_this_model_and_gives_its_numbers(example):
 
 def test_its_checks_are_stored_with_it(example):
     decided = {n: c for n, c in example.circuit.verification.items() if "threshold" in c}
-    assert len(decided) >= 12 and decided["sufficiency"]["passed"] and decided["necessity"]["passed"]
+    assert (
+        len(decided) >= 12 and decided["sufficiency"]["passed"] and decided["necessity"]["passed"]
+    )
 
 
 def test_it_writes_python(example):
