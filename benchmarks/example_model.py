@@ -25,7 +25,7 @@ from hf_circuit_sparsity.tasks.packing import pack_dataset, spread_sample
 from .experiment import mean
 from .gpu.keep import save_small
 
-TABLE_DENSITY = 0.1
+TABLE_DENSITY = 0.25
 
 
 def main() -> None:

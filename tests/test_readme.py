@@ -1,5 +1,4 @@
-"""The README's examples: the first as printed; as printed the second finds its circuit, and in small
-every line of it runs."""
+"""The README's examples: the first as printed, the second in small and (slow) as printed."""
 
 import re
 import shutil
