@@ -77,8 +77,8 @@ def test_prune_says_when_the_task_is_not_learned(corpus, tmp_path, capsys):
 def tiny_quickstart(monkeypatch):
     """The real quickstart, with a smaller model and fewer mask updates."""
     for name, value in {
-        "D_MODEL": 32, "N_LAYER": 1, "BLOCK_SIZE": 128, "BATCH_SIZE": 8, "DENSITY": 0.5,
-        "STEPS": 30, "TARGETS": (0.001, 0.9),
+        "D_MODEL": 32, "D_MLP": 32, "N_LAYER": 1, "BATCH_SIZE": 8, "DENSITY": 0.5,
+        "STEPS": 30, "TARGETS": (0.001, 0.9), "SEARCH": {},
     }.items():  # fmt: skip
         monkeypatch.setattr(quickstart, name, value)
     monkeypatch.setattr(quickstart, "PruningConfig", quick_pruning)

@@ -45,7 +45,8 @@ def test_the_planted_circuit_passes_every_check(planted):
         "moved by layer, alone: h.0", "moved by layer, alone: h.1",
         "task-mean ablation", "zero ablation", "frozen norms", "resample ablation",
         "attention agreement", "minimality", "independence",
-        "adversarial: other_rows", "accuracy: other_rows", "stability: other seeds",
+        "adversarial: other_rows", "accuracy: other_rows", "model accuracy: other_rows",
+        "stability: other seeds",
     ]  # fmt: skip
     expected = {"sufficiency": 0, "interchange": 1, "transfer": 1, "stability: other seeds": 1}
     for name, value in expected.items():

@@ -1,0 +1,107 @@
+"""The quickstart from several seeds: what each of its runs took, found and may be believed.
+
+    python -m benchmarks.findings.quickstart_seeds --folder runs/quickstart_seeds --seeds 0 1 2 3 4
+
+Each seed runs in a process of its own, all at once: seconds by the clock mean something where there
+are cores for all of them. A seed's numbers are in `FOLDER/seed-N/summary.json`, what it printed in
+`FOLDER/seed-N.log`. What is done is not run again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from hf_circuit_sparsity.circuits.circuit import Circuit
+
+from ..experiment import Experiment, machine, table
+
+# Nodes that can be read at a glance.
+SMALL = 15
+PARTS = ("reading", "training", "circuit", "checks", "total")
+
+
+def run_all(folder: Path, seeds: tuple[int, ...], threads: int) -> None:
+    """Run the quickstarts that are not done; one that fails is reported when all have ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    running = {}
+    for seed in seeds:
+        output = folder / f"seed-{seed}"
+        if (output / "summary.json").is_file():
+            continue
+        command = [sys.executable, "-m", "hf_circuit_sparsity.cli", "quickstart"]
+        command += ["--output-dir", str(output), "--seed", str(seed)]
+        with (folder / f"seed-{seed}.log").open("w", encoding="utf-8") as log:
+            running[seed] = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+    failed = [seed for seed, process in running.items() if process.wait()]
+    if failed:
+        raise RuntimeError(f"The seeds {failed} failed; {folder}/seed-{failed[0]}.log says why.")
+
+
+def row(folder: Path, seed: int) -> dict[str, Any]:
+    """What is reported of one seed."""
+    summary = json.loads((folder / f"seed-{seed}" / "summary.json").read_text(encoding="utf-8"))
+    circuit = Circuit.from_pretrained(folder / f"seed-{seed}" / "circuit")
+    bounded = {name: c for name, c in circuit.verification.items() if "threshold" in c}
+    passed = [name for name, check in bounded.items() if check["passed"]]
+
+    def of(name: str) -> str:
+        check = circuit.verification.get(name)
+        return "–" if check is None else f"{check['value']:.0%}"
+
+    return {
+        "seed": seed,
+        "validation loss": f"{summary['loss']:.2f}",
+        "task loss, model": f"{summary['calibrated_model_loss']:.3f}",
+        "right": f"{summary['model_accuracy']:.0%}",
+        "nodes": summary["nodes"],
+        "edges": summary["edges"],
+        "target": circuit.config["target_loss"],
+        "loss alone": round(summary["circuit_loss"], 3),
+        "right alone": f"{summary['circuit_accuracy']:.0%}",
+        "model right, other before": of("model accuracy: other_answer_before"),
+        "circuit right, other before": of("accuracy: other_answer_before"),
+        "checks passed": f"{len(passed)} of {len(bounded)}",
+        "failed": ", ".join(name for name in bounded if name not in passed),
+        **{f"{part}, CPU s": round(summary[f"{part}_cpu_seconds"]) for part in PARTS},
+        "total, clock s": round(summary["total_seconds"]),
+    }
+
+
+def run(experiment: Experiment) -> str:
+    folder, seeds = experiment.folder, tuple(experiment.options.seeds)
+    if not experiment.stored_only:
+        run_all(folder, seeds, experiment.options.threads)
+    rows = [row(folder, seed) for seed in seeds]
+    small = [r for r in rows if r["nodes"] <= SMALL]
+    reached = [r for r in rows if r["loss alone"] <= r["target"]]
+    whole = [r for r in rows if not r["failed"]]
+    names = list(rows[0])
+    at = names.index("failed")
+    found, took = names[1:at], names[at + 1 :]
+    lines = [
+        "# The quickstart from several seeds",
+        f"`make quickstart` with each of {len(seeds)} seeds, all at once, on {machine()}, "
+        f"{experiment.options.threads} thread(s) each.",
+        f"{len(small)} of {len(rows)} circuits have at most {SMALL} nodes; {len(reached)} reach on "
+        f"held-out prompts the loss that they were searched for; {len(whole)} pass every check.",
+        table([{n: r[n] for n in ("seed", *found)} for r in rows]),
+        "*Other before*: on the line before stands a finished string in the other quote. Losses "
+        "are on held-out prompts, with the logits calibrated as the whole model's. The checks that "
+        "each circuit failed:",
+        table([{n: r[n] for n in ("seed", "failed")} for r in rows]),
+        "What it took:",
+        table([{n: r[n] for n in ("seed", *took)} for r in rows]),
+    ]
+    return "\n\n".join(lines)
+
+
+if __name__ == "__main__":
+    Experiment.main(
+        run, __doc__, "quickstart_seeds", "runs/quickstart_seeds", seeds=(0, 1, 2, 3, 4), threads=1
+    )
