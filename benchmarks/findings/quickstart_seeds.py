@@ -24,7 +24,7 @@ PARTS = ("reading", "training", "circuit", "checks", "total")
 
 
 def run_all(folder: Path, seeds: tuple[int, ...], threads: int) -> None:
-    """Run the quickstarts that are not done; one that fails is reported when all have ended."""
+    """Run the quickstarts that are not done; those that fail are named when all have ended."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     running = {}
@@ -38,9 +38,8 @@ def run_all(folder: Path, seeds: tuple[int, ...], threads: int) -> None:
             running[seed] = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment
             )
-    failed = [seed for seed, process in running.items() if process.wait()]
-    if failed:
-        raise RuntimeError(f"The seeds {failed} failed; {folder}/seed-{failed[0]}.log says why.")
+    for seed in [seed for seed, process in running.items() if process.wait()]:
+        print(f"Seed {seed} failed; {folder}/seed-{seed}.log says why.", file=sys.stderr)
 
 
 def row(folder: Path, seed: int) -> dict[str, Any]:
@@ -77,10 +76,14 @@ def run(experiment: Experiment) -> str:
     folder, seeds = experiment.folder, tuple(experiment.options.seeds)
     if not experiment.stored_only:
         run_all(folder, seeds, experiment.options.threads)
-    rows = [row(folder, seed) for seed in seeds]
+    done = [seed for seed in seeds if (folder / f"seed-{seed}" / "summary.json").is_file()]
+    missing = ", ".join(str(seed) for seed in seeds if seed not in done)
+    if not done:
+        raise RuntimeError(f"No seed of {seeds} ended in {folder}; the logs there say why.")
+    rows = [row(folder, seed) for seed in done]
     small = [r for r in rows if r["nodes"] <= SMALL]
     reached = [r for r in rows if r["loss alone"] <= r["target"]]
-    whole = [r for r in rows if not r["failed"]]
+    whole = [r for r in rows if not r["failed"] and r["checks passed"] != "0 of 0"]
     names = list(rows[0])
     at = names.index("failed")
     found, took = names[1:at], names[at + 1 :]
@@ -88,6 +91,7 @@ def run(experiment: Experiment) -> str:
         "# The quickstart from several seeds",
         f"`make quickstart` with each of {len(seeds)} seeds, all at once, on {machine()}, "
         f"{experiment.options.threads} thread(s) each.",
+        *([f"Without a circuit: seed {missing}."] if missing else []),
         f"{len(small)} of {len(rows)} circuits have at most {SMALL} nodes; {len(reached)} reach on "
         f"held-out prompts the loss that they were searched for; {len(whole)} pass every check.",
         table([{n: r[n] for n in ("seed", *found)} for r in rows]),

@@ -50,7 +50,7 @@ LEARNING_RATE = 4e-3
 TARGETS = (0.3, 0.5)
 # Fewer and smaller updates of masks than the paper's, and a higher price of nodes for that.
 SEARCH = {
-    "max_steps": 250, "batch_size": 16, "selection_prompts": 512, "node_penalty": 1e-3,
+    "max_steps": 150, "batch_size": 16, "selection_prompts": 512, "node_penalty": 2e-3,
 }  # fmt: skip
 # The checks in under a minute: fewer prompts and draws than `verify`, no search from other seeds.
 QUICK_CHECKS = {"prompts": 128, "random_circuits": 4, "subsets": 3, "supersets": 4}
