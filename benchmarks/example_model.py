@@ -8,13 +8,13 @@ anew, as the quickstart does, for a circuit belongs to the weights it was found 
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
 from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
+from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import find_circuit
 from hf_circuit_sparsity.commands.quickstart import QUICK_CHECKS, SEARCH, TARGETS
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
@@ -50,7 +50,8 @@ def main() -> None:
         print(f"held-out loss {name}: {loss:.4f} nats per token")
     task = load_task(settings["task"], tokenizer, seed=settings["seed"], max_length=size)
     circuit = find_circuit(
-        model, task, replace(SEARCH, seed=settings["seed"], target_loss=TARGETS[0]),
+        model, task,
+        PruningConfig(seed=settings["seed"], target_loss=TARGETS[0], **SEARCH),
         reference=pack_dataset(corpus["train"], tokenizer, size),
     )  # fmt: skip
     checks = verify_circuit(circuit, model, task, others=[], **QUICK_CHECKS)

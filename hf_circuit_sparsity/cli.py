@@ -84,7 +84,7 @@ def options(
 @app.command()
 def quickstart(
     minutes: Annotated[
-        float | None, Option(help="Of training; the 2,500 steps of the README if not given.")
+        float | None, Option(help="Of training; the README's number of steps if not given.")
     ] = None,
     output_dir: Annotated[str, Option(help="Of model and circuit.")] = "runs/quickstart",
     task: Annotated[str, Option(help=TASK)] = "single_double_quote",

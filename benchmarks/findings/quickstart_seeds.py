@@ -1,115 +1,111 @@
-"""The quickstart over seeds: its circuits, which checks they pass, and how long it takes.
+"""The quickstart from several seeds: what each of its runs took, found and may be believed.
 
-Every seed is a quickstart of its own, in a process of its own, as its command runs it; the seed is
-of tasks, model, training and search. CPU seconds are of all threads of a process.
+    python -m benchmarks.findings.quickstart_seeds --folder runs/quickstart_seeds --seeds 0 1 2 3 4
+
+Each seed runs in a process of its own, all at once: seconds by the clock mean something where there
+are cores for all of them. A seed's numbers are in `FOLDER/seed-N/summary.json`, what it printed in
+`FOLDER/seed-N.log`. What is done is not run again.
 """
 
 import json
 import os
 import subprocess
 import sys
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from hf_circuit_sparsity.circuits.circuit import Circuit
 
-from ..experiment import Experiment, machine, spread, table
+from ..experiment import Experiment, machine, table
+
+# Nodes that can be read at a glance.
+SMALL = 15
+PARTS = ("reading", "training", "circuit", "checks", "total")
+
+
+def run_all(folder: Path, seeds: tuple[int, ...], threads: int) -> None:
+    """Run the quickstarts that are not done; those that fail are named when all have ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    running = {}
+    for seed in seeds:
+        output = folder / f"seed-{seed}"
+        if (output / "summary.json").is_file():
+            continue
+        command = [sys.executable, "-m", "hf_circuit_sparsity.cli", "quickstart"]
+        command += ["--output-dir", str(output), "--seed", str(seed)]
+        with (folder / f"seed-{seed}.log").open("w", encoding="utf-8") as log:
+            running[seed] = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+    for seed in [seed for seed, process in running.items() if process.wait()]:
+        print(f"Seed {seed} failed; {folder}/seed-{seed}.log says why.", file=sys.stderr)
+
+
+def row(folder: Path, seed: int) -> dict[str, Any]:
+    """What is reported of one seed."""
+    summary = json.loads((folder / f"seed-{seed}" / "summary.json").read_text(encoding="utf-8"))
+    circuit = Circuit.from_pretrained(folder / f"seed-{seed}" / "circuit")
+    bounded = {name: c for name, c in circuit.verification.items() if "threshold" in c}
+    passed = [name for name, check in bounded.items() if check["passed"]]
+
+    def of(name: str) -> str:
+        check = circuit.verification.get(name)
+        return "–" if check is None else f"{check['value']:.0%}"
+
+    return {
+        "seed": seed,
+        "validation loss": f"{summary['loss']:.2f}",
+        "task loss, model": f"{summary['calibrated_model_loss']:.3f}",
+        "right": f"{summary['model_accuracy']:.0%}",
+        "nodes": summary["nodes"],
+        "edges": summary["edges"],
+        "target": circuit.config["target_loss"],
+        "loss alone": round(summary["circuit_loss"], 3),
+        "right alone": f"{summary['circuit_accuracy']:.0%}",
+        "model right, other before": of("model accuracy: other_answer_before"),
+        "circuit right, other before": of("accuracy: other_answer_before"),
+        "checks passed": f"{len(passed)} of {len(bounded)}",
+        "failed": ", ".join(name for name in bounded if name not in passed),
+        **{f"{part}, CPU s": round(summary[f"{part}_cpu_seconds"]) for part in PARTS},
+        "total, clock s": round(summary["total_seconds"]),
+    }
 
 
 def run(experiment: Experiment) -> str:
-    """Run the quickstarts that are not there yet; returns the report."""
-    o, folder = experiment.options, experiment.folder
+    folder, seeds = experiment.folder, tuple(experiment.options.seeds)
     if not experiment.stored_only:
-        with ThreadPoolExecutor(o.workers) as pool:
-            list(pool.map(lambda seed: quickstart(folder / str(seed), seed, o.threads), o.seeds))
-    rows = [row_of(folder / str(seed), seed) for seed in o.seeds if finished(folder / str(seed))]
-    failed = Counter(name for row in rows for name in row["failed"])
-    return "\n\n".join([
-        "# The quickstart over seeds",
-        __doc__.strip().split("\n\n", 1)[1],
-        f"Measured on: {machine()}; {o.threads} thread(s) per process.",
-        table([_cells(row) for row in rows]),
-        table([_over(rows)]),
-        "Checks not passed, and by how many: "
-        + (", ".join(f"{name} ({n})" for name, n in failed.most_common()) or "none")
-        + ".",
-    ])  # fmt: skip
-
-
-def finished(folder: Path) -> bool:
-    """Whether a quickstart ended there."""
-    return (folder / "summary.json").is_file()
-
-
-def quickstart(folder: Path, seed: int, threads: int) -> None:
-    """Run one, or go on with it."""
-    if finished(folder):
-        return
-    command = [sys.executable, "-m", "hf_circuit_sparsity.cli", "quickstart"]
-    command += ["--output-dir", str(folder), "--seed", str(seed)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-
-
-def row_of(folder: Path, seed: int) -> dict[str, Any]:
-    """What one quickstart gave."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    circuit = Circuit.from_pretrained(folder / "circuit")
-    checks = circuit.verification
-    decided = {name: check["passed"] for name, check in checks.items() if "threshold" in check}
-    return {
-        **summary,
-        "seed": seed,
-        "target": circuit.config["target_loss"],
-        "after_other": checks["accuracy: other_answer_before"]["value"],
-        "checks": len(decided),
-        "failed": [name for name, passed in decided.items() if not passed],
-    }
-
-
-def _cells(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "seed": row["seed"],
-        "validation loss": f"{row['loss']:.3f}",
-        "model right": f"{row['model_accuracy']:.1%}",
-        "nodes": row["nodes"],
-        "edges": row["edges"],
-        "target": f"{row['target']:g}",
-        "loss alone": f"{row['circuit_loss']:.3f}",
-        "right alone": f"{row['circuit_accuracy']:.1%}",
-        "right alone after a string of the other quote": f"{row['after_other']:.1%}",
-        "checks passed": f"{row['checks'] - len(row['failed'])} of {row['checks']}",
-        **{
-            f"{part}, CPU s": f"{row[f'{part}_cpu_seconds']:.0f}"
-            for part in ("reading", "training", "circuit", "checks", "total")
-        },
-    }
-
-
-def _over(rows: list[dict[str, Any]]) -> dict[str, str]:
-    def column(key: str) -> list[float]:
-        return [float(row[key]) for row in rows]
-
-    return {
-        "seeds": str(len(rows)),
-        "nodes": spread(column("nodes"), 1),
-        "edges": spread(column("edges"), 1),
-        "loss alone": spread(column("circuit_loss"), 3),
-        "CPU minutes": spread([seconds / 60 for seconds in column("total_cpu_seconds")], 1),
-        "minutes": spread([seconds / 60 for seconds in column("total_seconds")], 1),
-        "pass all checks": str(sum(not row["failed"] for row in rows)),
-        "at most 15 nodes": str(sum(row["nodes"] <= 15 for row in rows)),
-    }
-
-
-def main() -> None:
-    """The command line."""
-    Experiment.main(
-        run, __doc__, "quickstart_seeds", "runs/quickstart_seeds", seeds=(0, 1, 2, 3, 4),
-        threads=1, workers=2,
-    )  # fmt: skip
+        run_all(folder, seeds, experiment.options.threads)
+    done = [seed for seed in seeds if (folder / f"seed-{seed}" / "summary.json").is_file()]
+    missing = ", ".join(str(seed) for seed in seeds if seed not in done)
+    if not done:
+        raise RuntimeError(f"No seed of {seeds} ended in {folder}; the logs there say why.")
+    rows = [row(folder, seed) for seed in done]
+    small = [r for r in rows if r["nodes"] <= SMALL]
+    reached = [r for r in rows if r["loss alone"] <= r["target"]]
+    whole = [r for r in rows if not r["failed"] and r["checks passed"] != "0 of 0"]
+    names = list(rows[0])
+    at = names.index("failed")
+    found, took = names[1:at], names[at + 1 :]
+    lines = [
+        "# The quickstart from several seeds",
+        f"`make quickstart` with each of {len(seeds)} seeds, all at once, on {machine()}, "
+        f"{experiment.options.threads} thread(s) each.",
+        *([f"Without a circuit: seed {missing}."] if missing else []),
+        f"{len(small)} of {len(rows)} circuits have at most {SMALL} nodes; {len(reached)} reach on "
+        f"held-out prompts the loss that they were searched for; {len(whole)} pass every check.",
+        table([{n: r[n] for n in ("seed", *found)} for r in rows]),
+        "*Other before*: on the line before stands a finished string in the other quote. Losses "
+        "are on held-out prompts, with the logits calibrated as the whole model's. The checks that "
+        "each circuit failed:",
+        table([{n: r[n] for n in ("seed", "failed")} for r in rows]),
+        "What it took:",
+        table([{n: r[n] for n in ("seed", *took)} for r in rows]),
+    ]
+    return "\n\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    Experiment.main(
+        run, __doc__, "quickstart_seeds", "runs/quickstart_seeds", seeds=(0, 1, 2, 3, 4), threads=1
+    )

@@ -77,14 +77,19 @@ def test_prune_says_when_the_task_is_not_learned(corpus, tmp_path, capsys):
 def tiny_quickstart(monkeypatch):
     """The real quickstart, with a smaller model and fewer mask updates."""
     for name, value in {
-        "D_MODEL": 32, "N_LAYER": 1, "BLOCK_SIZE": 128, "BATCH_SIZE": 8, "DENSITY": 0.5,
-        "STEPS": 30, "TARGETS": (0.001, 0.9),
-        # 30 steps do not teach a task; a circuit of guessing is a circuit all the same.
-        "SEARCH": PruningConfig(
-            selection_margin=1.0, max_steps=10, batch_size=8, selection_prompts=32, cleanup=False
-        ),
+        "D_MODEL": 32, "D_MLP": 32, "N_LAYER": 1, "BATCH_SIZE": 8, "DENSITY": 0.5,
+        "STEPS": 30, "TARGETS": (0.001, 0.9), "SEARCH": {},
     }.items():  # fmt: skip
         monkeypatch.setattr(quickstart, name, value)
+    monkeypatch.setattr(quickstart, "PruningConfig", quick_pruning)
+
+
+def quick_pruning(seed, target_loss=0.9):
+    # 30 steps do not teach a task; a circuit of guessing is a circuit all the same.
+    return PruningConfig(
+        seed=seed, target_loss=target_loss, selection_margin=1.0, max_steps=10, batch_size=8,
+        selection_prompts=32, cleanup=False,
+    )  # fmt: skip
 
 
 def test_quickstart_from_corpus_to_picture_and_again(corpus, tmp_path, monkeypatch, capsys):
@@ -222,7 +227,7 @@ def weights_of(folder):
 
 
 def test_ctrl_c_leaves_a_run_that_resumes_bit_for_bit(corpus, tmp_path):
-    steps = ["--max-steps", "120", "--save-strategy", "no"]
+    steps = ["--max-steps", "250", "--save-strategy", "no"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train(corpus, whole, *steps) == 0
 
@@ -231,7 +236,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_bit_for_bit(corpus, tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     seen = ""
-    while "10/120" not in seen and running.poll() is None:
+    while "10/250" not in seen and running.poll() is None:
         seen += running.stdout.readline()
     time.sleep(0.05)
     running.send_signal(signal.SIGINT)

@@ -151,6 +151,8 @@ class Suite:
             answers = calibration.pairs(adverse[kind], task_rows(tensors, some))
             numbers[f"adversarial: {kind}"] = agreement(answers.numpy(), whole_pairs[some].numpy())
             numbers[f"accuracy: {kind}"] = binary_accuracy(answers)
+            if real:
+                numbers[f"model accuracy: {kind}"] = binary_accuracy(whole_pairs)
         return numbers
 
     def _skill(self, pairs: torch.Tensor) -> float:

@@ -20,7 +20,7 @@ from ..ablation import ReferenceTokens, in_eval_mode, reference_input_ids, unwra
 from ..circuit import Circuit
 from ..pruning.config import PruningConfig
 from ..pruning.find import check_prompts_fit
-from ..task_scores import Calibration, binary_accuracy
+from ..task_scores import Calibration
 from .alternatives import fabricated_circuits, other_circuits
 from .checks import Check, Verification
 from .suite import ADVERSARIAL_SKILL, Suite
@@ -64,7 +64,8 @@ _CHECKS: dict[str, tuple[float | str | None, bool, str]] = {
     "fabricated held-out loss": (None, False, "of the same: {where}"),
     "fabricated accuracy": (None, False, "on its own prompts, guessing is 0.5: {where}"),
     "adversarial": (0.75, True, "agreement with the model where {where}"),
-    "accuracy": (None, True, "right where {where}; the model: {accuracy:.3f}"),
+    "accuracy": (None, True, "right where {where}"),
+    "model accuracy": (None, True, "the whole model there"),
 }
 
 
@@ -196,10 +197,8 @@ def verify_circuit(
 
     for name, value in numbers.items():
         where = name.partition(": ")[2]
-        words = {"where": where.replace("_", " ")}
-        if where in suite.adversarial:
-            words["accuracy"] = binary_accuracy(suite.adversarial[where][1])
-        add(name, [value], [m[name] for m in of_controls if name in m], **words)
+        of_random = [m[name] for m in of_controls if name in m]
+        add(name, [value], of_random, where=where.replace("_", " "))
     kinds = others if isinstance(others, Mapping) else {SEEDS: others or ()}
     for kind, of_kind in kinds.items():
         if of_kind:

@@ -47,7 +47,8 @@ def test_the_planted_circuit_passes_every_check(planted):
         "moved by layer, alone: h.0", "moved by layer, alone: h.1",
         "task-mean ablation", "zero ablation", "frozen norms", "resample ablation",
         "attention agreement", "minimality", "independence",
-        "adversarial: other_rows", "accuracy: other_rows", "stability: other seeds",
+        "adversarial: other_rows", "accuracy: other_rows", "model accuracy: other_rows",
+        "stability: other seeds",
     ]  # fmt: skip
     expected = {"sufficiency": 0, "interchange": 1, "transfer": 1, "stability: other seeds": 1}
     for name, value in expected.items():
@@ -94,6 +95,11 @@ def test_outcome_is_stored_and_shown(planted, tmp_path):
     with pytest.raises(KeyError, match=r"no such check.*sufficiency"):
         verification["no such check"]
     for check in verification.checks:
+        if check.name.startswith(
+            "model accuracy"
+        ):  # the whole model's: no circuit stands beside it
+            assert check.control is None and check.threshold is None and check.value == 1.0
+            continue
         assert check.control_low <= check.control <= check.control_high and check.as_good <= 1
         assert f"{check.control:.3f} ({check.control_low:.3f} to {check.control_high:.3f})" in (
             verification.table()
