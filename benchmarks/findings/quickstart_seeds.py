@@ -89,8 +89,8 @@ def run(experiment: Experiment) -> str:
     found, took = names[1:at], names[at + 1 :]
     lines = [
         "# The quickstart from several seeds",
-        f"`make quickstart` with each of {len(seeds)} seeds, in processes of their own, on {machine()}, "
-        f"{experiment.options.threads} thread(s) each.",
+        f"`make quickstart` with each of {len(seeds)} seeds, in processes of their own, on "
+        f"{machine()}, {experiment.options.threads} thread(s) each.",
         *([f"Without a circuit: seed {missing}."] if missing else []),
         f"{len(small)} of {len(rows)} circuits have at most {SMALL} nodes; {len(reached)} reach on "
         f"held-out prompts the loss that they were searched for; {len(whole)} pass every check.",

@@ -29,8 +29,8 @@ class Example(NamedTuple):
 def load_example() -> Example:
     """Load the model and the circuit that come with the package; nothing is downloaded.
 
-    The model is one of `quickstart`, trained on the Python standard library for a few minutes, so
-    it knows little else than its task, `load_task("single_double_quote", tokenizer)`.
+    The model was trained on the Python standard library for a few minutes, much as `quickstart`
+    trains one, so it knows little else than `load_task("single_double_quote", tokenizer)`.
     `benchmarks/example_model.py` made it; `circuit.verification` says which checks the circuit
     passes, and which not.
     """
