@@ -123,13 +123,7 @@ static inline __attribute__((always_inline)) void attend_head(
                 top = where(s > top, s, top);
             }
             const float most = largest(top);
-            vec sum = {0};
-            for (int64_t j = 0; j < seen; j += LANES) {
-                const vec e = exponential(load(row + j) - most);
-                store(row + j, e);
-                sum += e;
-            }
-            all[a] = total(sum) + exponential((vec){0} + (sink - most))[0];
+            all[a] = exponentials(row, seen, most) + exponential((vec){0} + (sink - most))[0];
             log_sum[i] = most + __builtin_logf(all[a]);
         }
         for (int n = 0; n < width / LANES; n++) {

@@ -103,13 +103,8 @@ static void attend_to(const float *query, const float *keys, const float *values
         top = where(s > top, s, top);
     }
     const float most = largest(top);
-    vec sum = {0};
-    for (int64_t t = 0; t < tokens; t += LANES) {
-        const vec e = exponential(load(scores + t) - most);
-        store(scores + t, e);
-        sum += e;
-    }
-    const float all = total(sum) + (sink ? exponential((vec){0} + (*sink - most))[0] : 0);
+    const float of_sink = sink ? exponential((vec){0} + (*sink - most))[0] : 0;
+    const float all = exponentials(scores, tokens, most) + of_sink;
     for (int64_t c = 0; c < width; c += LANES) {
         vec mixed = {0}, other = {0};
         int64_t t = 0;

@@ -73,6 +73,18 @@ static inline float total(vec x) {
     return s;
 }
 
+/* Scores become their exponentials, with `most` taken off each; returns the sum of these. Of n
+ * scores, rounded up to LANES. */
+static inline float exponentials(float *scores, int64_t n, float most) {
+    vec sum = {0};
+    for (int64_t j = 0; j < n; j += LANES) {
+        const vec e = exponential(load(scores + j) - most);
+        store(scores + j, e);
+        sum += e;
+    }
+    return total(sum);
+}
+
 /* Lane i of what is returned is the sum of the lanes of s[i]; s is overwritten. */
 static inline vec sums_of(vec *s) {
 #define HALVES(i, j, ...) __builtin_shufflevector(s[i], s[j], __VA_ARGS__)
