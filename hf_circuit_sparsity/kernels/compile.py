@@ -15,7 +15,12 @@ from ..files import sha256_of
 
 logger = logging.get_logger(__name__)
 
-SOURCE = Path(__file__).with_name("source")
+# Read when the wrappers in Python are, and not when the kernels are first needed: the package may
+# be replaced by another version in between, whose kernels take other arguments.
+SOURCE = {
+    path.name: path.read_bytes()
+    for path in sorted(Path(__file__).with_name("source").glob("*.[ch]"))
+}
 SWITCH = "HF_CIRCUIT_SPARSITY_KERNELS"
 # The order of additions is left to the compiler, as in any other fast product of matrices; that
 # needs the two flags behind it. NaN and infinity keep their meaning.
@@ -45,7 +50,7 @@ def build() -> ctypes.CDLL | None:
         return None
     x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
     flags = (*_FLAGS, *(_NATIVE if x86 else _NATIVE_ELSEWHERE))
-    key = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(SOURCE.glob("*.[ch]"))))
+    key = hashlib.sha256(b"".join(SOURCE.values()))
     key.update("\0".join((compiler, *flags, platform.machine(), _processor())).encode())
     name = f"kernels-{key.hexdigest()[:16]}"
     try:
@@ -81,11 +86,14 @@ def _compile(compiler: str, flags: tuple[str, ...], folder: Path, name: str) -> 
     handle, partial = tempfile.mkstemp(dir=folder, suffix=".so.partial")
     os.close(handle)
     try:
-        command = [compiler, *flags, "-o", partial, *map(str, sorted(SOURCE.glob("*.c")))]
-        subprocess.run(
-            command, check=True, capture_output=True, encoding="utf-8", errors="replace",
-            timeout=120,
-        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as source:
+            for file, content in SOURCE.items():
+                Path(source, file).write_bytes(content)
+            command = [compiler, *flags, "-o", partial, *map(str, sorted(Path(source).glob("*.c")))]
+            subprocess.run(
+                command, check=True, capture_output=True, encoding="utf-8", errors="replace",
+                timeout=120,
+            )  # fmt: skip
         library = folder / f"{name}-{sha256_of(partial)}.so"
         os.replace(partial, library)
         return library

@@ -1,14 +1,17 @@
 """Where kernels cannot be compiled, everything runs without them."""
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers.testing_utils import CaptureLogger
 
+import hf_circuit_sparsity
 from hf_circuit_sparsity.kernels import compile as compiling
 from hf_circuit_sparsity.kernels.cpu import load_kernels
 from hf_circuit_sparsity.modeling.functional import abs_topk
@@ -181,3 +184,22 @@ def test_several_processes_at_once(tmp_path, monkeypatch):
     assert asked("for child in [ask(), ask()]: ended(child)") == [ANSWER, ANSWER]
     kept = list((tmp_path / "hf_circuit_sparsity").iterdir())
     assert kept and all(path.suffix == ".so" for path in kept)  # nothing half-made
+
+
+@needs_compiler
+def test_a_package_replaced_after_it_was_imported_keeps_its_kernels(
+    tmp_path, monkeypatch, quick_compiler
+):
+    """Kernels of another version would take other arguments, and write where they must not."""
+    package = Path(hf_circuit_sparsity.__file__).parent
+    shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.chdir(tmp_path)  # where `python -c` looks first
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / package.name / "kernels" / "source"
+    replaced = f"""
+import pathlib
+for path in pathlib.Path({str(source)!r}).iterdir():
+    path.write_text("#error another version")
+ended(ask())
+"""
+    assert asked(replaced) == [ANSWER]
