@@ -62,9 +62,11 @@ def decode_blocks(
     kernels = compiled_kernels(x) if positions is None else compiled_kernels(x, positions)
     if kernels is None or not _fits(cache, model, x, mask) or not _unwatched(model.h):
         return None
-    blocks = _described(model)
-    if blocks is None:
+    width = 0 if positions is None else positions.shape[-1]
+    described = _described(model) if width == (model.config.d_pos_emb or 0) else None
+    if described is None:
         return None
+    blocks = type(described).from_buffer_copy(described)  # other threads have caches of their own
     past = cache.layers[0].keys.shape[2]
     rooms = [_room_of(layer) for layer in cache.layers]
     if any(room.size != rooms[0].size for room in rooms):
@@ -134,6 +136,8 @@ def _fits(cache: Cache | None, model: CircuitGPTModel, x: Tensor, mask: Tensor |
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     if any(tensor.shape != shape for tensor in tensors) or not compiled_kernels(*tensors):
         return False
+    if x.shape[-1] != config.d_model:  # the blocks say so
+        return False
     if mask is None:
         return True
     fits = mask.dtype == torch.bool and mask.shape[1:] == (1, 1, past + 1)
@@ -185,15 +189,33 @@ def _described(model: CircuitGPTModel) -> "ctypes.Array[Any] | None":
 
 
 def _as_configured(block: CircuitGPTBlock, index: int, config: Any) -> bool:
-    """Whether nobody has put another part into a block, or another block in this place."""
-    gelu = nn.ReLU if config.activation_type == "relu" else nn.GELU
+    """Whether nobody has put another part into a block, or another block in this place.
+
+    The kernel goes by the config's sizes, so all that it reads must have these.
+    """
+    act_fn = nn.ReLU if config.activation_type == "relu" else nn.GELU
     residual = nn.ReLU if config.residual_activation_type == "relu" else nn.Identity
+    width, inner = config.d_model_in, config.n_head * config.d_head
+    shapes = [
+        (3 * inner, width), (config.d_model, inner), (config.d_mlp, width),
+        (config.d_model, config.d_mlp),
+    ]  # fmt: skip
+    linears, norms, sink = _linears(block), _norms(block), block.attn.attn_imp
+    widths = [config.d_model, config.d_model, config.d_pos_emb, config.d_pos_emb][: len(norms)]
     return (
         block.attn.layer_idx == index
-        and type(block.mlp.act_fn) is gelu
+        and block.attn.scaling == config.d_head**-0.5
+        and type(block.mlp.act_fn) is act_fn
         and getattr(block.mlp.act_fn, "approximate", "none") == "none"
         and type(block.residual_act) is residual
-        and all(type(norm) is nn.RMSNorm and norm.eps == _EPS for norm in _norms(block))
+        and all(type(norm) is nn.RMSNorm and norm.eps == _EPS for norm in norms)
+        and all(
+            norm.weight is not None and norm.weight.shape == (width,)
+            for norm, width in zip(norms, widths, strict=True)
+        )
+        and [layer.shape for layer in linears] == shapes
+        and all(layer.bias is None or len(layer.bias) == layer.shape[0] for layer in linears)
+        and (sink is None or sink.sink_logit.shape == (config.n_head,))
     )
 
 
@@ -211,24 +233,19 @@ class _Decoded:
         return _nothing, ()
 
     def _block(self, block: CircuitGPTBlock) -> Any:
-        attention, mlp = block.attn, block.mlp
-        norms = {"norm_1": block.ln_1, "norm_2": block.ln_2}
-        if hasattr(block, "ln_p1"):
-            norms |= {"position_norm_1": block.ln_p1, "position_norm_2": block.ln_p2}
-        sink = attention.attn_imp
-        # As `_sites` has them.
-        names = (
+        sink = block.attn.attn_imp
+        # As `_linears`, `_norms` and `_sites` have them.
+        linears = ("attention_in", "attention_out", "mlp_in", "mlp_out")
+        norms = ("norm_1", "norm_2", "position_norm_1", "position_norm_2")
+        ks = (
             "k_read", "k_query", "k_key", "k_value", "k_attended", "k_after_attention",
             "k_mlp_read", "k_neuron", "k_mlp", "k_after_mlp",
         )  # fmt: skip
         return _kernels.DecodedBlock(
-            attention_in=self._linear(attention.c_attn),
-            attention_out=self._linear(attention.c_proj),
-            mlp_in=self._linear(mlp.c_fc),
-            mlp_out=self._linear(mlp.c_proj),
             sink=None if sink is None else sink.sink_logit.data_ptr(),
-            **{name: norm.weight.data_ptr() for name, norm in norms.items()},
-            **{name: _k(site) for name, site in zip(names, _sites(block), strict=True)},
+            **dict(zip(linears, map(self._linear, _linears(block)), strict=True)),
+            **{n: norm.weight.data_ptr() for n, norm in zip(norms, _norms(block), strict=False)},
+            **dict(zip(ks, map(_k, _sites(block)), strict=True)),
         )
 
     def _linear(self, layer: SparseLinear) -> Any:
@@ -248,15 +265,18 @@ def _nothing() -> None:
 
 def _tensors(block: CircuitGPTBlock) -> list[Tensor | None]:
     """All that the kernel reads of a block."""
-    attention, mlp = block.attn, block.mlp
-    linears = (attention.c_attn, attention.c_proj, mlp.c_fc, mlp.c_proj)
+    attention = block.attn
     of_linears = [
         tensor
-        for layer in linears
+        for layer in _linears(block)
         for tensor in (layer.row_starts, layer.columns, layer.values, layer.bias)
     ]
     sink = None if attention.attn_imp is None else attention.attn_imp.sink_logit
     return [*of_linears, *(norm.weight for norm in _norms(block)), sink]
+
+
+def _linears(block: CircuitGPTBlock) -> list[SparseLinear]:
+    return [block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj]
 
 
 def _norms(block: CircuitGPTBlock) -> list[nn.Module]:

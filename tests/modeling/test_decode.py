@@ -24,7 +24,7 @@ VARIANTS = {
     "nothing is dropped": {"afrac": None},
     "wide heads": {"n_head": 1, "d_head": 64},
     "a stream that is sparse": {
-        "afrac": 0.5, "activation_loc": "attn_in,mlp_in,resid_post_attn,resid_post_mlp",
+        "afrac": 0.5, "afrac_loctypes": "attn_in,mlp_in,resid_post_attn,resid_post_mlp",
     },
 }  # fmt: skip
 
@@ -146,6 +146,15 @@ def another_norm(model):
     model.transformer.h[0].ln_1.eps = 0.5
 
 
+def another_scale(model):
+    model.transformer.h[1].attn.scaling = 0.1
+
+
+def a_norm_without_weights(model):
+    norm = torch.nn.RMSNorm(48, eps=torch.finfo(torch.float32).eps, elementwise_affine=False)
+    model.transformer.h[0].ln_1 = norm.eval()
+
+
 def another_order(model):
     blocks = model.transformer.h
     model.transformer.h = torch.nn.ModuleList([blocks[1], blocks[0], blocks[2]])
@@ -163,7 +172,7 @@ def in_training(model):
     "change",
     [
         watched_by_a_hook, watched_before, another_forward, another_layer, another_norm,
-        another_order, nothing_kept, in_training,
+        another_scale, a_norm_without_weights, another_order, nothing_kept, in_training,
     ],
 )  # fmt: skip
 def test_where_somebody_looks_on_or_has_changed_something_blocks_are_called(change):
@@ -192,6 +201,27 @@ def test_hooks_see_and_change_every_token():
     assert seen == [8, *[1] * 16] and (ablated - before).abs().max() > 0.1
     after, cache = one_by_one(model, ids)
     assert taken(cache) and torch.equal(after, before)
+
+
+def test_parts_of_other_sizes_are_an_error_and_no_memory_is_read_or_written():
+    model, ids = sparse_model(), tokens()
+    _, cache = one_by_one(model, ids)
+    mlp = model.transformer.h[1].mlp
+    fitting, mlp.c_fc = mlp.c_fc, sparse_model(d_mlp=90).transformer.h[1].mlp.c_fc
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        model(ids[:, :1], past_key_values=copy.deepcopy(cache))
+    mlp.c_fc = fitting
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        model.transformer(inputs_embeds=torch.randn(1, 1, 40), past_key_values=cache)
+
+
+def test_threads_share_no_cache():
+    """What points to a cache is a call's own: another thread's call may be under way."""
+    model, ids = sparse_model(), tokens()
+    _, cache = one_by_one(model, ids)
+    assert taken(cache)
+    kept = model.transformer.__dict__["_decoded"].blocks
+    assert all(block.keys is None and block.values is None for block in kept)
 
 
 def test_gradients_and_modes_go_through_the_blocks():
