@@ -6,8 +6,9 @@ layers of attention and MLP are made sparse by `SparseTrainer`, from the weights
 half of the loss the divergence from the dense model; the tied embedding stays dense. Text for both
 is the Python standard library, of which whole files are held out.
 
-Circuits are searched alike in both, at three target losses. The clean-up is left out: in dense
-models it would try thousands of nodes one by one.
+Circuits are searched alike in both, at three target losses, in bfloat16 where a product is; the
+losses and checks below are of float32. The clean-up is left out: in dense models it would try
+thousands of nodes one by one.
 
 `--parts` measures some of it only ("train", "dense", "sparse", or a model and a task as in
 "dense/else_elif"), so that several processes can share the work in one folder.
@@ -33,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_circuit_sparsity.circuits.ablation import ReferenceMeans, reference_means
+from hf_circuit_sparsity.circuits.evaluation.faithfulness import evaluate_circuit
 from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError, find_circuits
@@ -225,14 +227,17 @@ def circuit(folder: Path, name: str, task: str, seed: int, device: str) -> list[
         model, tokenizer = load(folder, name, device)
         made = load_task(task, tokenizer, n_train=2 * SEARCH.selection_prompts, n_test=64)
         started = time.perf_counter()
+        means = _means(folder, name, device)
         try:
-            found = find_circuits(
-                model, made, replace(SEARCH, seed=seed), targets=TARGETS,
-                reference=_means(folder, name, device),
-            )  # fmt: skip
+            with torch.autocast(device, torch.bfloat16):  # twice to three times as fast
+                found = find_circuits(
+                    model, made, replace(SEARCH, seed=seed), targets=TARGETS, reference=means
+                )
         except TaskNotLearnedError as error:
             return [{"problem": str(error)}]
         seconds = time.perf_counter() - started
+        for one in found:
+            one.metrics = evaluate_circuit(one, model, made)
         found[0].save_pretrained(folder / "circuits" / name / f"{task}-{seed}")
         checks = verify_circuit(
             found[0], model, made, prompts=64, random_circuits=4, subsets=2, supersets=4,

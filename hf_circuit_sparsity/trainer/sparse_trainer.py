@@ -181,7 +181,8 @@ class SparseTrainer(ShardingTrainer):
         labels = inputs.get("labels")  # which Trainer may take out
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if weight:
-            with torch.no_grad():
+            # Accelerate puts autocast around the forward of what it prepared, and of that alone.
+            with torch.no_grad(), self.accelerator.autocast():
                 taught = {k: v for k, v in inputs.items() if k not in ("labels", "use_cache")}
                 logits = self.teacher.to(labels.device)(**taught, use_cache=False).logits
             # As Trainer does it for models that are told what to divide by.

@@ -73,3 +73,12 @@ def test_what_cannot_be_taught_is_refused(make_gpt2, make_trainer):
     trainer = make_trainer(make_gpt2())
     with pytest.raises(ValueError, match="distillation_weight"):
         type(trainer)(make_gpt2(), trainer.args, teacher=make_gpt2())
+
+
+def test_the_teacher_computes_in_the_precision_of_training(make_llama, make_trainer, dataset):
+    trainer = make_trainer(make_llama(), max_steps=1, distillation_weight=0.5, bf16=True)
+    seen = set()
+    layer = trainer.teacher.model.layers[0].self_attn.q_proj
+    layer.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    trainer.train()
+    assert seen == {torch.bfloat16}
