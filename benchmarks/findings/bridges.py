@@ -1,5 +1,6 @@
 """Bridges from a dense GPT-2 to a sparse model: how exact they are, and steering through them."""
 
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,12 @@ import torch
 from hf_circuit_sparsity.bridge.initialization import ridge_bridges_
 from hf_circuit_sparsity.bridge.intervention import location_name
 from hf_circuit_sparsity.bridge.modeling_bridge import BridgedCausalLM
+from hf_circuit_sparsity.bridge.priced_steering import (
+    PricedSteering,
+    best_at_price,
+    channel_shifts,
+    mean_difference_shifts,
+)
 from hf_circuit_sparsity.bridge.steering import (
     SteeringCandidate,
     SteeringSweep,
@@ -54,6 +61,8 @@ CIRCUIT_LOSS = 0.3
 TRIED = 12  # channels of the circuit, and as many others, that are tried on training prompts
 TRIED_ROWS = 24
 TRIED_DOSES = (4.0, 8.0, 16.0, 32.0)
+PRICES = (0.03, 0.1, 0.3)  # KL on text, nats per token, at which directions are compared
+CONTROLS = 5  # draws of as many unranked channels
 KEYS = {
     "encode_nmse": "NMSE encoding",
     "decode_nmse": "NMSE decoding",
@@ -164,11 +173,12 @@ def choose_channel(
 
 def steering(
     experiment: Experiment, bridged: BridgedCausalLM, tokenizer: Any, blocks: Any
-) -> tuple[str, str, list[SteeringSweep]]:
-    """The sparse model's circuits and their steering, both as Markdown, and the sweeps."""
+) -> tuple[str, str, str, list[SteeringSweep]]:
+    """The sparse model's circuits, their steering by dose and at fixed prices, all as Markdown, and
+    the sweeps."""
     options = experiment.options
     text = sample_text(blocks["validation"], options.text // 4)
-    circuit_rows, pictures, rows, sweeps = [], [], [], []
+    circuit_rows, pictures, rows, priced, sweeps = [], [], [], [], []
     for name in TASKS:
         task = load_task(name, tokenizer, n_train=1000, n_test=256, max_length=BLOCK_SIZE)
         folder = experiment.folder / "bridges" / "circuits" / name
@@ -206,7 +216,50 @@ def steering(
             )  # fmt: skip
             sweeps.append(sweep)
             rows += sweep_rows(sweep, choice, best in own)
-    return "\n\n".join([table(circuit_rows), *pictures]), table(rows), sweeps
+            priced += at_a_price(bridged, tokenizer, task, target, own + others, text)
+    return "\n\n".join([table(circuit_rows), *pictures]), table(rows), table(priced), sweeps
+
+
+def at_a_price(
+    bridged: BridgedCausalLM,
+    tokenizer: Any,
+    task: BinaryTask,
+    target: int,
+    ranked: Sequence[SteeringCandidate],
+    text: torch.Tensor,
+) -> list[dict[str, str]]:
+    """Per price one line: the ranked channels, as many of no rank, and the difference of means."""
+    same = tokens_beginning_alike(tokenizer, answer_rows(task, "test", target, ROWS))
+    everywhere = steering_candidates(bridged, task, target, rows=ROWS)
+    unranked = [c for c in everywhere if c not in ranked]
+    draw = random.Random(0)
+    draws = [draw.sample(unranked, len(ranked)) for _ in range(CONTROLS)]
+    means = mean_difference_shifts(bridged, task, target, ROWS)
+    row = next(r for r in task.test if r["target_id"] == target)
+    turned = f"`{row['target']!r}` → `{row['counterfactual_target']!r}`"
+    rows = []
+    for price in PRICES:
+
+        def best(shifts: Sequence[Any], price: float = price) -> PricedSteering:
+            return best_at_price(bridged, task, target, shifts, text, price, rows=ROWS, same=same)
+
+        of_means, channel = best(means), best(channel_shifts(bridged, ranked))
+        controls = [best(channel_shifts(bridged, some)).other_probability for some in draws]
+        rows.append(
+            {
+                "task": task.name,
+                "steered": turned,
+                "KL on text": f"{price:g}",
+                "unsteered": f"{channel.unsteered_probability:.3f}",
+                "best ranked channel": f"{channel.other_probability:.3f} "
+                f"({channel.shift.channel} after {location_name(channel.shift.location)})",
+                "best of as many unranked, mean (range)": f"{mean(controls):.3f} "
+                f"({min(controls):.3f}–{max(controls):.3f})",
+                "difference of means on the dense stream": f"{of_means.other_probability:.3f} "
+                f"(after {location_name(of_means.shift.location)})",
+            }
+        )
+    return rows
 
 
 def sweep_rows(
@@ -256,7 +309,7 @@ def run(experiment: Experiment) -> str:
     text = sample_text(blocks["validation"], options.text)
     exact = exactness(bridged, blocks, folder, text)
     say("Circuits and steering")
-    circuits, steered, sweeps = steering(experiment, bridged, tokenizer, blocks)
+    circuits, steered, priced, sweeps = steering(experiment, bridged, tokenizer, blocks)
     training = TRAINING.format(
         minutes=summary(folder, BRIDGE)["seconds"] / 60, whole=(time.monotonic() - began) / 60
     )
@@ -269,6 +322,7 @@ def run(experiment: Experiment) -> str:
             "# Bridges", machine(), training, "## How exact the bridges are", exact,
             "## The sparse model's circuits", found, circuits,
             "## Steering the dense model", STEERING, steered, draw(experiment, sweeps),
+            "## Steering at a fixed price", PRICED, priced,
         ]
     )  # fmt: skip
 
@@ -292,6 +346,15 @@ STEERING = (
     "the two kinds of prompts. "
     f"The {RANDOM_CHANNELS} random channels move the dense stream by a vector of the same length. "
     "KL on text: KL(unsteered ‖ steered) on unrelated validation text, nats per token."
+)
+
+PRICED = (
+    "Mean probability of the other answer on held-out prompts, each direction followed as far as "
+    "the KL on unrelated text allows (all tokens are moved). The best direction is chosen on "
+    f"training prompts at that price, alike for all: of the {2 * TRIED} channels that promise most "
+    "(the circuit's and others, as above), of as many channels drawn from all others, each moved "
+    f"towards its own mean difference ({CONTROLS} draws), and of the difference of means between "
+    "the two kinds of prompts at every location of the dense stream, which needs no sparse model."
 )
 
 

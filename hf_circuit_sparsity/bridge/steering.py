@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..circuits.circuit import Circuit
 from ..circuits.task_scores import TaskTensors, trimmed
-from ..decoders.decoder import position_ids
+from ..decoders.decoder import Decoder, position_ids
 from ..files import save_figure
 from ..tasks.binary_task import BinaryTask
 from .intervention import RESIDUAL_SITES, steering_point
@@ -81,12 +81,9 @@ def steering_candidates(
     """
     first = answer_rows(task, "train", target_id, rows)
     answers = first["target_ids"][:, None], first["counterfactual_target_ids"][:, None]
-    dense, sparse = bridged.dense_stream, bridged.sparse_stream
+    dense = bridged.dense_stream
+    differences = stream_difference(bridged.sparse_stream, first)
     with torch.no_grad():
-        means = []
-        for side in ("", "counterfactual_"):  # the same pairs, seen from the other side
-            start = sparse.embed(first[f"{side}input_ids"], first[f"{side}attention_mask"])
-            means.append([y[:, -1].float().mean(0) for y in sparse.run(*start)])
         x, context = dense.embed(first["input_ids"], first["attention_mask"])
         streams = dense.run(x, context)
     places = None if circuit is None else {
@@ -103,7 +100,7 @@ def steering_candidates(
             (gradient,) = torch.autograd.grad(margin.mean(), x)
         # The gradient of moving every token's stream by the same vector.
         gradient = gradient.sum((0, 1)).float()
-        difference = means[1][location] - means[0][location]
+        difference = differences[location]
         with torch.no_grad():
             identity = torch.eye(len(difference), device=difference.device)
             effect = difference * (bridge.decode_change(identity).float() @ gradient)
@@ -111,6 +108,22 @@ def steering_candidates(
             if places is None or (location, channel) in places:
                 candidates.append(SteeringCandidate(location, channel, *values))
     return sorted(candidates, key=lambda candidate: -candidate.effect)
+
+
+@torch.no_grad()
+def stream_difference(stream: Decoder, rows: TaskTensors) -> list[torch.Tensor]:
+    """Location by location, the mean residual stream at the answer's position of the counterfactual
+    prompts minus that of the prompts, float32 `(width,)`.
+
+    Args:
+        stream: of a model.
+        rows: prompt pairs, all of one answer.
+    """
+    means = []
+    for side in ("", "counterfactual_"):  # the same pairs, seen from the other side
+        start = stream.embed(rows[f"{side}input_ids"], rows[f"{side}attention_mask"])
+        means.append([x[:, -1].float().mean(0) for x in stream.run(*start)])
+    return [other - first for first, other in zip(*means, strict=True)]
 
 
 @dataclass(frozen=True)

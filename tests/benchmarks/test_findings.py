@@ -116,6 +116,20 @@ def test_the_channel_that_works_is_chosen_and_not_the_one_that_should():
     assert bridges.choose_channel(bridged, tokenizer, task, YES, order).candidate == good
 
 
+def test_steering_at_a_price_is_compared_with_channels_that_nobody_ranked(monkeypatch):
+    monkeypatch.setattr(bridges, "PRICES", (1.0, 4.0))
+    bridged, task, tokenizer = planted_bridge(), on_off_task(), word_tokenizer()
+    ranked, text = steering_candidates(bridged, task, YES)[:2], reference_ids()[:4]
+    rows = bridges.at_a_price(bridged, tokenizer, task, YES, ranked, text)
+    assert [row["KL on text"] for row in rows] == ["1", "4"]
+    assert all(row["steered"] == "`' yes'` → `' no'`" for row in rows)
+    best, means = (
+        [float(row[key].split(" ")[0]) for row in rows]
+        for key in ("best ranked channel", "difference of means on the dense stream")
+    )
+    assert best[1] > 0.9 and best[1] > best[0] and means[1] > 0.9
+
+
 def test_an_adapter_is_taught_the_other_answer():
     model, task = planted_model(), on_off_task()
     loss = circuit_finetuning.teach(model, task.tensors("train"), rate=0.1, steps=60)

@@ -85,6 +85,20 @@ def publish(run_dir, corpus, *more: str) -> int:
     return main([*arguments, *more])
 
 
+def publishing(run_dir: Path, corpus: Path) -> list[str]:
+    """The command line of a process that publishes, at the size of a test."""
+    arguments = ["publish", str(run_dir), "--repo", REPO, "--corpus", str(corpus)]
+    code = f"""
+import sys
+from hf_circuit_sparsity.circuits.viewer.report_data import ReportConfig
+from hf_circuit_sparsity.cli import main
+from hf_circuit_sparsity.commands import publication
+publication.ROWS, publication.REPORT = {ROWS}, ReportConfig(**{REPORT})
+sys.exit(main({arguments}))
+"""
+    return [sys.executable, "-c", code]
+
+
 def stored_bytes(api: HfApi) -> dict[str, int]:
     """Bytes of everything that was published, by repository."""
     sizes = {}
@@ -220,16 +234,8 @@ def test_killed_within_an_upload_and_started_again(hub_server, run_dir, corpus):
                 raise ConnectionAbortedError
 
     hub_server.before = kill
-    arguments = ["publish", str(run_dir), "--repo", REPO, "--corpus", str(corpus)]
-    code = f"""
-from hf_circuit_sparsity.circuits import ReportConfig, TaskScore, model_fingerprint
-from hf_circuit_sparsity.cli import main
-from hf_circuit_sparsity.commands import publication
-publication.ROWS, publication.REPORT = {ROWS}, ReportConfig(**{REPORT})
-main({arguments})
-"""
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        publishing(run_dir, corpus), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     running.append(process)
     _, error = process.communicate(timeout=300)
