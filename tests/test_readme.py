@@ -5,12 +5,14 @@ import shutil
 import sysconfig
 import webbrowser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
 from hf_circuit_sparsity import Circuit
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 
 @pytest.fixture
@@ -24,6 +26,32 @@ def blocks(tmp_path, monkeypatch) -> list[str]:
 def example(blocks) -> str:
     """The block that trains."""
     return blocks[1]
+
+
+def test_the_badges_tell_the_truth():
+    """Each says in words and in its picture what is written elsewhere."""
+    written = (ROOT / "pyproject.toml").read_text()
+    (version,) = re.findall(r'^version = "(.*)"', written, re.M)
+    pythons = re.findall(r"Python :: (3\.\d+)", written)
+    (transformers,) = re.findall(r'"transformers>=(.*)"', written)
+    (licence,) = re.findall(r'^license = "(.*)"', written, re.M)
+    expected = {
+        "version": version,
+        "Python": f"{pythons[0]} to {pythons[-1]}",
+        "transformers": f"≥ {transformers}",
+        "licence": licence,
+    }
+    badges = re.findall(
+        r"\[!\[(.*?)\]\(https://\S+/badge/(\S+)-\w+\)\]\((.*?)\)", README.read_text()
+    )
+    shown = {}
+    for words, picture, target in badges:
+        # A dash within is written as two, a space as an underscore.
+        name, value = unquote(picture).replace("--", "\0").replace("_", " ").split("-")
+        shown[name] = value.replace("\0", "-")
+        assert words.removesuffix(" or newer") == f"{name} {shown[name].removeprefix('≥ ')}"
+        assert (ROOT / target).is_file()
+    assert shown == expected
 
 
 def test_the_first_lines_load_print_and_open_a_circuit(blocks, monkeypatch, capsys):
