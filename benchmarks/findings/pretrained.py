@@ -6,8 +6,8 @@ layers of attention and MLP are made sparse by `SparseTrainer`, from the weights
 half of the loss the divergence from the dense model; the tied embedding stays dense. Text for both
 is the Python standard library, of which whole files are held out.
 
-Circuits are searched alike in both, at three target losses, in bfloat16 where a product is; the
-losses and checks below are of float32. The clean-up is left out: in dense models it would try
+Circuits are searched and checked alike in both, at three target losses, with products in bfloat16;
+the losses below are of float32. The clean-up is left out: in dense models it would try
 thousands of nodes one by one.
 
 `--parts` measures some of it only ("train", "dense", "sparse", or a model and a task as in
@@ -239,10 +239,11 @@ def circuit(folder: Path, name: str, task: str, seed: int, device: str) -> list[
         for one in found:
             one.metrics = evaluate_circuit(one, model, made)
         found[0].save_pretrained(folder / "circuits" / name / f"{task}-{seed}")
-        checks = verify_circuit(
-            found[0], model, made, prompts=64, random_circuits=4, subsets=2, supersets=4,
-            adversary_steps=4, stability_seeds=0, others=[], adversarial={},
-        )  # fmt: skip
+        with torch.autocast(device, torch.bfloat16):
+            checks = verify_circuit(
+                found[0], model, made, prompts=64, random_circuits=4, subsets=2, supersets=4,
+                adversary_steps=4, stability_seeds=0, others=[], adversarial={},
+            )  # fmt: skip
         rows = [{"target": t, **c.metrics} for t, c in zip(TARGETS, found, strict=True)]
         names = [check.name for check in checks.checks if check.passed is False]
         return [{**row, "seconds": seconds, "failed": names} for row in rows]

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..decoders.decoder import decoder_of
 from ..decoders.hooks import temporary_hooks
 from ..decoders.sites import Site
+from ..optim.sparse_compute import on_nonzeros
 from ..tasks.binary_task import BinaryTask
 from ..tasks.corpus import build_corpus
 from ..tasks.packing import pack_dataset
@@ -62,6 +63,14 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in eval mode, and its layers multiply only nonzeros where that
+    is faster."""
+    with in_eval_mode(model), on_nonzeros(model):
+        yield
 
 
 @contextmanager

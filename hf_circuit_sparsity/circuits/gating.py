@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ablation import TOKENS, hooked, hooked_sites, recorded_sites
+from ..decoders.decoder import decoder_of
+from .ablation import TOKENS, hooked, hooked_sites, recorded_sites, unwrapped
 from .collapse import Collapse
 from .task_scores import TaskTensors, next_token_logits, pair_logits
 
@@ -135,8 +136,18 @@ class GatedModel:
             if site in given:
                 nodes, values = given[site]
                 hooks[site] = _given(nodes, _repeated(values, copies), hooks[site])
-        with hooked_sites(self.model, hooks):
+        with hooked_sites(self.model, hooks), hooked(self._at_last_position(centers, given)):
             return logits(self.model, repeated)
+
+    def _at_last_position(
+        self, centers: Mapping[str, Tensor], given: Mapping[str, object]
+    ) -> list[tuple[nn.Module, Callable]]:
+        """Hooks that leave out what the answer does not need; what was measured of every position
+        is put in its place at every position."""
+        by_position = given or any(center.dim() > 1 for center in centers.values())
+        if by_position or self.freeze_norms:
+            return []
+        return decoder_of(unwrapped(self.model)).at_last_position()
 
 
 def _given(nodes: Tensor, values: Tensor, then: Callable) -> Callable:

@@ -18,7 +18,7 @@ from ..metrics.task_loss.pair_loss import task_accuracy
 from ..tasks.binary_task import TaskTooLongError
 from ..tasks.encoding import TaskNotExpressibleError
 from ..tasks.load import list_tasks, load_task
-from .ablation import in_eval_mode
+from .ablation import measuring
 
 TaskTensors = Mapping[str, torch.Tensor]
 
@@ -244,7 +244,7 @@ def evaluate_tasks(
     settings["max_length"] = getattr(model.config, "max_position_embeddings", None)
     scores = []
     names = list_tasks("python") if names is None else list(names)
-    with in_eval_mode(model):
+    with measuring(model):
         for name in tqdm(names, desc="tasks", disable=not progress, leave=False):
             try:
                 task = load_task(name, tokenizer, **settings)

@@ -35,5 +35,10 @@ class CircuitGPTDecoder(GPT2Decoder):
         module = self.blocks[i].resid_post_attn
         return [module.register_forward_hook(lambda module, args, x: edit(x))]
 
+    def at_last_position(self):
+        if self.model.config.d_pos_emb is not None:  # positions beside the stream stay as many
+            return []
+        return [(self.blocks[-1].resid_post_attn, lambda module, args, x: x[:, -1:])]
+
 
 register_decoder("circuitgpt", CircuitGPTDecoder)

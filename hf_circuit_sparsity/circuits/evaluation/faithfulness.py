@@ -6,7 +6,7 @@ from ...metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
 from ...metrics.circuit_size.geometric_mean import shares
 from ...metrics.task_loss.pair_loss import task_accuracy, task_loss
 from ...tasks.binary_task import BinaryTask
-from ..ablation import in_eval_mode, unwrapped
+from ..ablation import measuring, unwrapped
 from ..circuit import Circuit
 from ..edges import embedding_edges, site_weights
 from ..task_scores import ModelScores, all_pair_logits, model_scores
@@ -45,7 +45,7 @@ def evaluate_circuit(
     """
     model = unwrapped(model)
     test, train = task.tensors("test"), task.tensors("train")
-    with in_eval_mode(model):
+    with measuring(model):
         with circuit.apply(model, calibrated=False):
             raw, raw_train = all_pair_logits(model, test), all_pair_logits(model, train)
         with circuit.apply(model, inverse=True):

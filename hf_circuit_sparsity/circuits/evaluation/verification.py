@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ...tasks.adversarial import load_adversarial_tasks
 from ...tasks.binary_task import BinaryTask
-from ..ablation import ReferenceTokens, in_eval_mode, reference_input_ids, unwrapped
+from ..ablation import ReferenceTokens, measuring, reference_input_ids, unwrapped
 from ..circuit import Circuit
 from ..pruning.config import PruningConfig
 from ..pruning.find import check_prompts_fit
@@ -141,7 +141,7 @@ def verify_circuit(
     circuit.check_model(model)
     model = unwrapped(model)
     check_prompts_fit(model, task)
-    with in_eval_mode(model):
+    with measuring(model):
         if adversarial is None:
             adversarial = load_adversarial_tasks(
                 task.name,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...tasks.binary_task import BinaryTask
-from ..ablation import ReferenceTokens, in_eval_mode, means_over, unwrapped
+from ..ablation import ReferenceTokens, means_over, measuring, unwrapped
 from ..circuit import Circuit
 from ..task_scores import model_scores, task_rows
 from .config import PruningConfig
@@ -64,7 +64,7 @@ def exhaust_circuits(
     config = config or PruningConfig()
     model = unwrapped(model)
     means = means_over(model, task, reference, config.reference_tokens, progress)
-    with in_eval_mode(model):
+    with measuring(model):
         rows = task.tensors("train")
         whole = model_scores(model, rows, task.tensors("test"), config.calibration_steps)
         some = task_rows(rows, slice(config.selection_prompts))

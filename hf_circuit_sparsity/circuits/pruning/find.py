@@ -21,8 +21,8 @@ from ..ablation import (
     TOKENS,
     ReferenceMeans,
     ReferenceTokens,
-    in_eval_mode,
     means_over,
+    measuring,
     node_sites,
     task_means,
     unwrapped,
@@ -114,7 +114,7 @@ def find_circuits(
     configs = [replace(config, target_loss=target) for target in targets]
     node_sites(model)  # fails early on models that have none
     model = unwrapped(model)
-    with in_eval_mode(model):
+    with measuring(model):
         check_prompts_fit(model, task)
         check_lengths(task, config)
         train = task.tensors("train")

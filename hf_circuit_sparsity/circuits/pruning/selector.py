@@ -63,7 +63,8 @@ class Selector:
         self.target = config.target_loss * config.selection_margin
         self._all = selection
         few = config.screen_prompts
-        self._few = task_rows(selection, slice(few)) if few else None
+        fewer = 0 < few < len(selection["target_ids"])
+        self._few = task_rows(selection, slice(few)) if fewer else None
         self._generator = torch.Generator().manual_seed(config.seed)
         self._outside: list[Masks] = []
         self._collapse: Collapse | None = None

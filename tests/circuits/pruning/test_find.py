@@ -7,6 +7,7 @@ from hf_circuit_sparsity import BinaryTask, PruningConfig, TaskNotLearnedError, 
 from hf_circuit_sparsity.circuits.ablation import TOKENS, mean_activations, reference_means
 from hf_circuit_sparsity.circuits.pruning.find import mean_jaccard
 from hf_circuit_sparsity.circuits.pruning.masks import Gate, learn_masks
+from hf_circuit_sparsity.circuits.pruning.selector import Selector
 from hf_circuit_sparsity.circuits.pruning.shrink import bisect
 from hf_circuit_sparsity.circuits.task_scores import (
     all_pair_logits,
@@ -132,6 +133,21 @@ def test_seeds_learned_together_are_seeds_learned_one_by_one():
 
 def test_screening_leads_to_circuits_that_cannot_lose_a_node_either():
     assert find(config=QUICKER).nodes == find(config=QUICKER, screen_prompts=0).nodes
+
+
+def test_a_screen_of_all_prompts_is_none(monkeypatch):
+    """What is measured on all prompts is not measured on the same ones before."""
+    measured, losses = [], Selector._losses
+
+    def counted(self, gates, rows):
+        measured.append(len(rows["target_ids"]))
+        return losses(self, gates, rows)
+
+    monkeypatch.setattr(Selector, "_losses", counted)
+    without, of_without = find(config=QUICKER, screen_prompts=0), list(measured)
+    measured.clear()
+    assert find(config=QUICKER, screen_prompts=60).nodes == without.nodes
+    assert measured == of_without and set(measured) == {60}
 
 
 def test_every_seed_has_its_circuit_and_says_so():
