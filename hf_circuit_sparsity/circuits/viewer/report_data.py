@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ..circuit import Circuit
 from ..evaluation.verdict import verdict
 from ..node_effects import node_effects
 from ..node_set import node_text
-from ..task_scores import task_rows
+from ..task_scores import binary_accuracy, binary_loss, task_rows
 from .activations import (
     QUANTILES,
     Activations,
@@ -67,9 +68,12 @@ class ReportConfig:
     seed: int = 0
     """Of the choice of prompts; and of the task, where none is passed and the circuit names no
     seed of its own."""
+    files: int = 64
+    """Files of the Python standard library that the text is taken from where no reference is
+    passed, drawn at random and always the same ones."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "text_tokens", "examples", "pairs"):
+        for name in ("prompts", "text_tokens", "files", "examples", "pairs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} was passed, but it must be ≥ 1.")
         if self.edges < 0:
@@ -144,7 +148,11 @@ class _Report:
 
     def data(self, reference: ReferenceTokens) -> dict[str, Any]:
         circuit, model = self.circuit, self.model
-        runs = before_and_after(circuit, model, self.test)
+        pairs = before_and_after(circuit, model, self.test)
+        runs = {
+            name: {"loss": binary_loss(of_run).item(), "accuracy": binary_accuracy(of_run)}
+            for name, of_run in pairs.items()
+        }
         for name, run in runs.items():
             if not math.isfinite(run["loss"]):
                 raise ValueError(
@@ -156,8 +164,9 @@ class _Report:
         effects = node_effects(circuit, model, self.test, self._bar("ablating nodes")(keys))
         order = sorted(effects, key=effects.__getitem__, reverse=True)
         text = reference_input_ids(
-            model, self.tokenizer, reference, self.config.text_tokens, self.progress
-        )
+            model, self.tokenizer, reference, self.config.text_tokens, self.progress,
+            files=self.config.files,
+        )  # fmt: skip
         cut = self._edge_effects(text)
         activations = self._activations(text)
         positions = {key: position for position, key in enumerate(graph.nodes)}
@@ -176,7 +185,7 @@ class _Report:
                 for link in graph.links
             ],
             "heads": self._heads(graph),
-            "curve": self._curve(order, runs["circuit"]["loss"]),
+            "curve": self._curve(order, runs["circuit"]["loss"], pairs["model"]),
             "channels": self._channels(),
             "sequences": {
                 name: [activations[name].input_ids[sequence] for sequence in numbers]
@@ -246,7 +255,8 @@ class _Report:
         sides = [side["ids"] for pair in self.pairs for side in pair]
 
         def recorded(what: str, sequences: list[list[int]], alone: bool) -> Activations:
-            within = {"within": lambda: self.circuit.apply(self.model)} if alone else {}
+            apply = partial(self.circuit.apply, self.model, collapsed=True)
+            within = {"within": apply} if alone else {}
             return record_activations(
                 self.model, self.circuit.nodes, sequences, wrap=self._bar(what), **within
             )
@@ -354,27 +364,33 @@ class _Report:
         scale = channel_scale(self.model, prompts[0], heads[0][0]) if heads else None
         return {"heads": patterns, "scale": scale}
 
-    def _curve(self, order: list[Key], circuit_loss: float) -> dict[str, Any]:
+    def _curve(
+        self, order: list[Key], circuit_loss: float, model_pairs: torch.Tensor
+    ) -> dict[str, Any]:
         """Loss of the circuit's nodes, largest effect first, then of more; and of the model's best
-        by score alone."""
+        by score alone. What the circuit's loss is and what the whole model answers is known."""
         others = other_nodes(self.circuit)
         sizes = curve_sizes(len(order), len(order) + len(others))
+        whole = binary_loss(self.circuit.calibration.pairs(model_pairs, self.test)).item()
+        known = {len(order) + len(others): whole}
 
-        def losses(nodes: list[Key], at: list[int], what: str) -> list[float]:
-            bar = self._bar(what)(at)
-            return nested_losses(self.circuit, self.model, nodes, bar, self.test)
+        def losses(nodes: list[Key], at: list[int], known: dict[int, float], what: str):
+            new = [size for size in at if size not in known]
+            found = nested_losses(self.circuit, self.model, nodes, self._bar(what)(new), self.test)
+            known = known | dict(zip(new, found, strict=True))
+            return [known[size] for size in at]
 
+        with_circuit = known | {len(order): circuit_loss}
+        what = "smaller and larger circuits"
         curve = {
             "sizes": sizes,
-            "losses": losses([*order, *others], sizes, "smaller and larger circuits"),
+            "losses": losses([*order, *others], sizes, with_circuit, what),
             "order": [list(key) for key in order],
         }
-        # The circuit itself has a calibration of its own.
-        curve["losses"][sizes.index(len(order))] = circuit_loss
         if self.circuit.scores:
             ranked = by_score(self.circuit, [*order, *others])
             larger = [size for size in sizes if size >= len(order)]
-            curve["byScore"] = losses(ranked, larger, "circuits by mask score alone")
+            curve["byScore"] = losses(ranked, larger, known, "circuits by mask score alone")
             curve["byScoreSizes"] = larger
         return curve
 
