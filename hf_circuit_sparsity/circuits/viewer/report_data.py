@@ -45,6 +45,7 @@ from .measurements import (
     other_nodes,
 )
 from .pairs import PAIR_TOKENS, channel_scale, head_patterns, predictions, strongest, task_pairs
+from .positions import position_effects, token_weights
 
 LONGEST_TOKEN = 60
 LONGEST_TEXT = 600
@@ -169,6 +170,7 @@ class _Report:
         )  # fmt: skip
         cut = self._edge_effects(text)
         activations = self._activations(text)
+        by_token = self._by_token(keys)
         positions = {key: position for position, key in enumerate(graph.nodes)}
         data = {
             **self._facts(graph),
@@ -176,17 +178,29 @@ class _Report:
             "quantiles": QUANTILES,
             "losses": runs,
             "columns": [column._asdict() for column in graph.columns],
-            "nodes": [self._node(graph, key, effects, order, activations) for key in graph.nodes],
+            "nodes": [
+                self._node(graph, key, effects, order, activations)
+                | ({"byToken": by_token[key]} if key in by_token else {})
+                for key in graph.nodes
+            ],
             "links": [
                 [
-                    *(positions[link.source], positions[link.target], *link[2:]),
+                    *(positions[link.source], positions[link.target]),
+                    *(link.weight, link.kind, link.via),
                     cut.get((*link.source, *link.target)) if link.kind == "weight" else None,
+                    link.head,
                 ]
                 for link in graph.links
             ],
             "heads": self._heads(graph),
             "curve": self._curve(order, runs["circuit"]["loss"], pairs["model"]),
             "channels": self._channels(),
+            "tokenWeights": token_weights(
+                circuit,
+                model,
+                (token for side in self._sides() for token in side["ids"]),
+                (side[answer] for side in self._sides() for answer in ("target", "other")),
+            ),
             "sequences": {
                 name: [activations[name].input_ids[sequence] for sequence in numbers]
                 for name, numbers in self.sequences.items()
@@ -233,6 +247,22 @@ class _Report:
             },
         }
 
+    def _sides(self) -> list[dict[str, Any]]:
+        """Of all pairs, one after the other."""
+        return [side for pair in self.pairs for side in pair]
+
+    def _by_token(self, keys: list[Key]) -> dict[Key, list[list[float]]]:
+        """Node → what it does at the last tokens of every side of every pair, in logits."""
+        effects: dict[Key, list[list[float]]] = {key: [] for key in keys}
+        for side in self._bar("nodes at single tokens")(self._sides()):
+            answers = (side["target"], side["other"])
+            side["difference"], at = position_effects(
+                self.circuit, self.model, keys, side["ids"], answers, PAIR_TOKENS
+            )
+            for key, of_node in zip(keys, at.tolist(), strict=True):
+                effects[key].append([round(effect, 4) for effect in of_node])
+        return effects
+
     def _edge_effects(self, text: torch.Tensor) -> dict[tuple, float]:
         edges = self.circuit.split_edges(self.model)[0]
         edges = sorted(edges, key=lambda edge: abs(edge.weight), reverse=True)
@@ -252,7 +282,7 @@ class _Report:
     def _activations(self, text: torch.Tensor) -> dict[str, Activations]:
         """On the task and its pairs with the circuit alone, on text with the whole model."""
         prompts = [list(ids) for ids in self.task.test[self.test_rows]["input_ids"]]
-        sides = [side["ids"] for pair in self.pairs for side in pair]
+        sides = [side["ids"] for side in self._sides()]
 
         def recorded(what: str, sequences: list[list[int]], alone: bool) -> Activations:
             apply = partial(self.circuit.apply, self.model, collapsed=True)
@@ -349,7 +379,8 @@ class _Report:
         return [number, example.start, example.at, example.values]
 
     def _heads(self, graph: LayeredGraph) -> dict[str, Any]:
-        """Patterns of every head with a node in the circuit, on both sides of every pair."""
+        """Patterns of every head with a node in the circuit, on both sides of every pair; and of
+        others that bring one of its values, where several heads share keys and values."""
         heads = sorted(
             {
                 (int(key[0].split(".")[1]), node.head)
@@ -357,12 +388,18 @@ class _Report:
                 if node.head is not None
             }
         )
-        prompts = [side["ids"] for pair in self.pairs for side in pair]
+        bringing = {
+            (int(link.source[0].split(".")[1]), link.head)
+            for link in graph.links
+            if link.head is not None
+        }
+        prompts = [side["ids"] for side in self._sides()]
+        both = [*heads, *sorted(bringing - set(heads))]
         patterns = head_patterns(
-            self.circuit, self.model, heads, prompts, self._bar("where heads look")
+            self.circuit, self.model, both, prompts, self._bar("where heads look")
         )
         scale = channel_scale(self.model, prompts[0], heads[0][0]) if heads else None
-        return {"heads": patterns, "scale": scale}
+        return {"heads": patterns[: len(heads)], "others": patterns[len(heads) :], "scale": scale}
 
     def _curve(
         self, order: list[Key], circuit_loss: float, model_pairs: torch.Tensor

@@ -12,10 +12,13 @@ const url = (() => {
   function save() {
     const { selected } = state;
     const said = {
+      view: state.view === "nodes" ? "" : state.view,
+      token: selected?.at ?? "",
       at: selected?.node ? nodeKey(selected.node)
         : selected?.head ? `head ${selected.head.layer}.${selected.head.head}`
           : selected?.link ? linkKey(selected.link)
-            : selected?.group ? `group ${selected.group}` : "none",
+            : selected?.group ? `group ${selected.group}`
+              : selected?.token !== undefined ? `token ${selected.token}` : "none",
       dim: state.dim ? "1" : "",
       strength: state.threshold ? Math.round(100 * state.threshold) : "",
       size: state.size === measured.length ? "" : state.size,
@@ -31,9 +34,11 @@ const url = (() => {
     try { history.replaceState(null, "", `#${params}`); } catch { /* The view is only not shared. */ }
   }
 
-  function selection(at) {
-    if (byKey.has(at)) return { node: byKey.get(at) };
+  function selection(at, token) {
+    if (byKey.has(at)) return { node: byKey.get(at), at: token ?? undefined };
     const [kind, name] = at.split(/ (.*)/s);
+    const place = kind === "token" ? whole(name, PAIR_TOKENS - 1, null) : null;
+    if (place !== null) return { token: place };
     if (kind === "group") return groupNames().includes(name) ? { group: name } : null;
     const head = heads.find((other) => at === `head ${other.layer}.${other.head}`);
     if (head) return { head };
@@ -52,6 +57,7 @@ const url = (() => {
           state.pins.set(byKey.get(key), { name: String(name).slice(0, 60), group: String(group).slice(0, 60) });
       } catch { /* No pin. */ }
     }
+    state.view = among(params.get("view"), ["tokens"], "nodes");
     state.threshold = whole(params.get("strength"), 100, 0) / 100;
     state.size = among(whole(params.get("size"), measured.length, null), sliderSizes, measured.length);
     state.pair = whole(params.get("pair"), data.pairs.length - 1, 0);
@@ -64,7 +70,7 @@ const url = (() => {
     const theme = among(params.get("theme"), ["light", "dark"], null);
     if (theme) document.documentElement.dataset.theme = theme;
     const at = params.get("at");
-    state.selected = at === null ? { node: mostTelling() } : selection(at);
+    state.selected = at === null ? { node: mostTelling() } : selection(at, whole(params.get("token"), PAIR_TOKENS - 1, null));
     state.dim = params.get("dim") === "1" && state.selected !== null;
   }
 
