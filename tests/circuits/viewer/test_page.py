@@ -1,11 +1,14 @@
 """The page in a real browser: what a person does with it, by mouse, finger and keyboard."""
 
 import copy
+import io
 import json
+import math
 import random
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.image import imread
 
 from hf_circuit_sparsity.circuits.viewer.layout import layered_graph
 from hf_circuit_sparsity.circuits.viewer.report import render_page
@@ -401,7 +404,7 @@ def test_the_view_by_token_on_a_phone_and_in_the_dark(open_page, html):
 
 def test_picture_and_data_are_downloaded(open_page, html, data, tmp_path):
     page = open_page(html, accept_downloads=True)
-    for button, name in (("Picture", "on_off.svg"), ("Data", "on_off.json")):
+    for button, name in (("SVG", "on_off.svg"), ("Data", "on_off.json")):
         with page.expect_download() as waiting:
             page.get_by_role("button", name=button).click()
         assert waiting.value.suggested_filename == name
@@ -412,6 +415,49 @@ def test_picture_and_data_are_downloaded(open_page, html, data, tmp_path):
     boxes = [e for e in root.iter() if e.get("class", "").startswith("node ")]
     assert len(boxes) == len(data["nodes"])
     assert all(box[0].get("fill", "").startswith(("rgb", "color", "oklab")) for box in boxes)
+
+
+def saved_pixels(page, path):
+    """The downloaded PNG, `(height, width, 4)`, and the size of the graph on the page."""
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="PNG").click()
+    assert waiting.value.suggested_filename == "on_off.png"
+    waiting.value.save_as(path)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    size = page.locator("svg.graph").bounding_box()
+    return imread(path), [math.ceil(size[side]) for side in ("height", "width")]
+
+
+def test_the_picture_is_downloaded_in_pixels(open_page, html, tmp_path):
+    page = open_page(html, accept_downloads=True)
+    for view in ("Nodes", "By token position"):
+        page.get_by_role("button", name=view, exact=True).click()
+        light, size = saved_pixels(page, tmp_path / "light.png")
+        assert list(light.shape) == [2 * size[0], 2 * size[1], 4]
+        assert light[0, 0].tolist() == [1, 1, 1, 1]
+        # What is seen is in it: here, the box that matters most, in its colour.
+        box = page.locator(".node.strong.harms:not(.far) rect").first
+        frame, place = page.locator("svg.graph").bounding_box(), box.bounding_box()
+        row = round(2 * (place["y"] + place["height"] / 2 - frame["y"]))
+        column = round(2 * (place["x"] + 8 - frame["x"]))
+        page.mouse.move(0, 0)
+        shown = imread(io.BytesIO(box.screenshot()))
+        there = shown[len(shown) // 2, 8, :3]
+        assert light[row, column, :3] == pytest.approx(there, abs=0.02)
+        assert there.min() < 0.5
+    page.locator("#theme").click()
+    dark, _ = saved_pixels(page, tmp_path / "dark.png")
+    assert dark[0, 0, :3].max() < 0.2
+    assert dark.shape == light.shape
+
+
+def test_pixels_of_hostile_names(open_page, data, tmp_path):
+    hostile = copy.deepcopy(data)
+    for entry in hostile["nodes"]:
+        entry["name"] = "\ud800 <x> & \u0000 \ufffe"
+    page = open_page(render_page(hostile), accept_downloads=True)
+    pixels, size = saved_pixels(page, tmp_path / "hostile.png")
+    assert list(pixels.shape[:2]) == [2 * size[0], 2 * size[1]]
 
 
 def test_the_sliders_hide_weights_and_nodes(open_page, html, data):

@@ -138,6 +138,7 @@ function start() {
   byId("zoom-out").addEventListener("click", () => graph.zoomBy(1 / 1.3));
   byId("zoom-fit").addEventListener("click", graph.zoomFit);
   byId("save-picture").addEventListener("click", downloads.picture);
+  byId("save-pixels").addEventListener("click", downloads.pixels);
   byId("save-data").addEventListener("click", downloads.data);
   byId("search").addEventListener("input", (event) => {
     state.search = event.target.value;

@@ -81,6 +81,9 @@ const downloads = (() => {
   const SHOWN = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-dasharray", "stroke-linecap", "opacity",
     "font-family", "font-size", "font-weight", "paint-order", "stroke-linejoin", "display", "text-anchor"];
 
+  // What no XML may hold; a token or a name may.
+  const NO_XML = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffe\uffff]/g;
+
   function give(content, type, ending) {
     const address = URL.createObjectURL(new Blob([content], { type }));
     const name = data.task.replace(/[^\w-]+/g, "_").slice(0, 60) || "circuit";
@@ -89,7 +92,7 @@ const downloads = (() => {
   }
 
   // The graph as it is seen, with its styles in it and on the page's ground.
-  function picture() {
+  function drawn() {
     const shown = byId("graph").querySelector("svg");
     const copy = shown.cloneNode(true);
     const copies = copy.querySelectorAll("*");
@@ -99,7 +102,7 @@ const downloads = (() => {
       for (const name of SHOWN) copies[i].setAttribute(name, style.getPropertyValue(name));
     });
     copy.querySelectorAll(".link-catch").forEach((element) => element.remove());
-    const { width, height } = shown.getBoundingClientRect();
+    const [width, height] = ["width", "height"].map((side) => Math.ceil(shown.getBoundingClientRect()[side]));
     copy.setAttribute("xmlns", "http://www.w3.org/2000/svg");
     copy.setAttribute("width", width);
     copy.setAttribute("height", height);
@@ -109,8 +112,23 @@ const downloads = (() => {
       ["fill", getComputedStyle(document.querySelector(".graph-card")).backgroundColor]])
       ground.setAttribute(name, value);
     copy.prepend(ground);
-    give(new XMLSerializer().serializeToString(copy), "image/svg+xml", "svg");
+    const text = new XMLSerializer().serializeToString(copy);
+    return { width, height, text: text.replace(NO_XML, "\ufffd").toWellFormed() };
   }
 
-  return { picture, data: () => give(byId("data").textContent, "application/json", "json") };
+  const picture = () => give(drawn().text, "image/svg+xml", "svg");
+
+  // The same in pixels, twice as many as on the page, for a paper or a slide.
+  async function pixels() {
+    const { width, height, text } = drawn();
+    const image = new Image();
+    // The page's policy lets no other image in than what is in its address.
+    image.src = `data:image/svg+xml,${encodeURIComponent(text)}`;
+    await image.decode();
+    const canvas = h("canvas", { width: 2 * width, height: 2 * height });
+    canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+    canvas.toBlob((blob) => give(blob, "image/png", "png"));
+  }
+
+  return { picture, pixels, data: () => give(byId("data").textContent, "application/json", "json") };
 })();
