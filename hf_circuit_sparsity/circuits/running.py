@@ -145,8 +145,8 @@ class Running(NodeSet):
                 its nodes, and its tokens' embeddings where it names any.
             beside: site → bool `(width,)`, other nodes that stay on as well.
             collapsed: compute no more than what is on needs: the same logits up to the order of
-                additions, and sooner. Only nodes that are on are then to be looked at, and weights
-                that change within the block are not seen.
+                additions, and sooner. Other activations are then not to be looked at, for some are
+                not there, and weights that change within the block are not seen.
 
         Raises:
             ValueError: the circuit was made for another model.

@@ -4,7 +4,6 @@ import math
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -285,8 +284,7 @@ class _Report:
         sides = [side["ids"] for side in self._sides()]
 
         def recorded(what: str, sequences: list[list[int]], alone: bool) -> Activations:
-            apply = partial(self.circuit.apply, self.model, collapsed=True)
-            within = {"within": apply} if alone else {}
+            within = {"within": lambda: self.circuit.apply(self.model)} if alone else {}
             return record_activations(
                 self.model, self.circuit.nodes, sequences, wrap=self._bar(what), **within
             )

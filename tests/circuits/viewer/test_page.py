@@ -652,5 +652,10 @@ def test_a_large_circuit_is_a_small_page(open_page, data):
     assert heading(page) == "Neuron 150"
     page.get_by_role("button", name="By token position").click()
     assert page.locator(".node.harms, .node.helps").count() == 120
+    # Wherever the picture begins, the rows have their titles.
+    frame = page.locator("#graph").bounding_box()
+    assert min(box.bounding_box()["x"] for box in page.locator(".node").all()) < frame["x"]
+    for title in page.locator(".titles text").all():
+        assert 0 < title.bounding_box()["x"] - frame["x"] < 40
     assert page.evaluate(SMALLEST) >= 11
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -365,6 +365,21 @@ def test_the_model_is_left_as_it_was_and_the_page_is_seeded(planted, data, tmp_p
     assert path.read_text(encoding="utf-8") == render_page(data)
 
 
+def test_nodes_of_a_block_that_writes_nothing_are_shown_all_the_same(planted):
+    model, tokenizer, task, circuit = planted
+    nodes = {site: ids for site, ids in circuit.nodes.items() if site != "h.1.mlp.resid_delta"}
+    cut = dataclasses.replace(circuit, nodes=nodes)
+    data = report_data(
+        cut, model, tokenizer, task=task, reference=reference_ids(), config=SMALL, progress=False
+    )
+    neuron = node_of(data, "h.1.mlp.post_act", 7)
+    assert neuron["effect"] == 0 and not any(map(any, neuron["byToken"]))
+    with circuit.apply(model), recorded_sites(model, ["h.1.mlp.post_act"]) as recorded:
+        model(torch.tensor([data["pairs"][0][0]["ids"]]))
+    expected = recorded["h.1.mlp.post_act"][0, :, 7].tolist()
+    assert neuron["pairs"][0] == pytest.approx(expected, abs=1e-2)
+
+
 def test_pruned_edges_and_tokens_stay_out(planted):
     model, tokenizer, task, circuit = planted
     kept = [("h.0.attn.act_in", 0, "h.0.attn.v", 5)]

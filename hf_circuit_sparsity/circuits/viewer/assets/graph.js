@@ -9,7 +9,7 @@ const graph = (() => {
   const linkOf = (line) => (line.link === undefined ? line : line.link);
   let vertical = false; // on narrow screens
   let scene, picture, world, zoom, box, width;
-  let nodeMarks, linkMarks, headMarks, headFrames, labelLayer;
+  let nodeMarks, linkMarks, headMarks, headFrames, labelLayer, titleLayer;
 
   function draw() {
     vertical = host.clientWidth < 560;
@@ -17,6 +17,7 @@ const graph = (() => {
     box = scene.extent;
     host.replaceChildren();
     host.classList.toggle("vertical", vertical);
+    host.classList.toggle("rows", Boolean(scene.rows));
     const scale = Math.max(READABLE, Math.min(1.25, host.clientWidth / box.width));
     const height = Math.round(
       // A finger scrolls the page along a graph that runs down.
@@ -31,7 +32,8 @@ const graph = (() => {
     const below = world.append("g");
     drawHeads();
     drawLinks();
-    scene.ground(below, world.append("g").attr("class", "titles"));
+    titleLayer = world.append("g").attr("class", "titles");
+    scene.ground(below, titleLayer);
     drawHeadTitles();
     labelLayer = world.append("g").attr("class", "weights");
     drawNodes();
@@ -125,6 +127,7 @@ const graph = (() => {
       .on("start", tip.hide)
       .on("zoom", (event) => {
         world.attr("transform", event.transform);
+        keepTitles();
         picture.classed("zoomed", event.transform.k > free);
       });
     picture.call(zoom).on("dblclick.zoom", null);
@@ -141,6 +144,14 @@ const graph = (() => {
     const at = chosen()?.[0] ?? scene.first;
     host.scrollLeft = d3.zoomTransform(picture.node()).applyX(at.x) - host.clientWidth / 2;
   }
+
+  // Titles that stand at the left of rows stay there, however far the picture is moved.
+  function keepTitles() {
+    if (!scene.rows) return;
+    const transform = d3.zoomTransform(picture.node());
+    titleLayer.attr("transform", `translate(${Math.max(0, transform.invertX(host.scrollLeft) - box.x)},0)`);
+  }
+  host.addEventListener("scroll", keepTitles);
 
   // The middle of a window on a stretch, as near to a place as the ends allow.
   const within = (place, window, start, length) =>

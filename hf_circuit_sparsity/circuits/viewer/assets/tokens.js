@@ -198,7 +198,7 @@ const byTokens = (() => {
     const largest = largestOfPair() || 1;
     const places = boxes.filter((box) => box.effect !== undefined);
     shown = {
-      boxes, lines, heads: [], extent, path, ground, describe, tips, linkTips,
+      boxes, lines, heads: [], rows: true, extent, path, ground, describe, tips, linkTips,
       shade: ({ effect }) => (effect === undefined ? null
         : { strength: Math.sqrt(Math.abs(effect) / largest), helps: effect < 0 }),
       selection: ({ node, at }) => (node ? { node, at } : { token: at }),
