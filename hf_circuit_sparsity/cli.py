@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
 
+import gc
 import signal
 import sys
 import threading
@@ -161,9 +162,13 @@ def view(
     corpus: Corpus = None,
 ) -> None:
     """Write the page on which a circuit is looked at."""
-    from .commands.view import run_view
+    with _no_garbage():
+        from .commands.view import run_view
 
-    run_view(circuit, model, output_dir, corpus)
+    try:
+        run_view(circuit, model, output_dir, corpus)
+    finally:
+        gc.unfreeze()
 
 
 @app.command()
@@ -268,6 +273,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"hf-circuit-sparsity: {message}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """For imports: they make a million objects, all of which stay. To look through them for
+    garbage, again and again, takes two seconds of a command of twelve. They are to be unfrozen."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -46,19 +46,29 @@ class Collapse:
         sites = decoder.node_sites()
         self.live = {site: live[site] for site in sites if site in live}
         self._open = sum(int(mask.sum()) for mask in self.live.values())
-        # AbsTopK compares a node with all others of its site, so all of them are computed.
-        selects = {name for name, site in sites.items() if getattr(site, "k", None) is not None}
         self._forwards: dict[nn.Module, Forward] = {}
+        # AbsTopK compares a node with all others of its site, so all of them are computed, unless
+        # all are shut.
+        selects = {name for name, site in sites.items() if getattr(site, "k", None) is not None}
+        shut = {name for name in selects if name in self.live and not self.live[name].any()}
+        self._forwards |= {sites[name]: _identity for name in shut}
+        selects -= shut
         with torch.no_grad():
             for projection in decoder.projections():
                 narrow = _narrow(projection, self.live, means, selects, decoder)
                 if narrow is not None:
                     self._forwards[projection.module] = narrow
             for i, layer in enumerate(decoder.layers):
-                for part, module in (("attn", layer.attention), ("mlp", layer.mlp)):
+                for part, module, norm in (
+                    ("attn", layer.attention, layer.attn_norm),
+                    ("mlp", layer.mlp, layer.mlp_norm),
+                ):
                     site = f"h.{i}.{part}.resid_delta"
-                    if site in self.live and not self.live[site].any():
-                        self._forwards[module] = _constant(means[site], part == "attn")
+                    if site not in self.live or self.live[site].any():
+                        continue
+                    self._forwards[module] = _constant(means[site], part == "attn")
+                    if not layer.parallel:  # there both may read one norm
+                        self._forwards[norm] = _identity
 
     def fits(self, live: Mapping[str, Tensor]) -> bool:
         """Whether these nodes may all be open here, and are not so few that less would do."""
@@ -82,6 +92,11 @@ class Collapse:
                     module.forward = own
 
 
+def _identity(x: Tensor) -> Tensor:
+    """In the place of what makes something that nobody reads."""
+    return x
+
+
 def _narrow(
     projection: Projection,
     live: Mapping[str, Tensor],
@@ -90,7 +105,8 @@ def _narrow(
     decoder: Decoder,
 ) -> Forward | None:
     """A linear layer that reads open nodes and writes those that count; `None` to leave it."""
-    if projection.source not in live:
+    # What PEFT put around a layer adds to what its weight says.
+    if projection.source not in live or hasattr(projection.module, "base_layer"):
         return None
     weight = projection.weight().detach()
     open_nodes = live[projection.source].to(weight.device)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..tasks.binary_task import BinaryTask
 from .ablation import in_eval_mode, recorded_sites, unwrapped
 from .edges import Edge, embedding_edges, unembedding_edges
 from .node_set import PARTS, NodeSet, node_text, site_order
@@ -77,6 +78,7 @@ class Exports(NodeSet):
         model: nn.Module,
         *,
         tokenizer: Any = None,
+        task: BinaryTask | None = None,
         answers: Sequence[int] | None = None,
     ) -> Path:
         """Write the circuit as a Python program that needs numpy alone: a line per node and edge.
@@ -89,6 +91,7 @@ class Exports(NodeSet):
             path: of the program, ending in `.py`.
             model: the one the circuit was cut out of, a CircuitGPT.
             tokenizer: the model's; then the answers are those of the circuit's task, with text.
+            task: that one, where it is loaded already.
             answers: ids of other tokens to compare. Without them and without a tokenizer, those of
                 the circuit's example.
 
@@ -100,7 +103,7 @@ class Exports(NodeSet):
                 does not end in `.py`, or no answers are known.
         """
         if answers is None and tokenizer is not None:
-            task = self.load_task(tokenizer)
+            task = task or self.load_task(tokenizer)
             both = [candidates(task.tensors(split)) for split in ("train", "test")]
             answers = torch.cat(both).unique().tolist()
         elif answers is None:

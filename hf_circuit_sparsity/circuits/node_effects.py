@@ -132,7 +132,7 @@ def node_effects(
         nodes: those of the circuit to measure; a progress bar may be wrapped around them.
     """
     effects = {}
-    with circuit.apply(model):
+    with circuit.apply(model, collapsed=True):
         whole = binary_loss(all_pair_logits(model, tensors)).item()
         for site, index in nodes:
             mean = circuit.means[site]

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..decoders.decoder import decoder_of
 from ..modeling.fingerprint import model_fingerprint
 from .ablation import TOKENS, hooked, mean_ablated, node_sites, unwrapped
 from .circuit_file import model_source, model_text
+from .collapse import Collapse
 from .edges import Edge, circuit_edges, count_edges, edge_hooks
 from .node_set import NodeSet
 from .task_scores import Calibration
@@ -132,6 +133,7 @@ class Running(NodeSet):
         calibrated: bool = True,
         inverse: bool = False,
         beside: Mapping[str, torch.Tensor] | None = None,
+        collapsed: bool = False,
     ) -> Iterator[nn.Module]:
         """Within the block, `model` runs on this circuit alone: all other nodes are mean-ablated.
 
@@ -142,6 +144,9 @@ class Running(NodeSet):
             inverse: ablate the circuit instead, and keep everything else (a test of necessity):
                 its nodes, and its tokens' embeddings where it names any.
             beside: site → bool `(width,)`, other nodes that stay on as well.
+            collapsed: compute no more than what is on needs: the same logits up to the order of
+                additions, and sooner. Other activations are then not to be looked at, for some are
+                not there, and weights that change within the block are not seen.
 
         Raises:
             ValueError: the circuit was made for another model.
@@ -159,7 +164,8 @@ class Running(NodeSet):
             hooks.append(
                 (decoder_of(inner).logits_site(), lambda module, args, logits: calibrate(logits))
             )
-        with mean_ablated(inner, masks, means), hooked(hooks):
+        running = Collapse(inner, masks, means).running() if collapsed else nullcontext()
+        with mean_ablated(inner, masks, means), hooked(hooks), running:
             yield model
 
 

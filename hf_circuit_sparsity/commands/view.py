@@ -35,15 +35,18 @@ def run_view(
     folder = Path(output_dir or (name if Path(name).is_dir() else "."))
     check_can_write(folder)
     circuit, loaded, tokenizer, reference = load_circuit(name, model, corpus)
+    config = config or ReportConfig()
+    longest = loaded.config.max_position_embeddings
+    task = circuit.load_task(tokenizer, seed=config.seed, max_length=longest)
     path = folder / "index.html"
     program = folder / "circuit.py" if isinstance(loaded, CircuitGPTForCausalLM) else None
     write_report(
-        circuit, path, loaded, tokenizer, reference=reference, config=config,
+        circuit, path, loaded, tokenizer, task=task, reference=reference, config=config,
         program=program and program.name, progress=on_terminal(),
     )  # fmt: skip
     rows = [("page", path), ("size", f"{path.stat().st_size / 1000:,.0f} kB")]
     if program is not None:
-        circuit.to_program(program, loaded, tokenizer=tokenizer)
+        circuit.to_program(program, loaded, tokenizer=tokenizer, task=task)
         rows.append(("program", program))
     say("\n" + table(rows))
     say("\nOpen it in a browser. It needs no network and no server, and is a static Space already.")

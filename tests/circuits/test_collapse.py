@@ -40,7 +40,15 @@ def share_of(model, share: float, seed: int = 0, shut: tuple[str, ...] = ()):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("shut", [(), ("h.0.mlp.resid_delta",), ("h.1.attn.resid_delta",)])
+@pytest.mark.parametrize(
+    "shut",
+    [
+        (),
+        ("h.0.mlp.resid_delta",),
+        ("h.1.attn.resid_delta",),
+        ("h.0.attn.act_in", "h.0.attn.q", "h.1.mlp.post_act"),
+    ],
+)
 @torch.no_grad()
 def test_logits_are_those_of_the_hooks(name, shut):
     model = MODELS[name]()

@@ -13,7 +13,13 @@ from hf_circuit_sparsity import Circuit, evaluate_circuit
 from hf_circuit_sparsity.circuits.ablation import in_eval_mode, reference_means
 from hf_circuit_sparsity.circuits.task_scores import Calibration
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
-from tests.circuits.planted import on_off_task, planted_circuit, planted_model, reference_ids
+from tests.circuits.planted import (
+    PLANTED_EDGES,
+    on_off_task,
+    planted_circuit,
+    planted_model,
+    reference_ids,
+)
 from tests.circuits.pruning.conftest import QUICKER, find
 
 IDS = reference_ids()[:4]
@@ -137,3 +143,30 @@ def test_modes_and_hooks_are_restored_after_an_error():
         assert not any(module._forward_hooks for module in model.modules())
     with in_eval_mode(model):
         assert not any(module.training for module in model.modules())
+
+
+def with_busy_lora(model):
+    adapted = with_lora(model).eval()
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.fill_(0.3)
+    return adapted
+
+
+HOW = [{}, {"inverse": True}, {"beside": {"h.0.attn.q": torch.arange(8) < 3}}]
+
+
+@pytest.mark.filterwarnings("ignore:The adapter")
+@pytest.mark.parametrize("how", HOW, ids=["alone", "inverse", "beside"])
+@torch.no_grad()
+def test_a_collapsed_circuit_gives_the_same_logits(how, model, wrapped):
+    mean = model.get_input_embeddings().weight.mean(0).detach()
+    kept = list(PLANTED_EDGES)[1:]
+    circuit = planted_circuit(model, kept_edges=kept, tokens=[3, 7, 8], token_mean=mean)
+    for made in (wrapped, with_busy_lora(copy.deepcopy(model))):
+        with circuit.apply(made, **how):
+            expected = made(IDS).logits
+        with circuit.apply(made, collapsed=True, **how):
+            logits = made(IDS).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(made(IDS).logits, expected, atol=1e-4)

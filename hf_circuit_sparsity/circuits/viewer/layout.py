@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ...decoders.decoder import decoder_of
 from ..ablation import node_sites, unwrapped
 from ..circuit import Circuit
 from ..edges import Edge, embedding_edges, unembedding_edges
@@ -64,6 +65,8 @@ class GraphLink(NamedTuple):
     that the source writes, and the weight is 0."""
     via: tuple[float, ...] = ()
     """Rows at which it passes the columns between its ends, clear of their boxes."""
+    head: int | None = None
+    """Of a weight that reads a value: the head that brings it, by its queries."""
 
 
 class LayeredGraph(NamedTuple):
@@ -95,7 +98,9 @@ def layered_graph(circuit: Circuit, model: nn.Module) -> LayeredGraph:
     # A token that nothing in the circuit reads says nothing.
     tokens = sorted(strengths, key=strengths.__getitem__, reverse=True)[:MAX_TOKENS]
     columns, nodes = _columns(circuit, model, tokens)
-    links = _links(circuit, list(node_sites(model)), edges, embedded, unembedded)
+    links = _links(
+        circuit, list(node_sites(model)), edges, embedded, unembedded, decoder_of(model).head_dim
+    )
     links = [link for link in links if link.source in nodes and link.target in nodes]
     rows = _rows(nodes, links)
     return LayeredGraph(columns, nodes, _routed(nodes, links, rows), rows, len(cut))
@@ -145,11 +150,15 @@ def _links(
     edges: Iterable[Edge],
     embedded: Iterable[tuple[int, int, float]],
     unembedded: Iterable[tuple[int, int, float]],
+    head_dim: int,
 ) -> list[GraphLink]:
     links = [
-        GraphLink((e.source_site, e.source), (e.target_site, e.target), e.weight, "weight")
+        GraphLink(
+            (e.source_site, e.source), (e.target_site, e.target), e.weight, "weight",
+            head=e.column // head_dim if e.source_site.endswith(".v") else None,
+        )
         for e in edges
-    ]
+    ]  # fmt: skip
     readers = [(s, i) for s, ids in circuit.nodes.items() if s.endswith("act_in") for i in ids]
     writers = [(s, i) for s, ids in circuit.nodes.items() if s.endswith("resid_delta") for i in ids]
     for writer in writers:

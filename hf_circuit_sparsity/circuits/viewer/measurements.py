@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from ...decoders.decoder import decoder_of
-from ..ablation import ReferenceMeans, hooked, mean_ablated
+from ..ablation import TOKENS, ReferenceMeans, hooked, mean_ablated
 from ..circuit import Circuit
+from ..collapse import Collapse
 from ..edges import Edge, EdgeName, cut_offsets, edge_hooks
-from ..task_scores import TaskTensors, all_pair_logits, binary_accuracy, binary_loss
+from ..task_scores import TaskTensors, all_pair_logits, binary_loss
 from .layout import Key
 
 TOKENS_SHOWN = 10
@@ -19,18 +20,15 @@ TOKENS_SHOWN = 10
 
 def before_and_after(
     circuit: Circuit, model: nn.Module, tensors: TaskTensors
-) -> dict[str, dict[str, float]]:
-    """`loss`, in nats, and `accuracy` of the whole `model`, of the `circuit` alone, and of the
-    model `without` it."""
+) -> dict[str, torch.Tensor]:
+    """Logits `(n, 2)` of the answers that the whole `model`, the `circuit` alone and the model
+    `without` it give."""
     runs = {"model": all_pair_logits(model, tensors)}
-    with circuit.apply(model):
+    with circuit.apply(model, collapsed=True):
         runs["circuit"] = all_pair_logits(model, tensors)
     with circuit.apply(model, inverse=True):
         runs["without"] = all_pair_logits(model, tensors)
-    return {
-        name: {"loss": binary_loss(pairs).item(), "accuracy": binary_accuracy(pairs)}
-        for name, pairs in runs.items()
-    }
+    return runs
 
 
 def edge_effects(
@@ -58,7 +56,7 @@ def edge_effects(
         named.setdefault(edge.name, []).append(edge)
     means = ReferenceMeans(circuit.means, dict(attended), torch.empty(0))
     effects = {}
-    with circuit.apply(model):
+    with circuit.apply(model, collapsed=True):
         whole = binary_loss(all_pair_logits(model, tensors)).item()
         for name in wrap(named):
             with hooked(edge_hooks(model, named[name], cut_offsets(named[name], means))):
@@ -80,7 +78,7 @@ def other_nodes(circuit: Circuit) -> list[Key]:
     return by_score(circuit, [(site, index) for site, ids in outside.items() for index in ids])
 
 
-def curve_sizes(circuit_size: int, model_size: int, inside: int = 25, beyond: int = 8) -> list[int]:
+def curve_sizes(circuit_size: int, model_size: int, inside: int = 25, beyond: int = 5) -> list[int]:
     """Sizes to measure: evenly up to the circuit's, then in even ratios up to the whole model."""
     small = torch.linspace(0, circuit_size, min(circuit_size + 1, inside)).round().long().tolist()
     ratio = (model_size / max(1, circuit_size)) ** (1 / beyond)
@@ -94,20 +92,34 @@ def nested_losses(
     order: Sequence[Key],
     sizes: Iterable[int],
     test: TaskTensors,
+    collapsed: bool = True,
 ) -> list[float]:
     """Task loss in nats of the first `size` nodes of `order` alone, for every size.
 
     The calibration is the circuit's. Weights and tokens that the circuit does without are cut up to
     its own size, and not beyond.
+
+    Args:
+        circuit: of `model`.
+        model: the model.
+        order: its nodes, those that are kept longest first.
+        sizes: how many of them are kept.
+        test: prompts to measure on.
+        collapsed: compute no more than the kept nodes need; if not, hooks alone ablate, which is
+            slower and the reference.
     """
+    own, means = circuit.masks_and_means(model)
+    cuts = circuit.edge_cuts(model)
     losses = []
     for size in sizes:
-        masks = {site: torch.zeros_like(mask) for site, mask in circuit.masks().items()}
+        within = size <= len(circuit)
+        masks = {s: torch.zeros_like(mask) for s, mask in own.items() if s != TOKENS}
         for site, index in order[:size]:
             masks[site][index] = True
-        within = size <= len(circuit)
-        cuts = circuit.apply(model, calibrated=False) if within else nullcontext()
-        with cuts, mean_ablated(model, masks, circuit.means):
+        if within and TOKENS in own:
+            masks[TOKENS] = own[TOKENS]
+        running = Collapse(model, masks, means).running() if collapsed else nullcontext()
+        with mean_ablated(model, masks, means), hooked(cuts if within else []), running:
             pairs = circuit.calibration.pairs(all_pair_logits(model, test), test)
         losses.append(binary_loss(pairs).item())
     return losses

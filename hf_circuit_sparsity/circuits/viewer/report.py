@@ -26,6 +26,8 @@ SCRIPTS = (
     "dom",
     "data",
     "charts",
+    "layers",
+    "tokens",
     "graph",
     "examples",
     "details",

@@ -23,7 +23,7 @@ from ..circuit import Circuit
 from ..evaluation.verdict import verdict
 from ..node_effects import node_effects
 from ..node_set import node_text
-from ..task_scores import task_rows
+from ..task_scores import binary_accuracy, binary_loss, task_rows
 from .activations import (
     QUANTILES,
     Activations,
@@ -44,6 +44,7 @@ from .measurements import (
     other_nodes,
 )
 from .pairs import PAIR_TOKENS, channel_scale, head_patterns, predictions, strongest, task_pairs
+from .positions import position_effects, token_weights
 
 LONGEST_TOKEN = 60
 LONGEST_TEXT = 600
@@ -67,9 +68,12 @@ class ReportConfig:
     seed: int = 0
     """Of the choice of prompts; and of the task, where none is passed and the circuit names no
     seed of its own."""
+    files: int = 64
+    """Files of the Python standard library that the text is taken from where no reference is
+    passed, drawn at random and always the same ones."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "text_tokens", "examples", "pairs"):
+        for name in ("prompts", "text_tokens", "files", "examples", "pairs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} was passed, but it must be ≥ 1.")
         if self.edges < 0:
@@ -144,7 +148,11 @@ class _Report:
 
     def data(self, reference: ReferenceTokens) -> dict[str, Any]:
         circuit, model = self.circuit, self.model
-        runs = before_and_after(circuit, model, self.test)
+        pairs = before_and_after(circuit, model, self.test)
+        runs = {
+            name: {"loss": binary_loss(of_run).item(), "accuracy": binary_accuracy(of_run)}
+            for name, of_run in pairs.items()
+        }
         for name, run in runs.items():
             if not math.isfinite(run["loss"]):
                 raise ValueError(
@@ -156,10 +164,12 @@ class _Report:
         effects = node_effects(circuit, model, self.test, self._bar("ablating nodes")(keys))
         order = sorted(effects, key=effects.__getitem__, reverse=True)
         text = reference_input_ids(
-            model, self.tokenizer, reference, self.config.text_tokens, self.progress
-        )
+            model, self.tokenizer, reference, self.config.text_tokens, self.progress,
+            files=self.config.files,
+        )  # fmt: skip
         cut = self._edge_effects(text)
         activations = self._activations(text)
+        by_token = self._by_token(keys)
         positions = {key: position for position, key in enumerate(graph.nodes)}
         data = {
             **self._facts(graph),
@@ -167,17 +177,29 @@ class _Report:
             "quantiles": QUANTILES,
             "losses": runs,
             "columns": [column._asdict() for column in graph.columns],
-            "nodes": [self._node(graph, key, effects, order, activations) for key in graph.nodes],
+            "nodes": [
+                self._node(graph, key, effects, order, activations)
+                | ({"byToken": by_token[key]} if key in by_token else {})
+                for key in graph.nodes
+            ],
             "links": [
                 [
-                    *(positions[link.source], positions[link.target], *link[2:]),
+                    *(positions[link.source], positions[link.target]),
+                    *(link.weight, link.kind, link.via),
                     cut.get((*link.source, *link.target)) if link.kind == "weight" else None,
+                    link.head,
                 ]
                 for link in graph.links
             ],
             "heads": self._heads(graph),
-            "curve": self._curve(order, runs["circuit"]["loss"]),
+            "curve": self._curve(order, runs["circuit"]["loss"], pairs["model"]),
             "channels": self._channels(),
+            "tokenWeights": token_weights(
+                circuit,
+                model,
+                (token for side in self._sides() for token in side["ids"]),
+                (side[answer] for side in self._sides() for answer in ("target", "other")),
+            ),
             "sequences": {
                 name: [activations[name].input_ids[sequence] for sequence in numbers]
                 for name, numbers in self.sequences.items()
@@ -224,6 +246,22 @@ class _Report:
             },
         }
 
+    def _sides(self) -> list[dict[str, Any]]:
+        """Of all pairs, one after the other."""
+        return [side for pair in self.pairs for side in pair]
+
+    def _by_token(self, keys: list[Key]) -> dict[Key, list[list[float]]]:
+        """Node → what it does at the last tokens of every side of every pair, in logits."""
+        effects: dict[Key, list[list[float]]] = {key: [] for key in keys}
+        for side in self._bar("nodes at single tokens")(self._sides()):
+            answers = (side["target"], side["other"])
+            side["difference"], at = position_effects(
+                self.circuit, self.model, keys, side["ids"], answers, PAIR_TOKENS
+            )
+            for key, of_node in zip(keys, at.tolist(), strict=True):
+                effects[key].append([round(effect, 4) for effect in of_node])
+        return effects
+
     def _edge_effects(self, text: torch.Tensor) -> dict[tuple, float]:
         edges = self.circuit.split_edges(self.model)[0]
         edges = sorted(edges, key=lambda edge: abs(edge.weight), reverse=True)
@@ -243,7 +281,7 @@ class _Report:
     def _activations(self, text: torch.Tensor) -> dict[str, Activations]:
         """On the task and its pairs with the circuit alone, on text with the whole model."""
         prompts = [list(ids) for ids in self.task.test[self.test_rows]["input_ids"]]
-        sides = [side["ids"] for pair in self.pairs for side in pair]
+        sides = [side["ids"] for side in self._sides()]
 
         def recorded(what: str, sequences: list[list[int]], alone: bool) -> Activations:
             within = {"within": lambda: self.circuit.apply(self.model)} if alone else {}
@@ -339,7 +377,8 @@ class _Report:
         return [number, example.start, example.at, example.values]
 
     def _heads(self, graph: LayeredGraph) -> dict[str, Any]:
-        """Patterns of every head with a node in the circuit, on both sides of every pair."""
+        """Patterns of every head with a node in the circuit, on both sides of every pair; and of
+        others that bring one of its values, where several heads share keys and values."""
         heads = sorted(
             {
                 (int(key[0].split(".")[1]), node.head)
@@ -347,34 +386,46 @@ class _Report:
                 if node.head is not None
             }
         )
-        prompts = [side["ids"] for pair in self.pairs for side in pair]
+        bringing = {
+            (int(link.source[0].split(".")[1]), link.head)
+            for link in graph.links
+            if link.head is not None
+        }
+        prompts = [side["ids"] for side in self._sides()]
+        both = [*heads, *sorted(bringing - set(heads))]
         patterns = head_patterns(
-            self.circuit, self.model, heads, prompts, self._bar("where heads look")
+            self.circuit, self.model, both, prompts, self._bar("where heads look")
         )
         scale = channel_scale(self.model, prompts[0], heads[0][0]) if heads else None
-        return {"heads": patterns, "scale": scale}
+        return {"heads": patterns[: len(heads)], "others": patterns[len(heads) :], "scale": scale}
 
-    def _curve(self, order: list[Key], circuit_loss: float) -> dict[str, Any]:
+    def _curve(
+        self, order: list[Key], circuit_loss: float, model_pairs: torch.Tensor
+    ) -> dict[str, Any]:
         """Loss of the circuit's nodes, largest effect first, then of more; and of the model's best
-        by score alone."""
+        by score alone. What the circuit's loss is and what the whole model answers is known."""
         others = other_nodes(self.circuit)
         sizes = curve_sizes(len(order), len(order) + len(others))
+        whole = binary_loss(self.circuit.calibration.pairs(model_pairs, self.test)).item()
+        known = {len(order) + len(others): whole}
 
-        def losses(nodes: list[Key], at: list[int], what: str) -> list[float]:
-            bar = self._bar(what)(at)
-            return nested_losses(self.circuit, self.model, nodes, bar, self.test)
+        def losses(nodes: list[Key], at: list[int], known: dict[int, float], what: str):
+            new = [size for size in at if size not in known]
+            found = nested_losses(self.circuit, self.model, nodes, self._bar(what)(new), self.test)
+            known = known | dict(zip(new, found, strict=True))
+            return [known[size] for size in at]
 
+        with_circuit = known | {len(order): circuit_loss}
+        what = "smaller and larger circuits"
         curve = {
             "sizes": sizes,
-            "losses": losses([*order, *others], sizes, "smaller and larger circuits"),
+            "losses": losses([*order, *others], sizes, with_circuit, what),
             "order": [list(key) for key in order],
         }
-        # The circuit itself has a calibration of its own.
-        curve["losses"][sizes.index(len(order))] = circuit_loss
         if self.circuit.scores:
             ranked = by_score(self.circuit, [*order, *others])
             larger = [size for size in sizes if size >= len(order)]
-            curve["byScore"] = losses(ranked, larger, "circuits by mask score alone")
+            curve["byScore"] = losses(ranked, larger, known, "circuits by mask score alone")
             curve["byScoreSizes"] = larger
         return curve
 

@@ -1,10 +1,14 @@
 """The page in a real browser: what a person does with it, by mouse, finger and keyboard."""
 
 import copy
+import io
 import json
+import math
+import random
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.image import imread
 
 from hf_circuit_sparsity.circuits.viewer.layout import layered_graph
 from hf_circuit_sparsity.circuits.viewer.report import render_page
@@ -74,7 +78,9 @@ def crowded_html(crowded, data):
         **data,
         "columns": [column._asdict() for column in graph.columns],
         "nodes": nodes,
-        "links": [[keys.index(x.source), keys.index(x.target), *x[2:], None] for x in graph.links],
+        "links": [
+            [keys.index(x.source), keys.index(x.target), *x[2:5], None, x.head] for x in graph.links
+        ],
         "curve": {"sizes": [0, len(own)], "losses": [0.7, 0.1], "order": own},
     }
     return render_page(many)
@@ -250,9 +256,155 @@ def test_an_address_that_names_nothing_here_shows_the_page(open_page, html):
     assert page.evaluate("document.images.length") == 0
 
 
+def places(data, sample):
+    """Nodes and tokens at which a node does at least a twentieth of the most that any does."""
+    effects = {
+        (number, at): abs(effect)
+        for number, entry in enumerate(data["nodes"])
+        for at, effect in enumerate(entry.get("byToken", [[]] * (sample + 1))[sample])
+    }
+    return {place for place, effect in effects.items() if effect >= 0.05 * max(effects.values())}
+
+
+def test_nodes_stand_at_the_tokens_where_they_matter(open_page, html, data):
+    page = open_page(html)
+    switch = page.get_by_role("button", name="By token position")
+    switch.focus()
+    page.keyboard.press("Enter")
+    assert switch.get_attribute("aria-pressed") == "true"
+    assert page.evaluate("document.activeElement.textContent") == "By token position"
+    boxes = page.locator(".node.harms, .node.helps")
+    assert boxes.count() == len(places(data, 0)) > 4
+    view = page.locator("#view")
+    view.get_by_role("button", name="Class 2").click()
+    assert boxes.count() == len(places(data, 1))
+    assert page.evaluate("document.activeElement.textContent") == "Class 2"
+    view.get_by_role("button", name="Class 1").click()
+
+    ids = data["pairs"][0][0]["ids"]
+    word = next(i for i, token in enumerate(ids) if data["tokens"][str(token)] == "on")
+    value = next(n for n in data["nodes"] if n["site"] == "h.0.attn.v")
+    effect = value["byToken"][0][word]
+    assert effect == max(value["byToken"][0]) > 0.5
+    box = node(page, f"Value 5, layer 0, attention, head 1, at token {word + 1}, on")
+    assert f"logit difference −{effect:.2f}" in box.get_attribute("aria-label")
+    # Columns are tokens: what stands at one stands above its word.
+    token = node(page, f"Prompt, token {word + 1}, on")
+    middle = [b.bounding_box()["x"] + b.bounding_box()["width"] / 2 for b in (box, token)]
+    assert abs(middle[0] - middle[1]) < 60
+    assert box.bounding_box()["y"] + 40 < token.bounding_box()["y"]
+    box.click()
+    assert heading(page) == "Value 5"
+    assert "Where it matters" in page.locator("#details").inner_text()
+    assert page.locator(".node.selected").count() == 1
+    assert page.locator(".node.far").count() > 0
+    token.click()
+    assert heading(page) == "Token on"
+    first = page.locator("#details .row .value").first.inner_text()
+    most = max((n["byToken"][0][word] for n in data["nodes"] if "byToken" in n), key=abs)
+    assert first == f"{most:+.2f}".replace("-", "−")
+
+
+def test_what_a_head_brings_goes_from_where_it_looks(open_page, html, data):
+    page = open_page(html)
+    page.get_by_role("button", name="By token position").click()
+    head = data["heads"]["heads"][0]["circuit"][0]
+    last = len(data["pairs"][0][0]["ids"]) - 1
+    here, number = places(data, 0), {n["site"]: i for i, n in enumerate(data["nodes"])}
+    source, target = number["h.0.attn.v"], number["h.0.attn.resid_delta"]
+    assert (target, last) in here
+    crossing = [
+        at for node, at in here
+        if node == source and head[last * (last + 1) // 2 + at] >= 20
+    ]  # fmt: skip
+    lines = page.evaluate(
+        """() => d3.selectAll(".link.weight").data()
+          .filter((line) => line.source.at !== line.target.at)
+          .map((line) => [line.source.node.site, line.source.at, line.target.at, line.weight])"""
+    )
+    weight = next(x[2] for x in data["links"] if x[:2] == [source, target])
+    found = {at: w for site, at, to, w in lines if site == "h.0.attn.v" and to == last}
+    assert sorted(found) + [last] * (last in crossing) == sorted(crossing)
+    for at, shown in found.items():
+        share = head[last * (last + 1) // 2 + at] / 1000
+        assert shown == pytest.approx(weight * share)
+    assert {site for site, *_ in lines} == {"h.0.attn.v"}
+    inside = page.evaluate(
+        """() => d3.selectAll(".link.embed, .link.residual").data()
+          .every((line) => line.source.at === line.target.at)"""
+    )
+    assert inside
+
+
+def test_the_view_by_token_is_in_the_address_and_on_the_keyboard(open_page, html, data):
+    page = open_page(html)
+    page.get_by_role("button", name="By token position").click()
+    page.locator("#view").get_by_role("button", name="Class 2").click()
+    page.locator(".node.harms, .node.helps").first.focus()
+    page.keyboard.press("Enter")
+    seen = set()
+    for key in [
+        "ArrowDown",
+        "ArrowUp",
+        "ArrowUp",
+        "ArrowRight",
+        "ArrowUp",
+        "ArrowRight",
+        "ArrowUp",
+    ]:
+        page.keyboard.press(key)
+        seen.add(page.evaluate("document.activeElement.getAttribute('aria-label')"))
+        assert page.evaluate("document.activeElement.getAttribute('aria-pressed')") == "true"
+    assert len(seen) > 2
+    node(page, "Value 5").first.click()
+
+    def view(page):
+        return [
+            page.locator(".node.selected").evaluate_all("all => all.map((e) => e.ariaLabel)"),
+            page.locator(".node").count(),
+            page.locator("#details").inner_text(),
+            page.locator("#view").inner_text(),
+            page.locator("#graph-how").inner_text(),
+        ]
+
+    seen = view(page)
+    assert len(seen[0]) == 1 and "view=tokens" in page.url and "side=1" in page.url
+    other = open_page(html)
+    other.evaluate("(hash) => { location.hash = hash; }", page.evaluate("location.hash"))
+    other.locator("#view >> text=Class 2").wait_for()
+    assert view(other) == seen
+    other.reload()
+    other.wait_for_selector("html[data-ready]", state="attached")
+    assert view(other) == seen
+    other.get_by_role("button", name="Nodes", exact=True).click()
+    assert other.locator(".node").count() == len(data["nodes"])
+    assert "view=" not in other.url
+    strange = "#view=<b>&at=token%2099&token=-1"
+    other.evaluate("(hash) => { location.hash = hash; }", strange)
+    other.locator("text=Nothing selected").wait_for()
+    assert other.locator(".node").count() == len(data["nodes"])
+
+
+def test_the_view_by_token_on_a_phone_and_in_the_dark(open_page, html):
+    page = open_page(
+        html, viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True,
+        color_scheme="dark",
+    )  # fmt: skip
+    page.get_by_role("button", name="By token position").tap()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.evaluate(SMALLEST) >= 11
+    box = page.locator(".node.harms").first
+    box.tap()
+    assert page.locator(".node.selected").count() == 1
+    fill = box.locator("rect").evaluate("(rect) => getComputedStyle(rect).fill")
+    assert fill != "none"
+    page.locator("#theme").tap()
+    assert box.locator("rect").evaluate("(rect) => getComputedStyle(rect).fill") != fill
+
+
 def test_picture_and_data_are_downloaded(open_page, html, data, tmp_path):
     page = open_page(html, accept_downloads=True)
-    for button, name in (("Picture", "on_off.svg"), ("Data", "on_off.json")):
+    for button, name in (("SVG", "on_off.svg"), ("Data", "on_off.json")):
         with page.expect_download() as waiting:
             page.get_by_role("button", name=button).click()
         assert waiting.value.suggested_filename == name
@@ -265,9 +417,52 @@ def test_picture_and_data_are_downloaded(open_page, html, data, tmp_path):
     assert all(box[0].get("fill", "").startswith(("rgb", "color", "oklab")) for box in boxes)
 
 
+def saved_pixels(page, path):
+    """The downloaded PNG, `(height, width, 4)`, and the size of the graph on the page."""
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="PNG").click()
+    assert waiting.value.suggested_filename == "on_off.png"
+    waiting.value.save_as(path)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    size = page.locator("svg.graph").bounding_box()
+    return imread(path), [math.ceil(size[side]) for side in ("height", "width")]
+
+
+def test_the_picture_is_downloaded_in_pixels(open_page, html, tmp_path):
+    page = open_page(html, accept_downloads=True)
+    for view in ("Nodes", "By token position"):
+        page.get_by_role("button", name=view, exact=True).click()
+        light, size = saved_pixels(page, tmp_path / "light.png")
+        assert list(light.shape) == [2 * size[0], 2 * size[1], 4]
+        assert light[0, 0].tolist() == [1, 1, 1, 1]
+        # What is seen is in it: here, the box that matters most, in its colour.
+        box = page.locator(".node.strong.harms:not(.far) rect").first
+        frame, place = page.locator("svg.graph").bounding_box(), box.bounding_box()
+        row = round(2 * (place["y"] + place["height"] / 2 - frame["y"]))
+        column = round(2 * (place["x"] + 8 - frame["x"]))
+        page.mouse.move(0, 0)
+        shown = imread(io.BytesIO(box.screenshot()))
+        there = shown[len(shown) // 2, 8, :3]
+        assert light[row, column, :3] == pytest.approx(there, abs=0.02)
+        assert there.min() < 0.5
+    page.locator("#theme").click()
+    dark, _ = saved_pixels(page, tmp_path / "dark.png")
+    assert dark[0, 0, :3].max() < 0.2
+    assert dark.shape == light.shape
+
+
+def test_pixels_of_hostile_names(open_page, data, tmp_path):
+    hostile = copy.deepcopy(data)
+    for entry in hostile["nodes"]:
+        entry["name"] = "\ud800 <x> & \u0000 \ufffe"
+    page = open_page(render_page(hostile), accept_downloads=True)
+    pixels, size = saved_pixels(page, tmp_path / "hostile.png")
+    assert list(pixels.shape[:2]) == [2 * size[0], 2 * size[1]]
+
+
 def test_the_sliders_hide_weights_and_nodes(open_page, html, data):
     page = open_page(html)
-    lines = [abs(weight) for _, _, weight, kind, _, _ in data["links"] if kind != "residual"]
+    lines = [abs(weight) for _, _, weight, kind, *_ in data["links"] if kind != "residual"]
     assert f"{len(lines)} of {len(lines)} lines" in page.locator("#strength-value").inner_text()
     slide(page, "strength", 60)
     left = sum(weight >= 0.6 * max(lines) for weight in lines)
@@ -433,11 +628,20 @@ def test_a_large_circuit_is_a_small_page(open_page, data):
         clone = copy.deepcopy(pattern) | {"index": 100 + i, "row": i - 55}
         large["nodes"].append(clone)
         large["curve"]["order"].append([clone["site"], clone["index"]])
-        for source, target, weight, kind, via, effect in list(large["links"]):
+        for source, target, weight, *rest in list(large["links"]):
             if place in (source, target):
                 new = len(large["nodes"]) - 1
                 ends = [new if end == place else end for end in (source, target)]
-                large["links"].append([*ends, weight * (1 - i / 120), kind, via, effect])
+                large["links"].append([*ends, weight * (1 - i / 120), *rest])
+    # As many tokens of every prompt as are shown at most, and something at each of them.
+    numbers = random.Random(0)
+    for side in (side for pair in large["pairs"] for side in pair):
+        side["ids"] = (side["ids"] * 48)[:48]
+    for entry in large["nodes"]:
+        for field in {"pairs", "byToken"} & set(entry):
+            entry[field] = [[round(numbers.gauss(0, 1), 3) for _ in range(48)] for _ in range(8)]
+    for head in large["heads"]["heads"]:
+        head |= {run: [[20] * (48 * 49 // 2)] * 8 for run in ("circuit", "model")}
     large["curve"]["sizes"].append(117)
     large["curve"]["losses"].append(0.1)
     html = render_page(large)
@@ -446,3 +650,12 @@ def test_a_large_circuit_is_a_small_page(open_page, data):
     assert page.locator(".node").count() == len(large["nodes"])
     node(page, "Neuron 150").dispatch_event("click")
     assert heading(page) == "Neuron 150"
+    page.get_by_role("button", name="By token position").click()
+    assert page.locator(".node.harms, .node.helps").count() == 120
+    # Wherever the picture begins, the rows have their titles.
+    frame = page.locator("#graph").bounding_box()
+    assert min(box.bounding_box()["x"] for box in page.locator(".node").all()) < frame["x"]
+    for title in page.locator(".titles text").all():
+        assert 0 < title.bounding_box()["x"] - frame["x"] < 40
+    assert page.evaluate(SMALLEST) >= 11
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

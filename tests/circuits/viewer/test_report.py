@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from hf_circuit_sparsity import Circuit, write_report
+from hf_circuit_sparsity.circuits import ablation
 from hf_circuit_sparsity.circuits.ablation import (
     hooked,
     hooked_sites,
     mean_ablated,
     node_sites,
     recorded_sites,
+    reference_input_ids,
     reference_means,
 )
 from hf_circuit_sparsity.circuits.attention import attention_patterns
@@ -30,11 +32,23 @@ from hf_circuit_sparsity.circuits.viewer.measurements import (
     channel_embeddings,
     curve_sizes,
     edge_effects,
+    nested_losses,
+    other_nodes,
 )
 from hf_circuit_sparsity.circuits.viewer.pairs import channel_scale
 from hf_circuit_sparsity.circuits.viewer.report import render_page
 from hf_circuit_sparsity.circuits.viewer.report_data import ReportConfig, report_data
-from tests.circuits.planted import NO, ON, YES, planted_model, reference_ids
+from hf_circuit_sparsity.example import load_example
+from hf_circuit_sparsity.tasks.packing import pack_dataset
+from tests.circuits.planted import (
+    NO,
+    ON,
+    YES,
+    on_off_task,
+    planted_circuit,
+    planted_model,
+    reference_ids,
+)
 from tests.circuits.viewer.conftest import SMALL
 from tests.conftest import random_model
 
@@ -179,7 +193,53 @@ def test_curve_starts_at_guessing_and_passes_the_circuit(planted, data):
     assert ordered == sorted(effects.values(), reverse=True)
     assert losses["without"]["loss"] > 0.6 > losses["circuit"]["loss"]
     assert curve_sizes(3, 100) == sorted({*range(4), *curve_sizes(3, 100)})
-    assert len(curve_sizes(1000, 10**6)) == 33
+    assert len(curve_sizes(1000, 10**6)) == 30
+
+
+@pytest.mark.parametrize("fields", [{}, {"afrac": 0.25, "sink": True}])
+def test_losses_of_nested_circuits_are_those_of_plain_hooks(fields):
+    model = planted_model(noise=0.3)
+    if fields:
+        config = type(model.config)(**{**model.config.to_dict(), **fields})
+        model = random_model(config)
+    mean = model.get_input_embeddings().weight.mean(0).detach()
+    kept = [("h.0.attn.act_in", 0, "h.0.attn.v", 5)]
+    circuit = planted_circuit(model, kept_edges=kept, tokens=[ON], token_mean=mean)
+    tensors = on_off_task().tensors("test")
+    order = [*circuit, *other_nodes(circuit)]
+    sizes = curve_sizes(len(circuit), len(order))
+    losses = nested_losses(circuit, model, order, sizes, tensors)
+    plain = nested_losses(circuit, model, order, sizes, tensors, collapsed=False)
+    assert losses == pytest.approx(plain, abs=1e-5)
+    assert len({round(loss, 4) for loss in plain}) > 5
+    with circuit.apply(model):
+        whole = binary_loss(all_pair_logits(model, tensors)).item()
+    assert plain[sizes.index(len(circuit))] == pytest.approx(whole, abs=1e-5)
+    # Other nodes of the circuit's size are not cut down to what the circuit has of them.
+    others = [*other_nodes(circuit), *circuit]
+    masks = {site: torch.zeros_like(mask) for site, mask in circuit.masks().items()}
+    for site, index in others[: len(circuit)]:
+        masks[site][index] = True
+    (loss,) = nested_losses(
+        dataclasses.replace(circuit, kept_edges=None, tokens=None, token_mean=None), model, others,
+        [len(circuit)], tensors,
+    )  # fmt: skip
+    with mean_ablated(model, masks, circuit.means):
+        assert loss == pytest.approx(binary_loss(all_pair_logits(model, tensors)).item(), abs=1e-5)
+
+
+def test_some_files_of_the_library_are_the_same_ones_each_time(monkeypatch):
+    model, tokenizer, _ = load_example()
+    read = []
+
+    def packed(library, *args):
+        read.append(library["path"][:])
+        return pack_dataset(library, *args)
+
+    monkeypatch.setattr(ablation, "pack_dataset", packed)
+    few = [reference_input_ids(model, tokenizer, None, 640, files=2) for _ in range(2)]
+    assert torch.equal(*few) and few[0].shape == (5, 128)
+    assert read[0] == read[1] and len(read[0]) == 2
 
 
 def test_activations_are_those_of_every_sequence_alone(planted):
@@ -303,6 +363,21 @@ def test_the_model_is_left_as_it_was_and_the_page_is_seeded(planted, data, tmp_p
     assert not any(site._forward_hooks for site in node_sites(model).values())
     assert [p.name for p in path.parent.iterdir()] == ["page.html"]
     assert path.read_text(encoding="utf-8") == render_page(data)
+
+
+def test_nodes_of_a_block_that_writes_nothing_are_shown_all_the_same(planted):
+    model, tokenizer, task, circuit = planted
+    nodes = {site: ids for site, ids in circuit.nodes.items() if site != "h.1.mlp.resid_delta"}
+    cut = dataclasses.replace(circuit, nodes=nodes)
+    data = report_data(
+        cut, model, tokenizer, task=task, reference=reference_ids(), config=SMALL, progress=False
+    )
+    neuron = node_of(data, "h.1.mlp.post_act", 7)
+    assert neuron["effect"] == 0 and not any(map(any, neuron["byToken"]))
+    with circuit.apply(model), recorded_sites(model, ["h.1.mlp.post_act"]) as recorded:
+        model(torch.tensor([data["pairs"][0][0]["ids"]]))
+    expected = recorded["h.1.mlp.post_act"][0, :, 7].tolist()
+    assert neuron["pairs"][0] == pytest.approx(expected, abs=1e-2)
 
 
 def test_pruned_edges_and_tokens_stay_out(planted):

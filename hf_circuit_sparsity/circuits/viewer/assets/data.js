@@ -2,8 +2,8 @@
 
 const data = JSON.parse(byId("data").textContent);
 const nodes = data.nodes.map((node, id) => ({ ...node, id, ins: [], outs: [] }));
-const links = data.links.map(([source, target, weight, kind, via, effect], id) => ({
-  id, source: nodes[source], target: nodes[target], weight, kind, via, effect,
+const links = data.links.map(([source, target, weight, kind, via, effect, head], id) => ({
+  id, source: nodes[source], target: nodes[target], weight, kind, via, effect, head,
 }));
 for (const link of links) {
   link.source.outs.push(link);
@@ -117,7 +117,8 @@ function trace(start) {
 }
 
 const state = {
-  selected: null, // { node }, { head }, { link } or { group }
+  view: "nodes", // or "tokens": what a box of the graph is
+  selected: null, // { node }, also { node, at } for one token, { head }, { link }, { group } or { token }
   dim: false, // whether what the selection does not touch is dimmed; not before the first click
   threshold: 0, // share of the strongest weight below which weights are hidden
   size: measured.length, // nodes kept, in the order of the curve

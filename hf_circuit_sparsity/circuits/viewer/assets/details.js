@@ -7,10 +7,12 @@ const details = (() => {
     const { selected } = state;
     const { activeElement } = document;
     const held = host.contains(activeElement) ? activeElement.dataset.key : null;
+    const { ids } = pairIds(state.pair)[state.side];
     if (selected?.node) fill(host, nodeDetails(selected.node));
     else if (selected?.head) fill(host, headDetails(selected.head));
     else if (selected?.link) fill(host, linkDetails(selected.link));
     else if (selected?.group) fill(host, groupDetails(selected.group));
+    else if (selected?.token < ids.length) fill(host, tokenDetails(selected.token, ids));
     else fill(host, overview());
     // Who pressed a button that was drawn anew is still on it.
     if (held) host.querySelector(`[data-key="${CSS.escape(held)}"]`)?.focus({ preventScroll: true });
@@ -59,7 +61,7 @@ const details = (() => {
     }
     parts.push(connections("Reads from", node.ins, "source"));
     parts.push(connections("Writes to", node.outs, "target"));
-    if (node.histograms) parts.push(...channelAttention(node), ...onPair(node), ...activationsOf(node));
+    if (node.histograms) parts.push(...channelAttention(node), ...onTokens(node), ...onPair(node), ...activationsOf(node));
     const channel = channels.of(node);
     if (channel) {
       parts.push(h("p", {}, h("button", { type: "button", class: "wide", onclick: () => channels.show(channel) },
@@ -78,6 +80,20 @@ const details = (() => {
         h("b", {}, `${signed(node.effect, 3)} nats`),
         h("p", {}, `Without this node, fixed at its mean, the circuit's loss ${verb} from ${loss.toFixed(3)} `
           + `to ${Math.max(0, loss + node.effect).toFixed(3)}. By effect it is ${node.rank + 1} of ${measured.length}.${score}`)));
+  }
+
+  // What the circuit does at one token of the prompt.
+  function tokenDetails(at, ids) {
+    const order = d3.sort(measured, (node) => -Math.abs(byTokens.effectsOf(node)[at]));
+    return [
+      ...heading(`Token ${tokenLabel(ids[at], 24)}`, `${byTokens.where(at)}, of the prompt`, "",
+        "What the right answer's logit, less the other's, loses in the circuit when a node is fixed at its "
+        + "mean at this token alone."),
+      sideButtons(),
+      h("div", { class: "rows" }, order.slice(0, 12).map((node) => nodeButton(node,
+        h("span", { class: "grow" }, `${nodeName(node)}, ${nodePlace(node)}`),
+        h("span", { class: "value" }, signed(byTokens.effectsOf(node)[at]))))),
+    ];
   }
 
   function groupDetails(name) {

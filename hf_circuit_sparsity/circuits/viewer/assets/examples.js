@@ -10,6 +10,22 @@ const pairIds = (pair) => data.pairs[pair].map((side, i) => {
 });
 const pairValues = (node, pair, side) => node.pairs[2 * pair + side];
 
+// What it does to the answer, token by token.
+function onTokens(node) {
+  const { side, ids, start } = pairIds(state.pair)[state.side];
+  const effects = byTokens.effectsOf(node);
+  const most = d3.maxIndex(effects, Math.abs);
+  return [
+    h("h3", {}, "Where it matters"),
+    sideButtons(),
+    colouredTokens(ids, effects, byTokens.largest(), { start, at: state.selected?.at ?? most }),
+    h("p", { class: "note" }, "Fixed at its mean at that token alone, it takes this from the circuit's logit "
+      + `difference between ${tokenLabel(side.target)} and ${tokenLabel(side.other)}, ${signed(side.difference)}: most at `
+      + `${tokenLabel(ids[most], 16)}, ${signed(effects[most])}. The strongest colour is the most that any node `
+      + "of the circuit does on this pair."),
+  ];
+}
+
 // Class 1 | class 2 | difference.
 function onPair(node) {
   const sides = pairIds(state.pair);

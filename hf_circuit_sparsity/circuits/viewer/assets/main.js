@@ -2,7 +2,7 @@
 
 function select(selection) {
   const same = selection && state.selected
-    && ["node", "head", "link", "group"].every((kind) => selection[kind] === state.selected[kind]);
+    && ["node", "head", "link", "group", "token", "at"].every((kind) => selection[kind] === state.selected[kind]);
   if (same && state.dim) return;
   state.selected = selection;
   state.dim = true;
@@ -15,12 +15,25 @@ function select(selection) {
 
 // What follows from the state besides the graph and the sliders.
 function refresh() {
-  const held = byId("example").contains(document.activeElement) && document.activeElement.dataset.key;
-  showExample();
+  keepingFocus(byId("example"), showExample);
+  if (state.view === "tokens") drawGraph();
   details.update();
   url.save();
-  // Who pressed a button that was drawn anew is still on it.
-  if (held) byId("example").querySelector(`[data-key="${CSS.escape(held)}"]`)?.focus({ preventScroll: true });
+}
+
+// The graph anew, with what is said of it.
+function drawGraph() {
+  keepingFocus(byId("view"), showView);
+  graph.draw();
+  showLegend();
+  setThreshold(Math.round(state.threshold * 100));
+}
+
+// Who pressed a button that is drawn anew is still on it.
+function keepingFocus(host, draw) {
+  const held = host.contains(document.activeElement) && document.activeElement.dataset.key;
+  draw();
+  if (held) host.querySelector(`[data-key="${CSS.escape(held)}"]`)?.focus({ preventScroll: true });
 }
 
 // The panel is below the graph: show at least where it begins.
@@ -35,8 +48,7 @@ function bringDetailsIntoView() {
 function setThreshold(percentage) {
   state.threshold = percentage / 100;
   byId("strength").value = percentage;
-  const shown = graph.update();
-  const all = links.filter((link) => link.kind !== "residual").length;
+  const { shown, all } = graph.update();
   const least = (state.threshold * strongestWeight).toFixed(2);
   byId("strength-value").textContent = `from ${least}: ${shown} of ${all} lines`;
   url.save();
@@ -110,6 +122,7 @@ function start() {
   showChecks();
   const size = byId("size");
   size.max = sliderSizes.length - 1;
+  showView();
   graph.draw();
   showLegend();
   curveView.draw();
@@ -125,6 +138,7 @@ function start() {
   byId("zoom-out").addEventListener("click", () => graph.zoomBy(1 / 1.3));
   byId("zoom-fit").addEventListener("click", graph.zoomFit);
   byId("save-picture").addEventListener("click", downloads.picture);
+  byId("save-pixels").addEventListener("click", downloads.pixels);
   byId("save-data").addEventListener("click", downloads.data);
   byId("search").addEventListener("input", (event) => {
     state.search = event.target.value;
@@ -136,7 +150,7 @@ function start() {
     url.read();
     themes.label();
     showExample();
-    graph.draw();
+    drawGraph();
     details.update();
     channels.draw();
     notes.update();

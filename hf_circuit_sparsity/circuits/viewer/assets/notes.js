@@ -82,7 +82,7 @@ const search = (() => {
     fill(byId("found"), !state.search.trim() ? null : h("p", { class: "note" }, count(list.length, "box", "boxes"), " ",
       list.slice(0, 12).map((node) => h("button", { type: "button", class: "quiet", onclick: () => {
         select({ node });
-        graph.reveal(node);
+        graph.reveal({ node });
       } }, `${nodeName(node)}, ${nodePlace(node)}`))));
   }
 

@@ -19,6 +19,17 @@ function chooseQuery(token) {
   refresh();
 }
 
+// What a box of the graph is; by token, also which prompt.
+function showView() {
+  fill(byId("view"),
+    segmented("View", [["nodes", "Nodes"], ["tokens", "By token position"]], state.view, (view) => {
+      state.view = view;
+      drawGraph();
+      details.update();
+    }),
+    state.view === "tokens" ? sideButtons() : null);
+}
+
 const sideButtons = () => segmented("Prompt", CLASSES.map((name, i) => [i, name]), state.side,
   (side) => { state.side = side; refresh(); });
 
@@ -112,6 +123,7 @@ function showLegend() {
   const item = (mark, text) => h("span", { class: "item" }, mark, text);
   const line = (kind) => h("i", { class: `line ${kind}` });
   const best = d3.min(measured, (node) => node.effect);
+  if (state.view === "tokens") return showTokenLegend(item, line);
   byId("graph-how").textContent = "Read from "
     + `${graph.isVertical() ? "top to bottom" : "left to right"}: tokens excite channels of the `
     + "residual stream, a few weights carry that on through heads and neurons, and what is written "
@@ -123,6 +135,20 @@ function showLegend() {
     links.some((link) => link.kind === "residual") ? item(line("residual"), "same channel") : null,
     item(h("i", { class: "gradient harms" }), `loss without the node: 0 to ${signed(largestEffect)}`),
     best < -0.005 ? item(h("i", { class: "gradient helps" }), `down to ${signed(best)}`) : null,
+  );
+}
+
+function showTokenLegend(item, line) {
+  const most = byTokens.largest();
+  byId("graph-how").textContent = byTokens.how();
+  fill(byId("legend"),
+    item(line("positive"), "positive weight"),
+    item(line("negative"), "negative"),
+    item(line("embed"), "embedding, unembedding"),
+    item(line("attention"), "queries and keys: where the head looks"),
+    item(line("residual"), "same channel"),
+    item(h("i", { class: "gradient harms" }), `what the answer loses without it there: 0 to ${most.toFixed(2)} logits`),
+    item(h("i", { class: "gradient helps" }), "what it gains"),
   );
 }
 
@@ -284,6 +310,8 @@ function showWords() {
     ["Ablated", "Fixed at its mean over pretraining text. In the circuit alone, every other node is."],
     ["Effect", "By how many nats the circuit's task loss changes when that node alone is ablated too. "
       + "Purple nodes are needed; green ones do harm."],
+    ["By token position", "A node's effect at one token: what the circuit's logit difference between the two "
+      + "answers loses when the node is fixed at its mean at that token and nowhere else."],
     ["Task loss", "Cross-entropy between the two candidate answers. Guessing is ln 2 ≈ 0.69; 0 is "
       + "certain and right. The circuit's logits are scaled and shifted as fitted when it was found."],
     ["Counterfactual", "The same prompt, changed only in what decides the answer."],

@@ -12,10 +12,13 @@ const url = (() => {
   function save() {
     const { selected } = state;
     const said = {
+      view: state.view === "nodes" ? "" : state.view,
+      token: selected?.at ?? "",
       at: selected?.node ? nodeKey(selected.node)
         : selected?.head ? `head ${selected.head.layer}.${selected.head.head}`
           : selected?.link ? linkKey(selected.link)
-            : selected?.group ? `group ${selected.group}` : "none",
+            : selected?.group ? `group ${selected.group}`
+              : selected?.token !== undefined ? `token ${selected.token}` : "none",
       dim: state.dim ? "1" : "",
       strength: state.threshold ? Math.round(100 * state.threshold) : "",
       size: state.size === measured.length ? "" : state.size,
@@ -31,9 +34,11 @@ const url = (() => {
     try { history.replaceState(null, "", `#${params}`); } catch { /* The view is only not shared. */ }
   }
 
-  function selection(at) {
-    if (byKey.has(at)) return { node: byKey.get(at) };
+  function selection(at, token) {
+    if (byKey.has(at)) return { node: byKey.get(at), at: token ?? undefined };
     const [kind, name] = at.split(/ (.*)/s);
+    const place = kind === "token" ? whole(name, PAIR_TOKENS - 1, null) : null;
+    if (place !== null) return { token: place };
     if (kind === "group") return groupNames().includes(name) ? { group: name } : null;
     const head = heads.find((other) => at === `head ${other.layer}.${other.head}`);
     if (head) return { head };
@@ -52,6 +57,7 @@ const url = (() => {
           state.pins.set(byKey.get(key), { name: String(name).slice(0, 60), group: String(group).slice(0, 60) });
       } catch { /* No pin. */ }
     }
+    state.view = among(params.get("view"), ["tokens"], "nodes");
     state.threshold = whole(params.get("strength"), 100, 0) / 100;
     state.size = among(whole(params.get("size"), measured.length, null), sliderSizes, measured.length);
     state.pair = whole(params.get("pair"), data.pairs.length - 1, 0);
@@ -64,7 +70,7 @@ const url = (() => {
     const theme = among(params.get("theme"), ["light", "dark"], null);
     if (theme) document.documentElement.dataset.theme = theme;
     const at = params.get("at");
-    state.selected = at === null ? { node: mostTelling() } : selection(at);
+    state.selected = at === null ? { node: mostTelling() } : selection(at, whole(params.get("token"), PAIR_TOKENS - 1, null));
     state.dim = params.get("dim") === "1" && state.selected !== null;
   }
 
@@ -75,6 +81,9 @@ const downloads = (() => {
   const SHOWN = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-dasharray", "stroke-linecap", "opacity",
     "font-family", "font-size", "font-weight", "paint-order", "stroke-linejoin", "display", "text-anchor"];
 
+  // What no XML may hold; a token or a name may.
+  const NO_XML = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffe\uffff]/g;
+
   function give(content, type, ending) {
     const address = URL.createObjectURL(new Blob([content], { type }));
     const name = data.task.replace(/[^\w-]+/g, "_").slice(0, 60) || "circuit";
@@ -83,7 +92,7 @@ const downloads = (() => {
   }
 
   // The graph as it is seen, with its styles in it and on the page's ground.
-  function picture() {
+  function drawn() {
     const shown = byId("graph").querySelector("svg");
     const copy = shown.cloneNode(true);
     const copies = copy.querySelectorAll("*");
@@ -93,7 +102,7 @@ const downloads = (() => {
       for (const name of SHOWN) copies[i].setAttribute(name, style.getPropertyValue(name));
     });
     copy.querySelectorAll(".link-catch").forEach((element) => element.remove());
-    const { width, height } = shown.getBoundingClientRect();
+    const [width, height] = ["width", "height"].map((side) => Math.ceil(shown.getBoundingClientRect()[side]));
     copy.setAttribute("xmlns", "http://www.w3.org/2000/svg");
     copy.setAttribute("width", width);
     copy.setAttribute("height", height);
@@ -103,8 +112,23 @@ const downloads = (() => {
       ["fill", getComputedStyle(document.querySelector(".graph-card")).backgroundColor]])
       ground.setAttribute(name, value);
     copy.prepend(ground);
-    give(new XMLSerializer().serializeToString(copy), "image/svg+xml", "svg");
+    const text = new XMLSerializer().serializeToString(copy);
+    return { width, height, text: text.replace(NO_XML, "\ufffd").toWellFormed() };
   }
 
-  return { picture, data: () => give(byId("data").textContent, "application/json", "json") };
+  const picture = () => give(drawn().text, "image/svg+xml", "svg");
+
+  // The same in pixels, twice as many as on the page, for a paper or a slide.
+  async function pixels() {
+    const { width, height, text } = drawn();
+    const image = new Image();
+    // The page's policy lets no other image in than what is in its address.
+    image.src = `data:image/svg+xml,${encodeURIComponent(text)}`;
+    await image.decode();
+    const canvas = h("canvas", { width: 2 * width, height: 2 * height });
+    canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+    canvas.toBlob((blob) => give(blob, "image/png", "png"));
+  }
+
+  return { picture, pixels, data: () => give(byId("data").textContent, "application/json", "json") };
 })();
