@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_circuit_sparsity.circuits.ablation import ReferenceMeans, reference_means
+from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.evaluation.faithfulness import evaluate_circuit
 from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
@@ -43,6 +44,7 @@ from hf_circuit_sparsity.commands.console import say
 from hf_circuit_sparsity.commands.pretrained import load_pretrained
 from hf_circuit_sparsity.commands.training import SUMMARY_NAME, train_model
 from hf_circuit_sparsity.hub_cards.markdown import number
+from hf_circuit_sparsity.tasks.binary_task import BinaryTask
 from hf_circuit_sparsity.tasks.corpus import STDLIB_EXCLUDE, build_corpus
 from hf_circuit_sparsity.tasks.load import load_task
 from hf_circuit_sparsity.tasks.packing import pack_dataset, spread_sample
@@ -220,12 +222,12 @@ def task_scores(folder: Path, name: str, device: str) -> dict[str, dict[str, Any
 
 
 def circuit(folder: Path, name: str, task: str, seed: int, device: str) -> list[dict[str, Any]]:
-    """Per target: size and losses of a model's circuit, and its checks at the lowest."""
+    """Per target: size and losses of a model's circuit; then the checks of the first."""
+    path = folder / "circuits" / name / f"{task}-{seed}"
 
-    def measure() -> list[dict[str, Any]]:
+    def search() -> list[dict[str, Any]]:
         say(f"Looking for the circuit of {task} in the {name} model, seed {seed}")
-        model, tokenizer = load(folder, name, device)
-        made = load_task(task, tokenizer, n_train=2 * SEARCH.selection_prompts, n_test=64)
+        model, made = _model_and_task(folder, name, task, device)
         started = time.perf_counter()
         means = _means(folder, name, device)
         try:
@@ -238,27 +240,51 @@ def circuit(folder: Path, name: str, task: str, seed: int, device: str) -> list[
         seconds = time.perf_counter() - started
         for one in found:
             one.metrics = evaluate_circuit(one, model, made)
-        found[0].save_pretrained(folder / "circuits" / name / f"{task}-{seed}")
+        found[0].save_pretrained(path)
+        rows = zip(TARGETS, found, strict=True)
+        return [{"target": target, **one.metrics, "seconds": seconds} for target, one in rows]
+
+    def check() -> dict[str, list[str]]:
+        say(f"Asking whether the circuit of {task} in the {name} model may be believed")
+        model, made = _model_and_task(folder, name, task, device)
         with torch.autocast(device, torch.bfloat16):
-            checks = verify_circuit(
-                found[0], model, made, prompts=64, random_circuits=4, subsets=2, supersets=4,
-                adversary_steps=4, stability_seeds=0, others=[], adversarial={},
+            found = verify_circuit(
+                Circuit.from_pretrained(path), model, made, prompts=64, random_circuits=4,
+                subsets=2, supersets=4, adversary_steps=4, stability_seeds=0, others=[],
+                adversarial={},
             )  # fmt: skip
-        rows = [{"target": t, **c.metrics} for t, c in zip(TARGETS, found, strict=True)]
-        names = [check.name for check in checks.checks if check.passed is False]
-        return [{**row, "seconds": seconds, "failed": names} for row in rows]
+        checks = [check for check in found.checks if check.passed is not None]
+        return {
+            "passed": [check.name for check in checks if check.passed],
+            "failed": [check.name for check in checks if not check.passed],
+        }
 
-    return stored(_circuit_path(folder, name, task, seed), measure)
+    rows = stored(_circuit_path(folder, name, task, seed), search)
+    if "problem" not in rows[0]:
+        stored(_circuit_path(folder, name, task, f"{seed}_checks"), check)
+    return rows
 
 
-def _circuit_path(folder: Path, name: str, task: str, seed: int) -> Path:
+def _model_and_task(
+    folder: Path, name: str, task: str, device: str
+) -> tuple[PreTrainedModel, BinaryTask]:
+    model, tokenizer = load(folder, name, device)
+    return model, load_task(task, tokenizer, n_train=2 * SEARCH.selection_prompts, n_test=64)
+
+
+def _circuit_path(folder: Path, name: str, task: str, seed: int | str) -> Path:
     return folder / "measured" / name / f"{task}-{seed}.json"
 
 
 def _found(folder: Path, name: str, task: str, seeds: int) -> list[list[dict[str, Any]]]:
-    """Of every seed that was searched: what [`circuit`] returned."""
-    paths = [_circuit_path(folder, name, task, seed) for seed in range(seeds)]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    """Of every seed that was searched: what [`circuit`] returned, the checks with the first."""
+    found = []
+    for seed in range(seeds):
+        paths = [_circuit_path(folder, name, task, of) for of in (seed, f"{seed}_checks")]
+        if paths[0].is_file():
+            rows, *checks = (json.loads(p.read_text("utf-8")) for p in paths if p.is_file())
+            found.append([{**rows[0], **(checks[0] if checks else {})}, *rows[1:]])
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -310,7 +336,8 @@ def _circuits(circuits: dict[str, dict[str, list[list[dict[str, Any]]]]]) -> str
                 zip(*(rows for rows in found if "problem" not in rows[0]), strict=True)
             )
             for rows in by_target or [()]:
-                failed = Counter(check for row in rows for check in row["failed"])
+                failed = Counter(check for row in rows for check in row.get("failed", ()))
+                passed = [len(row["passed"]) for row in rows if "passed" in row]
                 lines.append({
                     "task": task,
                     "model": name,
@@ -321,8 +348,9 @@ def _circuits(circuits: dict[str, dict[str, list[list[dict[str, Any]]]]]) -> str
                     "held-out loss": _over(rows, "circuit_loss", ".3f"),
                     "accuracy": _over(rows, "circuit_accuracy", ".2f"),
                     "seconds": _over(rows, "seconds", ",.0f"),
-                    "checks not passed": ", ".join(f"{check} ({n})" for check, n in failed.items())
-                    or ("none" if rows else "; ".join(refused) or "not searched"),
+                    "checks passed": f"{mean(passed):.0f}" if passed else "",
+                    "not passed": ", ".join(f"{check} ({n})" for check, n in failed.items())
+                    or ("" if rows else "; ".join(refused) or "not searched"),
                 })  # fmt: skip
     return table(lines)
 
