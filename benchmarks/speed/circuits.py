@@ -1,4 +1,8 @@
-"""A circuit on its open nodes alone, against the hooks that ablate the rest, and as a program.
+"""Learning masks, and a circuit on its open nodes alone, against plain code.
+
+An update of masks: "plain" computes every position of every layer with dense matrices, AbsTopK by
+`torch.topk` and attention written out, with hooks that put each site's gates on; "ours" is what
+`find_circuit` does. Both take the same prompts and compute logits at the answer alone.
 
 The nodes are drawn at random, evenly over the sites. "hooks" is `circuit.apply`; "collapsed" is
 what searches compute, with the same hooks on matrices that read open nodes only; the program
@@ -14,18 +18,22 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_circuit_sparsity.circuits.ablation import mean_activations, node_sites
+from hf_circuit_sparsity.circuits.ablation import mean_activations, measuring, node_sites
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.collapse import Collapse
+from hf_circuit_sparsity.circuits.gating import frozen_weights
+from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
+from hf_circuit_sparsity.circuits.pruning.masks import Gate, learn_masks
+from hf_circuit_sparsity.circuits.task_scores import binary_loss
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 
 from ..experiment import Experiment, table
-from .plain import random_sparse_model
+from .plain import plainly, random_sparse_model
 from .timing import interleaved, main, ratio, settings
 
-TOKENS = 30
+TOKENS = 40
 
 
 def run(experiment: Experiment) -> str:
@@ -37,7 +45,73 @@ def run(experiment: Experiment) -> str:
         for nodes in sizes:
             row = {"model": name, "nodes": str(nodes), "prompts": str(prompts)}
             rows.append(row | _measured(model, nodes, prompts, device, 2 if quick else 3))
-    return table(rows)
+    updates = [
+        _update(width, layers, density, pairs, 2 if quick else 5)
+        for width, layers, density, pairs in (
+            [(32, 1, 0.1, 4)] if quick else [(128, 2, 0.05, 64), (512, 4, 1 / 64, 16)]
+        )
+    ]
+    return f"{table(updates)}\n\n{table(rows)}"
+
+
+def _update(width: int, layers: int, density: float, pairs: int, rounds: int) -> dict[str, str]:
+    """One update of masks, plainly and ours."""
+    model = _sparse(width, layers, density)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, model.config.vocab_size, (2 * pairs, TOKENS), generator=generator)
+    rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    rows |= {f"counterfactual_{name}": rows[name][torch.arange(2 * pairs) ^ 1] for name in rows}
+    rows["target_ids"] = torch.arange(2 * pairs) % 2 + 1
+    rows["counterfactual_target_ids"] = 3 - rows["target_ids"]
+    means = mean_activations(model, ids[:4])
+    config = PruningConfig(max_steps=1, batch_size=pairs)
+
+    def ours() -> object:
+        with measuring(model):
+            return learn_masks(model, rows, means, config, [0], progress=False)
+
+    def plain() -> object:
+        with plainly(model):
+            return _plain_update(model, rows, means, config)
+
+    times = interleaved({"plain": plain, "ours": ours}, rounds, "cpu")
+    return {
+        "update of masks": f"CircuitGPT, d_model {width}, {layers} layers, density {density:.3g}",
+        "sequences × tokens": f"{2 * pairs} × {TOKENS}",
+        "plain, ms": str(times["plain"]),
+        "ours, ms": str(times["ours"]),
+        "plain / ours": ratio(times["plain"], times["ours"]),
+    }
+
+
+def _plain_update(
+    model: nn.Module, rows: dict[str, torch.Tensor], means: dict[str, torch.Tensor],
+    config: PruningConfig,
+) -> None:  # fmt: skip
+    """As one writes it first."""
+    sites = node_sites(model)
+    taus = {
+        name: torch.full((site.width,), 0.1, requires_grad=True) for name, site in sites.items()
+    }
+    optimizer = torch.optim.AdamW(taus.values(), lr=config.learning_rate)
+    chosen = torch.randint(len(rows["target_ids"]), (2 * config.batch_size,))
+    gates = {name: Gate.apply(tau, config.temperature) for name, tau in taus.items()}
+
+    def put_on(name: str) -> Callable[..., torch.Tensor]:
+        mean = means[name]
+        return lambda module, args, x: mean + gates[name] * (x - mean)
+
+    handles = [site.register_forward_hook(put_on(name)) for name, site in sites.items()]
+    with frozen_weights(model):
+        ids = rows["input_ids"][chosen]
+        logits = model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+        answers = [rows[name][chosen, None] for name in ("target_ids", "counterfactual_target_ids")]
+        loss = binary_loss(logits.gather(1, torch.cat(answers, 1)))
+        (loss + config.node_penalty * sum(gate.sum() for gate in gates.values())).backward()
+    torch.nn.utils.clip_grad_norm_(taus.values(), config.max_grad_norm)
+    optimizer.step()
+    for handle in handles:
+        handle.remove()
 
 
 def _models(quick: bool) -> list[tuple[str, Callable[[], nn.Module], int, tuple[int, ...]]]:

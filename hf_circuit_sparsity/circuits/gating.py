@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..decoders.decoder import decoder_of
+from ..decoders.hooks import temporary_hooks
 from .ablation import TOKENS, hooked, hooked_sites, recorded_sites, unwrapped
 from .collapse import Collapse
 from .task_scores import TaskTensors, next_token_logits, pair_logits
@@ -136,18 +137,15 @@ class GatedModel:
             if site in given:
                 nodes, values = given[site]
                 hooks[site] = _given(nodes, _repeated(values, copies), hooks[site])
-        with hooked_sites(self.model, hooks), hooked(self._at_last_position(centers, given)):
-            return logits(self.model, repeated)
-
-    def _at_last_position(
-        self, centers: Mapping[str, Tensor], given: Mapping[str, object]
-    ) -> list[tuple[nn.Module, Callable]]:
-        """Hooks that leave out what the answer does not need; what was measured of every position
-        is put in its place at every position."""
+        # What was measured of every position has to find every position.
         by_position = given or any(center.dim() > 1 for center in centers.values())
-        if by_position or self.freeze_norms:
-            return []
-        return decoder_of(unwrapped(self.model)).at_last_position()
+        all_needed = by_position or self.freeze_norms
+        decoder = decoder_of(unwrapped(self.model))
+        with (
+            hooked_sites(self.model, hooks),
+            temporary_hooks(() if all_needed else decoder.at_last_position()),
+        ):
+            return logits(self.model, repeated)
 
 
 def _given(nodes: Tensor, values: Tensor, then: Callable) -> Callable:
@@ -179,7 +177,8 @@ def gate_hook(site: str, gates: Mapping[str, Tensor], center: Tensor) -> Callabl
             gate = gate[:, None, None, :]
         if gate.dtype is torch.bool:
             return torch.where(gate, by_row, mean).flatten(0, 1)
-        return (mean + gate.to(output) * (by_row - mean)).flatten(0, 1)
+        gate = gate.to(output)
+        return torch.addcmul(mean * (1 - gate), gate, by_row).flatten(0, 1)  # in one pass
 
     return hook
 

@@ -38,7 +38,20 @@ class CircuitGPTDecoder(GPT2Decoder):
     def at_last_position(self):
         if self.model.config.d_pos_emb is not None:  # positions beside the stream stay as many
             return []
-        return [(self.blocks[-1].resid_post_attn, lambda module, args, x: x[:, -1:])]
+        block = self.blocks[-1]
+
+        def last_row(module, args, kwargs):
+            x, mask, *others = args
+            return (x, None if mask is None else mask[..., -1:, :], *others), kwargs
+
+        def last(module, args, x):
+            return x[:, -1:]
+
+        return [
+            block.attn.register_forward_pre_hook(last_row, with_kwargs=True),
+            block.attn.q.register_forward_hook(last),
+            block.resid_post_attn.register_forward_hook(last),
+        ]
 
 
 register_decoder("circuitgpt", CircuitGPTDecoder)

@@ -193,9 +193,13 @@ class Decoder:
         logits = self.model.get_output_embeddings()(self.final_norm(x))
         return soft_capped(logits, getattr(self.model.config, "final_logit_softcapping", None))
 
-    def at_last_position(self) -> list[tuple[nn.Module, Callable]]:
-        """Modules and forward hooks under which the last layer computes what only the last
-        position's logits need, as far as that can be had; its other outputs are then missing."""
+    def at_last_position(self) -> list[RemovableHandle]:
+        """Let the last layer compute what only the last position's logits need, as far as that can
+        be had; what else it puts out is then missing.
+
+        Returns:
+            Hook handles; call `remove()` on each.
+        """
         return []
 
     def run(

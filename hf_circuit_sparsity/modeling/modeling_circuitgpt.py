@@ -89,9 +89,9 @@ class CircuitGPTAttention(nn.Module):
         cache: Any = None, **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         q, k, v = self.c_attn(self.act_in(x)).chunk(3, dim=-1)
-        by_head = (*x.shape[:-1], self.config.n_head, self.head_dim)
         read = (self.q(q), self.k(k), self.v(v))
-        q, k, v = (part.view(by_head).transpose(1, 2) for part in read)  # (B, H, T, K)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in read)
+        # (B, H, T, K), of which a hook may have left fewer queries.
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         if cache is not None:  # of continuous batching; transformers' attention for it has no sinks
@@ -105,7 +105,7 @@ class CircuitGPTAttention(nn.Module):
         y, weights = attend(
             self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
         )
-        y = self.c_proj(y.reshape(*x.shape[:-1], self.v.width))
+        y = self.c_proj(y.flatten(2))
         return self.resid_delta(self.resid_dropout(y)), weights
 
 

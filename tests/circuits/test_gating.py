@@ -3,19 +3,24 @@
 import pytest
 import torch
 
+from hf_circuit_sparsity import CircuitGPTConfig
 from hf_circuit_sparsity.circuits.ablation import (
     ablation_hook,
     hooked,
     hooked_sites,
     mean_ablated,
     mean_activations,
+    measuring,
     node_sites,
     recorded_sites,
     task_means,
 )
 from hf_circuit_sparsity.circuits.gating import GatedModel, norm_size, norms_of
 from hf_circuit_sparsity.circuits.task_scores import pair_logits, task_rows, trimmed
+from hf_circuit_sparsity.decoders.circuitgpt import CircuitGPTDecoder
+from hf_circuit_sparsity.decoders.decoder import Decoder
 from tests.circuits.planted import on_off_task, planted_model, reference_ids
+from tests.conftest import random_model, sparsify
 
 
 @pytest.fixture(params=["circuitgpt", "llama", "gpt2"])
@@ -103,3 +108,50 @@ def test_means_of_prompts_of_several_lengths():
     means = task_means(model, tensors)
     for site, total in sums.items():
         torch.testing.assert_close(means.nodes[site], total / count, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"sink": False, "rms_norm": False, "residual_activation_type": "relu"}, {"d_pos_emb": 4}],
+    ids=["default", "other", "positions beside the stream"],
+)
+def test_the_last_layer_at_the_answer_alone_is_as_everywhere(fields, attention, monkeypatch):
+    """Answers and gradients; a model whose positions are beside the stream computes everything."""
+    task = on_off_task()
+    config = CircuitGPTConfig(
+        n_layer=2, n_head=2, d_head=8, d_model=16, d_mlp=32, block_size=32, vocab_size=16, **fields
+    )
+    model = sparsify(random_model(config)).eval()
+    model.set_attn_implementation(attention)
+    rows = task_rows(task.tensors("train"), slice(24))
+    assert len(set(rows["attention_mask"].sum(1).tolist())) > 1  # some are padded
+    means = mean_activations(model, reference_ids())
+    gates = {s: mask[None].float().requires_grad_() for s, mask in masks_of(model).items()}
+    seen = []
+    model.transformer.h[-1].mlp.register_forward_hook(lambda m, args, y: seen.append(y.shape[1]))
+
+    def measured():
+        answers = GatedModel(model, means).run(rows, gates)
+        loss = (answers[:, 0] - answers[:, 1]).square().sum()
+        return answers, torch.autograd.grad(loss, list(gates.values()))
+
+    answers, gradients = measured()
+    monkeypatch.setattr(CircuitGPTDecoder, "at_last_position", Decoder.at_last_position)
+    everywhere, expected = measured()
+    torch.testing.assert_close(answers, everywhere)
+    for found, right in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    length = rows["input_ids"].shape[1]
+    assert seen == [length if "d_pos_emb" in fields else 1, length]
+
+
+def test_while_it_is_measured_a_model_multiplies_nonzeros_and_then_is_as_it_was():
+    model = sparsify(random_model(CircuitGPTConfig(n_layer=1, d_model=16, vocab_size=16))).train()
+    linear, ids = model.transformer.h[0].mlp.c_fc, reference_ids()[:2]
+    expected = model.eval()(ids).logits
+    with pytest.raises(KeyError), measuring(model.train()):
+        assert not model.training and "forward" in vars(linear)
+        torch.testing.assert_close(model(ids).logits, expected)
+        raise KeyError
+    assert model.training and "forward" not in vars(linear)
