@@ -23,7 +23,7 @@ from tests.commands.test_publish import publishing, run_dir  # noqa: F401  a fix
 KILLS = 20
 CLI = [sys.executable, "-m", "hf_circuit_sparsity.cli"]
 # What an artifact is made of. All else says when, where and how fast, and is there or not.
-CONTENT = {".safetensors", ".py", ".png", ".jsonl"}
+CONTENT = {".safetensors", ".py", ".png"}
 CONTENT_NAMES = {"circuit.json", "quickstart.json", "config.json", "tokenizer.json"}
 
 
@@ -48,6 +48,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def killed_until_done(
     command: list[str],
+    cwd: Path,
     saving: Callable[[], bool],
     lived: Callable[[], None],
     *,
@@ -57,6 +58,7 @@ def killed_until_done(
     """Run a command again and again, killed at random moments, half of the time in a save.
 
     Args:
+        cwd: the folder in which it runs.
         saving: whether the command is saving something just now.
         lived: called when it came to its end in spite of that, before it begins anew.
         within: seconds from its start, at most, in which it is killed or a save waited for.
@@ -65,7 +67,9 @@ def killed_until_done(
     draw, killed = random.Random(1), Counter()
     while True:
         aimed, wait = draw.random() < 0.5, draw.uniform(0, within)
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         began = time.monotonic()
         while process.poll() is None and killed.total() < kills:
             if time.monotonic() - began > wait and (saving() or not aimed):
@@ -84,13 +88,17 @@ def killed_until_done(
 
 
 def ends_as_one_that_is_not(
-    command: Callable[[Path], list[str]], tmp_path: Path, within: float | None = None
+    command: list[str], tmp_path: Path, within: float | None = None
 ) -> None:
-    """Hold what a killed command leaves in its folder against what it leaves undisturbed."""
-    whole, folder = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
+    """Hold what a killed command leaves in the folder `run`, below where it runs, against what it
+    leaves undisturbed."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
     began = time.monotonic()
-    subprocess.run(command(whole), check=True, capture_output=True)
-    took, expected = time.monotonic() - began, content(whole)
+    subprocess.run(command, cwd=whole, check=True, capture_output=True)
+    took, expected = time.monotonic() - began, content(whole / "run")
+    folder = killed / "run"
 
     def lived() -> None:
         found = content(folder)
@@ -98,37 +106,31 @@ def ends_as_one_that_is_not(
         assert [name for name in expected if found[name] != expected[name]] == []
         shutil.rmtree(folder)
 
-    killed_until_done(command(folder), lambda: unfinished(folder), lived, within=within or took)
+    killed_until_done(command, killed, lambda: unfinished(folder), lived, within=within or took)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sparsifier", ["topk", "rcd"])
 def test_training(sparsifier, corpus, tmp_path):
-    def command(folder: Path) -> list[str]:
-        more = ["--max-steps", "1500", "--save-steps", "10", "--sparsifier", sparsifier,
-                "--resume-from-checkpoint", "auto"]  # fmt: skip
-        return [*CLI, *train_arguments(corpus, folder, *more)]
-
-    ends_as_one_that_is_not(command, tmp_path)
+    more = ["--max-steps", "1500", "--save-steps", "10", "--sparsifier", sparsifier,
+            "--resume-from-checkpoint", "auto"]  # fmt: skip
+    ends_as_one_that_is_not([*CLI, *train_arguments(corpus, "run", *more)], tmp_path)
 
 
 @pytest.mark.slow
 def test_a_bridge(dense, corpus, tmp_path):  # noqa: F811
-    def command(folder: Path) -> list[str]:
-        return [
-            *CLI, "bridge", "--dense-model", str(dense), "--output-dir", str(folder), "--corpus",
-            str(corpus), "--block-size", "64", "--per-device-train-batch-size", "4",
-            "--report-to", "none", "--use-cpu", "--max-steps", "200", "--save-steps", "10",
-            "--resume-from-checkpoint", "auto",
-        ]  # fmt: skip
-
+    command = [
+        *CLI, "bridge", "--dense-model", str(dense), "--output-dir", "run", "--corpus",
+        str(corpus), "--block-size", "64", "--per-device-train-batch-size", "4",
+        "--report-to", "none", "--use-cpu", "--max-steps", "200", "--save-steps", "10",
+        "--resume-from-checkpoint", "auto",
+    ]  # fmt: skip
     ends_as_one_that_is_not(command, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_quickstart(corpus, tmp_path):
-    def command(folder: Path) -> list[str]:
-        code = f"""
+def test_a_quickstart(corpus, tmp_path, monkeypatch):
+    code = f"""
 import sys
 import pytest
 from hf_circuit_sparsity.cli import main
@@ -136,22 +138,19 @@ from hf_circuit_sparsity.commands import quickstart
 from tests.commands.test_cli import tiny_quickstart
 tiny_quickstart(pytest.MonkeyPatch())
 quickstart.STEPS = 400
-sys.exit(main(["quickstart", "--output-dir", {str(folder)!r}, "--corpus", {str(corpus)!r}]))
+sys.exit(main(["quickstart", "--output-dir", "run", "--corpus", {str(corpus)!r}]))
 """
-        return [sys.executable, "-c", code]
-
-    ends_as_one_that_is_not(command, tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    ends_as_one_that_is_not([sys.executable, "-c", code], tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trials", [[], ["--trials", "3"]], ids=["one", "trials"])
 def test_pruning(trials, saved, corpus, tmp_path):
-    def command(folder: Path) -> list[str]:
-        return [
-            *CLI, "prune", "--model", str(saved), *GUESSING, *trials, "--output-dir", str(folder),
-            "--corpus", str(corpus),
-        ]  # fmt: skip
-
+    command = [
+        *CLI, "prune", "--model", str(saved), *GUESSING, *trials, "--output-dir", "run",
+        "--corpus", str(corpus),
+    ]  # fmt: skip
     ends_as_one_that_is_not(command, tmp_path)
 
 
@@ -198,4 +197,6 @@ def test_publishing(hub_server, run_dir, corpus, monkeypatch, tmp_path):  # noqa
         assert not list((tmp_path / "tmp").iterdir())
         begin_anew()
 
-    killed_until_done(command, lambda: time.monotonic() - sent[0] < 0.01, lived, within=took)
+    killed_until_done(
+        command, tmp_path, lambda: time.monotonic() - sent[0] < 0.01, lived, within=took
+    )
