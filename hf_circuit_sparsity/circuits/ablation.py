@@ -75,6 +75,14 @@ def measuring(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def at_the_answer(model: nn.Module) -> Iterator[None]:
+    """Within the block the last layer computes only what the last position's logits need, as far as
+    that can be had; so no hook in it may expect every position."""
+    with temporary_hooks(decoder_of(unwrapped(model)).at_last_position()):
+        yield
+
+
+@contextmanager
 def hooked_sites(model: nn.Module, hooks: Mapping[str, object]) -> Iterator[None]:
     """Attach forward hooks to node sites (or the token embedding) by name, and take them off."""
     sites = {**node_sites(model), TOKENS: unwrapped(model).get_input_embeddings()}

@@ -13,9 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..decoders.decoder import decoder_of
-from ..decoders.hooks import temporary_hooks
-from .ablation import TOKENS, hooked, hooked_sites, recorded_sites, unwrapped
+from .ablation import TOKENS, at_the_answer, hooked, hooked_sites, recorded_sites
 from .collapse import Collapse
 from .task_scores import TaskTensors, next_token_logits, pair_logits
 
@@ -139,12 +137,9 @@ class GatedModel:
                 hooks[site] = _given(nodes, _repeated(values, copies), hooks[site])
         # What was measured of every position has to find every position.
         by_position = given or any(center.dim() > 1 for center in centers.values())
-        all_needed = by_position or self.freeze_norms
-        decoder = decoder_of(unwrapped(self.model))
-        with (
-            hooked_sites(self.model, hooks),
-            temporary_hooks(() if all_needed else decoder.at_last_position()),
-        ):
+        everywhere = by_position or self.freeze_norms
+        fewer = nullcontext() if everywhere else at_the_answer(self.model)
+        with hooked_sites(self.model, hooks), fewer:
             return logits(self.model, repeated)
 
 

@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from ..tasks.binary_task import BinaryTask
-from .ablation import ablation_hook, hooked_sites, in_eval_mode, recorded_sites, unwrapped
+from .ablation import (
+    ablation_hook,
+    at_the_answer,
+    hooked_sites,
+    in_eval_mode,
+    recorded_sites,
+    unwrapped,
+)
 from .node_set import Node, as_node, node_text
 from .running import Running
 from .task_scores import TaskTensors, all_pair_logits, binary_loss
@@ -132,7 +139,7 @@ def node_effects(
         nodes: those of the circuit to measure; a progress bar may be wrapped around them.
     """
     effects = {}
-    with circuit.apply(model, collapsed=True):
+    with circuit.apply(model, collapsed=True), at_the_answer(model):
         whole = binary_loss(all_pair_logits(model, tensors)).item()
         for site, index in nodes:
             mean = circuit.means[site]

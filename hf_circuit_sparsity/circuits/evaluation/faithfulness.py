@@ -6,7 +6,7 @@ from ...metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
 from ...metrics.circuit_size.geometric_mean import shares
 from ...metrics.task_loss.pair_loss import task_accuracy, task_loss
 from ...tasks.binary_task import BinaryTask
-from ..ablation import measuring, unwrapped
+from ..ablation import at_the_answer, measuring, unwrapped
 from ..circuit import Circuit
 from ..edges import embedding_edges, site_weights
 from ..task_scores import ModelScores, all_pair_logits, model_scores
@@ -46,9 +46,9 @@ def evaluate_circuit(
     model = unwrapped(model)
     test, train = task.tensors("test"), task.tensors("train")
     with measuring(model):
-        with circuit.apply(model, calibrated=False):
+        with circuit.apply(model, calibrated=False), at_the_answer(model):
             raw, raw_train = all_pair_logits(model, test), all_pair_logits(model, train)
-        with circuit.apply(model, inverse=True):
+        with circuit.apply(model, inverse=True), at_the_answer(model):
             without = all_pair_logits(model, test)
         whole = whole or model_scores(model, train, test)
     alone, alone_train = (

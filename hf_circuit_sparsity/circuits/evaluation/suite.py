@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ...decoders.decoder import decoder_of
 from ...metrics.circuit_faithfulness.pair_agreement import agreement, pair_kl
 from ...tasks.binary_task import BinaryTask
-from ..ablation import hooked, mean_ablated
+from ..ablation import at_the_answer, hooked, mean_ablated
 from ..attention import attention_patterns, overlap, value_heads
 from ..circuit import Circuit
 from ..gating import GatedModel
@@ -115,13 +115,13 @@ class Suite:
         it is ablated otherwise, its nodes are tested one by one."""
         model, test = self.model, self.test if real else self.few
         calibration = circuit.calibration if real else self.whole.calibration
-        with circuit.apply(model, calibrated=False):
+        with circuit.apply(model, calibrated=False), at_the_answer(model):
             next_token = all_pair_logits(model, test, logits=next_token_logits)
             adverse = {
                 kind: all_pair_logits(model, tensors if real else task_rows(tensors, slice(_FEW)))
                 for kind, (tensors, _) in self.adversarial.items()
             }
-        with circuit.apply(model, inverse=True):
+        with circuit.apply(model, inverse=True), at_the_answer(model):
             rest = all_pair_logits(model, test)
         without = self._loss(rest, self.whole.calibration)
         alone = calibration.pairs(next_token.gather(1, candidates(test)), test)
@@ -170,7 +170,7 @@ class Suite:
         widths = {site: len(mask) for site, mask in keep.items()}
 
         def skill(beside: dict[str, torch.Tensor]) -> float:
-            with circuit.apply(model, calibrated=False, beside=beside):
+            with circuit.apply(model, calibrated=False, beside=beside), at_the_answer(model):
                 return self._skill(calibration.pairs(all_pair_logits(model, test), test))
 
         numbers = {}
@@ -230,7 +230,7 @@ class Suite:
                 ({site: masks[site] & ~gone for site, gone in removed.items()}, calibration),
                 ({site: ~gone for site, gone in removed.items()}, self.whole.calibration),
             ):
-                with mean_ablated(self.model, keep, circuit.means):
+                with mean_ablated(self.model, keep, circuit.means), at_the_answer(self.model):
                     losses.append(self._loss(all_pair_logits(self.model, test), calibrated))
             gaps.append(abs(losses[0] - losses[1]))
         return sum(gaps) / max(1, len(gaps))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...decoders.decoder import decoder_of
-from ..ablation import TOKENS, ReferenceMeans, hooked, mean_ablated
+from ..ablation import TOKENS, ReferenceMeans, at_the_answer, hooked, mean_ablated
 from ..circuit import Circuit
 from ..collapse import Collapse
 from ..edges import Edge, EdgeName, cut_offsets, edge_hooks
@@ -24,9 +24,9 @@ def before_and_after(
     """Logits `(n, 2)` of the answers that the whole `model`, the `circuit` alone and the model
     `without` it give."""
     runs = {"model": all_pair_logits(model, tensors)}
-    with circuit.apply(model, collapsed=True):
+    with circuit.apply(model, collapsed=True), at_the_answer(model):
         runs["circuit"] = all_pair_logits(model, tensors)
-    with circuit.apply(model, inverse=True):
+    with circuit.apply(model, inverse=True), at_the_answer(model):
         runs["without"] = all_pair_logits(model, tensors)
     return runs
 
@@ -56,7 +56,7 @@ def edge_effects(
         named.setdefault(edge.name, []).append(edge)
     means = ReferenceMeans(circuit.means, dict(attended), torch.empty(0))
     effects = {}
-    with circuit.apply(model, collapsed=True):
+    with circuit.apply(model, collapsed=True), at_the_answer(model):
         whole = binary_loss(all_pair_logits(model, tensors)).item()
         for name in wrap(named):
             with hooked(edge_hooks(model, named[name], cut_offsets(named[name], means))):
@@ -119,7 +119,8 @@ def nested_losses(
         if within and TOKENS in own:
             masks[TOKENS] = own[TOKENS]
         running = Collapse(model, masks, means).running() if collapsed else nullcontext()
-        with mean_ablated(model, masks, means), hooked(cuts if within else []), running:
+        ablated = mean_ablated(model, masks, means)
+        with ablated, hooked(cuts if within else []), running, at_the_answer(model):
             pairs = circuit.calibration.pairs(all_pair_logits(model, test), test)
         losses.append(binary_loss(pairs).item())
     return losses

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ...tasks.binary_task import BinaryTask
 from ..ablation import (
     ReferenceTokens,
-    in_eval_mode,
+    measuring,
     reference_input_ids,
     reference_means,
     unwrapped,
@@ -99,7 +99,7 @@ def report_data(
             f"The circuit for {circuit.task!r} has no nodes, so there is nothing to show; find one "
             "with find_circuit."
         )
-    with in_eval_mode(model):
+    with measuring(model):
         attention_patterns(model, [0, 0], [0])  # refused before the long measurements
         if task is None:
             longest = model.config.max_position_embeddings
