@@ -249,7 +249,7 @@ def circuit(folder: Path, name: str, task: str, seed: int, device: str) -> list[
         model, made = _model_and_task(folder, name, task, device)
         with torch.autocast(device, torch.bfloat16):
             found = verify_circuit(
-                Circuit.from_pretrained(path), model, made, prompts=64, random_circuits=4,
+                Circuit.from_pretrained(path), model, made, prompts=64, random_circuits=2,
                 subsets=2, supersets=4, adversary_steps=4, stability_seeds=0, others=[],
                 adversarial={},
             )  # fmt: skip
