@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_circuit_sparsity.circuits.ablation import mean_ablated
+from hf_circuit_sparsity.circuits.evaluation import hypotheses
 from hf_circuit_sparsity.circuits.evaluation.hypotheses import (
     _changes,
     independence_p_value,
@@ -23,6 +24,29 @@ def test_idle_company_is_not_needed(idle):
     circuit = planted_circuit(model, nodes=nodes)
     share = needed_share(circuit, model, task_rows(tensors, slice(40)), torch.Generator())
     assert share == pytest.approx(6 / (6 + idle), abs=1.01 * (idle > 0) / (6 + idle))
+
+
+def test_of_a_large_circuit_a_sample_of_its_nodes_is_tested(monkeypatch):
+    """On average it is the share of all."""
+    model, rows = planted_model(), task_rows(on_off_task().tensors("test"), slice(24))
+    nodes = {site: list(ids) for site, ids in PLANTED_NODES.items()}
+    nodes["h.1.mlp.post_act"] = list(range(16))
+    circuit = planted_circuit(model, nodes=nodes)
+    measured, changes = [], hypotheses._changes
+
+    def counted(gated, keep, rows, tested):
+        measured.append([node for node in tested if keep[node[0]][node[1]]])
+        return changes(gated, keep, rows, tested)
+
+    monkeypatch.setattr(hypotheses, "_changes", counted)
+    whole = needed_share(circuit, model, rows, torch.Generator())
+    monkeypatch.setattr(hypotheses, "_INSIDE", 10)
+    generator = torch.Generator().manual_seed(0)
+    some = [needed_share(circuit, model, rows, generator) for _ in range(20)]
+    assert len(measured[0]) == len(circuit) == 21
+    assert all(len(set(tested)) == 10 for tested in measured[1:])
+    assert len({tuple(tested) for tested in measured[1:]}) > 10
+    assert sum(some) / 20 == pytest.approx(whole, abs=0.1)
 
 
 def test_what_a_node_does_is_what_plain_hooks_measure():
