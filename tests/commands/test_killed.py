@@ -112,7 +112,7 @@ def ends_as_one_that_is_not(
 @pytest.mark.slow
 @pytest.mark.parametrize("sparsifier", ["topk", "rcd"])
 def test_training(sparsifier, corpus, tmp_path):
-    more = ["--max-steps", "1500", "--save-steps", "10", "--sparsifier", sparsifier,
+    more = ["--max-steps", "600", "--save-steps", "10", "--sparsifier", sparsifier,
             "--resume-from-checkpoint", "auto"]  # fmt: skip
     ends_as_one_that_is_not([*CLI, *train_arguments(corpus, "run", *more)], tmp_path)
 
