@@ -76,6 +76,10 @@ def run(experiment: Experiment) -> str:
     sparse: dict[str, Any] | None = None
     if (folder / SPARSE / SUMMARY_NAME).is_file():
         sparse = make_sparse(experiment)
+    found = {
+        task: {name: _found(folder, name, task, options.seeds) for name in (DENSE, SPARSE)}
+        for task in options.tasks
+    }
     return "\n\n".join([
         "# A real pretrained model, dense and made sparse",
         __doc__.strip().split("\n\n", 1)[1],
@@ -84,10 +88,9 @@ def run(experiment: Experiment) -> str:
         "Accuracy and loss on the two candidates, 64 held-out prompts per task:",
         _tasks({name: _stored(folder, f"{name}_tasks") or {} for name in (DENSE, SPARSE)}),
         "Circuits:",
-        _circuits({
-            task: {name: _found(folder, name, task, options.seeds) for name in (DENSE, SPARSE)}
-            for task in options.tasks
-        }),
+        _circuits(found),
+        "The dense model's circuit against the sparse one's of the same task, at the same target:",
+        _ratios(found),
     ])  # fmt: skip
 
 
@@ -320,10 +323,12 @@ def _tasks(scores: dict[str, dict[str, dict[str, Any]]]) -> str:
         }
 
     measured = [name for name in (DENSE, SPARSE) if scores[name]]
-    return table([
+    lines = table([
         {"task": task, **{k: v for name in measured for k, v in cells(name, task).items()}}
         for task in scores[DENSE]
     ])  # fmt: skip
+    problems = {t: s["problem"] for t, s in scores[DENSE].items() if s.get("problem")}
+    return "\n\n".join([lines, *(f"`{task}`: {text}" for task, text in problems.items())])
 
 
 def _circuits(circuits: dict[str, dict[str, list[list[dict[str, Any]]]]]) -> str:
@@ -351,6 +356,27 @@ def _circuits(circuits: dict[str, dict[str, list[list[dict[str, Any]]]]]) -> str
                     "checks passed": f"{mean(passed):.0f}" if passed else "",
                     "not passed": ", ".join(f"{check} ({n})" for check, n in failed.items())
                     or ("" if rows else "; ".join(refused) or "not searched"),
+                })  # fmt: skip
+    return table(lines)
+
+
+def _ratios(circuits: dict[str, dict[str, list[list[dict[str, Any]]]]]) -> str:
+    """One row per task and target that both models have circuits of; of means over seeds."""
+    lines = []
+    for task, models in circuits.items():
+        sides = [[rows for rows in models[n] if "problem" not in rows[0]] for n in (DENSE, SPARSE)]
+        for at, target in enumerate(TARGETS):
+            dense, sparse = ([rows[at] for rows in side if len(rows) > at] for side in sides)
+            if dense and sparse:
+                ratio = {
+                    what: mean([row[what] for row in dense]) / mean([row[what] for row in sparse])
+                    for what in ("nodes", "edges")
+                }
+                lines.append({
+                    "task": task,
+                    "target loss": f"{target:g}",
+                    "nodes, dense / sparse": f"{ratio['nodes']:.1f} ×",
+                    "edges, dense / sparse": f"{ratio['edges']:.1f} ×",
                 })  # fmt: skip
     return table(lines)
 
