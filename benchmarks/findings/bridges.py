@@ -166,7 +166,7 @@ def choose_channel(
         candidate, dose = choice
         strength = dose * candidate.difference
         with bridged.steer(candidate.location, candidate.channel, strength):
-            return answer_probabilities(bridged, tensors, same)[1]
+            return answer_probabilities(bridged.dense, tensors, same)[1]
 
     return max((Choice(c, dose) for c in candidates for dose in TRIED_DOSES), key=moved)
 
@@ -234,14 +234,16 @@ def at_a_price(
     unranked = [c for c in everywhere if c not in ranked]
     draw = random.Random(0)
     draws = [draw.sample(unranked, len(ranked)) for _ in range(CONTROLS)]
-    means = mean_difference_shifts(bridged, task, target, ROWS)
+    means = mean_difference_shifts(bridged.dense, task, target, ROWS)
     row = next(r for r in task.test if r["target_id"] == target)
     turned = f"`{row['target']!r}` → `{row['counterfactual_target']!r}`"
     rows = []
     for price in PRICES:
 
         def best(shifts: Sequence[Any], price: float = price) -> PricedSteering:
-            return best_at_price(bridged, task, target, shifts, text, price, rows=ROWS, same=same)
+            return best_at_price(
+                bridged.dense, task, target, shifts, text, price, rows=ROWS, same=same
+            )
 
         of_means, channel = best(means), best(channel_shifts(bridged, ranked))
         controls = [best(channel_shifts(bridged, some)).other_probability for some in draws]

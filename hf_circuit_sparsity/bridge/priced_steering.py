@@ -2,8 +2,8 @@
 
 Any direction turns an answer if it is followed far enough, and breaks the model on the way. So
 directions are compared at the same price, the KL divergence on text that has nothing to do with the
-task: channels of the sparse model, the difference of means on the dense stream (which needs no
-bridge), and channels that nobody ranked.
+task: channels of a sparse model, the difference of means on the model's own stream (which needs no
+sparse model and no bridge), and channels that nobody ranked.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,24 +13,27 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from ..decoders.decoder import decoder_of
 from ..decoders.hooks import temporary_hooks
 from ..tasks.binary_task import BinaryTask
 from .losses import mean_kl
 from .modeling_bridge import BridgedCausalLM
 from .steering import SteeringCandidate, answer_probabilities, answer_rows, stream_difference
 
-# Halvings of the interval that holds the scale, after it was found by doublings.
+# Halvings of the interval that holds the scale, after it was found by doublings or larger steps.
 _HALVINGS = 8
 _DOUBLINGS = 30
+_LARGEST_GROWTH = 16.0
 
 
 class StreamShift(NamedTuple):
-    """A direction in which every token's dense stream is moved.
+    """A direction in which every token's residual stream is moved.
 
     Attributes:
         location: of the residual stream; see `decoders/decoder.py`.
-        vector: float `(dense width,)`, the move at scale 1.
+        vector: float `(width,)`, the move at scale 1.
         channel: of the sparse model, where it is one's.
     """
 
@@ -80,9 +83,9 @@ def channel_shifts(
 
 @torch.no_grad()
 def mean_difference_shifts(
-    bridged: BridgedCausalLM, task: BinaryTask, target_id: int, rows: int = 128
+    model: PreTrainedModel, task: BinaryTask, target_id: int, rows: int = 128
 ) -> list[StreamShift]:
-    """At every location the difference of the dense stream's means between a task's two answers.
+    """At every location the difference of a model's stream's means between a task's two answers.
 
     The usual steering vector without a sparse model (Marks and Tegmark 2023): the mean at the
     answer's position where the other answer is right, minus that where `target_id` is, over
@@ -91,24 +94,24 @@ def mean_difference_shifts(
     first = answer_rows(task, "train", target_id, rows)
     return [
         StreamShift(location, difference)
-        for location, difference in enumerate(stream_difference(bridged.dense_stream, first))
+        for location, difference in enumerate(stream_difference(decoder_of(model), first))
     ]
 
 
 @contextmanager
-def shifted(bridged: BridgedCausalLM, shift: StreamShift, scale: float) -> Iterator[None]:
-    """Within the block every token's dense stream is moved by `scale` times the shift's vector."""
+def shifted(model: PreTrainedModel, shift: StreamShift, scale: float) -> Iterator[None]:
+    """Within the block every token's stream is moved by `scale` times the shift's vector."""
 
     def edit(x: Tensor) -> Tensor:
         return x + (scale * shift.vector).to(x)
 
-    with temporary_hooks(bridged.dense_stream.add_edit(shift.location, edit)):
+    with temporary_hooks(decoder_of(model).add_edit(shift.location, edit)):
         yield
 
 
 @torch.no_grad()
 def best_at_price(
-    bridged: BridgedCausalLM,
+    model: PreTrainedModel,
     task: BinaryTask,
     target_id: int,
     shifts: Sequence[StreamShift],
@@ -121,7 +124,7 @@ def best_at_price(
     """Of some directions the one that brings the other answer most, each followed up to the price.
 
     Args:
-        bridged: with the dense model, and trained bridges where the shifts are of sparse channels.
+        model: the one to steer, of any architecture with a [`Decoder`].
         task: the direction is chosen on its training prompts, what is returned is of its held-out
             ones.
         target_id: token id of the answer to steer away from.
@@ -140,22 +143,22 @@ def best_at_price(
     if not price > 0:
         raise ValueError(f"price={price} was passed, but it must be above 0 nats per token.")
     train, test = (answer_rows(task, split, target_id, rows) for split in ("train", "test"))
-    plain = bridged.dense(text).logits
+    plain = model(text).logits
 
     def text_kl(shift: StreamShift, scale: float) -> float:
-        with shifted(bridged, shift, scale):
-            return mean_kl(plain, bridged.dense(text).logits).item()
+        with shifted(model, shift, scale):
+            return mean_kl(plain, model(text).logits).item()
 
     def other(shift: StreamShift, scale: float) -> float:
-        with shifted(bridged, shift, scale):
-            return answer_probabilities(bridged, train, same)[1]
+        with shifted(model, shift, scale):
+            return answer_probabilities(model, train, same)[1]
 
     scales = [_scale_at(price, lambda scale, s=shift: text_kl(s, scale)) for shift in shifts]
     best = max(range(len(shifts)), key=lambda i: other(shifts[i], scales[i]))
     shift, scale = shifts[best], scales[best]
-    unsteered = answer_probabilities(bridged, test, same)[1]
-    with shifted(bridged, shift, scale):
-        answer, turned = answer_probabilities(bridged, test, same)
+    unsteered = answer_probabilities(model, test, same)[1]
+    with shifted(model, shift, scale):
+        answer, turned = answer_probabilities(model, test, same)
     return PricedSteering(shift, scale, text_kl(shift, scale), answer, turned, unsteered)
 
 
@@ -166,9 +169,12 @@ def _scale_at(price: float, cost: Callable[[float], float]) -> float:
     """
     low, high = 0.0, 2.0**-10
     for _ in range(_DOUBLINGS):
-        if not cost(high) <= price:
+        paid = cost(high)
+        if not paid <= price:
             break
-        low, high = high, 2 * high
+        # A small move costs its square.
+        growth = (price / paid) ** 0.5 if paid > 0 else _LARGEST_GROWTH
+        low, high = high, high * min(max(growth, 2.0), _LARGEST_GROWTH)
     else:  # it changes nothing, however far it is followed
         return low
     for _ in range(_HALVINGS):

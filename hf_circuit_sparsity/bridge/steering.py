@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..circuits.circuit import Circuit
 from ..circuits.task_scores import TaskTensors, trimmed
@@ -80,12 +80,8 @@ def steering_candidates(
         rows: prompts per answer.
     """
     first = answer_rows(task, "train", target_id, rows)
-    answers = first["target_ids"][:, None], first["counterfactual_target_ids"][:, None]
-    dense = bridged.dense_stream
     differences = stream_difference(bridged.sparse_stream, first)
-    with torch.no_grad():
-        x, context = dense.embed(first["input_ids"], first["attention_mask"])
-        streams = dense.run(x, context)
+    gradients = margin_gradients(bridged.dense_stream, first)
     places = None if circuit is None else {
         (steering_point(bridged.sparse, site, node).location, node)
         for site, nodes in circuit.nodes.items() if site.rpartition(".")[2] in RESIDUAL_SITES
@@ -93,21 +89,33 @@ def steering_candidates(
     }  # fmt: skip
     candidates = []
     for location, bridge in enumerate(bridged.bridges):
-        with torch.enable_grad():
-            x = streams[location].detach().requires_grad_()
-            logits = dense.logits(dense.run(x, context, location)[-1], context)[:, -1].float()
-            margin = logits.gather(1, answers[1]) - logits.gather(1, answers[0])
-            (gradient,) = torch.autograd.grad(margin.mean(), x)
-        # The gradient of moving every token's stream by the same vector.
-        gradient = gradient.sum((0, 1)).float()
         difference = differences[location]
         with torch.no_grad():
             identity = torch.eye(len(difference), device=difference.device)
-            effect = difference * (bridge.decode_change(identity).float() @ gradient)
+            effect = difference * (bridge.decode_change(identity).float() @ gradients[location])
         for channel, values in enumerate(zip(difference.tolist(), effect.tolist(), strict=True)):
             if places is None or (location, channel) in places:
                 candidates.append(SteeringCandidate(location, channel, *values))
     return sorted(candidates, key=lambda candidate: -candidate.effect)
+
+
+def margin_gradients(stream: Decoder, rows: TaskTensors) -> list[torch.Tensor]:
+    """Location by location, what moving every token's stream by one vector adds to the logit of the
+    other answer minus that of the right one, to first order: the gradient, float32 `(width,)`.
+
+    Args:
+        stream: of a model.
+        rows: prompt pairs; the mean over them.
+    """
+    right, other = rows["target_ids"][:, None], rows["counterfactual_target_ids"][:, None]
+    with torch.no_grad():
+        x, context = stream.embed(rows["input_ids"], rows["attention_mask"])
+    with torch.enable_grad():
+        streams = stream.run(x.detach().requires_grad_(), context)
+        logits = stream.logits(streams[-1], context)[:, -1].float()
+        margin = (logits.gather(1, other) - logits.gather(1, right)).mean()
+        gradients = torch.autograd.grad(margin, streams)
+    return [gradient.sum((0, 1)).float() for gradient in gradients]
 
 
 @torch.no_grad()
@@ -254,7 +262,7 @@ def steering_sweep(
         answers, others, kls = [], [], []
         for strength in strengths:
             with bridged.steer(where, c, strength * scale, mode=mode):
-                answer, other = answer_probabilities(bridged, tensors, same)
+                answer, other = answer_probabilities(bridged.dense, tensors, same)
                 if plain_text is not None:
                     kls.append(mean_kl(plain_text, bridged.dense(text).logits).item())
             answers.append(answer)
@@ -272,18 +280,18 @@ def steering_sweep(
 
 
 def answer_probabilities(
-    bridged: BridgedCausalLM, tensors: TaskTensors, same: Mapping[int, torch.Tensor] | None = None
+    model: PreTrainedModel, tensors: TaskTensors, same: Mapping[int, torch.Tensor] | None = None
 ) -> tuple[float, float]:
-    """The dense model's mean probability of the right and of the other answer.
+    """A model's mean probability of the right and of the other answer.
 
     Args:
-        bridged: with the dense model.
+        model: any causal language model.
         tensors: of the prompts.
         same: for each answer the tokens that count as it; see [`tokens_beginning_alike`].
     """
     ids, mask = tensors["input_ids"], tensors["attention_mask"]
     # Not every architecture counts positions from the mask.
-    output = bridged.dense(
+    output = model(
         input_ids=ids, attention_mask=mask, position_ids=position_ids(ids, mask), use_cache=False
     )
     p = F.softmax(output.logits[:, -1].float(), dim=-1)

@@ -94,7 +94,7 @@ def test_tokens_that_begin_with_the_answer_count_as_it(bridged):
     assert {k: v.tolist() for k, v in same.items()} == {YES: sorted([YES, 5, 6]), NO: [NO, 8]}
     logits = bridged.dense(tensors["input_ids"], attention_mask=tensors["attention_mask"]).logits
     p = logits[:, -1].softmax(-1).mean(0)
-    found = answer_probabilities(bridged, tensors, same)
+    found = answer_probabilities(bridged.dense, tensors, same)
     expected = p[[YES, 5, 6]].sum().item(), p[[NO, 8]].sum().item()
     assert found == pytest.approx(expected, rel=1e-5)
 
