@@ -1,6 +1,7 @@
 """One test per kind of experiment, at the size of a test: what its tables are made of."""
 
 import math
+import random
 import tempfile
 
 import pytest
@@ -11,6 +12,7 @@ from benchmarks.findings import (
     bridges,
     circuit_finetuning,
     on_paper,
+    pretrained_steering,
     pruning_frontier,
     rcd_true_size,
 )
@@ -22,7 +24,7 @@ from benchmarks.findings.rcd_race import Run, Training, bigram_loss, builders, r
 from benchmarks.findings.rcd_search import parse
 from benchmarks.findings.soak import sample
 from benchmarks.findings.trained_models import NONZEROS, RECIPES
-from hf_circuit_sparsity.bridge.steering import steering_candidates
+from hf_circuit_sparsity.bridge.steering import answer_rows, steering_candidates
 from hf_circuit_sparsity.circuits.ablation import mean_activations
 from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
@@ -208,3 +210,26 @@ def test_the_soak_notices_what_is_left_behind(tmp_path, monkeypatch):
     grown = {name: after[name] - before[name] for name in after}
     assert (grown["hooks"], grown["files"], grown["descriptors"]) == (1, 1, 1)
     assert grown["tensors"] >= len(kept) - 5
+
+
+def test_neurons_are_followed_by_what_they_write_and_controls_are_others():
+    model, draw = planted_model(), random.Random(0)
+    rows = answer_rows(on_off_task(), "train", YES, 8)
+    own = {0: [], 1: [7]}
+    (shift,) = pretrained_steering.neuron_shifts(model, rows, own)
+    assert (shift.location, shift.channel) == (4, 7)
+    # What that neuron says is the answer, and it says it to channel 4 alone, but for noise.
+    assert shift.vector[4] < -10 and shift.vector.abs().sort().values[-2] < 0.2
+    other = pretrained_steering.outside(own, 32, draw)
+    assert other[0] == [] and len(other[1]) == 1 and other[1] != [7]
+    none = {**own, 1: other[1]}
+    assert all(s.location == 4 for s in pretrained_steering.neuron_shifts(model, rows, none))
+    line = {
+        "task": "on_off", "answer": " yes", "other": " no", "unsteered_probability": 0.0,
+        "pool": 1, "location": 4,
+    }  # fmt: skip
+    kinds = {"neurons": 0.9, "others, draw 0": 0.1, "others, draw 1": 0.3}
+    lines = [{**line, "kind": kind, "other_probability": p} for kind, p in kinds.items()]
+    assert "| 0.900 (after layer 1 MLP) | 0.200 (0.100–0.300) | 1 |" in (
+        pretrained_steering.report(lines)
+    )

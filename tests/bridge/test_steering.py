@@ -7,10 +7,12 @@ from hf_circuit_sparsity.bridge.modeling_bridge import BridgedCausalLM
 from hf_circuit_sparsity.bridge.steering import (
     answer_probabilities,
     answer_rows,
+    margin_gradients,
     steering_candidates,
     steering_sweep,
     tokens_beginning_alike,
 )  # fmt: skip
+from hf_circuit_sparsity.decoders.hooks import temporary_hooks
 from tests.circuits.planted import (
     NO,
     YES,
@@ -102,3 +104,22 @@ def test_tokens_that_begin_with_the_answer_count_as_it(bridged):
 def test_an_answer_the_task_does_not_have_is_refused(bridged):
     with pytest.raises(ValueError, match="answer"):
         answer_rows(on_off_task(), "test", 9, 4)
+
+
+def test_the_gradient_of_the_margin_is_what_a_small_move_changes(bridged):
+    rows, stream = answer_rows(on_off_task(), "train", YES, 6), bridged.dense_stream
+    gradients = margin_gradients(stream, rows)
+    assert len(gradients) == bridged.n_locations
+
+    def margin(location: int, move: torch.Tensor) -> float:
+        ids, mask = rows["input_ids"], rows["attention_mask"]
+        with temporary_hooks(stream.add_edit(location, lambda x: x + move)), torch.no_grad():
+            logits = bridged.dense(ids, attention_mask=mask).logits[:, -1]
+        right, other = rows["target_ids"][:, None], rows["counterfactual_target_ids"][:, None]
+        return (logits.gather(1, other) - logits.gather(1, right)).mean().item()
+
+    for location in (1, 2, 4):
+        direction = gradients[location] / gradients[location].norm()
+        step = 1e-2 * direction
+        change = margin(location, step) - margin(location, -step)
+        assert change / 2e-2 == pytest.approx(gradients[location].norm().item(), rel=0.05)
