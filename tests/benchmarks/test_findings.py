@@ -220,7 +220,7 @@ def test_neurons_are_followed_by_what_they_write_and_controls_are_others():
     assert (shift.location, shift.channel) == (4, 7)
     # What that neuron says is the answer, and it says it to channel 4 alone, but for noise.
     assert shift.vector[4] < -10 and shift.vector.abs().sort().values[-2] < 0.2
-    other = pretrained_steering.outside(own, 32, draw)
+    other = pretrained_steering.outside(own, 16, draw)
     assert other[0] == [] and len(other[1]) == 1 and other[1] != [7]
     none = {**own, 1: other[1]}
     assert all(s.location == 4 for s in pretrained_steering.neuron_shifts(model, rows, none))
