@@ -9,6 +9,7 @@ from ..experiment import Experiment
 from . import (
     abs_topk,
     circuits,
+    memory,
     projection,
     sparse_checkpoint,
     sparse_execution,
@@ -25,6 +26,7 @@ SECTIONS = {
     "Training step": training_step,
     "Sparse checkpoints": sparse_checkpoint,
     "Circuits": circuits,
+    "Memory": memory,
 }
 
 

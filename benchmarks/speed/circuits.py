@@ -56,7 +56,18 @@ def run(experiment: Experiment) -> str:
 
 def _update(width: int, layers: int, density: float, pairs: int, rounds: int) -> dict[str, str]:
     """One update of masks, plainly and ours."""
-    model = _sparse(width, layers, density)
+    times = interleaved(mask_updates(_sparse(width, layers, density), pairs), rounds, "cpu")
+    return {
+        "update of masks": f"CircuitGPT, d_model {width}, {layers} layers, density {density:.3g}",
+        "sequences × tokens": f"{2 * pairs} × {TOKENS}",
+        "plain, ms": str(times["plain"]),
+        "ours, ms": str(times["ours"]),
+        "plain / ours": ratio(times["plain"], times["ours"]),
+    }
+
+
+def mask_updates(model: nn.Module, pairs: int) -> dict[str, Callable[[], object]]:
+    """One update of masks on so many pairs of prompts, "plain" and "ours"."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, model.config.vocab_size, (2 * pairs, TOKENS), generator=generator)
     rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -74,14 +85,7 @@ def _update(width: int, layers: int, density: float, pairs: int, rounds: int) ->
         with plainly(model):
             return _plain_update(model, rows, means, config)
 
-    times = interleaved({"plain": plain, "ours": ours}, rounds, "cpu")
-    return {
-        "update of masks": f"CircuitGPT, d_model {width}, {layers} layers, density {density:.3g}",
-        "sequences × tokens": f"{2 * pairs} × {TOKENS}",
-        "plain, ms": str(times["plain"]),
-        "ours, ms": str(times["ours"]),
-        "plain / ours": ratio(times["plain"], times["ours"]),
-    }
+    return {"plain": plain, "ours": ours}
 
 
 def _plain_update(

@@ -64,13 +64,18 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def in_pieces(work: Callable[[range], None], n: int, grain: int) -> None:
-    """Call `work` on ranges that make up `range(n)`, one for each thread, cut at `grain`."""
+def pieces(n: int, grain: int) -> list[range]:
+    """Ranges that make up `range(n)`, one for each thread, cut at `grain`."""
     if n == 0:
-        return
+        return []
     threads = min(torch.get_num_threads(), -(-n // grain))
     step = -(-n // (threads * grain)) * grain
-    map_pieces(work, [range(i, min(i + step, n)) for i in range(0, n, step)])
+    return [range(i, min(i + step, n)) for i in range(0, n, step)]
+
+
+def in_pieces(work: Callable[[range], None], n: int, grain: int) -> None:
+    """Call `work` on the [`pieces`] of `range(n)`, each in a thread of its own."""
+    map_pieces(work, pieces(n, grain))
 
 
 def map_pieces(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> list[Result]:

@@ -7,7 +7,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .calling import LANES, PIECE, Library, as_rows, declare, in_pieces, takes
+from .calling import (
+    LANES,
+    PIECE,
+    Library,
+    as_rows,
+    declare,
+    in_pieces,
+    map_pieces,
+    pieces,
+    takes,
+)  # fmt: skip
 
 
 class SelectionKernels(Library):
@@ -19,6 +29,8 @@ class SelectionKernels(Library):
         self._masked = declare(library.masked, "ppip")
         self._list_range = declare(library.list_range, "piiuuiipppp", ctypes.c_int64)
         self._zero_below = declare(library.zero_below, "piu")
+        self._pack = declare(library.pack, "ppipp", ctypes.c_int64)
+        self._unpack = declare(library.unpack, "ppip", ctypes.c_int64)
 
     def differentiable_abs_topk(self, x: Tensor, k: int) -> Tensor:
         """The first of what [`SelectionKernels.abs_topk`] returns, with a gradient."""
@@ -103,6 +115,53 @@ class SelectionKernels(Library):
             self._zero_below(x.data_ptr() + 4 * piece.start, len(piece), threshold)
 
         in_pieces(work, n, PIECE)
+
+    def pack(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A bit per entry, uint8 `(entries / 8,)`, lowest first, and the entries that have one.
+
+        Args:
+            x: `(n,)`.
+            mask: bool `(n,)`; the nonzeros if not given.
+        """
+        x, n = x.detach().contiguous(), x.numel()
+        words = torch.empty(-(-n // LANES), dtype=torch.int16)
+        mask = None if mask is None else mask.contiguous()
+
+        def work(piece: range) -> Tensor:
+            start = piece.start
+            values = torch.empty(len(piece) + LANES)
+            taken = self._pack(
+                x.data_ptr() + 4 * start, None if mask is None else mask.data_ptr() + start,
+                len(piece), words.data_ptr() + start // LANES * 2, values.data_ptr(),
+            )  # fmt: skip
+            return values[:taken].clone()
+
+        parts = map_pieces(work, pieces(n, PIECE))
+        values = parts[0] if len(parts) == 1 else torch.cat([x[:0], *parts])
+        return words.view(torch.uint8)[: -(-n // 8)], values
+
+    def unpack(self, bits: Tensor, values: Tensor, n: int) -> Tensor:
+        """The vector of `n` entries whose nonzeros [`pack`] took."""
+        out, words = torch.empty(n), np.zeros(2 * -(-n // LANES), np.uint8)
+        words[: len(bits)] = bits.numpy()
+        ranges = pieces(n, PIECE)
+        counts = [_ONES[words[r.start // 8 : -(-r.stop // 8)]].sum(dtype=np.int64) for r in ranges]
+        if sum(counts) != len(values):
+            raise ValueError(f"{sum(counts)} bits were passed for {len(values)} values.")
+        starts = dict(zip(ranges, np.cumsum([0, *counts]).tolist(), strict=False))
+
+        def work(piece: range) -> None:
+            self._unpack(
+                words.ctypes.data + piece.start // 8, values.data_ptr() + 4 * starts[piece],
+                len(piece), out.data_ptr() + 4 * piece.start,
+            )  # fmt: skip
+
+        map_pieces(work, ranges)
+        return out
+
+
+# How many bits of a byte are set.
+_ONES = np.array([byte.bit_count() for byte in range(256)], np.uint8)
 
 
 class _AbsTopK(torch.autograd.Function):

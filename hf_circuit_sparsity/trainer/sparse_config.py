@@ -71,6 +71,9 @@ class SparseTrainingArguments(TrainingArguments):
     Args:
         compute_on_nonzeros (`bool`, defaults to `True`): linear layers multiply only nonzeros once
             that is faster (CPU, float32). Results are equal to rounding.
+        compact_activations (`bool`, defaults to `False`): keep for the backward pass only the
+            nonzeros of activations that are mostly zero, as AbsTopK leaves them. Less memory for a
+            little more time; not with FSDP or `torch_compile`.
         normalize_gradients (`str`, defaults to `"always"`): bring the root-mean-square of the
             gradients to 1 before each step: `"always"`, `"clip"` (where it is above 1) or `"off"`.
         sharkfin (`bool`, defaults to `True`): multiply the learning rate by 1/sqrt(density).
@@ -105,6 +108,7 @@ class SparseTrainingArguments(TrainingArguments):
     distillation_weight: float = 0.0
 
     compute_on_nonzeros: bool = True
+    compact_activations: bool = False
     normalize_gradients: Normalization = "always"
     sharkfin: bool = True
 
@@ -132,6 +136,12 @@ class SparseTrainingArguments(TrainingArguments):
         minimum = self.min_nonzeros
         if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 0:
             raise ValueError(f"min_nonzeros={minimum!r} is not a whole number >= 0.")
+        if self.compact_activations and (self.torch_compile or self.fsdp):
+            other = "torch_compile" if self.torch_compile else "fsdp"
+            raise ValueError(
+                f"compact_activations=True was passed with {other}={getattr(self, other)!r}, which "
+                "keeps activations its own way; leave one of them out."
+            )
         for name in ("exclude_parameters", "include_parameters"):
             if isinstance(getattr(self, name), str):
                 raise ValueError(

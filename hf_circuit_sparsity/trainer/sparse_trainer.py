@@ -32,6 +32,7 @@ from ..optim.param_groups import sparse_param_groups
 from ..optim.rcd.distributed import RCDProcessGroup, leave_to_process_group
 from ..optim.rcd.optimizer import RCDSparseOptimizer
 from ..optim.rcd.partial_gradients import PartialGradients
+from ..optim.saved_activations import compact_activations
 from ..optim.sharding import check_ranks_agree
 from ..optim.sparse_compute import MAX_DENSITY, on_nonzeros
 from ..optim.sparse_init import sparsify_initialization_
@@ -149,7 +150,7 @@ class SparseTrainer(ShardingTrainer):
         """Train as `Trainer` does, computing on the nonzeros once that is faster."""
         try:
             with ExitStack() as self._training:
-                self._use_nonzeros(self.model)
+                self._enter_computing(self.model)
                 return super().train(*args, **kwargs)
         finally:
             self._training = None
@@ -162,7 +163,7 @@ class SparseTrainer(ShardingTrainer):
         model = super().call_model_init(trial)
         self._copy_teacher(model, self.args)
         if self._training is not None:
-            self._use_nonzeros(model)
+            self._enter_computing(model)
         return model
 
     def _copy_teacher(self, model: nn.Module | None, args: SparseTrainingArguments) -> None:
@@ -193,15 +194,25 @@ class SparseTrainer(ShardingTrainer):
             loss = (1 - weight) * loss + weight * kl
         return (loss, outputs) if return_outputs else loss
 
-    def _use_nonzeros(self, model: nn.Module | None) -> None:
+    def _enter_computing(self, model: nn.Module | None) -> None:
+        """Compute, and keep activations, as the settings say until training ends."""
         # Partial gradients bring their own way of doing so; on other devices and in compiled code
         # it would only have every layer traced anew.
         wanted = self.args.compute_on_nonzeros and self.args.sparsifier != "rcd"
         wanted = wanted and self.args.device.type == "cpu" and not self.args.torch_compile
         # With FSDP weights are whole for a layer's moment alone.
         wanted = wanted and not self.is_fsdp_enabled
-        if wanted and isinstance(model, nn.Module):
+        if not isinstance(model, nn.Module):
+            return
+        if wanted:
             self._training.enter_context(on_nonzeros(model))
+        if self.args.compact_activations:
+            if self.is_fsdp_enabled:  # by Accelerate's own config
+                raise ValueError(
+                    "compact_activations=True was passed, but training is sharded by FSDP, which "
+                    "keeps activations its own way; leave one of them out."
+                )
+            self._training.enter_context(compact_activations(model))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer copies what it knows of a checkpoint to where it pushes from; the model's code,

@@ -209,3 +209,64 @@ void zero_below(float *a, int64_t n, uint32_t threshold) {
     uint32_t *bits = (uint32_t *)a;
     for (int64_t j = 0; j < n; j++) bits[j] = (bits[j] & MAGNITUDE) >= threshold ? bits[j] : 0;
 }
+
+/* ---------------------------------------------------------------- entries and bits
+ *
+ * What autograd keeps of a vector with many zeros: a bit for every entry, LANES of them to a word,
+ * and the entries that have one.
+ */
+
+/* Takes the entries that are not 0, or with a mask, a byte each, those where it is not; returns how
+ * many. bits: ceil(n / LANES) words; LANES places behind the values may be written. */
+int64_t pack(const float *x, const uint8_t *mask, int64_t n, uint16_t *bits, float *values) {
+    int64_t taken = 0;
+    for (int64_t j = 0; j < n; j += LANES, bits++) {
+        const int64_t size = j + LANES < n ? LANES : n - j;
+        uint16_t word = 0;
+#ifdef __AVX512BW__
+        if (size == LANES) {
+            const __m512 v = _mm512_loadu_ps(x + j);
+            if (mask) {
+                const __m128i bytes = _mm_loadu_si128((const void *)(mask + j));
+                const __m512i wide = _mm512_cvtepu8_epi32(bytes);
+                word = _mm512_test_epi32_mask(wide, wide);
+            } else {
+                word = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+            }
+            _mm512_storeu_ps(values + taken, _mm512_maskz_compress_ps(word, v));
+            taken += __builtin_popcount(word);
+            *bits = word;
+            continue;
+        }
+#endif
+        for (int64_t lane = 0; lane < size; lane++) {
+            const int take = mask ? mask[j + lane] != 0 : x[j + lane] != 0;
+            values[taken] = x[j + lane];
+            word |= (uint16_t)(take << lane);
+            taken += take;
+        }
+        *bits = word;
+    }
+    return taken;
+}
+
+/* Puts the values back to where the bits are, and 0 elsewhere. Returns how many there were. */
+int64_t unpack(const uint16_t *bits, const float *values, int64_t n, float *x) {
+    int64_t taken = 0;
+    for (int64_t j = 0; j < n; j += LANES, bits++) {
+        const int64_t size = j + LANES < n ? LANES : n - j;
+#ifdef __AVX512F__
+        if (size == LANES) { /* reads nothing beyond what it puts back */
+            _mm512_storeu_ps(x + j, _mm512_maskz_expandloadu_ps(*bits, values + taken));
+            taken += __builtin_popcount(*bits);
+            continue;
+        }
+#endif
+        for (int64_t lane = 0; lane < size; lane++) {
+            const int take = *bits >> lane & 1;
+            x[j + lane] = take ? values[taken] : 0;
+            taken += take;
+        }
+    }
+    return taken;
+}
