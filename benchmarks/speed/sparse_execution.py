@@ -67,18 +67,18 @@ def _forward(dense: CircuitGPTForCausalLM, sparse: CircuitGPTForCausalLM, quick:
         device=device,
     )
     with plainly(dense):
-        shares = {"plain": _shares(dense, ids)}
-    shares["ours, dense"] = _shares(dense, ids)
-    shares["ours, on the nonzeros"] = _shares(sparse, ids)
+        of_which = {"plain": shares(dense, ids)}
+    of_which["ours, dense"] = shares(dense, ids)
+    of_which["ours, on the nonzeros"] = shares(sparse, ids)
     with without_kernels():
-        shares["the same without kernels"] = _shares(sparse, ids)
+        of_which["the same without kernels"] = shares(sparse, ids)
     rows = [
         {
             "implementation": name,
             "ms": timing,
             "plain / this": ratio(times["plain"], timing),
             "ours dense / this": ratio(times["ours, dense"], timing),
-            "of which": shares[name],
+            "of which": of_which[name],
         }
         for name, timing in times.items()
     ]
@@ -90,7 +90,7 @@ def _forward(dense: CircuitGPTForCausalLM, sparse: CircuitGPTForCausalLM, quick:
     )
 
 
-def _shares(model: nn.Module, ids: torch.Tensor) -> str:
+def shares(model: nn.Module, ids: torch.Tensor) -> str:
     """What share of a forward pass each kind of module takes, without what lies within it."""
     spent: dict[str, float] = defaultdict(float)
     open_: list[list[float]] = []

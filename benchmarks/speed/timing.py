@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -72,8 +73,10 @@ def settings(experiment: Experiment) -> tuple[str, torch.dtype, bool]:
     return options.device, getattr(torch, options.dtype), options.quick
 
 
-def main(run: Callable[[Experiment], str], description: str | None, name: str) -> None:
-    """The command line of one benchmark."""
+def main(
+    run: Callable[[Experiment], str], description: str | None, name: str, **options: Any
+) -> None:
+    """The command line of one benchmark, which may have options of its own."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
     def on_this_machine(experiment: Experiment) -> str:
@@ -83,5 +86,5 @@ def main(run: Callable[[Experiment], str], description: str | None, name: str) -
     folder = "runs/benchmark"
     Experiment.main(
         on_this_machine, description, name, folder, folder,
-        device=str(found or "cpu"), dtype="float32", quick=False,
+        device=str(found or "cpu"), dtype="float32", quick=False, **options,
     )  # fmt: skip

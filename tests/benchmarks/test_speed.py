@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.experiment import Experiment, stored, table
 from benchmarks.speed import __main__ as speed
-from benchmarks.speed import circuits, rcd_memory, timing, training_step, width
+from benchmarks.speed import circuits, growth, memory, rcd_memory, timing, training_step
 from benchmarks.speed.plain import plainly, project_plain_, random_sparse_model
 from benchmarks.speed.timing import Timing, interleaved, ratio
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
@@ -67,21 +67,53 @@ def test_all_ways_to_train_take_the_same_step():
     assert torch.equal(weight, reference)
 
 
-def test_the_report_holds_every_section_and_the_picture(tmp_path, monkeypatch):
+def test_the_report_holds_every_section_and_picture_for_every_number_of_threads(
+    tmp_path, monkeypatch
+):
     pytest.importorskip("matplotlib")
+    seen = []
 
-    def one_width(d_model, *_):
-        times = {name: Timing((d_model / 1e5, d_model / 9e4)) for name in width.STYLES}
-        return {"d_model": d_model, "entries": 24 * d_model**2, "nonzeros": 100, "times": times}
+    def one_size(shape, by_layer, *_):
+        seen.append(torch.get_num_threads())
+        seconds = (shape["d_model"] ** 2 / 1e5, shape["d_model"] ** 2 / 9e4)
+        names = {**growth.STYLES, **(growth.LINEAR if by_layer else {})}
+        times = {name: Timing(seconds) for name in names}
+        return {"nonzeros": 100, "times": times, "shares": "attention 60 %, norm 30 %, rest 10 %"}
 
-    monkeypatch.setattr(speed, "SECTIONS", {"One": speed.projection, "Two": width, "3": circuits})
-    monkeypatch.setattr(width, "measure", one_width)
-    monkeypatch.setattr(sys, "argv", ["x", "--quick", "--results", str(tmp_path)])
-    timing.main(speed.run, speed.__doc__, "speed")
+    monkeypatch.setattr(speed, "SECTIONS", {"One": speed.projection, "Two": growth, "3": circuits})
+    monkeypatch.setattr(growth, "measure", one_size)
+    argv = ["x", "--quick", "--results", str(tmp_path), "--threads", "1", "2"]
+    monkeypatch.setattr(sys, "argv", argv)
+    before = torch.get_num_threads()
+    timing.main(speed.run, speed.__doc__, "speed", threads=(1,))
+    assert torch.get_num_threads() == before and set(seen) == {1, 2}
     text = (tmp_path / "speed.md").read_text(encoding="utf-8")
-    assert text.index("## One") < text.index("| 1/1000 |") < text.index("## Two")
-    assert "CircuitGPT, d_model 32" in text.split("## 3")[1]
-    assert "![Time against width](speed.png)" in text and (tmp_path / "speed.png").is_file()
+    for count, part in enumerate(text.split(" thread(s)\n\n")[1:], 1):
+        assert part.index("## One") < part.index("| 1/1000 |") < part.index("## Two")
+        assert "| width | 2.00 (2.00) |" in part and "attention 60 %, norm 30 % |" in part
+        assert "CircuitGPT, d_model 32" in part.split("## 3")[1]
+        picture = f"speed_threads_{count}.png"
+        assert f"![Time of a forward pass]({picture})" in part and (tmp_path / picture).is_file()
+
+
+def test_what_grows_is_measured_on_the_same_model_both_ways():
+    axis = growth.axes(quick=True)[0]
+    found = growth.measure(axis.shape(64), True, "cpu", torch.float32, 1)
+    assert set(found["times"]) == {*growth.STYLES, *growth.LINEAR} and found["nonzeros"] > 0
+    assert "attention" in found["shares"]
+
+
+def test_less_memory_is_held_where_zeros_are_left_out():
+    plain, ours, compact = (
+        memory.training(side, 64, 2, 4, 64, torch.get_num_threads())["held"]
+        for side in memory.SIDES
+    )
+    assert plain == ours == compact > 0
+    row = memory._rows({"d_model": "64"}, {"at once": {
+        "plain": {"seconds": 2.0, "held": 1e6, "peak": 5e6},
+        "ours": {"seconds": 1.0, "held": 1e6, "peak": 2e6},
+    }})[1]  # fmt: skip
+    assert row["plain / this"] == "2.5 ×" and row["plain / this, less held"] == "4.0 ×"
 
 
 def test_training_on_nonzeros_holds_less():
@@ -95,5 +127,5 @@ def test_training_on_nonzeros_holds_less():
 @pytest.mark.slow
 def test_all_benchmarks_run_at_small_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--quick", "--results", str(tmp_path)])
-    timing.main(speed.run, speed.__doc__, "speed")
+    timing.main(speed.run, speed.__doc__, "speed", threads=(1,))
     assert all(f"## {title}" in (tmp_path / "speed.md").read_text() for title in speed.SECTIONS)
