@@ -7,6 +7,7 @@ from .rcd.distributed import RCDProcessGroup
 from .rcd.forward_mode import add_forward_gradients, directional_derivative
 from .rcd.optimizer import RCDSparseOptimizer
 from .rcd.partial_gradients import PartialGradients
+from .saved_activations import compact_activations
 from .schedules import geometric_density, linear_density, sharkfin
 from .sparse_compute import on_nonzeros
 from .sparse_init import sparse_from_config, sparsify_initialization_
@@ -21,6 +22,7 @@ __all__ = [
     "TopKAdamW",
     "WeightMask",
     "add_forward_gradients",
+    "compact_activations",
     "directional_derivative",
     "extract_mask",
     "geometric_density",

@@ -126,9 +126,9 @@ def compact_activations(model: nn.Module) -> Iterator[None]:
 
     The forward pass must be within it, and where layers are checkpointed the backward pass, too.
     Losses are the same to the bit, gradients to the rounding of an activation function's
-    derivative, and cannot be differentiated again (a `RuntimeError`); it takes time and saves memory
-    (`benchmarks/speed/memory.py`). Tensors of other dtypes, small ones, and those that are mostly
-    not zero are kept as they are, as are parameters and buffers.
+    derivative; they cannot be differentiated again (a `RuntimeError`). It takes time and saves
+    memory (`benchmarks/speed/memory.py`). Tensors of other dtypes, small ones, and those that are
+    mostly not zero are kept as they are, as are parameters and buffers.
     """
     kept = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     # Several layers may read, and keep, one tensor: by the tensor that owns the memory.

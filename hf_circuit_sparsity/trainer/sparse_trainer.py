@@ -1,7 +1,6 @@
 """The Hugging Face `Trainer` for weight-sparse models."""
 
 import logging
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from inspect import signature
@@ -20,13 +19,10 @@ from transformers import (
     TrainerCallback,
     TrainerState,
 )
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from ..hub_cards.card import MARK
-from ..modeling.causal_lm import NONZEROS_NAME, saving_nonzeros, weights_file
-from ..modeling.csr import CSR
-from ..modeling.sparse_checkpoint import named_weights, read_weights
 from ..modeling.sparse_layers import sparse_layers
 from ..optim.param_groups import sparse_param_groups
 from ..optim.rcd.distributed import RCDProcessGroup, leave_to_process_group
@@ -39,16 +35,15 @@ from ..optim.sparse_init import sparsify_initialization_
 from ..optim.sparse_optimizer import SparseOptimizer
 from ..optim.topk_adamw import TopKAdamW
 from .callbacks import SparsityMonitor
-from .checkpoints import reading
 from .distillation import as_teacher, kl_to_teacher
 from .model_card import model_card, numbers_of_run
-from .sharded_training import ShardingTrainer
+from .nonzero_checkpoints import NonzeroCheckpointTrainer
 from .sparse_config import SparseTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
-class SparseTrainer(ShardingTrainer):
+class SparseTrainer(NonzeroCheckpointTrainer):
     """`Trainer` whose optimizer keeps the weights sparse.
 
     Trains any model with `nn.Linear`, `Conv1D` or `nn.Embedding` layers. The optimizer's own step
@@ -214,14 +209,6 @@ class SparseTrainer(ShardingTrainer):
                 )
             self._training.enter_context(compact_activations(model))
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer copies what it knows of a checkpoint to where it pushes from; the model's code,
-        # without which nobody loads it, and the nonzeros of another's are not among that.
-        folder = Path(checkpoint_folder)
-        for path in (*folder.glob("*.py"), *folder.glob(NONZEROS_NAME)):
-            shutil.copy(path, Path(self.args.output_dir) / path.name)
-        super()._push_from_checkpoint(checkpoint_folder)
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer unless there is one already; see `Trainer`."""
         opt_model = self.model if model is None else model
@@ -311,59 +298,6 @@ class SparseTrainer(ShardingTrainer):
         """`nonzeros` and `nonzero_fraction` of the sparse weights as they are now."""
         counts = self._new_monitor(self.accelerator.unwrap_model(self.model)).measure()
         return {name: counts[name] for name in ("nonzeros", "nonzero_fraction")}
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # What is held as nonzeros is also written as such: it would not fit into memory otherwise.
-        if state_dict is not None or not self._holds_nonzeros():
-            return super()._save(output_dir, state_dict)
-        with saving_nonzeros(self.model):
-            return super()._save(output_dir)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        self._check_sparsifier_of(resume_from_checkpoint)
-        if model is None and self._holds_nonzeros():
-            self._load_nonzeros(resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _check_sparsifier_of(self, checkpoint: str) -> None:
-        """Raise ValueError if it was trained with another sparsifier, before anything is loaded."""
-        path = Path(checkpoint) / OPTIMIZER_NAME
-        if self.optimizer is not None or self.optimizer_cls_and_kwargs or not path.is_file():
-            return
-        with reading(checkpoint):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        is_rcd, asked = "block_fraction" in state["param_groups"][0], self.args.sparsifier
-        if is_rcd != (asked == "rcd"):
-            raise ValueError(
-                f"{checkpoint} was trained {'with' if is_rcd else 'without'} sparsifier='rcd', this"
-                f" run asks for {asked!r}: resume with that of the checkpoint, or start a run from "
-                "its weights."
-            )
-
-    def _load_best_model(self) -> None:
-        if self._holds_nonzeros():
-            self._load_nonzeros(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
-
-    @torch.no_grad()
-    def _load_nonzeros(self, folder: str) -> None:
-        # In place: parameters stay the objects they are, and no matrix is made dense.
-        weights = read_weights(weights_file(folder), self.model)
-        for name, target in named_weights(self.model):
-            weight = weights[name]
-            stored_sparse = isinstance(weight, CSR)
-            if isinstance(target, CSR):
-                layer = self.model.get_submodule(name.removesuffix(".weight"))
-                layer.assign(weight if stored_sparse else CSR.from_dense(weight))
-            else:
-                target.copy_(weight.to_dense() if stored_sparse else weight)
-
-    def _holds_nonzeros(self) -> bool:
-        return isinstance(self.model, PreTrainedModel) and bool(sparse_layers(self.model))
 
     def _training_steps(self) -> int:
         # Trainer has counted them by the time it builds the optimizer for train().
