@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels.cpu import compiled_kernels
 from .ablation import TOKENS, at_the_answer, hooked, hooked_sites, recorded_sites
 from .collapse import Collapse
 from .task_scores import TaskTensors, next_token_logits, pair_logits
@@ -163,6 +164,10 @@ def gate_hook(site: str, gates: Mapping[str, Tensor], center: Tensor) -> Callabl
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         gate, mean = gates[site].to(output.device), center.to(output)
+        learned = site != TOKENS and mean.dim() == 1 and gate.dtype is not torch.bool
+        if learned and (kernels := compiled_kernels(output, gate, mean)):
+            by_gate = output.reshape(len(gate), -1, output.shape[-1])
+            return kernels.differentiable_gates(by_gate, gate, mean).view(output.shape)
         by_row = output.unflatten(0, (len(gate), -1))  # (k, rows, tokens, width)
         mean = mean.unflatten(0, (len(gate), -1)) if mean.dim() > 1 else mean
         if site == TOKENS:

@@ -18,6 +18,7 @@ from .attention import AttentionKernels
 from .calling import takes
 from .compile import SWITCH, build, warn_that_there_are_none
 from .decode import DecodeKernels
+from .gates import GateKernels
 from .products import ProductKernels
 from .selection import SelectionKernels
 
@@ -29,7 +30,7 @@ logger = logging.get_logger(__name__)
 _switched_off = False
 
 
-class CpuKernels(SelectionKernels, ProductKernels, AttentionKernels, DecodeKernels):
+class CpuKernels(SelectionKernels, ProductKernels, AttentionKernels, DecodeKernels, GateKernels):
     """All kernels; `load_kernels` makes the one instance."""
 
 
