@@ -8,12 +8,14 @@ it is added to the dense model's stream after that MLP, at every token.
 
 Directions of every kind are chosen alike, on training prompts: the few that promise most to
 first order are followed as far as a price allows, KL(unsteered ‖ steered) on unrelated Python, and
-the one that turns the answer most is measured on held-out prompts. The controls are as many neurons
-of the sparse model outside its circuit, layer by layer as many, drawn at random; and, without any
-sparse model, the dense model's own circuit, all of its neurons, and the difference of means of its
-stream.
+the one that turns the answer most is measured on held-out prompts. The sparse circuit's neurons are
+tried as the sparse model has them, and as the dense model does, which gave them their places. The
+controls are as many neurons of the same model outside the circuit, layer by layer as many, drawn at
+random; and, without any sparse model, the dense model's own circuit, all of its neurons, and the
+difference of means of its stream.
 """
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -39,11 +41,12 @@ from hf_circuit_sparsity.circuits.circuit import Circuit
 from hf_circuit_sparsity.circuits.task_scores import TaskTensors
 from hf_circuit_sparsity.commands.console import say
 from hf_circuit_sparsity.decoders.decoder import decoder_of
+from hf_circuit_sparsity.files import write_json
 from hf_circuit_sparsity.tasks.binary_task import BinaryTask
 from hf_circuit_sparsity.tasks.load import load_task
 from hf_circuit_sparsity.tasks.packing import spread_sample
 
-from ..experiment import Experiment, machine, mean, stored, table
+from ..experiment import Experiment, machine, mean, table
 from .pretrained import DENSE, SPARSE, blocks, load
 
 ROWS = 32  # prompts of each split
@@ -94,10 +97,13 @@ def directions(
         for name in (DENSE, SPARSE)
     )
     draw = random.Random(0)
-    kinds = {"sparse circuit's neurons": neuron_shifts(sparse, rows, found)}
-    for i in range(DRAWS):
-        control = neuron_shifts(sparse, rows, outside(found, width, draw))
-        kinds[f"as many other neurons of the sparse model, draw {i}"] = control
+    draws = [outside(found, width, draw) for _ in range(DRAWS)]
+    kinds = {}
+    for model, has in ((sparse, "sparse"), (dense, "dense")):
+        kinds[f"sparse circuit's neurons, in the {has} model"] = neuron_shifts(model, rows, found)
+        for i, others in enumerate(draws):
+            name = f"as many others in the {has} model, draw {i}"
+            kinds[name] = neuron_shifts(model, rows, others)
     kinds["dense circuit's neurons"] = neuron_shifts(dense, rows, own)
     everything = {i: range(width) for i in range(depth)}
     kinds["all neurons of the dense model"] = neuron_shifts(dense, rows, everything)
@@ -105,31 +111,34 @@ def directions(
     return kinds
 
 
-def steer(folder: Path, name: str) -> list[dict[str, Any]]:
-    """One line per answer and kind of direction."""
+def steer(folder: Path, name: str) -> None:
+    """Measure every answer and kind of direction that was not measured before."""
     dense, tokenizer = load(folder, DENSE)
     task = load_task(name, tokenizer, n_train=256, n_test=128)
     text = torch.tensor(spread_sample(blocks(folder, tokenizer)["validation"], 4)["input_ids"])
     text = text[:, :128]
-    lines = []
     for target in sorted(set(task.test["target_id"])):
         rows = answer_rows(task, "train", target, ROWS)
         same = tokens_beginning_alike(tokenizer, rows)
         row = next(r for r in task.test if r["target_id"] == target)
+        about = {"task": name, "answer": row["target"], "other": row["counterfactual_target"]}
         gradients = margin_gradients(decoder_of(dense), rows)
         for kind, shifts in directions(folder, task, rows, dense, target).items():
+            path = _path(folder, name) / f"{target} {kind}.json"
+            if path.is_file():
+                continue
+            say(f"  {name}, {row['target']!r}, {kind}")
             shifts.sort(key=lambda s: -float(s.vector @ gradients[s.location]))
             found = best_at_price(
                 dense, task, target, shifts[:TRIED], text, PRICE, rows=ROWS, same=same
             )
             figures = {k: v for k, v in asdict(found).items() if k != "shift"}
-            say(f"  {name}, {row['target']!r}, {kind}: {found.other_probability:.3f}")
-            lines.append({
-                "task": name, "answer": row["target"], "other": row["counterfactual_target"],
-                "kind": kind, "pool": len(shifts), "location": found.shift.location,
-                "channel": found.shift.channel, **figures,
-            })  # fmt: skip
-    return lines
+            place = {"location": found.shift.location, "channel": found.shift.channel}
+            write_json(path, {**about, "kind": kind, "pool": len(shifts), **place, **figures})
+
+
+def _path(folder: Path, task: str) -> Path:
+    return folder / "measured" / "steering" / task
 
 
 def report(lines: Sequence[dict[str, Any]]) -> str:
@@ -137,22 +146,22 @@ def report(lines: Sequence[dict[str, Any]]) -> str:
     rows = []
     for key in dict.fromkeys((line["task"], line["answer"]) for line in lines):
         ours = [line for line in lines if (line["task"], line["answer"]) == key]
-        controls = [line["other_probability"] for line in ours if "draw" in line["kind"]]
         first = ours[0]
         row = {
             "task": key[0],
             "steered": f"`{first['answer']!r}` → `{first['other']!r}`",
             "unsteered": f"{first['unsteered_probability']:.3f}",
         }
-        for line in ours:
-            if "draw" not in line["kind"]:
-                where = location_name(line["location"])
-                row[line["kind"]] = f"{line['other_probability']:.3f} (after {where})"
-            elif line["kind"].endswith("draw 0"):
-                row["as many others of the sparse model, mean (range)"] = (
-                    f"{mean(controls):.3f} ({min(controls):.3f}–{max(controls):.3f})"
-                )
-        row["neurons to choose from"] = f"{first['pool']}"
+        for kind in dict.fromkeys(line["kind"].partition(", draw ")[0] for line in ours):
+            of_kind = [line for line in ours if line["kind"].partition(", draw ")[0] == kind]
+            reached = [line["other_probability"] for line in of_kind]
+            row[kind] = (
+                f"{mean(reached):.3f} ({min(reached):.3f}–{max(reached):.3f})"
+                if len(reached) > 1
+                else f"{reached[0]:.3f} (after {location_name(of_kind[0]['location'])})"
+            )
+        pools = [line["pool"] for line in ours if line["kind"].startswith("sparse circuit")]
+        row["the circuit's neurons"] = f"{max(pools, default=0)}"
         rows.append(row)
     return table(rows)
 
@@ -161,13 +170,14 @@ def run(experiment: Experiment) -> str:
     """Measure what is not there yet; returns the report."""
     folder, options = experiment.folder, experiment.options
     torch.set_num_threads(options.threads)
-    lines = []
+    lines: list[dict[str, Any]] = []
     for name in options.tasks:
-        path = folder / "measured" / f"steering_{name}.json"
-        if path.is_file() or not experiment.stored_only:
+        if not experiment.stored_only:
             # Products in bfloat16, as in the searches: less than half the time.
             with torch.autocast("cpu", torch.bfloat16):
-                lines += stored(path, lambda name=name: steer(folder, name))
+                steer(folder, name)
+        paths = sorted(_path(folder, name).glob("*.json"))
+        lines += [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return "\n\n".join([
         "# Steering SmolLM2 by what its sparse descendant says",
         __doc__.strip().split("\n\n", 1)[1],
@@ -182,5 +192,5 @@ def run(experiment: Experiment) -> str:
 if __name__ == "__main__":
     Experiment.main(
         run, __doc__, "pretrained_steering", "runs/pretrained", threads=2,
-        tasks=("single_double_quote", "var_if"),
+        tasks=("single_double_quote",),
     )  # fmt: skip

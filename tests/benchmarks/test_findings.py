@@ -228,8 +228,8 @@ def test_neurons_are_followed_by_what_they_write_and_controls_are_others():
         "task": "on_off", "answer": " yes", "other": " no", "unsteered_probability": 0.0,
         "pool": 1, "location": 4,
     }  # fmt: skip
-    kinds = {"neurons": 0.9, "others, draw 0": 0.1, "others, draw 1": 0.3}
+    kinds = {"sparse circuit's": 0.9, "others, draw 0": 0.1, "others, draw 1": 0.3}
     lines = [{**line, "kind": kind, "other_probability": p} for kind, p in kinds.items()]
-    assert "| 0.900 (after layer 1 MLP) | 0.200 (0.100–0.300) | 1 |" in (
-        pretrained_steering.report(lines)
-    )
+    text = pretrained_steering.report(lines)
+    assert "| sparse circuit's | others | the circuit's neurons |" in text
+    assert "| 0.900 (after layer 1 MLP) | 0.200 (0.100–0.300) | 1 |" in text
