@@ -5,7 +5,7 @@ between node sites reads only the nodes that may be open, and the rest of its pr
 bias; what only writes nodes that are shut anyway is not computed; an attention or MLP none of whose
 writes are open is a constant as a whole. This is exact, up to the order of additions, for every
 forward pass whose gates are shut outside the nodes named: the hooks that ablate are the reference,
-and stay in place.
+and stay in place. Attention is computed for the heads that count ([`collapsed_attention`]).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +19,7 @@ from ..decoders.decoder import Decoder, decoder_of
 from ..decoders.hooks import temporary_hooks
 from ..decoders.layer import Projection
 from .ablation import unwrapped
+from .collapsed_attention import OpenHeads, attending, open_heads
 
 Forward = Callable[..., Tensor | tuple]
 
@@ -47,6 +48,7 @@ class Collapse:
         self.live = {site: live[site] for site in sites if site in live}
         self._open = sum(int(mask.sum()) for mask in self.live.values())
         self._forwards: dict[nn.Module, Forward] = {}
+        self._heads: dict[nn.Module, OpenHeads] = {}
         # AbsTopK compares a node with all others of its site, so all of them are computed, unless
         # all are shut.
         selects = {name for name, site in sites.items() if getattr(site, "k", None) is not None}
@@ -59,6 +61,9 @@ class Collapse:
                 if narrow is not None:
                     self._forwards[projection.module] = narrow
             for i, layer in enumerate(decoder.layers):
+                heads = open_heads(decoder, i, self.live)
+                if heads is not None:
+                    self._heads[layer.attention] = heads
                 for part, module, norm in (
                     ("attn", layer.attention, layer.attn_norm),
                     ("mlp", layer.mlp, layer.mlp_norm),
@@ -83,7 +88,8 @@ class Collapse:
         try:
             for module, forward in self._forwards.items():
                 module.forward = forward
-            with temporary_hooks([]):  # a compiled forward pass would not know of it
+            # A compiled forward pass would not know of it.
+            with temporary_hooks([]), attending(self._heads):
                 yield
         finally:
             for module, own in before.items():
