@@ -216,12 +216,15 @@ def test_checkpointing_of_whole_layers_goes_with_it(tiny_config):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-8)
 
 
-def test_a_training_run_is_the_same(tiny_config, make_trainer):
+@pytest.mark.parametrize("sparsifier", ["topk", "rcd"])
+def test_a_training_run_is_the_same(tiny_config, make_trainer, sparsifier):
     ends = []
     for compact in (False, True):
         torch.manual_seed(0)
-        model = CircuitGPTForCausalLM(tiny_config)
-        trainer = make_trainer(model, name=f"run-{compact}", compact_activations=compact)
+        trainer = make_trainer(
+            CircuitGPTForCausalLM(tiny_config), name=f"run-{compact}",
+            compact_activations=compact, sparsifier=sparsifier,
+        )  # fmt: skip
         trainer.train()
         ends.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert len(ends[0]) == 12 and ends[1] == pytest.approx(ends[0], rel=1e-4)
