@@ -54,6 +54,16 @@ def test_the_badges_tell_the_truth():
     assert shown == expected
 
 
+def test_the_version_is_dated_and_the_same_everywhere():
+    (version,) = re.findall(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    released = re.findall(
+        r"^## (\S+) - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    assert released[0][0] == version
+    cited = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {version}\n" in cited and f"\ndate-released: {released[0][1]}\n" in cited
+
+
 def test_the_first_lines_load_print_and_open_a_circuit(blocks, monkeypatch, capsys):
     opened = []
     monkeypatch.setattr(webbrowser, "open", opened.append)
