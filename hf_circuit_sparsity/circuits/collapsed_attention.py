@@ -1,8 +1,8 @@
 """Attention of the heads that count, where the others are fixed at their means.
 
 A head whose values are all shut writes the same at every token: its mean value times the sum of
-its weights. That sum is 1, or with a sink, where queries and keys are shut too, depends on the number
-of tokens seen alone. So such heads need no scores.
+its weights. That sum is 1, or with a sink, where queries and keys are shut too, depends on how many
+tokens are seen. So such heads need no scores.
 """
 
 from collections.abc import Iterator, Mapping
