@@ -17,6 +17,7 @@ difference of means of its stream.
 
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -124,7 +125,7 @@ def steer(folder: Path, name: str) -> None:
         about = {"task": name, "answer": row["target"], "other": row["counterfactual_target"]}
         gradients = margin_gradients(decoder_of(dense), rows)
         for kind, shifts in directions(folder, task, rows, dense, target).items():
-            path = _path(folder, name) / f"{target} {kind}.json"
+            path = _path(folder, name) / f"{target}_{re.sub(r'[^a-z0-9]+', '_', kind)}.json"
             if path.is_file():
                 continue
             say(f"  {name}, {row['target']!r}, {kind}")
