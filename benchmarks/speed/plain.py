@@ -72,8 +72,10 @@ def random_sparse_model(
             std = max(1.0, density * width) ** -0.5  # so that activations keep their size
             if density < 1:
                 count = max(1, round(density * tensor.numel()))
-                place = torch.randint(tensor.numel(), (count,), generator=generator)
-                tensor.zero_().view(-1)[place] = std * torch.randn(count, generator=generator)
+                # Of places drawn twice, which value stays would depend on the threads.
+                place = torch.randint(tensor.numel(), (count,), generator=generator).unique()
+                values = std * torch.randn(len(place), generator=generator)
+                tensor.zero_().view(-1)[place] = values
             else:
                 tensor.normal_(std=std, generator=generator)
         elif ".ln_" in name and name.endswith("weight"):
