@@ -4,7 +4,6 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 """
 
 import gc
-import os
 import signal
 import sys
 import threading
@@ -254,9 +253,6 @@ def _parse(context: Context, classes: tuple[type, ...]) -> tuple[Any, ...]:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    # Threads of OpenMP that wait by spinning take the core from the kernels' (docs/speed.md). It is
-    # read when torch is imported, which no command has done yet.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with _stopped_by_schedulers():
             app(argv, prog_name="hf-circuit-sparsity")

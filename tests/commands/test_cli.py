@@ -1,7 +1,6 @@
 """The commands as a person calls them, at the size of a test."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -319,20 +318,6 @@ def test_a_mistyped_word_is_answered_with_the_right_one(argv, expected, capsys):
     assert main(argv) == 2
     said = capsys.readouterr().err
     assert expected in said and len(said.splitlines()) < 6
-
-
-def test_threads_of_torch_wait_without_spinning_unless_told(monkeypatch):
-    """By the time torch is imported; a person's own choice stays."""
-    read = (
-        "import os, sys; from hf_circuit_sparsity.cli import main; main(['--version']); "
-        "print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
-    )
-    for given, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
-        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-        environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
-        command = [sys.executable, "-c", read]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        assert done.stdout.split()[-2:] == ["False", expected]
 
 
 def test_version_and_completion(capsys, monkeypatch):
