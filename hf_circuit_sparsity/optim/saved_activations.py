@@ -106,9 +106,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     """A boolean vector as bits, uint8 `(entries / 8,)`, lowest first."""
     if mask.device.type == "cpu":
         return torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
-    padded = nn.functional.pad(mask.byte(), (0, -len(mask) % 8)).view(-1, 8)
-    places = torch.arange(8, device=mask.device, dtype=torch.uint8)
-    return (padded << places).sum(-1, dtype=torch.uint8)
+    return pack_bits_reference(mask)
 
 
 def unpack_bits(bits: Tensor, n: int) -> Tensor:
@@ -116,6 +114,18 @@ def unpack_bits(bits: Tensor, n: int) -> Tensor:
     if bits.device.type == "cpu":
         unpacked = np.unpackbits(bits.numpy(), count=n, bitorder="little")
         return torch.from_numpy(unpacked).view(torch.bool)
+    return unpack_bits_reference(bits, n)
+
+
+def pack_bits_reference(mask: Tensor) -> Tensor:
+    """[`pack_bits`] by torch alone, as on other devices than the CPU."""
+    padded = nn.functional.pad(mask.byte(), (0, -len(mask) % 8)).view(-1, 8)
+    places = torch.arange(8, device=mask.device, dtype=torch.uint8)
+    return (padded << places).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits_reference(bits: Tensor, n: int) -> Tensor:
+    """[`unpack_bits`] by torch alone."""
     places = torch.arange(8, device=bits.device, dtype=torch.uint8)
     return ((bits[:, None] >> places) & 1).bool().flatten()[:n]
 
@@ -164,7 +174,8 @@ class _CompactMLP:
         mlp = self.mlp
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (mlp.act_fn, mlp.post_act))
         k = mlp.post_act.k
-        if k is None or k >= mlp.post_act.width or hooked or torch.compiler.is_compiling():
+        whole = k is None or k >= mlp.post_act.width
+        if whole or hooked or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return type(mlp).forward(mlp, x)
         neurons = _ActivationTopK.apply(mlp.c_fc(mlp.act_in(x)), mlp.act_fn, k)
         return mlp.resid_delta(mlp.dropout(mlp.c_proj(neurons)))
@@ -184,8 +195,7 @@ class _ActivationTopK(torch.autograd.Function):
             (mask,) = torch.autograd.grad(out, neurons, torch.ones_like(out))
             out, mask = out.detach(), mask.bool()
         ctx.act, ctx.shape = act, x.shape
-        # Without further hooks: both are compact already.
-        ctx.bits, ctx.values = pack(x.reshape(-1), mask.view(-1))
+        ctx.save_for_backward(*pack(x.reshape(-1), mask.view(-1)))
         return out
 
     @staticmethod
@@ -195,9 +205,9 @@ class _ActivationTopK(torch.autograd.Function):
                 "A gradient that can be differentiated again was asked for within "
                 "compact_activations, which keeps too little for that; ask for it outside."
             )
-        n = prod(ctx.shape)
-        _, grad = pack(grad.reshape(-1), unpack_bits(ctx.bits, n))
+        (bits, values), n = ctx.saved_tensors, prod(ctx.shape)
+        _, grad = pack(grad.reshape(-1), unpack_bits(bits, n))
         with torch.enable_grad():
-            x = ctx.values.requires_grad_()
+            x = values.detach().requires_grad_()
             (grad,) = torch.autograd.grad(ctx.act(x), x, grad)
-        return unpack(ctx.bits, grad, n).view(ctx.shape), None, None
+        return unpack(bits, grad, n).view(ctx.shape), None, None

@@ -14,7 +14,9 @@ from hf_circuit_sparsity.optim.saved_activations import (
     Compact,
     compact_activations,
     pack_bits,
+    pack_bits_reference,
     unpack_bits,
+    unpack_bits_reference,
 )
 
 pytestmark = pytest.mark.usefixtures("either_path")
@@ -47,10 +49,9 @@ def test_booleans_are_bits(n):
     compact = Compact.of(mask)
     assert compact.bits.numel() == -(-n // 8) and compact.values is None
     assert compact.dense().equal(mask)
-    # On other devices they are packed by torch's own operations; "meta" would not tell.
-    places = torch.arange(8, dtype=torch.uint8)
-    padded = nn.functional.pad(mask.byte(), (0, -n % 8)).view(-1, 8)
-    assert pack_bits(mask).equal((padded << places).sum(-1, dtype=torch.uint8))
+    # As on other devices.
+    assert pack_bits_reference(mask).equal(pack_bits(mask))
+    assert unpack_bits_reference(compact.bits, n).equal(mask)
     assert unpack_bits(compact.bits, n).dtype == torch.bool
 
 
@@ -194,6 +195,22 @@ def test_hooks_of_an_mlp_still_see_its_neurons(tiny_config):
     gradients(model, ids, compact=True)
     assert seen == [(1, 32, 64)] * 2
     assert "forward" not in vars(mlp)  # and nothing is left behind
+
+
+def test_an_evaluation_packs_nothing_and_a_backward_pass_lets_go(tiny_config, monkeypatch):
+    model, calls = CircuitGPTForCausalLM(tiny_config).train(), []
+    pack = saved_activations.pack
+    monkeypatch.setattr(saved_activations, "pack", lambda *args: (calls.append(1), pack(*args))[1])
+    ids = torch.arange(32)[None]
+    with compact_activations(model), torch.no_grad():
+        model(ids)
+    assert not calls
+    with compact_activations(model):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    assert calls
 
 
 def test_second_derivatives_are_refused_and_not_wrong(tiny_config):
