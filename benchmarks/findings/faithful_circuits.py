@@ -39,7 +39,7 @@ from ..experiment import Experiment, grouped, machine, mean, spread, stored, tab
 from .findings import SEARCHES, Loaded, loaded
 from .trained_models import FOLDER, training_summary
 
-BASE = replace(SEARCHES["dear"], max_steps=120, learning_rate=2e-2, num_seeds=1)
+BASE = replace(SEARCHES["brisk"], num_seeds=1)
 RESTS: dict[str, PruningConfig] = {
     "off": BASE,
     "random": replace(BASE, outside="random"),

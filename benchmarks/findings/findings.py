@@ -54,6 +54,7 @@ CONFIG = PruningConfig(
 # a price far below that masks stay open and the clean-up has most of the work.
 SEARCHES = {
     "quick": CONFIG,
+    "brisk": replace(CONFIG, node_penalty=1e-3, learning_rate=2e-2),
     "dear": replace(CONFIG, node_penalty=1e-3, max_steps=240),
     "dear, twice the updates": replace(CONFIG, node_penalty=1e-3, max_steps=480),
     "dearer": replace(CONFIG, node_penalty=3e-3, max_steps=240),

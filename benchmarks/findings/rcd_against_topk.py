@@ -1,144 +1,139 @@
-"""Circuits of models trained by random coordinate descent and by annealed top-k.
+"""Circuits of models trained by random coordinate descent and by annealed top-k, at equal loss.
 
-Same data, steps and number of nonzeros: size of circuits, what pruning seeds have in common, what
-noise on the weights does to them, and how they do on templates they were not found with. Every task
-is compared at one target loss: the lowest of those tried that circuits of both models reach on the
-prompts they are selected on.
+Same data and number of nonzeros; every model trained by RCD stops at the validation loss of its
+twin of the same seed. Of every task that both have learned the circuits of both are compared: size,
+checks of `verify_circuit`, what training seeds and pruning seeds have in common, what noise on the
+weights does, and unseen templates.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from hf_circuit_sparsity.circuits.circuit import Circuit
+from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
 from hf_circuit_sparsity.circuits.pruning.find import mean_jaccard
-from hf_circuit_sparsity.circuits.task_scores import all_pair_logits, binary_loss, fit_calibration
+from hf_circuit_sparsity.circuits.task_scores import (
+    all_pair_logits,
+    binary_loss,
+    fit_calibration,
+    task_rows,
+)
+from hf_circuit_sparsity.commands.console import say
 from hf_circuit_sparsity.decoders.decoder import decoder_of
 
-from ..experiment import Experiment, mean, stored, table
+from ..experiment import Experiment, grouped, machine, mean, spread, stored, table
 from .findings import (
-    CONFIG,
-    TARGETS,
+    COMPARED,
+    SEARCHES,
     edges_mean,
     frontier,
     learned_tasks,
     loaded,
-    lowest_common_target,
-    main,
     model_row,
-    smallest,
     stored_circuits,
     stored_tasks,
     task_for,
 )
+from .trained_models import FOLDER, training_summary
 
-MODELS = {"top-k": "topk-64-seed0", "RCD": "rcd-64-seed0"}
+SIDES = {"top-k": "topk-64", "RCD": "rcd-64"}
+SEARCH = "brisk"
+QUICK_CHECKS = {"prompts": 128, "random_circuits": 4, "subsets": 3, "supersets": 4}
 NOISE = (0.0, 0.05, 0.1, 0.2, 0.4)
 DRAWS = 3
 
 
 def run(experiment: Experiment) -> str:
     """Train, prune and compare what is not there yet; returns the report."""
-    folder, title = experiment.folder, "# Random coordinate descent against annealed top-k"
-    learned = {side: learned_tasks(name, folder, TARGETS[-1]) for side, name in MODELS.items()}
-    common = sorted(set.intersection(*map(set, learned.values())))
-    missing: list[str] = []
-    if experiment.stored_only:
-        measured = stored_tasks(list(MODELS.values()), common, folder)
-        missing, common = [t for t in common if t not in measured], measured
-    rows = {side: {t: frontier(name, t, folder) for t in common} for side, name in MODELS.items()}
-    targets = {t: lowest_common_target([of_side[t] for of_side in rows.values()]) for t in common}
-    common = [t for t in common if targets[t] is not None]
-    if not common:
-        return (
-            f"{title}\n\nNo task that both models learned has circuits of both yet. Not looked at: "
-            f"{', '.join(missing) or 'none'}."
-        )
-    noise: dict[str, dict[str, list[float]]] = {}
-    models = []
-    by_task: dict[str, dict[str, object]] = {
-        t: {"task": t, "target loss": f"{targets[t]:g}"} for t in common
-    }
-    for side, name in MODELS.items():
-        levels = [
-            stored(
-                folder / "measured" / name / "noise" / f"{t}-loss-{targets[t]:g}.json",
-                lambda name=name, t=t: _noise(name, t, targets[t], folder),
-            )
-            for t in common
-        ]
-        for part in ("model", "circuit"):
-            means = [mean(losses) for losses in zip(*(task[part] for task in levels), strict=True)]
-            noise[f"{part}, {side}"] = means
-        best = {t: smallest(rows[side][t], targets[t]) for t in common}
-        jaccard = {t: mean_jaccard(stored_circuits(name, t, targets[t], folder)) for t in common}
-        models.append(
-            {
-                **model_row(name, folder),
-                "tasks learned": len(learned[side]),
-                "edges, geometric mean": f"{edges_mean([b['edges'] for b in best.values()]):.1f}",
-                "nodes shared by seeds (Jaccard)": f"{mean(list(jaccard.values())):.2f}",
-                "circuit's loss, its prompts": (
-                    f"{mean([b['train_circuit_loss'] for b in best.values()]):.3f}"
-                ),
-                "unseen templates": f"{mean([b['circuit_loss'] for b in best.values()]):.3f}",
-            }
-        )
-        for task, line in by_task.items():
-            at = [str(r["edges"]) for r in rows[side][task] if r["target"] == targets[task]]
-            row = best[task]
-            line[f"{side}: edges"] = ", ".join(at)
-            line[f"{side}: shared"] = f"{jaccard[task]:.2f}"
-            line[f"{side}: loss"] = f"{row['train_circuit_loss']:.3f} → {row['circuit_loss']:.3f}"
-    noisy = [
-        {"noise": f"{level:g}", **{column: f"{noise[column][i]:.3f}" for column in sorted(noise)}}
-        for i, level in enumerate(NOISE)
+    folder, only_stored = experiment.folder, experiment.stored_only
+    seeds = [
+        seed
+        for seed in range(experiment.options.seeds)
+        if not only_stored or all(training_summary(_name(s, seed), folder) for s in SIDES)
     ]
-
-    def draw(axes: Any) -> None:
-        for side, colour in zip(MODELS, ("C0", "C1"), strict=True):
-            for part, style in (("model", "--s"), ("circuit", "-o")):
-                label = f"{part}, {side}"
-                axes.plot(NOISE, noise[label], f"{colour}{style}", label=label)
-        axes.axhline(0.693, color="C7", linewidth=0.8, linestyle=":")
-        axes.set(xlabel="noise on each weight, relative", ylabel="task loss, nats")
-        axes.set_title(f"Noise on the weights, mean over {len(common)} tasks")
-        axes.legend()
-
-    return "\n\n".join(
-        [
-            title,
-            __doc__.strip().split("\n\n")[1] + " One training run each.",
-            table(models),
-            f"By task: edges for every pruning seed ({CONFIG.num_seeds}), nodes the seeds share "
-            "(Jaccard), loss of the smallest circuit on its prompts → on unseen templates:",
-            table(list(by_task.values())),
-            "Each nonzero weight between nodes times 1 + noise · N(0, 1): mean task loss over the "
-            f"tasks and {DRAWS} draws, on unseen templates. The model is calibrated once, without "
-            "noise.",
-            table(noisy),
-            experiment.picture(draw, "Task loss against noise on the weights"),
-            "Learned: "
-            + "; ".join(f"{side}: {', '.join(tasks)}" for side, tasks in learned.items())
-            + "."
-            + (f" Not looked at yet: {', '.join(missing)}." if missing else ""),
-        ]
-    )
+    cells = [
+        cell
+        for seed in seeds
+        for task in _common(seed, experiment)
+        for cell in _pair(seed, task, folder)
+    ]
+    models = []
+    for seed in seeds:
+        for side in SIDES:
+            name = _name(side, seed)
+            steps = {"steps": f"{training_summary(name, folder)['steps']:,}"}
+            learned = {"tasks learned": len(learned_tasks(name, folder))}
+            models.append({**model_row(name, folder), **steps, **learned})
+    return report(models, cells, experiment)
 
 
-def _noise(name: str, task_name: str, target: float, folder: Path) -> dict[str, list[float]]:
-    """Mean loss of model and smallest circuit on held-out prompts, for every level of noise."""
-    model, _, _ = loaded(name, folder)
-    task = task_for(name, task_name, folder)
-    train, test = task.tensors("train"), task.tensors("test")
-    test = {k: v[:256] for k, v in test.items()}
+def _name(side: str, seed: int) -> str:
+    return f"{SIDES[side]}-seed{seed}"
+
+
+def _common(seed: int, experiment: Experiment) -> list[str]:
+    """The tasks that both models of a seed have learned; of these only what is stored, if so."""
+    names = [_name(side, seed) for side in SIDES]
+    learned = [set(learned_tasks(name, experiment.folder)) for name in names]
+    common = sorted(set.intersection(*learned))
+    if experiment.stored_only:
+        return stored_tasks(names, common, experiment.folder, SEARCH)
+    return common
+
+
+def _pair(seed: int, task: str, folder: Path) -> list[dict[str, Any]]:
+    """One row for either side; none if one of the two has no circuit at the target."""
+    rows = []
+    for side in SIDES:
+        name = _name(side, seed)
+        if not frontier(name, task, folder, (COMPARED,), SEARCH):
+            return []
+        circuits = stored_circuits(name, task, COMPARED, folder, SEARCH)
+        best = min(circuits, key=lambda c: (c.metrics["edges"], len(c)))
+        others = [c for c in circuits if c is not best]
+        measured = stored(
+            folder / "measured" / name / "compared" / f"{task}.json",
+            lambda name=name, best=best, others=others: {
+                "checks": _checks(name, task, best, others, folder),
+                "noise": _noise(name, task, best, folder),
+            },
+        )
+        rows.append({
+            "side": side, "seed": seed, "task": task, **measured, "nodes": len(best),
+            "edges": best.metrics["edges"], "shared": mean_jaccard(circuits),
+            "seen": best.metrics["train_circuit_loss"], "unseen": best.metrics["circuit_loss"],
+            "sites": {site: len(ids) for site, ids in best.nodes.items()},
+        })  # fmt: skip
+    return rows
+
+
+def _checks(
+    name: str, task: str, circuit: Circuit, others: Sequence[Circuit], folder: Path
+) -> dict[str, Any]:
+    """Check → its value and whether it passed; None where it has no threshold."""
+    say(f"Checking the circuit of {name}, {task}")
+    verification = verify_circuit(
+        circuit, loaded(name, folder).model, task_for(name, task, folder, SEARCH),
+        others=others, progress=False, **QUICK_CHECKS,
+    )  # fmt: skip
+    return {
+        check.name: [check.value, None if check.threshold is None else check.passed]
+        for check in verification.checks
+    }
+
+
+def _noise(name: str, task: str, circuit: Circuit, folder: Path) -> dict[str, list[float]]:
+    """Mean loss of model and circuit on held-out prompts, for every level of noise."""
+    model, tensors = loaded(name, folder).model, task_for(name, task, folder, SEARCH)
+    train, test = tensors.tensors("train"), task_rows(tensors.tensors("test"), slice(256))
     calibration = fit_calibration(all_pair_logits(model, train), train)
-    circuit = min(
-        stored_circuits(name, task_name, target, folder), key=lambda c: c.metrics["edges"]
-    )
     result: dict[str, list[float]] = {"model": [], "circuit": []}
     for level in NOISE:
         losses: dict[str, list[float]] = {"model": [], "circuit": []}
@@ -170,5 +165,154 @@ def noisy_weights(model: nn.Module, level: float, seed: int) -> Iterator[None]:
                 weight.copy_(original)
 
 
+def report(
+    models: Sequence[dict[str, object]], cells: Sequence[dict[str, Any]], experiment: Experiment
+) -> str:
+    """The tables and the picture, of one row for every side, seed and task."""
+    head = [
+        "# Random coordinate descent against annealed top-k", *__doc__.strip().split("\n\n"),
+        EXPLANATION, f"Measured on: {machine()}.", table(models),
+    ]  # fmt: skip
+    if not cells:
+        return "\n\n".join([*head, "No task that both models learned has circuits of both yet."])
+    by_side = {side: [cell for cell in cells if cell["side"] == side] for side in SIDES}
+    return "\n\n".join([
+        *head,
+        "Over the tasks that both models of a seed have learned, by training seed; edges and nodes "
+        "as geometric means, losses and Jaccard as means:",
+        table(_sizes(cells)),
+        "Checks: mean value, and how many of the circuits pass.",
+        table(_verdicts(by_side)),
+        "Training seeds: of two circuits of one task from two seeds, the nodes that can be paired "
+        "with one at the same site, as a share of all (which node it is differs by chance); the "
+        "control is circuits of two tasks from two seeds.",
+        table(_seeds(by_side)),
+        "Each nonzero weight between nodes times 1 + noise · N(0, 1): mean loss over tasks and "
+        f"seeds and {DRAWS} draws, on unseen templates. The model is calibrated once, without "
+        "noise.",
+        table(_noisy(by_side)),
+        _picture(by_side, experiment),
+        "By task:", table(_by_task(cells)),
+    ])  # fmt: skip
+
+
+EXPLANATION = f"""\
+Target loss {COMPARED:g} nats; {SEARCHES[SEARCH].max_steps} mask updates of
+{SEARCHES[SEARCH].batch_size} pairs, {SEARCHES[SEARCH].num_seeds} seeds of masks, of which the
+circuit with fewest edges is compared and checked. After ± is the standard deviation."""
+
+
+def _sizes(cells: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
+    lines = []
+    seeds = sorted({cell["seed"] for cell in cells})
+    for seed in (*seeds, None):
+        of = [cell for cell in cells if seed in (cell["seed"], None)]
+        sides = {side: [cell for cell in of if cell["side"] == side] for side in SIDES}
+        line: dict[str, object] = {"seed": "all" if seed is None else seed}
+        line["tasks"] = len(sides["RCD"])
+        for size in ("nodes", "edges"):
+            means = {side: edges_mean([c[size] for c in rows]) for side, rows in sides.items()}
+            for side, value in means.items():
+                line[f"{size}, {side}"] = f"{value:.1f}"
+            line[f"{size}, RCD / top-k"] = f"{means['RCD'] / means['top-k']:.2f}"
+        for key, title in (
+            ("shared", "pruning seeds' Jaccard"), ("seen", "loss"), ("unseen", "unseen templates")
+        ):  # fmt: skip
+            for side, rows in sides.items():
+                line[f"{title}, {side}"] = f"{mean([c[key] for c in rows]):.2f}"
+        lines.append(line)
+    return lines
+
+
+def _verdicts(by_side: dict[str, list[dict[str, Any]]]) -> list[dict[str, object]]:
+    names = dict.fromkeys(
+        check
+        for rows in by_side.values()
+        for cell in rows
+        for check, (_, passed) in cell["checks"].items()
+        if passed is not None
+    )
+    lines = []
+    for check in names:
+        line: dict[str, object] = {"check": check}
+        for side, rows in by_side.items():
+            found = [cell["checks"][check] for cell in rows if check in cell["checks"]]
+            line[side] = spread([value for value, _ in found])
+            line[f"{side}: pass"] = f"{sum(passed for _, passed in found)} of {len(found)}"
+        lines.append(line)
+    return lines
+
+
+def _seeds(by_side: dict[str, list[dict[str, Any]]]) -> list[dict[str, object]]:
+    lines = []
+    for side, rows in by_side.items():
+        same, other = [], []
+        for a, b in combinations(rows, 2):
+            if a["seed"] != b["seed"]:
+                (same if a["task"] == b["task"] else other).append(_overlap(a["sites"], b["sites"]))
+        sizes = [
+            max(c["edges"] for c in of) / max(1, min(c["edges"] for c in of))
+            for of in grouped(rows, "task").values()
+            if len(of) > 1
+        ]
+        lines.append({
+            "side": side, "pairs": len(same), "same task": spread(same), "other task":
+            spread(other), "edges, largest / smallest over seeds": f"{edges_mean(sizes):.2f}",
+        })  # fmt: skip
+    return lines
+
+
+def _overlap(a: dict[str, int], b: dict[str, int]) -> float:
+    one, two = Counter(a), Counter(b)
+    return (one & two).total() / (one | two).total()
+
+
+def _noise_means(by_side: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
+    return {
+        f"{part}, {side}": [
+            mean(at) for at in zip(*(cell["noise"][part] for cell in rows), strict=True)
+        ]
+        for part in ("model", "circuit")
+        for side, rows in by_side.items()
+    }
+
+
+def _noisy(by_side: dict[str, list[dict[str, Any]]]) -> list[dict[str, object]]:
+    means = _noise_means(by_side)
+    return [
+        {"noise": f"{level:g}", **{column: f"{means[column][i]:.3f}" for column in means}}
+        for i, level in enumerate(NOISE)
+    ]
+
+
+def _picture(by_side: dict[str, list[dict[str, Any]]], experiment: Experiment) -> str:
+    means = _noise_means(by_side)
+
+    def draw(axes: Any) -> None:
+        for side, colour in zip(SIDES, ("C0", "C1"), strict=True):
+            for part, style in (("model", "--s"), ("circuit", "-o")):
+                label = f"{part}, {side}"
+                axes.plot(NOISE, means[label], f"{colour}{style}", label=label)
+        axes.axhline(0.693, color="C7", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="noise on each weight, relative", ylabel="task loss, nats")
+        axes.set_title("Noise on the weights, mean over tasks and seeds")
+        axes.legend()
+
+    return experiment.picture(draw, "Task loss against noise on the weights")
+
+
+def _by_task(cells: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
+    lines = []
+    for (task, seed), pair in grouped(cells, "task", "seed").items():
+        line: dict[str, object] = {"task": task, "seed": seed}
+        for cell in pair:
+            passed = [ok for _, ok in cell["checks"].values() if ok is not None]
+            line[f"{cell['side']}: nodes, edges"] = f"{cell['nodes']}, {cell['edges']}"
+            line[f"{cell['side']}: loss"] = f"{cell['seen']:.3f} → {cell['unseen']:.3f}"
+            line[f"{cell['side']}: checks"] = f"{sum(passed)} of {len(passed)}"
+        lines.append(line)
+    return sorted(lines, key=lambda line: (line["task"], line["seed"]))
+
+
 if __name__ == "__main__":
-    main(run, __doc__, "rcd_against_topk")
+    Experiment.main(run, __doc__, "rcd_against_topk", str(FOLDER), seeds=3)

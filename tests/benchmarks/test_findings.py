@@ -14,6 +14,7 @@ from benchmarks.findings import (
     on_paper,
     pretrained_steering,
     pruning_frontier,
+    rcd_against_topk,
     rcd_true_size,
 )
 from benchmarks.findings.circuit_anatomy import describe_nodes
@@ -79,6 +80,29 @@ def test_noise_is_taken_back():
     with noisy_weights(model, 0.5, seed=1):
         assert sum(not torch.equal(v, before[k]) for k, v in model.state_dict().items()) == 8
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_two_ways_to_train_are_compared_task_by_task_and_seed_by_seed(tmp_path):
+    pytest.importorskip("matplotlib")
+    sites = {("RCD", "a"): {"x": 2, "y": 2}, ("RCD", "b"): {"y": 4}}
+    cells = [
+        {
+            "side": side, "seed": seed, "task": task, "nodes": 4, "edges": edges, "shared": 0.5,
+            "seen": 0.2, "unseen": 0.4, "sites": sites.get((side, task), {"x": 4}),
+            "checks": {"transfer": [0.8 + seed / 10, seed > 0], "no bound": [1.0, None]},
+            "noise": {part: [0.1 * i for i in range(5)] for part in ("model", "circuit")},
+        }
+        for side, edges in (("top-k", 8), ("RCD", 2)) for seed in (0, 1) for task in "ab"
+    ]  # fmt: skip
+    experiment = Experiment("rcd_against_topk", tmp_path, tmp_path)
+    rows = rcd_against_topk.report([{"model": "m"}], cells, experiment).splitlines()
+    sizes = "| all | 4 | 4.0 | 4.0 | 1.00 | 8.0 | 2.0 | 0.25 | 0.50 | 0.50 | 0.20 | 0.20 |"
+    assert any(row.startswith(sizes) for row in rows)
+    assert "| transfer | 0.85 ± 0.05 | 2 of 4 | 0.85 ± 0.05 | 2 of 4 |" in rows
+    assert "| top-k | 2 | 1.00 ± 0.00 | 1.00 ± 0.00 | 1.00 |" in rows
+    assert "| RCD | 2 | 1.00 ± 0.00 | 0.33 ± 0.00 | 1.00 |" in rows
+    assert not any("no bound" in row for row in rows)
+    assert (tmp_path / "rcd_against_topk.png").is_file()
 
 
 def test_a_node_is_described_by_what_excites_it_and_what_it_reads_and_writes():
