@@ -283,6 +283,7 @@ BAD_FOR_RCD = {
     "magnitude_floor": [0.0], "selection": ["lucky"], "block": ["tiles"], "update": ["newton"],
     "block_steps": [0], "clip_threshold": [-1.0], "l1": [float("inf")], "start_density": [0.1],
     "explore_end": [1.5, False], "anneal_end": [False], "staleness": [-1],
+    "rest_steps": [-1], "replace_fraction": [1.0, float("nan")], "grace_steps": [0.5],
 }  # fmt: skip
 # The last argument of each is at fault, given the others.
 BAD_TOGETHER = [
@@ -290,6 +291,8 @@ BAD_TOGETHER = [
     {"explore_end": 0.5, "total_steps": None},
     {"start_density": 0.5, "total_steps": 0},
     {"staleness": 1, "move_active": False},
+    {"target_density": None, "replace_fraction": 0.1},
+    {"update": "plain", "grace_steps": 3},
 ]
 
 

@@ -26,6 +26,7 @@ class RCDConfig:
             only.
         block_fraction: share of each sparse parameter in a block, in (0, 1].
         block_steps: steps for which a block stays.
+        rest_steps: steps after every stay in which no zeros are looked at.
         update: "adam" or "plain" gradient descent.
         move_active: whether nonzeros outside the block move.
         clip_threshold: what is smaller in magnitude becomes zero.
@@ -34,6 +35,12 @@ class RCDConfig:
             its probability that is spread evenly, in (0, 1]. What "magnitude" minimizes does not
             depend on them; a low floor leaves zeros waiting `1 / magnitude_floor` times as long.
         greedy_fraction: share of a block's zeros that "gradient" moves, in (0, 1].
+        replace_fraction: share of the active coordinates, the smallest, that give way at the end of
+            every stay to as many of the block's zeros, however small these begin: with the largest
+            gradients by "gradient", else drawn at random. It falls to 0 at `explore_end`, as a
+            cosine where `total_steps` is known (Evci et al. 2020). At 0 a zero grows by outgrowing
+            an active coordinate, which `greedy_fraction` bounds.
+        grace_steps: a coordinate that grew does not drop for so many steps; needs "adam".
         start_density: share of nonzeros before the first step, from the target density to 1. It
             falls by equal factors and reaches the target at `anneal_end`. None: the target from the
             first step on.
@@ -56,6 +63,7 @@ class RCDConfig:
     block: BlockKind = "rows"
     block_fraction: float = 1 / 16
     block_steps: int = 1
+    rest_steps: int = 0
     update: Update = "adam"
     move_active: bool = True
     clip_threshold: float = 0.0
@@ -63,6 +71,8 @@ class RCDConfig:
     magnitude_power: float = 1.0
     magnitude_floor: float = 0.5
     greedy_fraction: float = 1 / 16
+    replace_fraction: float = 0.0
+    grace_steps: int = 0
     start_density: float | None = None
     explore_end: float = 1.0
     staleness: int = 0
@@ -85,12 +95,19 @@ class RCDConfig:
             value = getattr(self, name)
             holds = is_number(value) and 0 <= value < math.inf
             check(name, value, holds, "a finite number >= 0")
-        for name, least in (("block_steps", 1), ("staleness", 0)):
+        for name, least in (
+            ("block_steps", 1), ("rest_steps", 0), ("grace_steps", 0), ("staleness", 0)
+        ):  # fmt: skip
             value = getattr(self, name)
             check(name, value, is_whole(value, least), f"a whole number >= {least}")
         for name in ("move_active", "average_gradients"):
             value = getattr(self, name)
             check(name, value, isinstance(value, bool), "True or False")
+        replaced, grace = self.replace_fraction, self.grace_steps
+        holds = is_number(replaced) and 0 <= replaced < 1
+        check("replace_fraction", replaced, holds, "a share of the active coordinates in [0, 1)")
+        holds = not grace or self.update == "adam"
+        check("grace_steps", grace, holds, 'update="adam", which counts the age of coordinates')
         start, end = self.start_density, self.explore_end
         check("start_density", start, start is None or is_share(start), "None or in (0, 1]")
         check("explore_end", end, is_fraction(end), "a fraction of the steps in [0, 1]")
@@ -110,6 +127,11 @@ class RCDConfig:
             raise ValueError(
                 f"start_density={start!r} does not go with target_density={target_density!r}: the "
                 "density can only fall; pass a target at or below the start."
+            )
+        if target is None and self.replace_fraction:
+            raise ValueError(
+                f"replace_fraction={self.replace_fraction!r} was passed without a target_density: "
+                "pass one, within which coordinates can be replaced."
             )
         holds = is_fraction(anneal_end)
         check("anneal_end", anneal_end, holds, "a fraction of the steps in [0, 1]")

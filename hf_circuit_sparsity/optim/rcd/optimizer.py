@@ -30,6 +30,7 @@ from .updates import (
     match_stale_growth,
     move,
     no_growth,
+    replaced_share,
 )
 
 
@@ -304,13 +305,21 @@ class RCDSparseOptimizer(SparseOptimizer):
         if group["explore_end"] < 1.0:
             explored = self.steps_taken >= group["explore_end"] * group["total_steps"]
             fraction = 0.0 if explored else fraction
-        # Every draw has a generator of its own, so that it depends on its number alone and not on
-        # what was drawn for other parameters.
+        if group["rest_steps"] and state.drawn is not None and not state.rests:
+            fraction = 0.0
+        state.draw(group, fraction, self._generator(state, state.draws))
+
+    def _generator(self, state: SparseState, draw: int) -> torch.Generator:
+        """Of one draw of a parameter.
+
+        Every draw has one of its own, so that it depends on its number alone and not on what was
+        drawn for other parameters.
+        """
         parameters = (p for g in self.param_groups for p in g["params"])
         number = next(i for i, p in enumerate(parameters) if p is state.parameter)
         seed = self.param_groups[0].get("seed", 0)
-        key = (seed * 1_000_003 + number) * 1_000_003 + state.draws
-        state.draw(group, fraction, torch.Generator().manual_seed(key % (1 << 63)))
+        key = (seed * 1_000_003 + number) * 1_000_003 + draw
+        return torch.Generator().manual_seed(key % (1 << 63))
 
     def _measure_gradients(self) -> float:
         dense = [p for g in self.param_groups if not g["sparse"] for p in g["params"]]
@@ -394,8 +403,11 @@ class RCDSparseOptimizer(SparseOptimizer):
         for group, state in self._sparse_states():
             state.gradient = None
             state.stayed += 1
-            if state.stayed >= group["block_steps"]:
-                due[state] = find_growth(state, group)
+            rests = group["rest_steps"] and state.rests
+            if state.stayed >= group["rest_steps" if rests else "block_steps"]:
+                replaced = replaced_share(group, self.steps_taken)
+                generator = self._generator(state, -state.draws)
+                due[state] = find_growth(state, group, replaced, generator)
         arrived = self._exchange.swap_growth(due)
         for group, state in self._sparse_states():
             growth = arrived.get(state)

@@ -82,6 +82,11 @@ class SparseState:
             self.moments = {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "age": age}
 
     @property
+    def rests(self) -> bool:
+        """Whether the current block is empty."""
+        return not len(self.drawn.ids)
+
+    @property
     def numel(self) -> int:
         """Entries, zeros included."""
         return self.shape[0] * self.shape[1]

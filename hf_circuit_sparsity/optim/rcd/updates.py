@@ -138,8 +138,27 @@ def no_growth(state: SparseState) -> Growth:
     return Growth(state.active[:0], state.values()[:0], empty)
 
 
-def find_growth(state: SparseState, group: dict[str, Any]) -> Growth:
-    """Those zeros of this process's part of the block that may become active."""
+def replaced_share(group: dict[str, Any], steps_taken: int) -> float:
+    """The share of active coordinates that are replaced at the end of a stay in this step.
+
+    It falls as half a cosine (Evci et al. 2020, "Rigging the lottery", section 3).
+    """
+    share, total = group["replace_fraction"], group["total_steps"]
+    if not share or total is None:
+        return share
+    end = group["explore_end"] * total
+    return 0.5 * share * (1 + math.cos(math.pi * min(1.0, steps_taken / end))) if end else 0.0
+
+
+def find_growth(
+    state: SparseState, group: dict[str, Any], replaced: float, generator: torch.Generator
+) -> Growth:
+    """Those zeros of this process's part of the block that may become active.
+
+    Args:
+        replaced: see [`replaced_share`].
+        generator: draws those that replace others at random.
+    """
     values, seen = state.values(), state.seen
     if not seen or not state.own_block.numel:
         return no_growth(state)
@@ -150,11 +169,18 @@ def find_growth(state: SparseState, group: dict[str, Any]) -> Growth:
     if group["update"] == "adam":
         step = step / (square.sqrt() + group["eps"])
     values = _shrink(-step * mean, step, group)
-    chosen = values != 0
-    if group["selection"] == "gradient":
+    chosen, greedy = values != 0, group["selection"] == "gradient"
+    if group["replace_fraction"]:
+        share = state.own_block.numel / max(1, state.drawn.numel)
+        count = round(replaced * len(state.active) * share)
+    else:
         count = max(1, round(state.own_block.numel * group["greedy_fraction"]))
+    if greedy:
         chosen = keep_largest(mean * chosen, count)
     chosen = positions_of(chosen)
+    if group["replace_fraction"] and not greedy:
+        drawn = torch.randperm(len(chosen), generator=generator)[:count]
+        chosen = chosen[drawn.sort().values.to(chosen.device)]
     moments = {}
     if group["update"] == "adam":
         # What Adam would hold, had it seen the mean of these gradients so often.
@@ -180,7 +206,7 @@ def grow_and_drop(state: SparseState, group: dict[str, Any], growth: Growth) -> 
         minimum = group["min_nonzeros"] if state.is_matrix else 0
     if minimum:
         rows = state.rows(positions, group["row_dim"])
-    keep = keep_largest(values, budget, rows, minimum)
+    keep = keep_largest(_ranks(state, group, values, n), budget, rows, minimum)
     if len(positions) == n and bool(keep.all()):
         return  # nothing grew, nothing drops, and what is known of the pattern still holds
     order = _merged(positions, n, keep)
@@ -189,6 +215,24 @@ def grow_and_drop(state: SparseState, group: dict[str, Any], growth: Growth) -> 
         for name, moment in state.moments.items()
     }
     state.assign(positions[order], values[order], moments)
+
+
+def _ranks(state: SparseState, group: dict[str, Any], values: Tensor, n: int) -> Tensor:
+    """By what it is decided who stays: the values, but for those that are to stay in any case.
+
+    Args:
+        values: at the active coordinates, `n` of them, and at those that grow.
+    """
+    highest = torch.finfo(values.dtype).max
+    if group["replace_fraction"]:
+        values = values.clone()
+        values[n:] = highest
+    if group["grace_steps"] and n:
+        age = state.moments["age"]
+        # Those of the start are the oldest and need no grace, however long the run.
+        young = age < min(group["grace_steps"], int(age.max()))
+        values = torch.cat([values[:n].masked_fill(young, highest), values[n:]])
+    return values
 
 
 def _merged(positions: Tensor, n: int, keep: Tensor) -> Tensor:
@@ -228,7 +272,9 @@ def _candidates(state: SparseState, group: dict[str, Any], values: Tensor) -> Te
     )
     if spent:
         smallest, lr = float(sizes.min()), learning_rate(group)
-        if group["update"] != "adam":
+        if group["replace_fraction"]:
+            limit = 0.0
+        elif group["update"] != "adam":
             limit = smallest / lr if lr else math.inf
         else:
             limit = smallest * group["eps"] / (lr - smallest) if lr > smallest else math.inf

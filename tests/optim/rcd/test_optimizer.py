@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,10 @@ BUDGET = {"target_density": 0.1}
         {**BUDGET, "update": "plain", "block_steps": 3, "selection": "gradient"},
         {**BUDGET, "selection": "gradient", "greedy_fraction": 0.1},
         {**BUDGET, "block": "entries", "move_active": False, "selection": "magnitude"},
+        {**BUDGET, "selection": "gradient", "replace_fraction": 0.2},
+        {**BUDGET, "selection": "gradient", "replace_fraction": 0.1, "grace_steps": 5,
+         "block_steps": 2, "min_nonzeros": 2},
+        {**BUDGET, "grace_steps": 4},
     ],
 )  # fmt: skip
 def test_steps_are_those_of_a_plain_dense_reference(settings):
@@ -153,14 +159,21 @@ def test_steps_are_those_of_a_plain_dense_reference(settings):
             zeros = torch.where(in_block & ~active, shrunk(-size * mean, size), 0.0)
             if s["selection"] == "gradient":
                 count = round(int(in_block.sum()) * s["greedy_fraction"])
+                if s["replace_fraction"]:
+                    count = round(int(active.sum()) * s["replace_fraction"])
                 least = (mean * (zeros != 0)).abs().flatten().topk(count).values[-1]
                 zeros = torch.where(mean.abs() >= least, zeros, 0.0)
             x = torch.where(active, x, zeros)
             first = torch.where(active, first, mean * (1 - beta1**stayed))
             second = torch.where(active, second, square * (1 - beta2**stayed))
+            young = active & (age < min(s["grace_steps"], int((age * active).max())))
             age = torch.where(active, age, stayed)
             if s["target_density"]:
-                project_topk_reference_(x, 72, s["min_nonzeros"], s["row_dim"])
+                rank = torch.where(young, torch.inf, x.abs()).clamp(max=1e300)
+                if s["replace_fraction"]:
+                    rank = torch.where(~active & (x != 0), 1e300, rank)
+                project_topk_reference_(rank, 72, s["min_nonzeros"], s["row_dim"])
+                x = torch.where(rank != 0, x, 0.0)
             grown += int(((x != 0) & ~active).sum())
             active = x != 0
             total, squares = torch.zeros_like(x), torch.zeros_like(x)
@@ -172,6 +185,45 @@ def test_steps_are_those_of_a_plain_dense_reference(settings):
         for value in optimizer.state[weight].to_dict().values():  # nothing of the matrix's size
             assert not torch.is_tensor(value) or value.numel() <= max(180, int(active.sum()))
     assert grown > 10
+
+
+LOOKS_ALL_AT_ONCE = {"replace_fraction": 0.2, "block_fraction": 1.0, "rest_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "looks"),
+    [
+        ({**LOOKS_ALL_AT_ONCE, "selection": "gradient"}, (1, 4, 7)),
+        ({**LOOKS_ALL_AT_ONCE, "selection": "uniform"}, (1, 4, 7)),
+        ({"explore_end": 0.0}, ()),
+    ],
+    ids=["RigL", "SET", "frozen"],
+)
+def test_other_ways_to_choose_a_mask_are_settings(settings, looks):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 40, generator=generator)
+    x.view(-1)[torch.randperm(1200, generator=generator)[300:]] = 0
+    weight = nn.Parameter(x)
+    # So slow that the smallest before a step are about the smallest when it drops them.
+    optimizer = RCDSparseOptimizer(
+        [weight], lr=1e-7, target_density=1 / 4, total_steps=8, **settings
+    )
+    for step in range(1, 8):
+        before = weight.detach().clone().flatten()
+        weight.grad = torch.randn(30, 40, generator=generator)
+        promise = torch.where(before == 0, weight.grad.abs().flatten(), 0.0)
+        optimizer.step()
+        after = weight.detach().flatten() != 0
+        grown, dropped = after & (before == 0), ~after & (before != 0)
+        # Half a cosine over the 8 steps, of 300 active coordinates.
+        count = round(30 * (1 + math.cos(math.pi * step / 8))) if step in looks else 0
+        assert grown.sum() == dropped.sum() == count
+        stays = (before != 0) & ~dropped
+        assert not count or before[dropped].abs().max() <= before[stays].abs().min() + 1e-5
+        best = set(promise.topk(count).indices.tolist())
+        assert (best == set(grown.nonzero().flatten().tolist())) == (
+            settings.get("selection") == "gradient" or not count
+        )
 
 
 def test_seeds_choose_other_blocks():
