@@ -32,6 +32,8 @@ from hf_circuit_sparsity.tasks.packing import pack_dataset
 from hf_circuit_sparsity.tasks.tokenizer import train_tokenizer
 from hf_circuit_sparsity.trainer.bigram_init import initialize_bigram_table_
 
+from .mask_methods import METHODS, keep_at_density
+
 MIN_NONZEROS = 4
 
 
@@ -40,7 +42,7 @@ class Run:
     """The optimizer and the length of one training.
 
     Args:
-        method: "topk", "rcd", or without any sparsity "adamw" or "sgd".
+        method: "topk", "rcd", one of `mask_methods`, or without any sparsity "adamw" or "sgd".
         steps: optimizer steps.
         lr: peak learning rate; linear warm-up over 1 % of the steps, then linear decay.
         batch: sequences per step.
@@ -118,6 +120,14 @@ def sparse_optimizer(
     }
     if run.method == "topk":
         return TopKAdamW(groups, **common), on_nonzeros(model)
+    if run.method in METHODS:
+        never = {"target_density": 1.0, "anneal_start": 0.0, "anneal_end": 0.0, "sharkfin": False}
+        optimizer = TopKAdamW(groups, **{**common, **never})
+        sparse = [group for group in optimizer.param_groups if group["sparse"]]
+        rows = {p: group["row_dim"] for group in sparse for p in group["params"]}
+        prune = keep_at_density(MIN_NONZEROS, rows)
+        METHODS[run.method](optimizer, list(rows), density, run.steps, prune)
+        return optimizer, nullcontext()
     optimizer = RCDSparseOptimizer(groups, seed=run.seed, **common)
     return optimizer, PartialGradients(model, optimizer)
 
