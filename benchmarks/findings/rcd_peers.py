@@ -9,8 +9,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from hf_circuit_sparsity.commands.console import say
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
+from hf_circuit_sparsity.optim.rcd.optimizer import RCDSparseOptimizer
 
 from ..experiment import Experiment, machine, mean, spread, stored, table
 from .rcd_race import Run, Training, bigram_loss, builders, tokens
@@ -80,12 +83,13 @@ def run(experiment: Experiment) -> str:
             training = Training(
                 build, plan, 1 / o.inverse_density, data["train"], held_out, build_sparse
             )
+            births = Births(training.optimizer)
             training.run(plan.steps)
             loss = training.evaluate()
             training.close()
             found = {
                 "loss": loss if math.isfinite(loss) else 1e9, "nonzeros": training.nonzeros()[0],
-                "cpu_ms": 1e3 * training.cpu_seconds / plan.steps,
+                "cpu_ms": 1e3 * training.cpu_seconds / plan.steps, **births.shares(),
             }  # fmt: skip
             say(f"{side}, rate {plan.lr:g}, seed {seed}: {loss:.4f}, {found['cpu_ms']:.0f} ms")
             return found
@@ -100,6 +104,35 @@ def run(experiment: Experiment) -> str:
         if found:
             rows[side] = {"rate": UNIT * 2.0**best, "tried": tried, "found": found}
     return report(rows, base, o)
+
+
+class Births:
+    """How many coordinates grow in a training by random coordinate descent, and how many stay."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.counted, self.steps = optimizer, 0, 0
+        if isinstance(optimizer, RCDSparseOptimizer):
+            optimizer.register_step_post_hook(self._count)
+
+    def _ages(self) -> list[torch.Tensor]:
+        own = [self.optimizer.state[p] for _, p in self.optimizer.sparse_parameters()]
+        return [state.moments["age"] for state in own]
+
+    def _count(self, *_: object) -> None:
+        self.steps += 1
+        stay = self.optimizer.param_groups[0]["block_steps"]
+        if self.steps > stay:  # as old are those of the start before
+            self.counted += sum(int((age == stay).sum()) for age in self._ages())
+
+    def shares(self) -> dict[str, float]:
+        """Of the active coordinates at the end: births per one of them, and born ones' share."""
+        if not self.steps:
+            return {}
+        ages = torch.cat(self._ages())
+        return {
+            "births": self.counted / len(ages),
+            "born": (ages < ages.max()).float().mean().item() if self.counted else 0.0,
+        }
 
 
 def best_exponent(
@@ -142,6 +175,9 @@ def report(rows: dict[str, dict[str, Any]], base: float, o: Any) -> str:
                 ]
                 line[f"less {other}'s"] = spread(differences, 3)
         line["CPU ms per step"] = f"{mean([of['cpu_ms'] for of in row['found']]):.0f}"
+        for key, title in (("births", "births per nonzero"), ("born", "born, of the nonzeros")):
+            values = [of[key] for of in row["found"] if key in of]
+            line[title] = f"{mean(values):.2f}" if values else ""
         line["nonzeros"] = f"{row['found'][0]['nonzeros']:,}"
         line["rates tried: loss"] = ", ".join(
             f"{UNIT * 2.0**e:g}: {loss:.3f}" for e, loss in sorted(row["tried"].items())
