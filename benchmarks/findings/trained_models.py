@@ -186,7 +186,7 @@ def _arguments(recipe: Recipe, output: Path) -> SparseTrainingArguments:
         save_steps=max(1, recipe.steps // 4),
         save_total_limit=1,
         eval_strategy="steps" if stops else "no",
-        eval_steps=50,
+        eval_steps=100,
         report_to="none",
         seed=recipe.seed,
     )

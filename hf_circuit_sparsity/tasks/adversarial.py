@@ -6,11 +6,13 @@ where the cue of the other answer stands there as well, or where the context is 
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
+from datasets import concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from .binary_task import BinaryTask
-from .definitions.base import DEFINITIONS, Example, Pair
+from .definitions.base import DEFINITIONS, Example, Pair, Split
 from .definitions.brackets import TEMPLATES as LIST_TEMPLATES
 from .definitions.words import WORDS, surround
 from .encoding import EncodedPair, encode_pairs
@@ -18,12 +20,12 @@ from .encoding import EncodedPair, encode_pairs
 PairGenerator = Callable[[random.Random], Pair]
 
 
-def _other_answer_before(name: str) -> PairGenerator:
+def _other_answer_before(name: str, split: Split = "test") -> PairGenerator:
     """A finished example of the other answer stands on the lines before."""
 
     def generate(rng: random.Random) -> Pair:
         definition = DEFINITIONS[name]
-        pair, earlier = (definition.generate(rng, "test") for _ in range(2))
+        pair, earlier = (definition.generate(rng, split) for _ in range(2))
 
         def after(finished: Example, example: Example) -> Example:
             text = (finished.prompt + finished.continuation).rstrip(" ")
@@ -57,6 +59,9 @@ def _long_list(rng: random.Random) -> Pair:
         Example(f"{opened}[{numbers}", "]]\n"),
     )
 
+
+# So many times as many prompts are drawn as are asked for, at most.
+_MOST_DRAWS = 12
 
 _OTHER_ANSWER_BEFORE = (
     "bracket_brace", "bracket_counting", "else_elif", "for_while", "fstring_brace", "if_equals",
@@ -102,6 +107,54 @@ def load_adversarial_tasks(
                 f"{name}/{kind}", description, tokenizer, usable, usable
             )
     return tasks
+
+
+def with_distractors(
+    task: BinaryTask, fraction: float, *, seed: int = 0, max_length: int | None = None
+) -> BinaryTask:
+    """The task with other training rows: before some of them stands a distractor.
+
+    That is a finished example of the other answer, on the lines before, made of the templates and
+    names of the train split. On such prompts a circuit fails that looks for a cue of the answer
+    anywhere.
+
+    Args:
+        task: a built-in one.
+        fraction: of the training rows that are replaced, in [0, 1].
+        seed: another seed, other rows.
+        max_length: prompts longer than this are left out.
+
+    Raises:
+        ValueError: no distractors are known for the task, or too few of them fit.
+    """
+    name, pairs = task.name, round(fraction * len(task.train) / 2)
+    if not pairs:
+        return task
+    if task.text is not None or name not in _OTHER_ANSWER_BEFORE:
+        raise ValueError(
+            f"No distractors are known for the task {name!r}, only for "
+            f"{', '.join(_OTHER_ANSWER_BEFORE)}: leave the fraction of them at 0, or put such "
+            "prompts into a task of your own."
+        )
+    generate, rng = _other_answer_before(name, "train"), random.Random(f"{name}/distractors/{seed}")
+    usable: list[EncodedPair] = []
+    for _ in range(_MOST_DRAWS):
+        drawn = [generate(rng) for _ in range(pairs)]
+        encoded = encode_pairs(task.tokenizer, drawn, equal_only=task.equal_length)
+        usable += [pair for pair in encoded if _is_usable(pair, max_length)]
+        if len(usable) >= pairs:
+            break
+    else:
+        raise ValueError(
+            f"{2 * pairs} training rows of the task {name!r} were to have a distractor before "
+            f"them, but of {_MOST_DRAWS} times as many only {2 * len(usable)} have at most "
+            f"{max_length} tokens: use fewer, or a model with a longer context."
+        )
+    rows = BinaryTask.from_encoded(
+        name, task.description, task.tokenizer, usable[:pairs], usable[:1]
+    ).train
+    kept = task.train.select(range(len(task.train) - 2 * pairs))
+    return replace(task, train=concatenate_datasets([kept, rows]))
 
 
 def _is_usable(pair: EncodedPair, max_length: int | None) -> bool:

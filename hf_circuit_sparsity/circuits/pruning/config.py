@@ -76,6 +76,10 @@ class PruningConfig:
     """Of the initial noise and of the batches."""
     num_seeds: int = 1
     """Masks are learned from this many seeds, `seed` onwards; the smallest circuit wins."""
+    distractor_fraction: float = 0.0
+    """Share of the training prompts before which a finished example of the other answer is put, so
+    that a circuit that looks for a cue anywhere does not do; for the built-in tasks that have such
+    prompts. Held-out prompts stay as they are."""
     outside: Outside = "off"
     """What else is on while the circuit must answer, beside nothing: nothing ever, a random part of
     the rest, one draw per batch, or the part that an adversary picks for the whole batch."""
@@ -128,6 +132,7 @@ class PruningConfig:
             (_AT_LEAST_ONE, lambda value: value >= 1, "≥ 1"),
             (_NOT_NEGATIVE, lambda value: value >= 0, "≥ 0"),
             (("selection_margin",), lambda value: 0 < value <= 1, "in (0, 1]"),
+            (("distractor_fraction",), lambda value: 0 <= value <= 1, "in [0, 1]"),
         ):
             for name in names:
                 value = getattr(self, name)

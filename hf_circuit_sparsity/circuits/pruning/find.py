@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ...modeling.fingerprint import model_fingerprint
+from ...tasks.adversarial import with_distractors
 from ...tasks.binary_task import BinaryTask
 from ..ablation import (
     TOKENS,
@@ -117,6 +118,10 @@ def find_circuits(
     with measuring(model):
         check_prompts_fit(model, task)
         check_lengths(task, config)
+        context = getattr(model.config, "max_position_embeddings", None)
+        task = with_distractors(
+            task, config.distractor_fraction, seed=config.seed, max_length=context
+        )
         train = task.tensors("train")
         whole = model_scores(model, train, task.tensors("test"), config.calibration_steps)
         # In a seeded order, so that any prefix is a fair sample.

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -208,7 +209,7 @@ def test_a_task_without_signal_is_refused():
 @pytest.mark.parametrize(
     "setting",
     [{"target_loss": 0.0}, {"batch_size": 0}, {"selection_margin": 1.5}, {"num_seeds": 0},
-     {"memory_gb": 0.0}, {"screen_prompts": -1}],
+     {"memory_gb": 0.0}, {"screen_prompts": -1}, {"distractor_fraction": 1.5}],
 )  # fmt: skip
 def test_bad_settings(setting):
     ((name, value),) = setting.items()
@@ -225,3 +226,5 @@ def test_bad_arguments():
         find(model)
     with pytest.raises(ValueError, match="reference"):
         find_circuit(planted_model(), on_off_task(), QUICK, reference=torch.arange(5))
+    with pytest.raises(ValueError, match="No distractors are known for the task 'on_off'"):
+        find(config=replace(QUICK, distractor_fraction=0.5))
