@@ -9,6 +9,7 @@ weights does, and unseen templates.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from hf_circuit_sparsity.circuits.task_scores import (
 )
 from hf_circuit_sparsity.commands.console import say
 from hf_circuit_sparsity.decoders.decoder import decoder_of
+from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 
 from ..experiment import Experiment, grouped, machine, mean, spread, stored, table
 from .findings import (
@@ -141,7 +143,8 @@ def _noise(name: str, task: str, circuit: Circuit, folder: Path) -> dict[str, li
             with noisy_weights(model, level, draw):
                 pairs = calibration.pairs(all_pair_logits(model, test), test)
                 losses["model"].append(binary_loss(pairs).item())
-                with circuit.apply(model):
+                noisy = replace(circuit, model_fingerprint=model_fingerprint(model))
+                with noisy.apply(model):
                     losses["circuit"].append(binary_loss(all_pair_logits(model, test)).item())
         for part, values in losses.items():
             result[part].append(mean(values))
