@@ -31,6 +31,9 @@ ALL_AT_ONCE = {
     "replace_fraction": 0.3,
     "explore_end": 0.75,
 }
+REPLACING = {
+    "selection": "gradient", "replace_fraction": 0.02, "grace_steps": 20, "explore_end": 0.75,
+}  # fmt: skip
 
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "top-k": ("topk", {}),
@@ -41,20 +44,22 @@ SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "frozen": ("rcd", {"explore_end": 0.0}),
     "SET": ("rcd", {**ALL_AT_ONCE, "selection": "uniform"}),
     "RigL": ("rcd", {**ALL_AT_ONCE, "selection": "gradient"}),
-    "RCD": ("rcd", GREEDY),
-    "RCD, replacing": (
-        "rcd", {**GREEDY, "replace_fraction": 0.02, "grace_steps": 20, "explore_end": 0.75}
-    ),
-    "RCD, from 1/4": ("rcd", {**GREEDY, "start_density": 1 / 4}),
-    "RCD, from 1/4, explores 3/4": (
-        "rcd", {**GREEDY, "start_density": 1 / 4, "explore_end": 0.75}
-    ),
-    "RCD, from 1/2": ("rcd", {**GREEDY, "start_density": 1 / 2}),
-    "RCD, blocks of 1/4": ("rcd", {**GREEDY, "block_fraction": 1 / 4}),
-    "RCD, stays of 4": ("rcd", {**GREEDY, "block_steps": 4}),
-    "RCD, grace": ("rcd", {**GREEDY, "grace_steps": 20}),
-    "RCD, explores 1/2": ("rcd", {**GREEDY, "explore_end": 0.5}),
-}  # fmt: skip
+    "RCD, outgrowing": ("rcd", GREEDY),
+    "RCD, replacing": ("rcd", REPLACING),
+    "RCD, replacing, no grace": ("rcd", {**REPLACING, "grace_steps": 0}),
+    "RCD, replacing 1/200": ("rcd", {**REPLACING, "replace_fraction": 0.005}),
+    "RCD, replacing 1/20": ("rcd", {**REPLACING, "replace_fraction": 0.05}),
+    "RCD, replacing at random": ("rcd", {**REPLACING, "selection": "uniform"}),
+    "RCD, replacing, blocks of 1/4": ("rcd", {**REPLACING, "block_fraction": 1 / 4}),
+    "RCD, replacing, from five times": ("rcd", {**REPLACING, "start_density": 5.0}),
+    "RCD, outgrowing, from five times": ("rcd", {**GREEDY, "start_density": 5.0}),
+    "RCD, outgrowing, from ten times": ("rcd", {**GREEDY, "start_density": 10.0}),
+    "RCD, outgrowing, blocks of 1/4": ("rcd", {**GREEDY, "block_fraction": 1 / 4}),
+    "RCD, outgrowing, stays of 4": ("rcd", {**GREEDY, "block_steps": 4}),
+    "RCD, outgrowing, grace": ("rcd", {**GREEDY, "grace_steps": 20}),
+    "RCD, outgrowing, explores 1/2": ("rcd", {**GREEDY, "explore_end": 0.5}),
+}
+"""How each is trained; a `start_density` is in units of the density at the end."""
 SECOND_PLACE = ("frozen", "top-k")
 """The sides that all are compared with."""
 
@@ -71,6 +76,8 @@ def run(experiment: Experiment) -> str:
     def trained(side: str, exponent: int, seed: int) -> dict[str, Any] | None:
         """Loss and cost of one training; None where it is not stored and nothing is measured."""
         method, settings = SIDES[side]
+        if start := settings.get("start_density"):
+            settings = {**settings, "start_density": min(1.0, start / o.inverse_density)}
         name = side.replace("/", "-").replace(" ", "-").replace(",", "")
         size = f"{o.d_model}-{o.layers}-{o.vocabulary}-{o.inverse_density}-{o.steps}x{o.batch}"
         path = experiment.folder / "measured" / size / f"{name} {exponent} {seed}.json"
