@@ -181,12 +181,7 @@ def _arguments(recipe: Recipe, output: Path) -> SparseTrainingArguments:
         per_device_eval_batch_size=32,
         target_density=recipe.density,
         learning_rate=recipe.learning_rate,
-        rcd_config={
-            "selection": "gradient",
-            "replace_fraction": 0.02,
-            "grace_steps": 20,
-            "explore_end": 0.75,
-        },
+        rcd_config={"selection": "gradient", "block_fraction": 1 / 4, "greedy_fraction": 1 / 64},
         logging_steps=max(1, recipe.steps // 20),
         save_steps=max(1, recipe.steps // 4),
         save_total_limit=1,
