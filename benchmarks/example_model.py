@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import find_circuit
-from hf_circuit_sparsity.commands.quickstart import QUICK_CHECKS, SEARCH, TARGETS
+from hf_circuit_sparsity.commands.quickstart import QUICK_CHECKS, TARGETS
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.tasks.corpus import build_corpus
 from hf_circuit_sparsity.tasks.load import load_task
@@ -26,6 +26,10 @@ from .experiment import mean
 from .gpu.keep import save_small
 
 TABLE_DENSITY = 0.25
+# The quickstart's of the release whose model it is.
+SEARCH = {
+    "max_steps": 150, "batch_size": 16, "selection_prompts": 512, "node_penalty": 2e-3,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -109,6 +109,11 @@ def load_adversarial_tasks(
     return tasks
 
 
+def has_distractors(task: BinaryTask) -> bool:
+    """Whether [`with_distractors`] knows some for a task."""
+    return task.text is None and task.name in _OTHER_ANSWER_BEFORE
+
+
 def with_distractors(
     task: BinaryTask, fraction: float, *, seed: int = 0, max_length: int | None = None
 ) -> BinaryTask:
@@ -130,7 +135,7 @@ def with_distractors(
     name, pairs = task.name, round(fraction * len(task.train) / 2)
     if not pairs:
         return task
-    if task.text is not None or name not in _OTHER_ANSWER_BEFORE:
+    if not has_distractors(task):
         raise ValueError(
             f"No distractors are known for the task {name!r}, only for "
             f"{', '.join(_OTHER_ANSWER_BEFORE)}: leave the fraction of them at 0, or put such "

@@ -77,18 +77,18 @@ def test_prune_says_when_the_task_is_not_learned(corpus, tmp_path, capsys):
 def tiny_quickstart(monkeypatch):
     """The real quickstart, with a smaller model and fewer mask updates."""
     for name, value in {
-        "D_MODEL": 32, "D_MLP": 32, "N_LAYER": 1, "BATCH_SIZE": 8, "DENSITY": 0.5,
+        "D_MODEL": 32, "N_LAYER": 1, "BATCH_SIZE": 8, "DENSITY": 0.5,
         "STEPS": 30, "TARGETS": (0.001, 0.9), "SEARCH": {},
     }.items():  # fmt: skip
         monkeypatch.setattr(quickstart, name, value)
     monkeypatch.setattr(quickstart, "PruningConfig", quick_pruning)
 
 
-def quick_pruning(seed, target_loss=0.9):
+def quick_pruning(seed, target_loss=0.9, **settings):
     # 30 steps do not teach a task; a circuit of guessing is a circuit all the same.
     return PruningConfig(
         seed=seed, target_loss=target_loss, selection_margin=1.0, max_steps=10, batch_size=8,
-        selection_prompts=32, cleanup=False,
+        selection_prompts=32, cleanup=False, **settings,
     )  # fmt: skip
 
 
