@@ -4,7 +4,8 @@
 
 Each seed runs in a process of its own, all at once: seconds by the clock mean something where there
 are cores for all of them. A seed's numbers are in `FOLDER/seed-N/summary.json`, what it printed in
-`FOLDER/seed-N.log`. What is done is not run again.
+`FOLDER/seed-N.log`. In every model a circuit is also searched for without distractors, in
+`FOLDER/seed-N/plain`. What is done is not run again.
 """
 
 import json
@@ -14,12 +15,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from hf_circuit_sparsity.circuits.circuit import Circuit
+from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
+from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
+from hf_circuit_sparsity.circuits.pruning.find import find_circuit
+from hf_circuit_sparsity.commands.console import say
+from hf_circuit_sparsity.commands.quickstart import BLOCK_SIZE, QUICK_CHECKS, SEARCH
+from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
+from hf_circuit_sparsity.tasks.load import load_task
 
 from ..experiment import Experiment, machine, table
 
 # Nodes that can be read at a glance.
 SMALL = 15
+PLAIN = "plain"
 PARTS = ("reading", "training", "circuit", "checks", "total")
 
 
@@ -42,10 +53,25 @@ def run_all(folder: Path, seeds: tuple[int, ...], threads: int) -> None:
         print(f"Seed {seed} failed; {folder}/seed-{seed}.log says why.", file=sys.stderr)
 
 
-def row(folder: Path, seed: int) -> dict[str, Any]:
+def search_without_distractors(folder: Path, seed: int) -> None:
+    """Find and check a circuit of a seed's model as the quickstart did, but without distractors."""
+    found = Circuit.from_pretrained(folder / f"seed-{seed}" / "circuit")
+    path = folder / f"seed-{seed}" / "model"
+    model = CircuitGPTForCausalLM.from_pretrained(path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    task = load_task(found.task, tokenizer, seed=seed, max_length=BLOCK_SIZE)
+    config = PruningConfig(seed=seed, target_loss=found.config["target_loss"], **SEARCH)
+    say(f"Seed {seed}, without distractors")
+    circuit = find_circuit(model, task, config, progress=False)
+    verify_circuit(circuit, model, task, others=[], progress=False, **QUICK_CHECKS)
+    circuit.save_pretrained(folder / f"seed-{seed}" / PLAIN)
+
+
+def row(folder: Path, seed: int, which: str = "circuit") -> dict[str, Any]:
     """What is reported of one seed."""
     summary = json.loads((folder / f"seed-{seed}" / "summary.json").read_text(encoding="utf-8"))
-    circuit = Circuit.from_pretrained(folder / f"seed-{seed}" / "circuit")
+    circuit = Circuit.from_pretrained(folder / f"seed-{seed}" / which)
+    summary |= circuit.metrics
     bounded = {name: c for name, c in circuit.verification.items() if "threshold" in c}
     passed = [name for name, check in bounded.items() if check["passed"]]
 
@@ -80,7 +106,11 @@ def run(experiment: Experiment) -> str:
     missing = ", ".join(str(seed) for seed in seeds if seed not in done)
     if not done:
         raise RuntimeError(f"No seed of {seeds} ended in {folder}; the logs there say why.")
+    for seed in done if not experiment.stored_only else ():
+        if not (folder / f"seed-{seed}" / PLAIN).is_dir():
+            search_without_distractors(folder, seed)
     rows = [row(folder, seed) for seed in done]
+    plain = [row(folder, s, PLAIN) for s in done if (folder / f"seed-{s}" / PLAIN).is_dir()]
     small = [r for r in rows if r["nodes"] <= SMALL]
     reached = [r for r in rows if r["loss alone"] <= r["target"]]
     whole = [r for r in rows if not r["failed"] and r["checks passed"] != "0 of 0"]
@@ -99,6 +129,8 @@ def run(experiment: Experiment) -> str:
         "are on held-out prompts, with the logits calibrated as the whole model's. The checks that "
         "each circuit failed:",
         table([{n: r[n] for n in ("seed", "failed")} for r in rows]),
+        "The same search in the same models without distractors:",
+        table([{n: r[n] for n in ("seed", *found, "failed")} for r in plain]),
         "What it took:",
         table([{n: r[n] for n in ("seed", *took)} for r in rows]),
     ]
