@@ -3,7 +3,9 @@
 import math
 import random
 import tempfile
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,10 +13,12 @@ from benchmarks.experiment import Experiment, stored
 from benchmarks.findings import (
     bridges,
     circuit_finetuning,
+    mask_methods,
     on_paper,
     pretrained_steering,
     pruning_frontier,
     rcd_against_topk,
+    rcd_peers,
     rcd_true_size,
 )
 from benchmarks.findings.circuit_anatomy import describe_nodes
@@ -220,6 +224,59 @@ def test_every_optimizer_trains_every_architecture(architecture):
         training.run(4)
         assert training.evaluate() < before
         training.close()
+
+
+@pytest.mark.parametrize("method", mask_methods.METHODS)
+def test_other_ways_to_a_mask_end_at_the_density(method, tiny_config):
+    """GMP never lets a weight come back, AC/DC does between its phases, and the straight-through
+    estimator moves the weights that it hides."""
+    run = Run(method, 40, 1e-3, 4)
+    training = Training(lambda: random_model(tiny_config), run, 1 / 4, BLOCKS, BLOCKS[:4])
+    (group, *_) = [g for g in training.optimizer.param_groups if g["sparse"]]
+    weight = max(group["params"], key=torch.numel)
+    masks = [weight != 0]
+    for _ in range(40):
+        training.run(1)
+        masks.append(weight != 0)
+    shares = [mask.float().mean().item() for mask in masks]
+    assert shares[-1] == pytest.approx(1 / 4, abs=0.02)
+    came_back = sum(int((after & ~before).sum()) for before, after in pairwise(masks))
+    assert (came_back == 0) == (method == "gmp")
+    if method == "gmp":
+        at = [1 - 0.75 * (1 - (1 - done / 20) ** 3) for done in range(21)]
+        assert shares == pytest.approx([*at, *[1 / 4] * 20], abs=0.01)
+    elif method == "acdc":
+        assert [share > 0.9 for share in shares[1:9]] == [True, False, False, True] * 2
+    else:
+        assert shares[0] == pytest.approx(1 / 4, abs=0.02)
+    training.close()
+
+
+def test_the_best_rate_lies_between_two_worse_ones(tmp_path):
+    asked = []
+
+    def trained(exponent):
+        asked.append(exponent)
+        return {"loss": (exponent + 2.2) ** 2}
+
+    best, tried = rcd_peers.best_exponent(trained)
+    assert best == -2 and sorted(asked) == [-3, -2, -1, 0, 1] and set(asked) == set(tried)
+    assert rcd_peers.best_exponent(lambda exponent: None)[1] == {}
+
+
+def test_peers_are_compared_seed_by_seed(tmp_path):
+    sizes = {"d_model": 16, "layers": 1, "vocabulary": 300, "inverse_density": 4, "steps": 4,
+             "batch": 2, "seeds": 2}  # fmt: skip
+    held_out = BLOCKS.new_zeros(4, rcd_peers.CONTEXT)
+    for split in ("train", "validation"):
+        np.save(tmp_path / f"{split}-300-128.npy", (held_out + torch.arange(128) % 7).numpy())
+    sides = ("frozen", "RCD, replacing")
+    experiment = Experiment("rcd_peers", tmp_path, tmp_path, sides=sides, **sizes)
+    text = rcd_peers.run(experiment)
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "±" in line}
+    assert sides[0] in rows and "0.000 ± 0.000" in rows["frozen"] and sides[1] in rows
+    experiment.stored_only = True
+    assert rcd_peers.run(experiment) == text
 
 
 def test_the_soak_notices_what_is_left_behind(tmp_path, monkeypatch):
