@@ -17,6 +17,7 @@ from typer import Argument, Context, Exit, Option, Typer
 from typer.core import CompletionItem, TyperCommand, TyperGroup
 
 from .commands.console import Interrupted, say
+from .commands.memory import keep_freed_memory
 from .commands.options import GROUPS, help_of, names_of, options_of
 
 
@@ -80,6 +81,7 @@ def options(
     ] = False,
 ) -> None:
     """Train weight-sparse transformers and cut circuits out of them."""
+    keep_freed_memory()
 
 
 @app.command()

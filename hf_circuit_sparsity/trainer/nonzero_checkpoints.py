@@ -80,6 +80,12 @@ class NonzeroCheckpointTrainer(ShardingTrainer):
         return isinstance(self.model, PreTrainedModel) and bool(sparse_layers(self.model))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Files that are being uploaded must not change: Trainer skips this push where one is on its
+        # way, and with `hub_always_push` would copy over what that one reads.
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            if not self.args.hub_always_push:
+                return
+            self._finish_current_push()
         # Trainer copies what it knows of a checkpoint to where it pushes from; the model's code,
         # without which nobody loads it, and the nonzeros of another's are not among that.
         folder = Path(checkpoint_folder)

@@ -117,6 +117,35 @@ def test_trainer_pushes_every_save_and_the_end(api, make_trainer, tmp_path):
     assert not torch.equal(outside["halfway"], outside["end"])
 
 
+@pytest.mark.parametrize("always", [True, False])
+def test_nothing_changes_under_an_upload(always, api, make_trainer, tmp_path):
+    trainer = make_trainer(push_to_hub=True, hub_strategy="every_save", hub_always_push=always)
+    checkpoint, code = tmp_path / "checkpoint", tmp_path / "run" / "csr.py"
+    trainer.model.save_pretrained(checkpoint)
+    code.write_text("as it is uploaded")
+    seen = []
+
+    class Upload:
+        done = False
+        jobs = ()
+
+        def is_done(self) -> bool:
+            return self.done
+
+        def wait_until_done(self) -> None:
+            seen.append(code.read_text())
+            self.done = True
+
+    trainer.push_in_progress = upload = Upload()
+    trainer._push_from_checkpoint(str(checkpoint))
+    if always:  # after it
+        trainer._finish_current_push()
+        assert upload.done and seen == ["as it is uploaded"]
+        assert code.read_text() == (checkpoint / "csr.py").read_text()
+    else:  # not at all
+        assert trainer.push_in_progress is upload and code.read_text() == "as it is uploaded"
+
+
 def test_commands_say_why_a_model_cannot_be_had(api, hub_server, tiny_model, monkeypatch, capsys):
     tiny_model.push_to_hub("ada/private", private=True)
 
