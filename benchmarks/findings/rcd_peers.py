@@ -106,7 +106,9 @@ def run(experiment: Experiment) -> str:
     rows, base = {}, bigram_loss(data["train"], held_out, o.vocabulary)[0]
     for side in o.sides:
         best, tried = best_exponent(lambda e, side=side: trained(side, e, 0))
-        found = [trained(side, best, seed) for seed in range(o.seeds)] if tried else []
+        if not {e for e in (best - 1, best, best + 1) if abs(e) <= FARTHEST} <= tried.keys():
+            continue  # the search for its rate was stopped
+        found = [trained(side, best, seed) for seed in range(o.seeds)]
         found = [of for of in found if of]
         if found:
             rows[side] = {"rate": UNIT * 2.0**best, "tried": tried, "found": found}
