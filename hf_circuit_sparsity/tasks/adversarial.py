@@ -115,19 +115,24 @@ def has_distractors(task: BinaryTask) -> bool:
 
 
 def with_distractors(
-    task: BinaryTask, fraction: float, *, seed: int = 0, max_length: int | None = None
+    task: BinaryTask,
+    fraction: float,
+    *,
+    seed: int = 0,
+    max_length: int | None = None,
+    split: Split = "train",
 ) -> BinaryTask:
     """The task with other training rows: before some of them stands a distractor.
 
-    That is a finished example of the other answer, on the lines before, made of the templates and
-    names of the train split. On such prompts a circuit fails that looks for a cue of the answer
-    anywhere.
+    That is a finished example of the other answer, on the lines before. On such prompts a circuit
+    fails that looks for a cue of the answer anywhere.
 
     Args:
         task: a built-in one.
         fraction: of the training rows that are replaced, in [0, 1].
         seed: another seed, other rows.
         max_length: prompts longer than this are left out.
+        split: whose templates and names the new rows are made of.
 
     Raises:
         ValueError: no distractors are known for the task, or too few of them fit.
@@ -141,7 +146,7 @@ def with_distractors(
             f"{', '.join(_OTHER_ANSWER_BEFORE)}: leave the fraction of them at 0, or put such "
             "prompts into a task of your own."
         )
-    generate, rng = _other_answer_before(name, "train"), random.Random(f"{name}/distractors/{seed}")
+    generate, rng = _other_answer_before(name, split), random.Random(f"{name}/distractors/{seed}")
     usable: list[EncodedPair] = []
     for _ in range(_MOST_DRAWS):
         drawn = [generate(rng) for _ in range(pairs)]

@@ -15,7 +15,13 @@ from ...tasks.binary_task import BinaryTask
 from ..ablation import ReferenceMeans, ReferenceTokens, mean_ablated, means_over
 from ..circuit import Circuit
 from ..pruning.config import PruningConfig
-from ..pruning.find import TaskNotLearnedError, check_lengths, find_circuits, means_for
+from ..pruning.find import (
+    TaskNotLearnedError,
+    check_lengths,
+    find_circuits,
+    means_for,
+    searched_task,
+)
 from ..pruning.masks import Masks, learn_masks
 from ..pruning.selector import Selector
 from ..pruning.shrink import bisect, drop_unconnected, drop_unneeded
@@ -55,22 +61,21 @@ def other_circuits(
         By kind. A kind is left out if the model does not reach the target on its prompts.
     """
     seed = int(circuit.config.get("seed", 0)) + 1000
-    means = means_over(
-        model, task, reference, PruningConfig.from_stored(circuit.config).reference_tokens, progress
-    )
+    config = PruningConfig.from_stored(circuit.config, num_seeds=searches, seed=seed)
+    means = means_over(model, task, reference, config.reference_tokens, progress)
 
-    def found(of: BinaryTask, num_seeds: int, seed: int) -> list[Circuit]:
-        config = PruningConfig.from_stored(circuit.config, num_seeds=num_seeds, seed=seed)
+    def found(of: BinaryTask, config: PruningConfig) -> list[Circuit]:
         return find_circuits(model, of, config, reference=means, progress=progress)
 
-    parts = {
-        PROMPTS: [replace(task, train=p) for p in _parts(task.train, searches)],
-        WORDINGS: [replace(task, train=p, test=task.train) for p in _parts(task.test, searches)],
-    }
-    kinds = {SEEDS: found(task, searches, seed)}
-    for kind, tasks in parts.items():
+    # Distractors before they are parted, or all parts would have the same ones.
+    seen = searched_task(model, task, config)
+    unseen = searched_task(model, replace(task, train=task.test, test=task.train), config, "test")
+    alone = replace(config, num_seeds=1, distractor_fraction=0.0)
+    kinds = {SEEDS: found(task, config)}
+    for kind, of in ((PROMPTS, seen), (WORDINGS, unseen)):
         try:
-            kinds[kind] = [found(of, 1, seed)[0] for of in tasks]
+            parts = _parts(of.train, searches)
+            kinds[kind] = [found(replace(of, train=part), alone)[0] for part in parts]
         except TaskNotLearnedError:
             continue
     return kinds
@@ -127,7 +132,8 @@ def fabricated_circuits(
     """
     config = PruningConfig.from_stored(circuit.config, num_seeds=1)
     check_lengths(task, config)
-    real = [task.tensors(split) for split in ("train", "test")]
+    searched = searched_task(model, task, config)
+    real = [searched.tensors(split) for split in ("train", "test")]
     nonsense = [nonsense_answers(tensors) for tensors in real]
     means = means_for(model, task, real[0], reference, config, progress)
     made = {"nonsense task": _fabricated(model, *nonsense, means, calibration, config, progress)}

@@ -15,7 +15,7 @@ from ..ablation import ReferenceTokens, means_over, measuring, unwrapped
 from ..circuit import Circuit
 from ..task_scores import model_scores, task_rows
 from .config import PruningConfig
-from .find import TaskNotLearnedError, find_circuits, smallest
+from .find import TaskNotLearnedError, find_circuits, searched_task, smallest
 from .selector import Selector
 
 
@@ -65,7 +65,7 @@ def exhaust_circuits(
     model = unwrapped(model)
     means = means_over(model, task, reference, config.reference_tokens, progress)
     with measuring(model):
-        rows = task.tensors("train")
+        rows = searched_task(model, task, config).tensors("train")
         whole = model_scores(model, rows, task.tensors("test"), config.calibration_steps)
         some = task_rows(rows, slice(config.selection_prompts))
         # What the whole model can do without a node, not what a circuit can.

@@ -18,6 +18,7 @@ from torch import nn
 from ...modeling.fingerprint import model_fingerprint
 from ...tasks.adversarial import with_distractors
 from ...tasks.binary_task import BinaryTask
+from ...tasks.definitions.base import Split
 from ..ablation import (
     TOKENS,
     ReferenceMeans,
@@ -118,10 +119,7 @@ def find_circuits(
     with measuring(model):
         check_prompts_fit(model, task)
         check_lengths(task, config)
-        context = getattr(model.config, "max_position_embeddings", None)
-        task = with_distractors(
-            task, config.distractor_fraction, seed=config.seed, max_length=context
-        )
+        task = searched_task(model, task, config)
         train = task.tensors("train")
         whole = model_scores(model, train, task.tensors("test"), config.calibration_steps)
         # In a seeded order, so that any prefix is a fair sample.
@@ -210,6 +208,23 @@ def mean_jaccard(circuits: Sequence[Circuit]) -> float:
     """Mean of [`Circuit.jaccard`] over all pairs."""
     pairs = list(combinations(circuits, 2))
     return sum(a.jaccard(b) for a, b in pairs) / len(pairs)
+
+
+def searched_task(
+    model: nn.Module, task: BinaryTask, config: PruningConfig, split: Split = "train"
+) -> BinaryTask:
+    """The task with the training prompts that a search uses.
+
+    Args:
+        split: whose templates and names the task's training rows are of.
+
+    Raises:
+        ValueError: no distractors are known for the task, or too few fit into the context.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    return with_distractors(
+        task, config.distractor_fraction, seed=config.seed, max_length=context, split=split
+    )
 
 
 def check_prompts_fit(model: nn.Module, task: BinaryTask) -> None:

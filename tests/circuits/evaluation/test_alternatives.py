@@ -1,11 +1,13 @@
 """The search elsewhere: other seeds, prompts and wordings, and where there is nothing to find."""
 
+import re
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 
-from hf_circuit_sparsity import BinaryTask
+from hf_circuit_sparsity import BinaryTask, build_corpus, load_task, train_tokenizer
 from hf_circuit_sparsity.circuits.ablation import reference_means
 from hf_circuit_sparsity.circuits.evaluation.alternatives import (
     fabricated_circuits,
@@ -18,6 +20,7 @@ from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import find_circuit
 from hf_circuit_sparsity.circuits.task_scores import candidates, model_scores
 from tests.circuits.planted import PLANTED_NODES, on_off_task, planted_model
+from tests.conftest import random_model
 
 SEARCH = PruningConfig(
     max_steps=30, batch_size=16, learning_rate=5e-2, selection_prompts=96, screen_prompts=0,
@@ -60,6 +63,36 @@ def test_prompts_of_one_search_are_none_of_another(found, monkeypatch):
     for (_, first, _), (_, second, _), whole in ((*parts[:2], train), (*parts[2:], test)):
         assert sorted(first + second) == sorted(whole) and len(first) == len(second)
     assert parts[2][2] == train
+
+
+def test_distractors_are_parted_as_prompts_are(found, tiny_config, monkeypatch):
+    """What was searched for beside distractors is so elsewhere, and no two parts share one."""
+    tokenizer = train_tokenizer(build_corpus()["train"].select(range(0, 700, 20)), vocab_size=600)
+    config = deepcopy(tiny_config)
+    config.vocab_size, config.block_size = len(tokenizer), 128
+    task = load_task("single_double_quote", tokenizer, n_train=48, n_test=48, max_length=128)
+    circuit = replace(found[2], config={**found[2].config, "distractor_fraction": 0.5})
+    seen = []
+
+    def recorded(model, task, config, **kwargs):
+        seen.append((config.distractor_fraction, list(task.train["prompt"])))
+        return [circuit] * config.num_seeds
+
+    monkeypatch.setattr(
+        "hf_circuit_sparsity.circuits.evaluation.alternatives.find_circuits", recorded
+    )
+    other_circuits(circuit, random_model(config), task, 2, REFERENCE, progress=False)
+    (of_seeds, *parts) = seen
+    assert of_seeds == (0.5, list(task.train["prompt"])) and {part[0] for part in parts} == {0.0}
+    plain = {*task.train["prompt"], *task.test["prompt"]}
+    for (_, first), (_, second) in (parts[:2], parts[2:]):
+        assert not set(first) & set(second)
+        new = [prompt for prompt in first + second if prompt not in plain]
+        assert len(new) == 24 and all({"'", '"'} <= set(prompt) for prompt in new)
+    # Other wordings have distractors of other wordings.
+    words = [{w for _, part in of for p in part for w in re.findall("[a-z]{4,}", p)}
+             for of in (parts[:2], parts[2:])]  # fmt: skip
+    assert len(words[0] & words[1]) < 0.2 * len(words[0])
 
 
 def test_nonsense_answers_have_nothing_to_do_with_the_right_ones():
