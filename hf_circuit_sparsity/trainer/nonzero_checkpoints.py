@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME
+from transformers.trainer_utils import HubStrategy
 
 from ..modeling.causal_lm import NONZEROS_NAME, saving_nonzeros, weights_file
 from ..modeling.csr import CSR
@@ -80,8 +81,10 @@ class NonzeroCheckpointTrainer(ShardingTrainer):
         return isinstance(self.model, PreTrainedModel) and bool(sparse_layers(self.model))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Files that are being uploaded must not change: Trainer skips this push where one is on its
-        # way, and with `hub_always_push` would copy over what that one reads.
+        # The process that uploads copies, and no other: what is on its way must not change. Trainer
+        # skips this push where one is, and with `hub_always_push` would copy over what that reads.
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
         if self.push_in_progress is not None and not self.push_in_progress.is_done():
             if not self.args.hub_always_push:
                 return

@@ -118,7 +118,7 @@ def test_trainer_pushes_every_save_and_the_end(api, make_trainer, tmp_path):
 
 
 @pytest.mark.parametrize("always", [True, False])
-def test_nothing_changes_under_an_upload(always, api, make_trainer, tmp_path):
+def test_nothing_changes_under_an_upload(always, api, make_trainer, monkeypatch, tmp_path):
     trainer = make_trainer(push_to_hub=True, hub_strategy="every_save", hub_always_push=always)
     checkpoint, code = tmp_path / "checkpoint", tmp_path / "run" / "csr.py"
     trainer.model.save_pretrained(checkpoint)
@@ -136,6 +136,10 @@ def test_nothing_changes_under_an_upload(always, api, make_trainer, tmp_path):
             seen.append(code.read_text())
             self.done = True
 
+    with monkeypatch.context() as elsewhere:  # in a process that knows of no upload
+        elsewhere.setattr(trainer, "is_world_process_zero", lambda: False)
+        trainer._push_from_checkpoint(str(checkpoint))
+    assert code.read_text() == "as it is uploaded"
     trainer.push_in_progress = upload = Upload()
     trainer._push_from_checkpoint(str(checkpoint))
     if always:  # after it
