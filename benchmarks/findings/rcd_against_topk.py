@@ -27,6 +27,7 @@ from hf_circuit_sparsity.circuits.task_scores import (
     task_rows,
 )
 from hf_circuit_sparsity.commands.console import say
+from hf_circuit_sparsity.commands.quickstart import QUICK_CHECKS
 from hf_circuit_sparsity.decoders.decoder import decoder_of
 from hf_circuit_sparsity.modeling.fingerprint import model_fingerprint
 
@@ -47,7 +48,6 @@ from .trained_models import FOLDER, training_summary
 
 SIDES = {"top-k": "topk-64", "RCD": "rcd-64"}
 SEARCH = "brisk"
-QUICK_CHECKS = {"prompts": 128, "random_circuits": 4, "subsets": 3, "supersets": 4}
 NOISE = (0.0, 0.05, 0.1, 0.2, 0.4)
 DRAWS = 3
 

@@ -55,6 +55,8 @@ class Recipe:
     learning_rate: float = 2e-2
     stop_at_loss_of: str | None = None
     """Name of the model at whose validation loss training stops."""
+    look_every: int = 50
+    """Steps after which it looks whether it has reached that."""
     taught: tuple[str, ...] = ()
     """Tasks of whose training prompts, with their continuations, a quarter of the text is made."""
 
@@ -83,7 +85,7 @@ _DENSE = Recipe(
 # Random coordinate descent starts at its final density, so its learning rate has the factor
 # 1/sqrt(density) from the first step; half the base of the annealed runs was best at d_model 64.
 # It stops at the loss of its twin.
-_RCD = Recipe(d_model=64, sparsifier="rcd", learning_rate=1e-2, steps=4000)
+_RCD = Recipe(d_model=64, sparsifier="rcd", learning_rate=1e-2, steps=4000, look_every=100)
 
 RECIPES: dict[str, Recipe] = {
     **{f"topk-128-seed{s}": Recipe(seed=s) for s in range(3)},
@@ -186,7 +188,7 @@ def _arguments(recipe: Recipe, output: Path) -> SparseTrainingArguments:
         save_steps=max(1, recipe.steps // 4),
         save_total_limit=1,
         eval_strategy="steps" if stops else "no",
-        eval_steps=100,
+        eval_steps=recipe.look_every,
         report_to="none",
         seed=recipe.seed,
     )

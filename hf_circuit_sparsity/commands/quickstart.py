@@ -41,7 +41,7 @@ BATCH_SIZE = 16
 BLOCK_SIZE = 128
 DENSITY = 0.05
 STEPS = 2500
-# The paper's; the bigram table begins at zero.
+# That of `benchmarks.findings.trained_models`; the bigram table begins at zero.
 LEARNING_RATE = 2e-2
 # Target losses of the circuit, in nats, tried in this order. The paper's is 0.15.
 TARGETS = (0.3, 0.5)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -406,7 +407,7 @@ class RCDSparseOptimizer(SparseOptimizer):
             rests = group["rest_steps"] and state.rests
             if state.stayed >= group["rest_steps" if rests else "block_steps"]:
                 replaced = replaced_share(group, self.steps_taken)
-                generator = self._generator(state, -state.draws)
+                generator = partial(self._generator, state, -state.draws)
                 due[state] = find_growth(state, group, replaced, generator)
         arrived = self._exchange.swap_growth(due)
         for group, state in self._sparse_states():

@@ -4,6 +4,7 @@ Every function costs what the active coordinates and the block of a parameter co
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -151,13 +152,16 @@ def replaced_share(group: dict[str, Any], steps_taken: int) -> float:
 
 
 def find_growth(
-    state: SparseState, group: dict[str, Any], replaced: float, generator: torch.Generator
+    state: SparseState,
+    group: dict[str, Any],
+    replaced: float,
+    generator: Callable[[], torch.Generator],
 ) -> Growth:
     """Those zeros of this process's part of the block that may become active.
 
     Args:
         replaced: see [`replaced_share`].
-        generator: draws those that replace others at random.
+        generator: makes the one that draws those that replace others at random.
     """
     values, seen = state.values(), state.seen
     if not seen or not state.own_block.numel:
@@ -179,7 +183,7 @@ def find_growth(
         chosen = keep_largest(mean * chosen, count)
     chosen = positions_of(chosen)
     if group["replace_fraction"] and not greedy:
-        drawn = torch.randperm(len(chosen), generator=generator)[:count]
+        drawn = torch.randperm(len(chosen), generator=generator())[:count]
         chosen = chosen[drawn.sort().values.to(chosen.device)]
     moments = {}
     if group["update"] == "adam":
