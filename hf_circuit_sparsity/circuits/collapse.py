@@ -9,7 +9,7 @@ and stay in place. Attention is computed for the heads that count ([`collapsed_a
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..decoders.decoder import Decoder, decoder_of
 from ..decoders.hooks import temporary_hooks
 from ..decoders.layer import Projection
-from .ablation import unwrapped
+from .ablation import mean_ablated, unwrapped
 from .collapsed_attention import OpenHeads, attending, open_heads
 
 Forward = Callable[..., Tensor | tuple]
@@ -96,6 +96,27 @@ class Collapse:
                 del module.forward
                 if own is not None:
                     module.forward = own
+
+
+@contextmanager
+def kept_alone(
+    model: nn.Module,
+    keep: Mapping[str, Tensor],
+    means: Mapping[str, Tensor],
+    collapsed: bool = True,
+) -> Iterator[None]:
+    """Within the block every node not marked in `keep` is fixed at its mean.
+
+    Args:
+        model: of an architecture that is described, see `docs/decoders.md`.
+        keep: as for [`mean_ablated`].
+        means: as for [`mean_ablated`].
+        collapsed: compute no more than the kept nodes need; if not, hooks alone ablate, which is
+            slower and the reference.
+    """
+    running = Collapse(model, keep, means).running() if collapsed else nullcontext()
+    with mean_ablated(model, keep, means), running:
+        yield
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from torch import nn
 
 from ..decoders.decoder import decoder_of
 from ..modeling.fingerprint import model_fingerprint
-from .ablation import TOKENS, hooked, mean_ablated, node_sites, unwrapped
+from .ablation import TOKENS, hooked, node_sites, unwrapped
 from .circuit_file import model_source, model_text
-from .collapse import Collapse
+from .collapse import kept_alone
 from .edges import Edge, circuit_edges, count_edges, edge_hooks
 from .node_set import NodeSet
 from .task_scores import Calibration
@@ -164,8 +164,7 @@ class Running(NodeSet):
             hooks.append(
                 (decoder_of(inner).logits_site(), lambda module, args, logits: calibrate(logits))
             )
-        running = Collapse(inner, masks, means).running() if collapsed else nullcontext()
-        with mean_ablated(inner, masks, means), hooked(hooks), running:
+        with kept_alone(inner, masks, means, collapsed), hooked(hooks):
             yield model
 
 

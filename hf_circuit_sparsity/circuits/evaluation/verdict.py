@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 # Where the circuit was looked for again.
 SEEDS, PROMPTS, WORDINGS = "other seeds", "other prompts", "other wordings"
+# What is only reported, where the circuit was searched with prompts that mislead.
+DISTRACTORS = "searched after distractors"
 # What it means that a check failed. The first groups weigh most.
 _MEANINGS = {
     "sufficiency": "alone it does not carry the task",
@@ -79,6 +81,11 @@ def verdict(verification: Mapping[str, Mapping[str, float]]) -> str:
     for name in failed:
         meaning = _MEANINGS.get(_kind(name))
         sentences.append(f"Failed: {name}{f' ({meaning})' if meaning else ''}.")
+    if DISTRACTORS in verification:
+        sentences.append(
+            "It was searched with prompts after a finished example of the other answer, as one of "
+            "the adversarial kinds has them, in other words."
+        )
     if any(name.startswith("stability: ") for name in bounded):
         again = (f"stability: {kind}" for kind in (SEEDS, PROMPTS, WORDINGS))
         missing += [name for name in again if name not in bounded]

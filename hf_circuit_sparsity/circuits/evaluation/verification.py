@@ -24,7 +24,7 @@ from ..task_scores import Calibration
 from .alternatives import fabricated_circuits, other_circuits
 from .checks import Check, Verification
 from .suite import ADVERSARIAL_SKILL, Suite
-from .verdict import SEEDS
+from .verdict import DISTRACTORS, SEEDS
 
 _ATTACKED = 4  # random circuits that what takes long is done to: an adversary, other ablations
 # Threshold (a string is looked up for the circuit), whether it must be at least that, and meaning.
@@ -63,6 +63,7 @@ _CHECKS: dict[str, tuple[float | str | None, bool, str]] = {
     "fabricated loss": (None, False, "that it reaches on its own prompts: {where}"),
     "fabricated held-out loss": (None, False, "of the same: {where}"),
     "fabricated accuracy": (None, False, "on its own prompts, guessing is 0.5: {where}"),
+    DISTRACTORS: (None, True, "share of the searched prompts with the other answer before"),
     "adversarial": (0.75, True, "agreement with the model where {where}"),
     "accuracy": (None, True, "right where {where}"),
     "model accuracy": (None, True, "the whole model there"),
@@ -199,6 +200,8 @@ def verify_circuit(
         where = name.partition(": ")[2]
         of_random = [m[name] for m in of_controls if name in m]
         add(name, [value], of_random, where=where.replace("_", " "))
+    if fraction := float(circuit.config.get("distractor_fraction", 0.0)):
+        add(DISTRACTORS, [fraction], [])
     kinds = others if isinstance(others, Mapping) else {SEEDS: others or ()}
     for kind, of_kind in kinds.items():
         if of_kind:

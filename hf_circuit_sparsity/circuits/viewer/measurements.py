@@ -1,16 +1,15 @@
 """What a page shows of a circuit's parts: their effects, smaller circuits, attention, channels."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...decoders.decoder import decoder_of
-from ..ablation import TOKENS, ReferenceMeans, at_the_answer, hooked, mean_ablated
+from ..ablation import TOKENS, ReferenceMeans, at_the_answer, hooked
 from ..circuit import Circuit
-from ..collapse import Collapse
+from ..collapse import kept_alone
 from ..edges import Edge, EdgeName, cut_offsets, edge_hooks
 from ..task_scores import TaskTensors, all_pair_logits, binary_loss
 from .layout import Key
@@ -118,9 +117,8 @@ def nested_losses(
             masks[site][index] = True
         if within and TOKENS in own:
             masks[TOKENS] = own[TOKENS]
-        running = Collapse(model, masks, means).running() if collapsed else nullcontext()
-        ablated = mean_ablated(model, masks, means)
-        with ablated, hooked(cuts if within else []), running, at_the_answer(model):
+        alone = kept_alone(model, masks, means, collapsed)
+        with alone, hooked(cuts if within else []), at_the_answer(model):
             pairs = circuit.calibration.pairs(all_pair_logits(model, test), test)
         losses.append(binary_loss(pairs).item())
     return losses

@@ -34,6 +34,12 @@ def test_only_what_was_tested_and_held_is_believed():
     assert "Do not use it" in verdict(stored("a check of tomorrow"))
 
 
+def test_that_the_search_saw_prompts_that_mislead_is_said():
+    searched = {**stored(), "searched after distractors": {"value": 0.5, "passed": 1.0}}
+    assert "finished example of the other answer" in verdict(searched)
+    assert "finished example" not in verdict(stored())
+
+
 def test_where_a_circuit_was_not_looked_for_again_is_named():
     told = verdict({**stored(without=["stability"]), "stability: other seeds": {"threshold": 0.5}})
     assert "Not tested: stability: other prompts, stability: other wordings." in told

@@ -1,5 +1,7 @@
 """The faithfulness suite: the planted circuit passes all of it, wrong ones do not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -107,6 +109,15 @@ def test_outcome_is_stored_and_shown(planted, tmp_path):
     table = verification.table()
     assert len(table.splitlines()) == 2 + len(verification.checks)
     assert "pass" in table and "FAIL" not in table
+
+
+def test_that_a_search_saw_distractors_is_shown(model, planted):
+    circuit = replace(planted[0], config={**planted[0].config, "distractor_fraction": 0.5})
+    shown = verify(circuit, model, random_circuits=2, others=[])
+    assert shown["searched after distractors"].value == 0.5
+    assert "| searched after distractors | 0.500 |" in shown.table()
+    with pytest.raises(KeyError):
+        planted[1]["searched after distractors"]
 
 
 def test_the_interval_is_that_of_the_mean():

@@ -23,7 +23,7 @@ SETTINGS = {
     "normalize_gradients": "always",
 }
 
-
+REPLACING = {"replace_fraction": 0.2, "grace_steps": 2}
 # Without zeros, of which every rank sees its own part on its own data.
 AVERAGED = {"average_gradients": True, "explore_end": 0.0, "total_steps": 6}
 
@@ -58,6 +58,7 @@ def work(rank, size, folder):
         "entries": {"block": "entries"},
         "stale": {"staleness": 2},
         "averaged": {"average_gradients": True, "block_steps": 2},
+        "replacing": REPLACING,
     }
     settings["gpt2"] = settings["rows"]
     for name, own in settings.items():
@@ -100,7 +101,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["rows", "columns, staying", "entries", "stale", "gpt2", "averaged"]
+    "name", ["rows", "columns, staying", "entries", "stale", "gpt2", "averaged", "replacing"]
 )
 def test_ranks_stay_bitwise_equal_on_different_data(ranks, name):
     (first, first_losses, _), (second, second_losses, _) = (rank[name] for rank in ranks)

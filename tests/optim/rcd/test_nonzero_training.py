@@ -129,13 +129,15 @@ def make_nonzeros(request, tiny_config, make_gpt2, make_llama):
     return lambda seed: sparse_from_config(config, 1 / 4, seed=seed)
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.02])
-def test_the_trainer_saves_nonzeros_and_resumes_bit_for_bit(make_nonzeros, make_trainer, clip):
+@pytest.mark.parametrize(
+    "rule",
+    [{}, {"clip_threshold": 0.02}, {"replace_fraction": 0.2, "grace_steps": 2, "rest_steps": 1}],
+    ids=["outgrowing", "clipping", "replacing"],
+)
+def test_the_trainer_saves_nonzeros_and_resumes_bit_for_bit(make_nonzeros, make_trainer, rule):
     settings = {
         "sparsifier": "rcd",
-        "rcd_config": RCDConfig(
-            block_steps=2, block_fraction=0.25, clip_threshold=clip, start_density=1 / 4
-        ),
+        "rcd_config": RCDConfig(block_steps=2, block_fraction=0.25, start_density=1 / 4, **rule),
     }
 
     models = [make_nonzeros(seed) for seed in (0, 0, 9)]
