@@ -16,7 +16,12 @@ from transformers import AutoTokenizer
 from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import find_circuit
-from hf_circuit_sparsity.commands.quickstart import QUICK_CHECKS, TARGETS
+from hf_circuit_sparsity.commands.quickstart import (
+    DISTRACTOR_FRACTION,
+    QUICK_CHECKS,
+    SEARCH,
+    TARGETS,
+)
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.tasks.corpus import build_corpus
 from hf_circuit_sparsity.tasks.load import load_task
@@ -25,11 +30,7 @@ from hf_circuit_sparsity.tasks.packing import pack_dataset, spread_sample
 from .experiment import mean
 from .gpu.keep import save_small
 
-TABLE_DENSITY = 0.25
-# The quickstart's of the release whose model it is.
-SEARCH = {
-    "max_steps": 150, "batch_size": 16, "selection_prompts": 512, "node_penalty": 2e-3,
-}  # fmt: skip
+TABLE_DENSITY = 0.05
 
 
 def main() -> None:
@@ -53,11 +54,14 @@ def main() -> None:
             loss = mean([model(part, labels=part).loss.item() for part in ids.split(8)])
         print(f"held-out loss {name}: {loss:.4f} nats per token")
     task = load_task(settings["task"], tokenizer, seed=settings["seed"], max_length=size)
-    circuit = find_circuit(
-        model, task,
-        PruningConfig(seed=settings["seed"], target_loss=TARGETS[0], **SEARCH),
-        reference=pack_dataset(corpus["train"], tokenizer, size),
-    )  # fmt: skip
+    config = PruningConfig(
+        seed=settings["seed"],
+        target_loss=TARGETS[0],
+        distractor_fraction=DISTRACTOR_FRACTION,
+        **SEARCH,
+    )
+    reference = pack_dataset(corpus["train"], tokenizer, size)
+    circuit = find_circuit(model, task, config, reference=reference)
     checks = verify_circuit(circuit, model, task, others=[], **QUICK_CHECKS)
     circuit.save_pretrained(args.output / "circuit")
     print(circuit, circuit.metrics, checks.verdict(), sep="\n")

@@ -46,7 +46,7 @@ def circuit_html(circuit: NodeSet) -> str:
     facts = [
         f"{name} {circuit.metrics[key]:.3f}"
         for key, name in (
-            ("circuit_loss", "loss alone"), ("model_loss", "of the whole model"),
+            ("circuit_loss", "loss alone"), ("calibrated_model_loss", "of the whole model"),
             ("ablated_loss", "without it"),
         )
         if key in circuit.metrics

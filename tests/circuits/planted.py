@@ -112,7 +112,7 @@ def full_circuit(model: CircuitGPTForCausalLM, **fields: Any) -> Circuit:
         "calibration": Calibration(1.5, {1: 0.25, 2: -0.25}),
         "model_name": "me/planted",
         "model_revision": "0123456789" * 4,
-        "metrics": {"circuit_loss": 0.01, "ablated_loss": 0.7, "model_loss": 0.005},
+        "metrics": {"circuit_loss": 0.01, "ablated_loss": 0.7, "calibrated_model_loss": 0.005},
         "config": {"seed": 0, "nested": {"steps": [1, 2]}},
         "kept_edges": list(PLANTED_EDGES),
         "edge_offsets": {"h.0.attn.v": {5: 0.5}},

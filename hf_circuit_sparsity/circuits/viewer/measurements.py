@@ -21,8 +21,8 @@ def before_and_after(
     circuit: Circuit, model: nn.Module, tensors: TaskTensors
 ) -> dict[str, torch.Tensor]:
     """Logits `(n, 2)` of the answers that the whole `model`, the `circuit` alone and the model
-    `without` it give."""
-    runs = {"model": all_pair_logits(model, tensors)}
+    `without` it give; of the first two calibrated alike."""
+    runs = {"model": circuit.calibration.pairs(all_pair_logits(model, tensors), tensors)}
     with circuit.apply(model, collapsed=True), at_the_answer(model):
         runs["circuit"] = all_pair_logits(model, tensors)
     with circuit.apply(model, inverse=True), at_the_answer(model):

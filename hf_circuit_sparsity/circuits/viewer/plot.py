@@ -348,7 +348,7 @@ def _facts(circuit: Circuit, graph: LayeredGraph) -> str:
     for name, words in (
         ("circuit_loss", "loss {:.3f} of the circuit alone"),
         ("ablated_loss", "{:.3f} of the model without it"),
-        ("model_loss", "{:.3f} of the whole model"),
+        ("calibrated_model_loss", "{:.3f} of the whole model"),
     ):
         if name in circuit.metrics:
             facts.append(words.format(circuit.metrics[name]))
@@ -360,7 +360,8 @@ def _caption(circuit: Circuit) -> list[str]:
     example = circuit.example
     if all(name in example for name in ("prompt", "target", "counterfactual_target")):
         prompt = repr(example["prompt"])
-        prompt = prompt if len(prompt) <= 110 else "…" + prompt[-109:]
+        # Cut, it keeps its quotes: the closing one alone would look like a part of the prompt.
+        prompt = prompt if len(prompt) <= 110 else f"{prompt[0]}…{prompt[-108:]}"
         lines.append(f"{prompt} → {example['target']!r}, not {example['counterfactual_target']!r}")
     lines.append(
         "orange: positive weight, blue: negative; dashed: embedding and unembedding; "

@@ -406,7 +406,7 @@ class _Report:
         by score alone. What the circuit's loss is and what the whole model answers is known."""
         others = other_nodes(self.circuit)
         sizes = curve_sizes(len(order), len(order) + len(others))
-        whole = binary_loss(self.circuit.calibration.pairs(model_pairs, self.test)).item()
+        whole = binary_loss(model_pairs).item()
         known = {len(order) + len(others): whole}
 
         def losses(nodes: list[Key], at: list[int], known: dict[int, float], what: str):

@@ -37,6 +37,7 @@ const graph = (() => {
     drawHeadTitles();
     labelLayer = world.append("g").attr("class", "weights");
     drawNodes();
+    if (scene.rows) titleLayer.raise(); // they stay where they are while boxes are moved below them
     addZoom();
     update();
   }

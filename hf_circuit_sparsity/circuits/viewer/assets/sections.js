@@ -91,7 +91,7 @@ function showLosses() {
     row("Circuit alone", circuit, "kept"),
     row("Model without it", without, "removed"),
     h("p", { class: "note" }, `Task loss in nats and accuracy on ${data.samples.prompts} held-out prompts. `
-      + "The tick is guessing, 0.69."),
+      + "The model's logits are calibrated as the circuit's are. The tick is guessing, 0.69."),
   );
 }
 
