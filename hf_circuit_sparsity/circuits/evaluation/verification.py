@@ -98,7 +98,7 @@ def verify_circuit(
             prompts it was found with.
         prompts: held-out prompts, and training prompts for calibrations.
         random_circuits: of equal size at every site, for the controls and the interval of their
-            mean; at least 2.
+            mean; at least 2. They hold none of the circuit's nodes, as far as the others suffice.
         subsets: random halves of the circuit, for completeness; of a random circuit one.
         supersets: random parts of the rest that are switched on beside the circuit.
         adversary_steps: of the ascent by which an adversary picks such a part on training prompts,
@@ -163,7 +163,10 @@ def verify_circuit(
             others = other_circuits(circuit, model, task, stability_seeds, reference, progress)
         generator = torch.Generator().manual_seed(seed)
         vocabulary = model.get_input_embeddings().num_embeddings
-        controls = [random_circuit(circuit, generator, vocabulary) for _ in range(random_circuits)]
+        controls = [
+            random_circuit(circuit, generator, vocabulary, apart=True)
+            for _ in range(random_circuits)
+        ]
         bar = tqdm([circuit, *controls], "verifying", disable=not progress, leave=False)
         numbers, *of_controls = [
             suite.measure(c, real=c is circuit, attack=i <= _ATTACKED) for i, c in enumerate(bar)
@@ -206,7 +209,9 @@ def verify_circuit(
     for kind, of_kind in kinds.items():
         if of_kind:
             shared = [a.jaccard(b) for a, b in combinations([circuit, *of_kind], 2)]
-            by_random = [sum(c.jaccard(o) for o in of_kind) / len(of_kind) for c in controls]
+            # Of these some share nodes with it by chance, as those of a search without merit would.
+            drawn = [random_circuit(circuit, generator, vocabulary) for _ in controls]
+            by_random = [sum(c.jaccard(o) for o in of_kind) / len(of_kind) for c in drawn]
             add(f"stability: {kind}", shared, by_random, where=kind)
     for kind, of_kind in made.items():
         for part, value in (
@@ -228,17 +233,27 @@ def mean_and_interval(values: Sequence[float], seed: int = 0) -> tuple[float, fl
     return numbers.mean().item(), low, high
 
 
-def random_circuit(circuit: Circuit, generator: torch.Generator, vocabulary: int = 0) -> Circuit:
+def random_circuit(
+    circuit: Circuit, generator: torch.Generator, vocabulary: int = 0, apart: bool = False
+) -> Circuit:
     """As many nodes at every site, and tokens out of a vocabulary of that size where the circuit
-    names any, drawn at random; no edges are pruned."""
-    nodes = {
-        site: torch.randperm(len(circuit.means[site]), generator=generator)[: len(ids)].tolist()
-        for site, ids in circuit.nodes.items()
-    }
-    tokens = None
-    if circuit.tokens is not None:
-        drawn = torch.randperm(vocabulary, generator=generator)
-        tokens = sorted(drawn[: len(circuit.tokens)].tolist())
+    names any, drawn at random; no edges are pruned.
+
+    Args:
+        circuit: whose size it has.
+        generator: of the draw.
+        vocabulary: tokens to draw from.
+        apart: whether to take none of the circuit's own while there are others.
+    """
+
+    def draw(own: Sequence[int], of: int) -> list[int]:
+        order = torch.randperm(of, generator=generator).tolist()
+        if apart:
+            order.sort(key=set(own).__contains__)  # the others stay in their order
+        return order[: len(own)]
+
+    nodes = {site: draw(ids, len(circuit.means[site])) for site, ids in circuit.nodes.items()}
+    tokens = None if circuit.tokens is None else sorted(draw(circuit.tokens, vocabulary))
     return replace(
         circuit, nodes=nodes, tokens=tokens, calibration=Calibration(), scores={}, metrics={},
         kept_edges=None, edge_offsets={}, verification={}, names={}, notes={},

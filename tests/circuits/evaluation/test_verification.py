@@ -76,6 +76,17 @@ def test_random_circuits_have_random_tokens_where_the_circuit_names_some(planted
     assert random_circuit(planted[0], torch.Generator(), 16).tokens is None
 
 
+def test_a_control_holds_none_of_the_circuit_while_there_are_other_nodes(planted):
+    circuit = replace(planted[0], tokens=[3, 5, 7], token_mean=torch.zeros(8))
+    for seed in range(4):
+        drawn = random_circuit(circuit, torch.Generator().manual_seed(seed), 16, apart=True)
+        assert not set(drawn.tokens) & set(circuit.tokens) and len(drawn.tokens) == 3
+        for site, ids in circuit.nodes.items():
+            left = len(circuit.means[site]) - len(ids)
+            assert len(drawn.nodes[site]) == len(ids)
+            assert len(set(drawn.nodes[site]) & set(ids)) == max(0, len(ids) - left)
+
+
 def test_half_the_mechanism_and_idle_company_are_noticed(model):
     # Without the neurons' part nothing reaches the answer.
     half = {s: ids for s, ids in PLANTED_NODES.items() if s.startswith("h.0")}
