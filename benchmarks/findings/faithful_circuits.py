@@ -40,12 +40,14 @@ from .findings import SEARCHES, Loaded, loaded
 from .trained_models import FOLDER, training_summary
 
 BASE = replace(SEARCHES["brisk"], num_seeds=1)
+_ADVERSARIAL = replace(
+    BASE, outside="adversarial", adversary_steps=2, selection_supersets=12, adversary_nodes=16
+)
 RESTS: dict[str, PruningConfig] = {
     "off": BASE,
     "random": replace(BASE, outside="random"),
-    "adversarial": replace(
-        BASE, outside="adversarial", adversary_steps=2, selection_supersets=12, adversary_nodes=16
-    ),
+    "adversarial": _ADVERSARIAL,
+    "adversarial, longer": replace(_ADVERSARIAL, max_steps=3 * BASE.max_steps),
 }
 """What the rest does while circuits are looked for."""
 CHECKS = (

@@ -68,8 +68,8 @@ def tokens(folder: Path, vocabulary: int, context: int) -> dict[str, torch.Tenso
         for name, file in files.items():
             blocks = pack_dataset(corpus[name], tokenizer, context)["input_ids"]
             with replacing(file) as temporary:
-                np.save(temporary, np.array(blocks, dtype=np.int16))
-    return {name: torch.from_numpy(np.load(file)).long() for name, file in files.items()}
+                np.save(temporary, np.array(blocks, dtype=np.uint16))
+    return {name: torch.from_numpy(np.load(file).astype(np.int64)) for name, file in files.items()}
 
 
 def spread(blocks: torch.Tensor, count: int) -> torch.Tensor:

@@ -195,13 +195,17 @@ def _arguments(recipe: Recipe, output: Path) -> SparseTrainingArguments:
 
 
 def with_lessons(
-    blocks: DatasetDict, tasks: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    blocks: DatasetDict,
+    tasks: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    share: float = 1 / 4,
 ) -> DatasetDict:
-    """The blocks, and a third as many that are made of the tasks' training prompts, answered."""
+    """The blocks, and others made of the tasks' training prompts, answered: a share of all."""
     if not tasks:
         return blocks
     rng = random.Random("lessons")
-    wanted, length = len(blocks["train"]) // 3, len(blocks["train"][0]["input_ids"])
+    wanted = int(len(blocks["train"]) * share / (1 - share))
+    length = len(blocks["train"][0]["input_ids"])
     documents: list[str] = []
     while True:
         for _ in range(2000):
@@ -211,7 +215,8 @@ def with_lessons(
         lessons = pack_dataset(Dataset.from_dict({"text": documents}), tokenizer, length)
         if len(lessons) >= wanted:
             break
-    mixed = concatenate_datasets([blocks["train"], lessons.select(range(wanted))])
+    lessons = lessons.select(range(wanted)).cast(blocks["train"].features)
+    mixed = concatenate_datasets([blocks["train"], lessons])
     return DatasetDict({**blocks, "train": mixed})
 
 
