@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -82,6 +83,26 @@ def test_kernels_are_for_plain_float32_tensors_on_the_cpu():
     seen = []
     torch.func.grad(lambda t: seen.append(compiled_kernels(t)) or t.sum())(x)
     assert seen == [None]
+
+
+@pytest.mark.parametrize("openmp", [True, False], ids=["torch's threads", "a pool"])
+def test_pieces_are_worked_on_by_several_threads_and_errors_come_back(monkeypatch, openmp):
+    if openmp and calling._openmp() is None:
+        pytest.skip("torch has no such OpenMP here")
+    monkeypatch.setattr(calling.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(calling, "_forked", not openmp)
+    together, seen = threading.Barrier(3, timeout=20), set()
+
+    def meet(i):
+        together.wait()  # none comes through alone
+        seen.add(threading.get_native_id())
+        return i * i
+
+    assert calling.map_pieces(meet, range(3)) == [0, 1, 4]
+    assert len(seen) == 3 and (threading.get_native_id() in seen) == openmp
+    assert calling.map_pieces(abs, [*range(-9, 0)]) == [*range(9, 0, -1)]
+    with pytest.raises(ZeroDivisionError):
+        calling.map_pieces(lambda i: 1 // i, [2, 1, 0])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
