@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .calling import LANES, Library, as_rows, declare, in_pieces
+from .calling import LANES, Library, as_rows, declare, in_pieces, map_pieces, pieces
 
 # As in products.c.
 _BLOCK = 1024
@@ -22,8 +22,8 @@ class NonzeroList:
     Attributes:
         rows, width: of the matrix.
         starts: `(blocks, rows + 1)` int64.
-        columns: `(nonzeros,)` uint16, from the beginning of the block.
-        values: `(nonzeros,)` float32.
+        columns: uint16, from the beginning of the block; what no start points to is not one.
+        values: float32, beside the columns.
     """
 
     rows: int
@@ -32,13 +32,18 @@ class NonzeroList:
     columns: np.ndarray
     values: np.ndarray
 
+    @property
+    def count(self) -> int:
+        """How many nonzeros there are."""
+        return int((self.starts[:, -1] - self.starts[:, 0]).sum())
+
 
 class ProductKernels(Library):
     """Kernels of products.c."""
 
     def __init__(self, library: ctypes.CDLL):
         super().__init__(library)
-        self._list_nonzeros = declare(library.list_nonzeros, "piiifipppp", ctypes.c_int64)
+        self._list_nonzeros = declare(library.list_nonzeros, "piiifiipppp", ctypes.c_int64)
         self._product = declare(library.product, "pppiipifiippi")
         self._compress = declare(library.compress, "piiiippp", ctypes.c_int64)
         self._transpose_pattern = declare(library.transpose_pattern, "ppiipppp")
@@ -60,15 +65,27 @@ class ProductKernels(Library):
             return None
         rows, width = a.shape[::-1] if transpose else a.shape
         room = int(max_density * a.numel())
-        columns = np.empty(room + LANES, np.uint16)
-        values = np.empty(room + LANES, np.float32)
         starts = np.empty((-(-width // _BLOCK), rows + 1), np.int64)
-        scratch = torch.empty(LANES * _BLOCK)
-        n = self._list_nonzeros(
-            a.data_ptr(), a.stride(0), rows, width, int(transpose), room,
-            starts.ctypes.data, columns.ctypes.data, values.ctypes.data, scratch.data_ptr(),
-        )  # fmt: skip
-        return None if n < 0 else NonzeroList(rows, width, starts, columns[:n], values[:n])
+        parts = pieces(len(starts), 1)
+        # Every thread has a region of its own; what is not written costs no memory.
+        space = (room if len(parts) < 2 else a.numel()) + LANES * max(1, len(parts))
+        columns, values = np.empty(space, np.uint16), np.empty(space, np.float32)
+
+        def work(numbered: tuple[int, range]) -> int:
+            number, blocks = numbered
+            first, stop = blocks.start * _BLOCK, min(blocks.stop * _BLOCK, width)
+            base, scratch = rows * first + LANES * number, torch.empty(LANES * _BLOCK)
+            return self._list_nonzeros(
+                a.data_ptr() + 4 * first * (a.stride(0) if transpose else 1), a.stride(0), rows,
+                stop - first, int(transpose), min(room, rows * (stop - first)), base,
+                starts[blocks.start].ctypes.data, columns.ctypes.data + 2 * base,
+                values.ctypes.data + 4 * base, scratch.data_ptr(),
+            )  # fmt: skip
+
+        found = map_pieces(work, list(enumerate(parts)))
+        if min(found, default=0) < 0 or sum(found) > room:
+            return None
+        return NonzeroList(rows, width, starts, columns, values)
 
     def product(self, a: NonzeroList, b: Tensor, transpose: bool = False) -> Tensor:
         """`a @ b`, or `a @ b.T`, at the cost of the nonzeros of `a`.

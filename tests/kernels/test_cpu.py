@@ -48,7 +48,7 @@ def test_product_with_listed_nonzeros(kernels, rows, width, n, density):
     listed = kernels.list_nonzeros(a, 0.6)
     of_transpose = kernels.list_nonzeros(a.t().contiguous(), 0.6, transpose=True)
     for nonzeros in (listed, of_transpose):
-        assert len(nonzeros.values) == torch.count_nonzero(a)
+        assert nonzeros.count == torch.count_nonzero(a)
         assert (nonzeros.rows, nonzeros.width) == (rows, width)
         for out in (
             kernels.product(nonzeros, b),
@@ -69,7 +69,13 @@ def test_too_many_nonzeros_are_not_listed(kernels):
 
 def test_lists_as_many_as_there_is_room_for(kernels):
     for transpose in (False, True):
-        assert len(kernels.list_nonzeros(torch.ones(20, 30), 1.0, transpose).values) == 600
+        assert kernels.list_nonzeros(torch.ones(20, 30), 1.0, transpose).count == 600
+        full = kernels.list_nonzeros(torch.ones(40, 2050), 1.0, transpose)  # in several regions
+        assert full.count == 40 * 2050
+        if not transpose:
+            torch.testing.assert_close(
+                kernels.product(full, torch.ones(2050, 3)), torch.full((40, 3), 2050.0)
+            )
     assert len(kernels.nonzeros(torch.ones(20, 30), 600)[2]) == 600
 
 

@@ -36,16 +36,16 @@ static inline int64_t append_row(const float *row, int64_t size, int64_t n, uint
 }
 
 /* Lists the nonzeros of A, (rows, width), or of its transpose if A is given turned, (width, rows).
- * starts: (ceil(width / BLOCK), rows + 1); columns and values: room for `room` nonzeros and LANES
- * more; scratch: (LANES, BLOCK), where A is turned. Returns their number, or -1 if they are more
- * than there is room for. */
+ * starts: (ceil(width / BLOCK), rows + 1), counted from `base`; columns and values: room for `room`
+ * nonzeros and LANES more; scratch: (LANES, BLOCK), where A is turned. Returns their number, or -1
+ * if they are more than there is room for. */
 int64_t list_nonzeros(const float *a, int64_t ld, int64_t rows, int64_t width, int turned,
-                      int64_t room, int64_t *starts, uint16_t *columns, float *values,
-                      float *scratch) {
+                      int64_t room, int64_t base, int64_t *starts, uint16_t *columns,
+                      float *values, float *scratch) {
     int64_t n = 0;
     for (int64_t first = 0; first < width; first += BLOCK) {
         const int64_t size = first + BLOCK < width ? BLOCK : width - first;
-        starts[0] = n;
+        starts[0] = base + n;
         for (int64_t i = 0; i < rows; i++) {
             const float *row = a + i * ld + first;
             if (turned) {
@@ -61,7 +61,7 @@ int64_t list_nonzeros(const float *a, int64_t ld, int64_t rows, int64_t width, i
                 if (n + more > room) return -1;
             }
             n = append_row(row, size, n, columns, values);
-            starts[i + 1] = n;
+            starts[i + 1] = base + n;
         }
         starts += rows + 1;
     }
