@@ -1,8 +1,8 @@
 """What the wrappers of all kernels share: calling C, and splitting work among threads."""
 
 import ctypes
-import functools
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -17,18 +17,8 @@ Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 _pools: dict[int, ThreadPoolExecutor] = {}
-_forked = False
-
-
-def _after_fork() -> None:
-    """Threads do not survive a fork: a pool, ours or OpenMP's, would wait for them for ever."""
-    global _forked
-    _forked = True
-    _pools.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork, a pool would wait for them
+    os.register_at_fork(after_in_child=_pools.clear)
 
 
 class Library:
@@ -90,48 +80,25 @@ def in_pieces(work: Callable[[range], None], n: int, grain: int) -> None:
 
 
 def map_pieces(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> list[Result]:
-    """`[work(piece) for piece in pieces]` on the threads that torch computes with.
+    """`[work(piece) for piece in pieces]` on as many threads as torch computes with.
 
-    For calls that let go of Python's lock while they compute, as those of C and numpy do. Where
-    torch's OpenMP can be asked, they are its own threads: they are awake after torch's last
-    operation, and threads beside them would wait for a core that these hold while they spin.
+    For calls that let go of Python's lock while they compute, as those of C and numpy do.
     """
     threads = min(torch.get_num_threads(), len(pieces))
-    if threads <= 1:
+    if threads <= 1 or getattr(_within, "pieces", False):
         return [work(piece) for piece in pieces]
-    parallel = None if _forked else _openmp()
-    if parallel is None:
-        if threads not in _pools:
-            _pools[threads] = ThreadPoolExecutor(threads)
-        return list(_pools[threads].map(work, pieces))
-    results: list[Result | None] = [None] * len(pieces)
-    errors: list[BaseException] = []
-    left = iter(enumerate(pieces))  # whichever thread is free takes the next
+    if threads not in _pools:
+        _pools[threads] = ThreadPoolExecutor(threads)
 
-    def take(_: int | None) -> None:
+    def alone(piece: Piece) -> Result:
+        """Nothing of it is shared among threads again: all are busy, and would wait for ever."""
+        _within.pieces = True
         try:
-            for i, piece in left:
-                results[i] = work(piece)
-        except BaseException as error:  # C cannot pass it on
-            errors.append(error)
+            return work(piece)
+        finally:
+            _within.pieces = False
 
-    parallel(_BODY(take), None, threads, 0)
-    if errors:
-        raise errors[0]
-    return results  # type: ignore[return-value]
+    return list(_pools[threads].map(alone, pieces))
 
 
-_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-@functools.cache
-def _openmp() -> Callable[..., None] | None:
-    """`GOMP_parallel` of the OpenMP that torch has loaded, which runs a function on a number of its
-    threads; None where it has another, as on macOS."""
-    try:
-        parallel = ctypes.CDLL(None).GOMP_parallel
-    except (AttributeError, OSError, TypeError):
-        return None
-    parallel.argtypes = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    parallel.restype = None
-    return parallel
+_within = threading.local()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.calling import map_pieces
 from ..kernels.cpu import selection_kernels
 from .keep_largest import (
     INTEGER_VIEW,
@@ -69,11 +70,13 @@ def project_topk_each_(
 ) -> None:
     """[`project_topk_`] of several tensors, each with its own k, row minimum and row dimension.
 
-    On CUDA all are projected together, in about as many launches as one of them takes.
+    On CUDA all are projected together, in about as many launches as one of them takes; on the CPU
+    several at a time, each by a thread.
 
     Raises:
         ValueError, TypeError: as there, before any weight has been changed if an argument is out of
-            range; on the CPU, weights before one that is not finite have been projected.
+            range; on the CPU, weights before one that is not finite have been projected, and
+            perhaps others.
     """
     cases = list(zip(weights, budgets, minima, row_dims, strict=True))
     for weight, k, min_nonzeros, row_dim in cases:
@@ -85,7 +88,7 @@ def project_topk_each_(
         cases = [case for case in cases if shard_group(case[0]) is None]
     together: dict[torch.device, list[tuple[Tensor, int, int, int]]] = {}
     kernels_of: dict[tuple, Any] = {}
-    copies = []
+    copies, on_cpu = [], []
     for weight, k, min_nonzeros, row_dim in cases:
         if weight.numel() == 0:
             continue
@@ -102,13 +105,23 @@ def project_topk_each_(
             if is_copy:
                 copies.append((weight, matrix))
             continue
-        project = project_cpu_ if device.type == "cpu" else project_bisection_
-        project(matrix, k, min_nonzeros, row_dim)
+        if device.type == "cpu":
+            on_cpu.append((weight, matrix, k, min_nonzeros, row_dim))
+            continue
+        project_bisection_(matrix, k, min_nonzeros, row_dim)
         if is_copy:
             weight.copy_(matrix.view(weight.shape))
+    map_pieces(lambda case: _project_on_cpu_(*case), on_cpu)
     for members in together.values():
         _project_together_(*zip(*members, strict=True))
     for weight, matrix in copies:
+        weight.copy_(matrix.view(weight.shape))
+
+
+@torch.no_grad()  # every thread has a mode of its own
+def _project_on_cpu_(weight: Tensor, matrix: Tensor, *case: int) -> None:
+    project_cpu_(matrix, *case)
+    if not weight.is_contiguous():  # then the matrix is a copy
         weight.copy_(matrix.view(weight.shape))
 
 

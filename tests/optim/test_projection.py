@@ -222,6 +222,16 @@ def test_on_the_cpu_those_before_one_that_is_not_finite_are_done():
     assert torch.count_nonzero(weights[0]) == 5
 
 
+def test_parameters_are_projected_by_several_threads(monkeypatch):
+    weights = [torch.nn.Parameter(torch.randn(9, 7)) for _ in range(4)]
+    expected = [weight.detach().clone() for weight in weights]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    project_topk_each_(weights, [5] * 4, [0] * 4, [0] * 4)
+    for weight in expected:
+        project_topk_reference_(weight, 5)
+    assert all(map(torch.equal, weights, expected))
+
+
 def test_of_several_none_is_changed_if_one_argument_is_wrong():
     weights = [torch.ones(3, 3), torch.ones(3, 3)]
     with pytest.raises(ValueError, match="k=10"):
