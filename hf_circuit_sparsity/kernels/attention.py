@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calling import LANES, Library, declare, in_pieces
+from .calling import LANES, Library, Shared, float_bits, pieces
 
 _QUERIES = 4  # as in attention.c
 # Channels that a head may have.
@@ -18,8 +18,8 @@ class AttentionKernels(Library):
 
     def __init__(self, library: ctypes.CDLL):
         super().__init__(library)
-        self._attend = declare(library.attend, "pppiiidpiippp")
-        self._attend_back = declare(library.attend_back, "ppppppiiidpiippppp")
+        self._attend = Shared(library, "attend")
+        self._attend_back = Shared(library, "attend_back")
 
     def can_attend(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether `attend` takes them: in shape, and in how they lie in memory."""
@@ -56,14 +56,15 @@ class AttentionKernels(Library):
         places = [_Heads.of(x) for x in (query, key, value, out)]
         q, k, v, o = (ctypes.addressof(place) for place in places)
 
-        def work(part: range) -> None:
-            scratch = torch.empty((2 * width + _QUERIES) * _round_up(tokens))
-            self._attend(
-                q, k, v, heads, tokens, width, scale, sink.data_ptr(), part.start, part.stop,
-                o, log_sum.data_ptr(), scratch.data_ptr(),
-            )  # fmt: skip
-
-        in_pieces(work, batch * heads, 1)
+        parts = pieces(batch * heads, 1)
+        scratch = torch.empty(len(parts), (2 * width + _QUERIES) * _round_up(tokens))
+        self._attend([
+            (
+                q, k, v, heads, tokens, width, float_bits(scale), sink.data_ptr(), part.start,
+                part.stop, o, log_sum.data_ptr(), own.data_ptr(),
+            )
+            for part, own in zip(parts, scratch, strict=True)
+        ])  # fmt: skip
         return out, log_sum
 
     def attend_back(
@@ -86,14 +87,16 @@ class AttentionKernels(Library):
         places = [_Heads.of(x) for x in (query, key, value, out, grad, *grads)]
         q, k, v, o, g, *of_grads = (ctypes.addressof(place) for place in places)
 
-        def work(part: range) -> None:
-            scratch = torch.empty((5 * width + 2 * _QUERIES) * _round_up(tokens))
-            self._attend_back(
-                q, k, v, o, g, log_sum.data_ptr(), heads, tokens, width, scale, sink.data_ptr(),
-                part.start, part.stop, *of_grads, grad_sink.data_ptr(), scratch.data_ptr(),
-            )  # fmt: skip
-
-        in_pieces(work, batch * heads, 1)
+        parts = pieces(batch * heads, 1)
+        scratch = torch.empty(len(parts), (5 * width + 2 * _QUERIES) * _round_up(tokens))
+        self._attend_back([
+            (
+                q, k, v, o, g, log_sum.data_ptr(), heads, tokens, width, float_bits(scale),
+                sink.data_ptr(), part.start, part.stop, *of_grads, grad_sink.data_ptr(),
+                own.data_ptr(),
+            )
+            for part, own in zip(parts, scratch, strict=True)
+        ])  # fmt: skip
         return *grads, grad_sink.sum(0)
 
 

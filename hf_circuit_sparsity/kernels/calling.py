@@ -1,12 +1,15 @@
 """What the wrappers of all kernels share: calling C, and splitting work among threads."""
 
 import ctypes
+import functools
 import os
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +20,18 @@ Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 _pools: dict[int, ThreadPoolExecutor] = {}
-if hasattr(os, "register_at_fork"):  # threads do not survive a fork, a pool would wait for them
-    os.register_at_fork(after_in_child=_pools.clear)
+_forked = False
+
+
+def _after_fork() -> None:
+    """Threads do not survive a fork: a pool, ours or OpenMP's, would wait for them for ever."""
+    global _forked
+    _forked = True
+    _pools.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Library:
@@ -40,6 +53,56 @@ def declare(function: Callable, arguments: str, result: type | None = None) -> C
     function.argtypes = [kinds[kind] for kind in arguments]
     function.restype = result
     return function
+
+
+class Shared:
+    """A kernel that is called for several pieces of one work, each by a thread.
+
+    The threads are those of the OpenMP that torch computes with, where that can be asked. Python
+    has no part in it, so that nobody waits for its lock.
+
+    Args:
+        library: with `share` of share.c.
+        name: of a kernel for which there is a wrapper by `SHARED` of lanes.h.
+    """
+
+    def __init__(self, library: ctypes.CDLL, name: str):
+        self._kernel = ctypes.cast(getattr(library, f"{name}_shared"), ctypes.c_void_p).value
+        self._share = declare(library.share, "ppiipi")
+
+    def __call__(self, pieces: Sequence[Sequence[int]]) -> np.ndarray:
+        """Call it once for each piece.
+
+        Args:
+            pieces: the arguments of each: numbers, addresses (0 for none), [`float_bits`].
+
+        Returns:
+            The arguments, `(pieces, arguments)` int64; a kernel may write its result over one.
+        """
+        arguments = np.array(pieces, np.int64).reshape(len(pieces), -1)
+        at, (count, width) = arguments.ctypes.data, arguments.shape
+        threads = 1 if getattr(_within, "pieces", False) else min(torch.get_num_threads(), count)
+        parallel = None if _forked else _openmp()
+        if threads <= 1 or parallel is not None:
+            self._share(self._kernel, at, count, width, parallel, threads)
+        else:
+            one = functools.partial(self._share, self._kernel)
+            map_pieces(lambda i: one(at + 8 * i * width, 1, width, None, 1), range(count))
+        return arguments
+
+
+def float_bits(x: float) -> int:
+    """The bits of a float32, as [`Shared`] passes one."""
+    return struct.unpack("<i", struct.pack("<f", x))[0]
+
+
+@functools.cache
+def _openmp() -> int | None:
+    """Where `GOMP_parallel` of the OpenMP is that torch has loaded; None if it has another."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 def takes(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calling import PIECE, Library, declare, map_pieces
+from .calling import PIECE, Library, Shared
 
 # Rows whose gradients are summed in one go; the same for any number of threads.
 _ROWS = 256
@@ -17,8 +17,8 @@ class GateKernels(Library):
 
     def __init__(self, library: ctypes.CDLL):
         super().__init__(library)
-        self._gate_rows = declare(library.gate_rows, "piippp")
-        self._gate_gradients = declare(library.gate_gradients, "ppiippp")
+        self._gate_rows = Shared(library, "gate_rows")
+        self._gate_gradients = Shared(library, "gate_gradients")
 
     def differentiable_gates(self, x: Tensor, gates: Tensor, mean: Tensor) -> Tensor:
         """`mean + gate * (x - mean)` with gradients for `x` and the gates.
@@ -37,15 +37,14 @@ class GateKernels(Library):
         k, rows, width = x.shape
         step = max(1, PIECE // width)
 
-        def work(piece: tuple[int, range]) -> None:
-            i, part = piece
+        def arguments(i: int, part: range) -> tuple[int, ...]:
             at = 4 * (i * rows + part.start) * width
-            self._gate_rows(
+            return (
                 x.data_ptr() + at, len(part), width, gates.data_ptr() + 4 * i * width,
                 centers.data_ptr() + 4 * i * width, out.data_ptr() + at,
             )  # fmt: skip
 
-        map_pieces(work, _cut(k, rows, step))
+        self._gate_rows([arguments(i, part) for i, part in _cut(k, rows, step)])
         return out
 
     def gate_gradients(self, grad: Tensor, x: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,16 +55,15 @@ class GateKernels(Library):
         pieces = _cut(k, rows, _ROWS)
         dx, sums = torch.empty(x.shape), torch.empty(len(pieces), 2, width)
 
-        def work(numbered: tuple[int, tuple[int, range]]) -> None:
-            number, (i, part) = numbered
+        def arguments(number: int, i: int, part: range) -> tuple[int, ...]:
             at = 4 * (i * rows + part.start) * width
-            self._gate_gradients(
+            return (
                 grad.data_ptr() + at, x.data_ptr() + at, len(part), width,
                 gates.data_ptr() + 4 * i * width, dx.data_ptr() + at,
                 sums.data_ptr() + 8 * number * width,
             )  # fmt: skip
 
-        map_pieces(work, list(enumerate(pieces)))
+        self._gate_gradients([arguments(number, *piece) for number, piece in enumerate(pieces)])
         return dx, sums.view(k, -1, 2, width).sum(1)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .calling import LANES, Library, as_rows, declare, in_pieces, map_pieces, pieces
+from .calling import LANES, Library, Shared, as_rows, declare, pieces
 
 # As in products.c.
 _BLOCK = 1024
@@ -43,13 +43,13 @@ class ProductKernels(Library):
 
     def __init__(self, library: ctypes.CDLL):
         super().__init__(library)
-        self._list_nonzeros = declare(library.list_nonzeros, "piiifiipppp", ctypes.c_int64)
-        self._product = declare(library.product, "pppiipifiippi")
+        self._list_nonzeros = Shared(library, "list_nonzeros")
+        self._product = Shared(library, "product")
         self._compress = declare(library.compress, "piiiippp", ctypes.c_int64)
         self._transpose_pattern = declare(library.transpose_pattern, "ppiipppp")
-        self._sparse_linear = declare(library.sparse_linear, "pppiippiiippi")
-        self._turn_pieces = declare(library.turn_pieces, "piiiiip")
-        self._gradient_at = declare(library.gradient_at, "ppiippiiip")
+        self._sparse_linear = Shared(library, "sparse_linear")
+        self._turn_pieces = Shared(library, "turn_pieces")
+        self._gradient_at = Shared(library, "gradient_at")
 
     def list_nonzeros(
         self, a: Tensor, max_density: float, transpose: bool = False
@@ -71,18 +71,21 @@ class ProductKernels(Library):
         space = (room if len(parts) < 2 else a.numel()) + LANES * max(1, len(parts))
         columns, values = np.empty(space, np.uint16), np.empty(space, np.float32)
 
-        def work(numbered: tuple[int, range]) -> int:
-            number, blocks = numbered
+        scratch = torch.empty(len(parts), LANES * _BLOCK)
+
+        def arguments(number: int, blocks: range) -> tuple[int, ...]:
             first, stop = blocks.start * _BLOCK, min(blocks.stop * _BLOCK, width)
-            base, scratch = rows * first + LANES * number, torch.empty(LANES * _BLOCK)
-            return self._list_nonzeros(
+            base = rows * first + LANES * number
+            return (
                 a.data_ptr() + 4 * first * (a.stride(0) if transpose else 1), a.stride(0), rows,
                 stop - first, int(transpose), min(room, rows * (stop - first)), base,
-                starts[blocks.start].ctypes.data, columns.ctypes.data + 2 * base,
-                values.ctypes.data + 4 * base, scratch.data_ptr(),
+                starts.ctypes.data + blocks.start * starts.strides[0],
+                columns.ctypes.data + 2 * base, values.ctypes.data + 4 * base,
+                scratch[number].data_ptr(), 0,
             )  # fmt: skip
 
-        found = map_pieces(work, list(enumerate(parts)))
+        called = [arguments(number, blocks) for number, blocks in enumerate(parts)]
+        found = self._list_nonzeros(called)[:, -1].tolist() if called else []
         if min(found, default=0) < 0 or sum(found) > room:
             return None
         return NonzeroList(rows, width, starts, columns, values)
@@ -100,15 +103,16 @@ class ProductKernels(Library):
         n = b.shape[0] if transpose else b.shape[1]
         out = torch.empty(a.rows, n)
 
-        def work(columns: range) -> None:
-            scratch = torch.empty(_BLOCK * _PANEL)  # on cache lines, as numpy would not have it
-            self._product(
-                a.starts.ctypes.data, a.columns.ctypes.data, a.values.ctypes.data,
-                a.rows, a.width, b.data_ptr(), b.stride(0), int(transpose),
-                columns.start, columns.stop, scratch.data_ptr(), out.data_ptr(), n,
-            )  # fmt: skip
-
-        in_pieces(work, n, _PANEL)
+        parts = pieces(n, _PANEL)
+        scratch = torch.empty(len(parts), _BLOCK * _PANEL)  # on cache lines, unlike numpy's
+        self._product([
+            (
+                a.starts.ctypes.data, a.columns.ctypes.data, a.values.ctypes.data, a.rows, a.width,
+                b.data_ptr(), b.stride(0), int(transpose), columns.start, columns.stop,
+                own.data_ptr(), out.data_ptr(), n,
+            )
+            for columns, own in zip(parts, scratch, strict=True)
+        ])  # fmt: skip
         return out
 
     def nonzeros(
@@ -171,15 +175,16 @@ class ProductKernels(Library):
         )
         bias = None if bias is None else bias.detach().contiguous()
 
-        def work(piece: range) -> None:
-            scratch = torch.empty((width + LANES) * 2 * LANES)
-            self._sparse_linear(
+        parts = pieces(tokens, 2 * LANES)
+        scratch = torch.empty(len(parts), (width + LANES) * 2 * LANES)
+        self._sparse_linear([
+            (
                 row_starts.data_ptr(), columns.data_ptr(), values.data_ptr(), rows, width,
-                None if bias is None else bias.data_ptr(), x.data_ptr(), x.stride(0),
-                piece.start, piece.stop, scratch.data_ptr(), out.data_ptr(), rows,
-            )  # fmt: skip
-
-        in_pieces(work, tokens, 2 * LANES)
+                0 if bias is None else bias.data_ptr(), x.data_ptr(), x.stride(0), part.start,
+                part.stop, own.data_ptr(), out.data_ptr(), rows,
+            )
+            for part, own in zip(parts, scratch, strict=True)
+        ])  # fmt: skip
         return out
 
     def gradient_at(self, row_starts: Tensor, columns: Tensor, grad: Tensor, x: Tensor) -> Tensor:
@@ -198,14 +203,14 @@ class ProductKernels(Library):
         row_starts, columns = row_starts.contiguous(), columns.contiguous()
         out = torch.empty(len(columns))
 
-        def work(rows: range) -> None:
-            self._gradient_at(
+        self._gradient_at([
+            (
                 row_starts.data_ptr(), columns.data_ptr(), grad.shape[1], x.shape[1],
-                turned_grad.data_ptr(), turned_x.data_ptr(), len(x),
-                rows.start, rows.stop, out.data_ptr(),
-            )  # fmt: skip
-
-        in_pieces(work, grad.shape[1], 64)
+                turned_grad.data_ptr(), turned_x.data_ptr(), len(x), rows.start, rows.stop,
+                out.data_ptr(),
+            )
+            for rows in pieces(grad.shape[1], 64)
+        ])  # fmt: skip
         return out
 
     def _turned(self, a: Tensor) -> Tensor:
@@ -214,11 +219,11 @@ class ProductKernels(Library):
         tokens, width = a.shape
         out = torch.empty(-(-tokens // _TOKENS), width, _TOKENS)
 
-        def work(columns: range) -> None:
-            self._turn_pieces(
+        self._turn_pieces([
+            (
                 a.data_ptr(), a.stride(0), tokens, columns.start, columns.stop, width,
                 out.data_ptr(),
-            )  # fmt: skip
-
-        in_pieces(work, width, 256)
+            )
+            for columns in pieces(width, 256)
+        ])  # fmt: skip
         return out

@@ -11,6 +11,7 @@ from .calling import (
     LANES,
     PIECE,
     Library,
+    Shared,
     as_rows,
     declare,
     in_pieces,
@@ -25,8 +26,8 @@ class SelectionKernels(Library):
 
     def __init__(self, library: ctypes.CDLL):
         super().__init__(library)
-        self._abs_topk = declare(library.abs_topk, "piiiipp")
-        self._masked = declare(library.masked, "ppip")
+        self._abs_topk = Shared(library, "abs_topk")
+        self._masked = Shared(library, "masked")
         self._list_range = declare(library.list_range, "piiuuiipppp", ctypes.c_int64)
         self._zero_below = declare(library.zero_below, "piu")
         self._pack = declare(library.pack, "ppipp", ctypes.c_int64)
@@ -50,15 +51,14 @@ class SelectionKernels(Library):
         out = torch.empty(x.shape)
         mask = torch.empty(x.shape, dtype=torch.bool) if want_mask else None
 
-        def work(rows: range) -> None:
-            start, n = rows.start, len(rows)
-            self._abs_topk(
-                flat.data_ptr() + 4 * start * flat.stride(0), flat.stride(0), n, width, k,
-                out.data_ptr() + 4 * start * width,
-                None if mask is None else mask.data_ptr() + start * width,
-            )  # fmt: skip
-
-        in_pieces(work, len(flat), max(1, PIECE // width))
+        self._abs_topk([
+            (
+                flat.data_ptr() + 4 * rows.start * flat.stride(0), flat.stride(0), len(rows), width,
+                k, out.data_ptr() + 4 * rows.start * width,
+                0 if mask is None else mask.data_ptr() + rows.start * width,
+            )
+            for rows in pieces(len(flat), max(1, PIECE // width))
+        ])  # fmt: skip
         return out, mask
 
     def masked(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -68,12 +68,13 @@ class SelectionKernels(Library):
         x = x.contiguous()
         out = torch.empty(x.shape)
 
-        def work(piece: range) -> None:
-            start = piece.start
-            x_at, out_at = x.data_ptr() + 4 * start, out.data_ptr() + 4 * start
-            self._masked(x_at, mask.data_ptr() + start, len(piece), out_at)
-
-        in_pieces(work, x.numel(), PIECE)
+        self._masked([
+            (
+                x.data_ptr() + 4 * piece.start, mask.data_ptr() + piece.start, len(piece),
+                out.data_ptr() + 4 * piece.start,
+            )
+            for piece in pieces(x.numel(), PIECE)
+        ])  # fmt: skip
         return out
 
     def list_range(

@@ -229,6 +229,8 @@ void attend(const struct heads *q, const struct heads *k, const struct heads *v,
 #undef HEAD
     }
 }
+SHARED(attend, AT(0), AT(1), AT(2), a[3], a[4], a[5], float_of(a[6]), AT(7), a[8], a[9], AT(10), AT(11),
+       AT(12))
 
 /* The gradients of `attend`. grad_sink: (sequences * heads,); the three gradients lie alike;
  * scratch: (5 * width + 2 * QUERIES, tokens rounded up to LANES). */
@@ -255,3 +257,5 @@ void attend_back(const struct heads *q, const struct heads *k, const struct head
 #undef HEAD
     }
 }
+SHARED(attend_back, AT(0), AT(1), AT(2), AT(3), AT(4), AT(5), a[6], a[7], a[8], float_of(a[9]), AT(10),
+       a[11], a[12], AT(13), AT(14), AT(15), AT(16), AT(17))

@@ -17,6 +17,7 @@ void gate_rows(const float *x, int64_t rows, int64_t width, const float *gate, c
         for (; j < width; j++) out[j] = center[j] + gate[j] * x[j];
     }
 }
+SHARED(gate_rows, AT(0), a[1], a[2], AT(3), AT(4), AT(5))
 
 /* dx = gate * grad; sums: (2, width), over rows of grad * x and of grad. */
 void gate_gradients(const float *grad, const float *x, int64_t rows, int64_t width,
@@ -49,3 +50,4 @@ void gate_gradients(const float *grad, const float *x, int64_t rows, int64_t wid
         sums[width + j] = total;
     }
 }
+SHARED(gate_gradients, AT(0), AT(1), a[2], a[3], AT(4), AT(5), AT(6))

@@ -13,6 +13,18 @@
 #include <immintrin.h>
 #endif
 
+/* The arguments of a kernel as `share` passes them: numbers, addresses, the bits of floats. */
+#define SHARED(kernel, ...)                                                                        \
+    void kernel##_shared(int64_t *a) { kernel(__VA_ARGS__); }
+#define AT(i) ((void *)(intptr_t)a[i])
+
+static inline float float_of(int64_t bits) {
+    const int32_t low = (int32_t)bits;
+    float x;
+    memcpy(&x, &low, 4);
+    return x;
+}
+
 #define LANES 16
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float vec_anywhere __attribute__((vector_size(4 * LANES), aligned(4)));

@@ -67,6 +67,9 @@ int64_t list_nonzeros(const float *a, int64_t ld, int64_t rows, int64_t width, i
     }
     return n;
 }
+void list_nonzeros_shared(int64_t *a) {
+    a[11] = list_nonzeros(AT(0), a[1], a[2], a[3], (int)a[4], a[5], a[6], AT(7), AT(8), AT(9), AT(10));
+}
 
 /* Columns [from, to) of C = A B; A, (rows, inner), as listed.
  * B: (inner, ...), or turned (..., inner); scratch: (BLOCK, WIDE * LANES). */
@@ -99,6 +102,8 @@ void product(const int64_t *starts, const uint16_t *columns, const float *values
         }
     }
 }
+SHARED(product, AT(0), AT(1), AT(2), a[3], a[4], AT(5), a[6], (int)a[7], a[8], a[9], AT(10), AT(11),
+       a[12])
 
 /* ---------------------------------------------------------------- compressed rows (CSR) */
 
@@ -230,6 +235,8 @@ void sparse_linear(const int32_t *starts, const int32_t *columns, const float *v
         }
     }
 }
+SHARED(sparse_linear, AT(0), AT(1), AT(2), a[3], a[4], AT(5), AT(6), a[7], a[8], a[9], AT(10), AT(11),
+       a[12])
 
 /* ---------------------------------------------------------------- (G' X) at the nonzeros of W
  *
@@ -247,6 +254,7 @@ void turn_pieces(const float *a, int64_t ld, int64_t tokens, int64_t from, int64
             memset(out + j * TOKENS + size, 0, 4 * (TOKENS - size));
     }
 }
+SHARED(turn_pieces, AT(0), a[1], a[2], a[3], a[4], a[5], AT(6))
 
 void gradient_at(const int32_t *starts, const int32_t *columns, int64_t rows, int64_t width,
                  const float *g, const float *x, int64_t tokens, int64_t from, int64_t to,
@@ -273,3 +281,4 @@ void gradient_at(const int32_t *starts, const int32_t *columns, int64_t rows, in
             }
         }
 }
+SHARED(gradient_at, AT(0), AT(1), a[2], a[3], AT(4), AT(5), a[6], a[7], a[8], AT(9))

@@ -139,11 +139,13 @@ void abs_topk(const float *x, int64_t ld, int64_t rows, int64_t width, int64_t k
         }
     }
 }
+SHARED(abs_topk, AT(0), a[1], a[2], a[3], a[4], AT(5), AT(6))
 
 /* out = where(mask, grad, 0): the gradient of AbsTopK. */
 void masked(const float *grad, const uint8_t *mask, int64_t n, float *out) {
     for (int64_t j = 0; j < n; j++) out[j] = mask[j] ? grad[j] : 0;
 }
+SHARED(masked, AT(0), AT(1), a[2], AT(3))
 
 /* ---------------------------------------------------------------- the projection's passes */
 
