@@ -5,6 +5,7 @@ recipe; a run that was stopped goes on from its last checkpoint. Then the twenty
 whose templates and names are in no lesson.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausal
 from hf_circuit_sparsity.tasks.definitions.base import DEFINITIONS
 from hf_circuit_sparsity.trainer.sparse_config import SparseTrainingArguments
 
-from ..experiment import Experiment, machine, stored, table
+from ..experiment import Experiment, machine, mean, stored, table
+from ..gpu.keep import save_small
 from ..gpu.sizes import TokenBlocks
 from .trained_models import with_lessons
 
@@ -28,6 +30,8 @@ BLOCK_SIZE = 256
 BATCH_SIZE = 8
 LESSONS = 1 / 8
 PROMPTS = 512
+TABLE_DENSITY = 0.1
+"""Of the bigram table of the model that is kept."""
 
 
 def run(experiment: Experiment) -> str:
@@ -36,14 +40,25 @@ def run(experiment: Experiment) -> str:
     torch.set_num_threads(o.threads)
     if not (folder / SUMMARY_NAME).is_file() and not experiment.stored_only:
         train(experiment)
-    rows = stored(folder / "tasks.json", lambda: task_scores(folder))
+    if o.keep and not (Path(o.keep) / "config.json").is_file():
+        keep(folder, Path(o.keep), Path(o.data))
+    of = Path(o.keep) if o.keep else folder
+    rows = stored(folder / f"{of.name} tasks.json", lambda: task_scores(of))
+    loss = stored(folder / f"{of.name} loss.json", lambda: held_out_loss(of, Path(o.data)))
     summary = stored(folder / SUMMARY_NAME, dict)
     learned = sum((row["accuracy"] or 0) >= 0.9 for row in rows)
     return "\n\n".join([
         "# A larger model, trained on a CPU",
         __doc__.strip().split("\n\n", 1)[1],
         f"Measured on: {machine()}. One seed, one learning rate.",
-        table([{name: summary[name] for name in ("loss", "density", "nonzeros", "steps")}]),
+        table([{
+            "steps": f"{o.steps:,}",
+            "tokens": f"{o.steps * BATCH_SIZE * BLOCK_SIZE:,}",
+            "held-out loss": f"{summary['loss']:.3f}",
+            "as it is kept": f"{loss:.3f}" if o.keep else "–",
+            "density": f"1/{1 / summary['density']:.1f}",
+            "nonzeros": f"{summary['nonzeros']:,}",
+        }]),
         f"{PROMPTS} prompts of held-out templates each; losses on the two candidates, in nats, "
         f"guessing is 0.693. Accuracy is 90 % or more on {learned}.",
         table([_line(row) for row in rows]),
@@ -91,6 +106,21 @@ def train(experiment: Experiment) -> None:
     )
 
 
+def keep(folder: Path, kept: Path, data: Path) -> None:
+    """Save it as small as `benchmarks.gpu.keep` makes a model, and what it was trained on."""
+    model = CircuitGPTForCausalLM.from_pretrained(folder, dtype="float32")
+    save_small(model, AutoTokenizer.from_pretrained(folder), kept, TABLE_DENSITY)
+    shutil.copyfile(data / "manifest.json", kept / "training_data.json")
+
+
+@torch.no_grad()
+def held_out_loss(folder: Path, data: Path) -> float:
+    """Nats per token on the blocks that training was evaluated on."""
+    model = CircuitGPTForCausalLM.from_pretrained(folder, dtype="float32", sparse=True).eval()
+    blocks = TokenBlocks(data / "validation.bin", BLOCK_SIZE).spread(512)
+    return mean([model(part, labels=part).loss.item() for part in blocks.split(BATCH_SIZE)])
+
+
 def task_scores(folder: Path) -> list[dict[str, Any]]:
     """Accuracy and losses on held-out prompts of every task, the best learned first."""
     model = CircuitGPTForCausalLM.from_pretrained(folder, dtype="float32").eval()
@@ -120,7 +150,7 @@ def main() -> None:
     """The command line."""
     Experiment.main(
         run, __doc__, "taught_model", "runs/taught_model", data="gpu_data", d_model=512, layers=4,
-        steps=8000, rate=4e-3, threads=2,
+        steps=8000, rate=4e-3, threads=2, keep="",
     )  # fmt: skip
 
 

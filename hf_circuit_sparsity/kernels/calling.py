@@ -79,7 +79,9 @@ class Shared:
         Returns:
             The arguments, `(pieces, arguments)` int64; a kernel may write its result over one.
         """
-        arguments = np.array(pieces, np.int64).reshape(len(pieces), -1)
+        if not pieces:
+            return np.empty((0, 0), np.int64)
+        arguments = np.array(pieces, np.int64)
         at, (count, width) = arguments.ctypes.data, arguments.shape
         threads = 1 if getattr(_within, "pieces", False) else min(torch.get_num_threads(), count)
         parallel = None if _forked else _openmp()

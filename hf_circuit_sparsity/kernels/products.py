@@ -85,7 +85,7 @@ class ProductKernels(Library):
             )  # fmt: skip
 
         called = [arguments(number, blocks) for number, blocks in enumerate(parts)]
-        found = self._list_nonzeros(called)[:, -1].tolist() if called else []
+        found = [int(of[-1]) for of in self._list_nonzeros(called)]
         if min(found, default=0) < 0 or sum(found) > room:
             return None
         return NonzeroList(rows, width, starts, columns, values)
