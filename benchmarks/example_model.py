@@ -27,8 +27,7 @@ from hf_circuit_sparsity.tasks.corpus import build_corpus
 from hf_circuit_sparsity.tasks.load import load_task
 from hf_circuit_sparsity.tasks.packing import pack_dataset, spread_sample
 
-from .experiment import mean
-from .gpu.keep import save_small
+from .gpu.keep import held_out_loss, save_small
 
 TABLE_DENSITY = 0.05
 
@@ -50,9 +49,7 @@ def main() -> None:
     ids = torch.tensor(spread_sample(held_out, 256)["input_ids"])
     for name, folder in (("as trained", trained), ("as kept", kept)):
         model = CircuitGPTForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        with torch.no_grad():
-            loss = mean([model(part, labels=part).loss.item() for part in ids.split(8)])
-        print(f"held-out loss {name}: {loss:.4f} nats per token")
+        print(f"held-out loss {name}: {held_out_loss(model, ids):.4f} nats per token")
     task = load_task(settings["task"], tokenizer, seed=settings["seed"], max_length=size)
     config = PruningConfig(
         seed=settings["seed"],

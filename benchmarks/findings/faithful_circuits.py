@@ -205,10 +205,11 @@ def report(rows: Sequence[dict[str, Any]], experiment: Experiment) -> str:
 
 EXPLANATION = f"""\
 Target loss {TARGET:g} nats (selected at 0.8 of it on training prompts), {BASE.max_steps} mask
-updates of {BASE.batch_size} pairs, the masks' seed drawn anew. Skills (supersets, transfer) are
-shares of the whole model's accuracy above guessing. "nonsense" is what the same search, with the
-check bypassed that the model has learned the task, makes of answers that an irrelevant token
-decides: nodes used, and how often they are right on the prompts searched with (guessing is 50 %).
+updates of {BASE.batch_size} pairs ("longer": three times as many), the masks' seed drawn anew.
+Skills (supersets, transfer) are shares of the whole model's accuracy above guessing. "nonsense" is
+what the same search, with the check bypassed that the model has learned the task, makes of answers
+that an irrelevant token decides: nodes used, and how often they are right on the prompts searched
+with (guessing is 50 %).
 After ± is the standard deviation over seeds."""
 
 

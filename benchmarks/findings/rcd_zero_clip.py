@@ -20,6 +20,7 @@ from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import TaskNotLearnedError, find_circuit
 from hf_circuit_sparsity.commands.console import say
+from hf_circuit_sparsity.commands.quickstart import QUICK_CHECKS
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.tasks.corpus import build_corpus
@@ -124,10 +125,7 @@ def circuit_of(
         circuit = find_circuit(model, task, SEARCH, reference=means, progress=False)
     except TaskNotLearnedError as error:
         return {"problem": str(error)}
-    checks = verify_circuit(
-        circuit, model, task, prompts=128, random_circuits=4, subsets=3, supersets=4, others=[],
-        progress=False,
-    ).checks  # fmt: skip
+    checks = verify_circuit(circuit, model, task, others=[], progress=False, **QUICK_CHECKS).checks
     bounded = [check for check in checks if check.threshold is not None]
     return {**circuit.metrics, "passed": sum(c.passed for c in bounded), "checks": len(bounded)}
 

@@ -14,15 +14,15 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, set_seed
 
-from hf_circuit_sparsity.circuits.task_scores import evaluate_tasks
 from hf_circuit_sparsity.commands.training import SUMMARY_NAME, newest_if_any, train_model
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
 from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.tasks.definitions.base import DEFINITIONS
 from hf_circuit_sparsity.trainer.sparse_config import SparseTrainingArguments
 
-from ..experiment import Experiment, machine, mean, stored, table
-from ..gpu.keep import save_small
+from ..experiment import Experiment, machine, stored, table
+from ..gpu.evaluate import task_scores, tasks_told
+from ..gpu.keep import held_out_loss, save_small
 from ..gpu.sizes import TokenBlocks
 from .trained_models import with_lessons
 
@@ -43,10 +43,8 @@ def run(experiment: Experiment) -> str:
     if o.keep and not (Path(o.keep) / "config.json").is_file():
         keep(folder, Path(o.keep), Path(o.data))
     of = Path(o.keep) if o.keep else folder
-    rows = stored(folder / f"{of.name} tasks.json", lambda: task_scores(of))
-    loss = stored(folder / f"{of.name} loss.json", lambda: held_out_loss(of, Path(o.data)))
+    measured = stored(folder / f"{of.name}.json", lambda: measure(of, Path(o.data)))
     summary = stored(folder / SUMMARY_NAME, dict)
-    learned = sum((row["accuracy"] or 0) >= 0.9 for row in rows)
     return "\n\n".join([
         "# A larger model, trained on a CPU",
         __doc__.strip().split("\n\n", 1)[1],
@@ -55,13 +53,11 @@ def run(experiment: Experiment) -> str:
             "steps": f"{o.steps:,}",
             "tokens": f"{o.steps * BATCH_SIZE * BLOCK_SIZE:,}",
             "held-out loss": f"{summary['loss']:.3f}",
-            "as it is kept": f"{loss:.3f}" if o.keep else "–",
+            "as it is kept": f"{measured['loss']:.3f}" if o.keep else "–",
             "density": f"1/{1 / summary['density']:.1f}",
             "nonzeros": f"{summary['nonzeros']:,}",
         }]),
-        f"{PROMPTS} prompts of held-out templates each; losses on the two candidates, in nats, "
-        f"guessing is 0.693. Accuracy is 90 % or more on {learned}.",
-        table([_line(row) for row in rows]),
+        tasks_told(measured["tasks"], PROMPTS),
     ])  # fmt: skip
 
 
@@ -113,37 +109,19 @@ def keep(folder: Path, kept: Path, data: Path) -> None:
     shutil.copyfile(data / "manifest.json", kept / "training_data.json")
 
 
-@torch.no_grad()
-def held_out_loss(folder: Path, data: Path) -> float:
-    """Nats per token on the blocks that training was evaluated on."""
+def measure(folder: Path, data: Path) -> dict[str, Any]:
+    """The tasks, and nats per token on the blocks that training was evaluated on."""
     model = CircuitGPTForCausalLM.from_pretrained(folder, dtype="float32", sparse=True).eval()
     blocks = TokenBlocks(data / "validation.bin", BLOCK_SIZE).spread(512)
-    return mean([model(part, labels=part).loss.item() for part in blocks.split(BATCH_SIZE)])
-
-
-def task_scores(folder: Path) -> list[dict[str, Any]]:
-    """Accuracy and losses on held-out prompts of every task, the best learned first."""
-    model = CircuitGPTForCausalLM.from_pretrained(folder, dtype="float32").eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    scores = evaluate_tasks(model, tokenizer, n_train=PROMPTS, n_test=PROMPTS, progress=False)
-    scores.sort(key=lambda s: (s.calibrated_loss is None, s.calibrated_loss))
-    return [vars(score) for score in scores]
+    return {
+        "tasks": task_scores(model, AutoTokenizer.from_pretrained(folder), PROMPTS),
+        "loss": held_out_loss(model, blocks),
+    }
 
 
 def _dataset(blocks: np.ndarray) -> Dataset:
     rows = blocks.astype(np.int32)
     return Dataset.from_dict({"input_ids": rows, "labels": rows})
-
-
-def _line(row: dict[str, Any]) -> dict[str, str]:
-    if row["problem"]:
-        return {"task": row["task"], "accuracy": "", "loss": "", "calibrated": row["problem"]}
-    return {
-        "task": row["task"],
-        "accuracy": f"{row['accuracy']:.1%}",
-        "loss": f"{row['loss']:.3f}",
-        "calibrated": f"{row['calibrated_loss']:.3f}",
-    }
 
 
 def main() -> None:

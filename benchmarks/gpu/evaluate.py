@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +39,35 @@ def measure_tasks(
 ) -> None:
     """Accuracy and loss on held-out templates; the best learned tasks come first in the file."""
     n = SIZES[args.size].task_prompts
-    scores = evaluate_tasks(model, tokenizer, n_train=n, n_test=n, progress=False)
+    rows = task_scores(model, tokenizer, n)
+    write_json(args.work / "tasks.json", rows)
+    write_section(args.work, "3-tasks", f"## Tasks\n\n{tasks_told(rows, n)}")
+
+
+def task_scores(
+    model: CircuitGPTForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: int
+) -> list[dict[str, Any]]:
+    """Accuracy and losses of every task, each a `TaskScore` as a dict; the best learned first."""
+    scores = evaluate_tasks(model, tokenizer, n_train=prompts, n_test=prompts, progress=False)
     scores.sort(key=lambda s: (s.calibrated_loss is None, s.calibrated_loss))
-    rows = [
+    return [vars(score) for score in scores]
+
+
+def tasks_told(rows: Sequence[Mapping[str, Any]], prompts: int) -> str:
+    """What [`task_scores`] found, as a sentence and a table."""
+    lines = [
         {
-            "task": score.task,
-            "accuracy": "" if score.accuracy is None else f"{score.accuracy:.1%}",
-            "loss": "" if score.loss is None else f"{score.loss:.3f}",
-            "calibrated": score.problem or f"{score.calibrated_loss:.3f}",
+            "task": row["task"],
+            "accuracy": "" if row["accuracy"] is None else f"{row['accuracy']:.1%}",
+            "loss": "" if row["loss"] is None else f"{row['loss']:.3f}",
+            "calibrated": row["problem"] or f"{row['calibrated_loss']:.3f}",
         }
-        for score in scores
+        for row in rows
     ]
-    write_json(args.work / "tasks.json", [vars(score) for score in scores])
-    learned = sum((score.accuracy or 0) >= 0.9 for score in scores)
-    write_section(
-        args.work,
-        "3-tasks",
-        f"## Tasks\n\n{n} prompts of held-out templates each; losses on the two candidates, in "
-        f"nats, guessing is 0.693. Accuracy is 90 % or more on {learned}.\n\n{table(rows)}",
+    learned = sum((row["accuracy"] or 0) >= 0.9 for row in rows)
+    return (
+        f"{prompts} prompts of held-out templates each; losses on the two candidates, in nats, "
+        f"guessing is 0.693. Accuracy is 90 % or more on {learned}.\n\n{table(lines)}"
     )
 
 

@@ -51,6 +51,12 @@ def thin_bigram_table_(model: CircuitGPTForCausalLM, density: float) -> None:
     model.bigram_table.copy_(difference * (difference.abs() > threshold))
 
 
+@torch.no_grad()
+def held_out_loss(model: CircuitGPTForCausalLM, blocks: torch.Tensor) -> float:
+    """Nats per token on blocks `(n, length)` of token ids."""
+    return mean([model(part, labels=part).loss.item() for part in blocks.split(8)])
+
+
 def main() -> None:
     parser = stage_arguments(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the small model")
@@ -61,11 +67,10 @@ def main() -> None:
     blocks = blocks.spread(args.blocks).to(args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.work / "model")
 
-    @torch.no_grad()
     def load(folder: Path) -> tuple[CircuitGPTForCausalLM, float]:
         model = CircuitGPTForCausalLM.from_pretrained(folder, dtype=torch.float32, sparse=True)
         model.eval().to(args.device)
-        return model, mean([model(b, labels=b).loss.item() for b in blocks.split(8)])
+        return model, held_out_loss(model, blocks)
 
     _, before = load(args.work / "model")
     model = CircuitGPTForCausalLM.from_pretrained(args.work / "model")

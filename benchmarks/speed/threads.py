@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 
 from hf_circuit_sparsity.modeling.configuration_circuitgpt import CircuitGPTConfig
-from hf_circuit_sparsity.modeling.modeling_circuitgpt import CircuitGPTForCausalLM
 from hf_circuit_sparsity.optim.projection import project_topk_
 
 from ..experiment import Experiment, table
@@ -64,7 +63,7 @@ def _work(device: str, dtype: torch.dtype, quick: bool) -> dict[str, Callable[[]
         model = random_sparse_model(
             CircuitGPTConfig(vocab_size=2048, block_size=128, **size), density, device, dtype
         )
-        step = TrainingStep(_trainable(model), batch, density)
+        step = TrainingStep(model, batch, density)
         work[f"training step, d_model {size['d_model']}, 1/{1 / density:.0f}"] = step
     weight = torch.randn(4 * size["d_model"], size["d_model"], generator=generator)
 
@@ -73,10 +72,6 @@ def _work(device: str, dtype: torch.dtype, quick: bool) -> dict[str, Callable[[]
 
     work[f"projection, {len(weight)} × {weight.shape[1]}, 1/64"] = project
     return work
-
-
-def _trainable(model: CircuitGPTForCausalLM) -> CircuitGPTForCausalLM:
-    return model.requires_grad_(True)
 
 
 if __name__ == "__main__":

@@ -139,11 +139,6 @@ def pieces(n: int, grain: int) -> list[range]:
     return [range(i, min(i + step, n)) for i in range(0, n, step)]
 
 
-def in_pieces(work: Callable[[range], None], n: int, grain: int) -> None:
-    """Call `work` on the [`pieces`] of `range(n)`, each in a thread of its own."""
-    map_pieces(work, pieces(n, grain))
-
-
 def map_pieces(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> list[Result]:
     """`[work(piece) for piece in pieces]` on as many threads as torch computes with.
 

@@ -14,7 +14,6 @@ from .calling import (
     Shared,
     as_rows,
     declare,
-    in_pieces,
     map_pieces,
     pieces,
     takes,
@@ -29,7 +28,7 @@ class SelectionKernels(Library):
         self._abs_topk = Shared(library, "abs_topk")
         self._masked = Shared(library, "masked")
         self._list_range = declare(library.list_range, "piiuuiipppp", ctypes.c_int64)
-        self._zero_below = declare(library.zero_below, "piu")
+        self._zero_below = Shared(library, "zero_below")
         self._pack = declare(library.pack, "ppipp", ctypes.c_int64)
         self._unpack = declare(library.unpack, "ppip", ctypes.c_int64)
 
@@ -110,12 +109,10 @@ class SelectionKernels(Library):
 
     def zero_below(self, x: Tensor, threshold: int) -> None:
         """Zero, in place, what is smaller in magnitude than the float of this bit pattern."""
-        n = x.numel()
-
-        def work(piece: range) -> None:
-            self._zero_below(x.data_ptr() + 4 * piece.start, len(piece), threshold)
-
-        in_pieces(work, n, PIECE)
+        self._zero_below([
+            (x.data_ptr() + 4 * piece.start, len(piece), threshold)
+            for piece in pieces(x.numel(), PIECE)
+        ])  # fmt: skip
 
     def pack(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A bit per entry, uint8 `(entries / 8,)`, lowest first, and the entries that have one.

@@ -6,7 +6,7 @@ The definition is [`project_topk_reference_`], which sorts. Training calls
 over processes as `projection_sharded.py` tells.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -108,10 +108,8 @@ def project_topk_each_(
         if device.type == "cpu":
             on_cpu.append((weight, matrix, k, min_nonzeros, row_dim))
             continue
-        project_bisection_(matrix, k, min_nonzeros, row_dim)
-        if is_copy:
-            weight.copy_(matrix.view(weight.shape))
-    map_pieces(lambda case: _project_on_cpu_(*case), on_cpu)
+        _project_alone_(project_bisection_, weight, matrix, k, min_nonzeros, row_dim)
+    map_pieces(lambda case: _project_alone_(project_cpu_, *case), on_cpu)
     for members in together.values():
         _project_together_(*zip(*members, strict=True))
     for weight, matrix in copies:
@@ -119,8 +117,10 @@ def project_topk_each_(
 
 
 @torch.no_grad()  # every thread has a mode of its own
-def _project_on_cpu_(weight: Tensor, matrix: Tensor, *case: int) -> None:
-    project_cpu_(matrix, *case)
+def _project_alone_(
+    project_: Callable[..., None], weight: Tensor, matrix: Tensor, *case: int
+) -> None:
+    project_(matrix, *case)
     if not weight.is_contiguous():  # then the matrix is a copy
         weight.copy_(matrix.view(weight.shape))
 

@@ -108,11 +108,14 @@ def test_pieces_are_worked_on_by_several_threads_and_errors_come_back(monkeypatc
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded")
-def test_a_forked_process_makes_its_own_threads(monkeypatch):
+def test_a_forked_process_makes_its_own_threads(kernels, monkeypatch):
     monkeypatch.setattr(calling.torch, "get_num_threads", lambda: 2)
+    x = torch.arange(2.0 * calling.PIECE).view(-1, 64)
     assert calling.map_pieces(abs, [-1, -2, -3]) == [1, 2, 3]
+    expected = kernels.abs_topk(x, 5, want_mask=False)[0]
     pid = os.fork()
     if pid == 0:
         signal.alarm(20)  # a pool without its threads would wait for ever
-        os._exit(0 if calling.map_pieces(abs, [-4, -5]) == [4, 5] else 1)
+        same = torch.equal(kernels.abs_topk(x, 5, want_mask=False)[0], expected)
+        os._exit(0 if same and calling.map_pieces(abs, [-4, -5]) == [4, 5] else 1)
     assert os.waitpid(pid, 0)[1] == 0

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_circuit_sparsity.kernels import calling
 from hf_circuit_sparsity.kernels.cpu import load_kernels
 from hf_circuit_sparsity.modeling.csr import CSR
 from hf_circuit_sparsity.modeling.functional import abs_topk, sdpa_attention_with_sink
@@ -64,10 +65,15 @@ def whole_model() -> list[torch.Tensor]:
     return [text, hidden.detach(), *gradients]
 
 
+@pytest.mark.parametrize("openmp", [True, False], ids=["torch's threads", "a pool"])
 @pytest.mark.parametrize(
     "compute", [selection, projection, attention, products, whole_model], ids=lambda f: f.__name__
 )
-def test_the_same_bits_on_any_number_of_threads(compute):
+def test_the_same_bits_on_any_number_of_threads(compute, openmp, monkeypatch):
+    if not openmp:
+        monkeypatch.setattr(calling, "_openmp", lambda: None)
+    elif calling._openmp() is None:
+        pytest.skip("torch has no OpenMP here that can be asked")
     threads, results = torch.get_num_threads(), {}
     try:
         for n in (1, 2, 3, 8):

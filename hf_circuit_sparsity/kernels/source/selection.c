@@ -211,6 +211,7 @@ void zero_below(float *a, int64_t n, uint32_t threshold) {
     uint32_t *bits = (uint32_t *)a;
     for (int64_t j = 0; j < n; j++) bits[j] = (bits[j] & MAGNITUDE) >= threshold ? bits[j] : 0;
 }
+SHARED(zero_below, AT(0), a[1], (uint32_t)a[2])
 
 /* ---------------------------------------------------------------- entries and bits
  *
