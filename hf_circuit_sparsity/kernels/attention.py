@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .calling import LANES, Library, Shared, float_bits, pieces
 
-_QUERIES = 4  # as in attention.c
 # Channels that a head may have.
 ATTENTION_WIDTHS = (LANES, 2 * LANES, 4 * LANES)
 
@@ -51,21 +50,22 @@ class AttentionKernels(Library):
         """
         batch, heads, tokens, width = query.shape
         out = torch.empty(batch, tokens, heads, width).transpose(1, 2)
-        log_sum = torch.empty(batch, heads, tokens)
+        tops, sums = torch.empty(2, batch, heads, tokens)
         sink = sink.detach().contiguous()
         places = [_Heads.of(x) for x in (query, key, value, out)]
         q, k, v, o = (ctypes.addressof(place) for place in places)
 
         parts = pieces(batch * heads, 1)
-        scratch = torch.empty(len(parts), (2 * width + _QUERIES) * _round_up(tokens))
+        own_size = (2 * width + LANES) * _round_up(tokens) + 2 * width * LANES
+        scratch = torch.empty(len(parts), own_size)
         self._attend([
             (
                 q, k, v, heads, tokens, width, float_bits(scale), sink.data_ptr(), part.start,
-                part.stop, o, log_sum.data_ptr(), own.data_ptr(),
+                part.stop, o, tops.data_ptr(), sums.data_ptr(), own.data_ptr(),
             )
             for part, own in zip(parts, scratch, strict=True)
         ])  # fmt: skip
-        return out, log_sum
+        return out, sums.log_().add_(tops)
 
     def attend_back(
         self,
@@ -88,7 +88,8 @@ class AttentionKernels(Library):
         q, k, v, o, g, *of_grads = (ctypes.addressof(place) for place in places)
 
         parts = pieces(batch * heads, 1)
-        scratch = torch.empty(len(parts), (5 * width + 2 * _QUERIES) * _round_up(tokens))
+        own_size = (4 * width + 2 * LANES) * _round_up(tokens) + 4 * width * LANES
+        scratch = torch.empty(len(parts), own_size)
         self._attend_back([
             (
                 q, k, v, o, g, log_sum.data_ptr(), heads, tokens, width, float_bits(scale),

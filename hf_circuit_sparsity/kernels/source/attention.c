@@ -2,15 +2,15 @@
 
 /* ---------------------------------------------------------------- causal attention with a sink
  *
- * One sequence and head at a time, whose keys and values then lie in the first cache. Scores of a
- * query are computed for LANES keys at once, from keys of which LANES at a time are turned to
- * (channels, keys), and from those channels of the query alone that are not zero: AbsTopK leaves a
- * few. Values are mixed for QUERIES queries at once, which share what is read of them.
+ * One sequence and head at a time, whose keys and values then lie in the first cache. LANES queries
+ * are taken at once, one in every lane: a score is then a vector, the softmax needs no sum across
+ * lanes, and what is read of a key or value is read once for all of them. That three quarters of all
+ * channels are zero is left unused: passing over them costs as much as it saves (docs/speed.md).
  * Matrices of a head are (tokens, channels); see `struct heads` for where they are.
  */
 
 #define FAR -1e30f /* the score of a key that comes after the query; exp of it is 0 */
-#define QUERIES 4  /* that share what is read and written of the keys */
+#define TOGETHER (LANES < 8 ? LANES : 8) /* vectors of sums that are kept in registers */
 
 /* Where the matrices of sequences and heads begin, and how far apart tokens are. */
 struct heads {
@@ -22,119 +22,101 @@ static inline float *head_of(const struct heads *h, int64_t sequence, int64_t he
     return h->data + sequence * h->sequence + head * h->head;
 }
 
-/* Scaled products of a query with LANES keys; those after the query, number `i`, are FAR. */
-static inline vec scores(const float *query, const float *turned, int64_t first, int64_t i,
-                         int width, float scale) {
-    const float *keys = turned + first * width;
-    vec even = {0}, odd = {0};
-    for (int c = 0; c < width; c += 2) {
-        even += query[c] * load(keys + c * LANES);
-        odd += query[c + 1] * load(keys + (c + 1) * LANES);
-    }
-    const vec s = (even + odd) * scale;
-    if (first + LANES <= i + 1) return s;
-    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return where(lane <= (int32_t)(i - first), s, (vec){0} + FAR);
-}
-
-/* The channels of a query that are not zero, times the scale. */
-struct nonzeros {
-    int many;
-    int32_t channels[5 * LANES];
-    float values[5 * LANES];
-};
-
-static inline void list_nonzeros_of(const float *query, int width, float scale,
-                                    struct nonzeros *list) {
-    list->many = 0;
-#ifdef __AVX512F__
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    for (int c = 0; c < width; c += LANES) {
-        const vec x = load(query + c);
-        const __mmask16 kept =
-            _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-        const __m512i at = _mm512_add_epi32(lanes, _mm512_set1_epi32(c));
-        _mm512_storeu_ps(list->values + list->many,
-                         _mm512_maskz_compress_ps(kept, (__m512)(x * scale)));
-        _mm512_storeu_si512(list->channels + list->many, _mm512_maskz_compress_epi32(kept, at));
-        list->many += __builtin_popcount(kept);
-    }
-    return;
-#endif
-    for (int c = 0; c < width; c++) {
-        list->channels[list->many] = c;
-        list->values[list->many] = query[c] * scale;
-        list->many += query[c] != 0;
-    }
-}
-
-/* As `scores`, of LANES keys that are turned, the first of them number `first`. */
-static inline vec sparse_scores(const struct nonzeros *query, const float *keys, int64_t first,
-                                int64_t i) {
-    vec even = {0}, odd = {0};
-    int n = 0;
-    for (; n + 1 < query->many; n += 2) {
-        even += query->values[n] * load(keys + query->channels[n] * LANES);
-        odd += query->values[n + 1] * load(keys + query->channels[n + 1] * LANES);
-    }
-    if (n < query->many) even += query->values[n] * load(keys + query->channels[n] * LANES);
-    const vec s = even + odd;
-    if (first + LANES <= i + 1) return s;
-    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return where(lane <= (int32_t)(i - first), s, (vec){0} + FAR);
-}
-
-/* The matrix of a head as one piece: rows at the distance of tokens would share cache sets. */
-static inline void gather(const float *from, int64_t ld, int64_t tokens, int width, float *to) {
+/* The matrix of a head as one piece, zeros behind it: rows at the distance of tokens would share
+ * cache sets. */
+static inline void gather(const float *from, int64_t ld, int64_t tokens, int64_t padded, int width,
+                          float *to) {
     for (int64_t t = 0; t < tokens; t++) memcpy(to + t * width, from + t * ld, 4 * width);
+    memset(to + tokens * width, 0, 4 * width * (padded - tokens));
 }
 
-/* LANES tokens after LANES tokens, each piece turned to (channels, tokens); behind them zeros. */
-static inline void turn_by_lanes(const float *from, int64_t ld, int64_t tokens, int width,
-                                 float *to) {
-    for (int64_t t = 0; t < tokens; t += LANES) {
-        const int64_t size = t + LANES < tokens ? LANES : tokens - t;
-        if (size < LANES) memset(to + t * width, 0, 4 * width * LANES);
-        turn(from + t * ld, ld, size, width, to + t * width, LANES);
+/* LANES tokens turned to (channels, tokens); zeros where there are fewer. */
+static inline void turn_tokens(const float *from, int64_t ld, int64_t size, int width, float *to) {
+    if (size < LANES) memset(to, 0, 4 * width * LANES);
+    turn(from, ld, size, width, to, LANES);
+}
+
+/* Products with TOGETHER rows, from number `j`, of LANES tokens that are turned. */
+static inline void products_of(const float *turned, const float *rows, int64_t j, const int width,
+                               vec *s) {
+    for (int n = 0; n < TOGETHER; n++) s[n] = (vec){0};
+    for (int c = 0; c < width; c++) {
+        const vec token = load(turned + c * LANES);
+        for (int n = 0; n < TOGETHER; n++) s[n] += rows[(j + n) * width + c] * token;
     }
+}
+
+/* Where the key is none that comes after the query of the lane. */
+static inline ivec is_seen(int64_t key, int64_t first) {
+    const ivec lane = {COUNT_UP};
+    return lane >= (int32_t)(key - first);
+}
+
+/* Sums of the rows up to `seen`, weighted: weights are (rows, LANES), sums (channels, LANES). */
+static inline void mix(const float *weights, const float *rows, int64_t seen, const int width,
+                       float *sums) {
+    for (int c = 0; c < width; c += TOGETHER) {
+        vec s[TOGETHER] = {{0}};
+        for (int64_t j = 0; j < seen; j++) {
+            const vec weight = load(weights + j * LANES);
+            for (int n = 0; n < TOGETHER; n++) s[n] += rows[j * width + c + n] * weight;
+        }
+        for (int n = 0; n < TOGETHER; n++) store(sums + (c + n) * LANES, s[n]);
+    }
+}
+
+/* Adds to each row up to `seen` the LANES tokens, (LANES, width), weighted. */
+static inline void spread(const float *weights, const float *tokens, int64_t seen, const int width,
+                          float *rows) {
+    for (int n = 0; n < width; n += LANES)
+        for (int a = 0; a < LANES; a += TOGETHER) {
+            vec token[TOGETHER];
+            for (int m = 0; m < TOGETHER; m++) token[m] = load(tokens + (a + m) * width + n);
+            for (int64_t j = 0; j < seen; j++) {
+                vec s = load(rows + j * width + n), other = {0};
+                for (int m = 0; m < TOGETHER; m += 2) {
+                    s += weights[j * LANES + a + m] * token[m];
+                    other += weights[j * LANES + a + m + 1] * token[m + 1];
+                }
+                store(rows + j * width + n, s + other);
+            }
+        }
 }
 
 static inline __attribute__((always_inline)) void attend_head(
     const float *q, int64_t ld_q, const float *k, int64_t ld_k, const float *v, int64_t ld_v,
     int64_t tokens, const int width, float scale, float sink, float *out, int64_t ld_out,
-    float *log_sum, float *scratch) {
+    float *tops, float *sums, float *scratch) {
     const int64_t padded = (tokens + LANES - 1) / LANES * LANES;
-    float *turned = scratch, *values = turned + width * padded, *weights = values + width * padded;
-    turn_by_lanes(k, ld_k, tokens, width, turned);
-    gather(v, ld_v, tokens, width, values);
-    for (int64_t first = 0; first < tokens; first += QUERIES) {
-        const int64_t seen = first + QUERIES < tokens ? first + QUERIES : tokens;
-        float all[QUERIES];
-        for (int a = 0; a < QUERIES; a++) {
-            /* Behind the last token its query is taken again, and not written. */
-            const int64_t i = first + a < tokens ? first + a : tokens - 1;
-            float *row = weights + a * padded;
-            struct nonzeros query;
-            list_nonzeros_of(q + i * ld_q, width, scale, &query);
-            vec top = (vec){0} + sink;
-            for (int64_t j = 0; j < seen; j += LANES) {
-                const vec s = sparse_scores(&query, turned + j * width, j, i);
-                store(row + j, s);
-                top = where(s > top, s, top);
+    float *keys = scratch, *values = keys + width * padded, *weights = values + width * padded;
+    float *turned = weights + LANES * padded, *mixed = turned + LANES * width;
+    gather(k, ld_k, tokens, padded, width, keys);
+    gather(v, ld_v, tokens, padded, width, values);
+    for (int64_t first = 0; first < tokens; first += LANES) {
+        const int64_t size = first + LANES < tokens ? LANES : tokens - first, seen = first + LANES;
+        turn_tokens(q + first * ld_q, ld_q, size, width, turned);
+        vec top = (vec){0} + sink;
+        for (int64_t j = 0; j < seen; j += TOGETHER) {
+            vec s[TOGETHER];
+            products_of(turned, keys, j, width, s);
+            for (int n = 0; n < TOGETHER; n++) {
+                s[n] *= scale;
+                if (j >= first) s[n] = where(is_seen(j + n, first), s[n], (vec){0} + FAR);
+                store(weights + (j + n) * LANES, s[n]);
+                top = where(s[n] > top, s[n], top);
             }
-            const float most = largest(top);
-            all[a] = exponentials(row, seen, most) + exponential((vec){0} + (sink - most))[0];
-            log_sum[i] = most + __builtin_logf(all[a]);
         }
-        for (int n = 0; n < width / LANES; n++) {
-            vec mixed[QUERIES] = {{0}};
-            for (int64_t j = 0; j < seen; j++) {
-                const vec value = load(values + j * width + n * LANES);
-                for (int a = 0; a < QUERIES; a++) mixed[a] += weights[a * padded + j] * value;
-            }
-            for (int a = 0; a < QUERIES && first + a < tokens; a++)
-                store(out + (first + a) * ld_out + n * LANES, mixed[a] / all[a]);
+        vec all = exponential(sink - top);
+        for (int64_t j = 0; j < seen; j++) {
+            const vec e = exponential(load(weights + j * LANES) - top);
+            store(weights + j * LANES, e);
+            all += e;
         }
+        memcpy(tops + first, &top, 4 * size), memcpy(sums + first, &all, 4 * size);
+        mix(weights, values, seen, width, mixed);
+        const vec share = 1.0f / all;
+        for (int c = 0; c < width; c++) store(mixed + c * LANES, load(mixed + c * LANES) * share);
+        turn(mixed, LANES, width, size, out + first * ld_out, ld_out);
     }
 }
 
@@ -144,63 +126,45 @@ static inline __attribute__((always_inline)) void attend_head_back(
     int64_t tokens, const int width, float scale, float sink, float *grad_q, float *grad_k,
     float *grad_v, int64_t ld_grad, float *grad_sink, float *scratch) {
     const int64_t padded = (tokens + LANES - 1) / LANES * LANES;
-    float *turned_k = scratch, *turned_v = turned_k + width * padded;
-    float *keys = turned_v + width * padded, *of_k = keys + width * padded;
-    float *of_v = of_k + width * padded, *p = of_v + width * padded, *ds = p + QUERIES * padded;
-    const int vecs = width / LANES;
-    turn_by_lanes(k, ld_k, tokens, width, turned_k);
-    turn_by_lanes(v, ld_v, tokens, width, turned_v);
-    gather(k, ld_k, tokens, width, keys);
+    float *keys = scratch, *values = keys + width * padded;
+    float *of_k = values + width * padded, *of_v = of_k + width * padded;
+    float *weights = of_v + width * padded, *slopes = weights + LANES * padded;
+    float *queries = slopes + LANES * padded, *turned_q = queries + LANES * width;
+    float *ups = turned_q + LANES * width, *turned_g = ups + LANES * width;
+    gather(k, ld_k, tokens, padded, width, keys);
+    gather(v, ld_v, tokens, padded, width, values);
     memset(of_k, 0, 8 * width * padded); /* of_v too */
-    for (int64_t first = 0; first < tokens; first += QUERIES) {
-        const int64_t queries = first + QUERIES < tokens ? QUERIES : tokens - first;
-        const int64_t seen = first + queries; /* keys up to the last of these queries */
-        for (int64_t a = 0; a < QUERIES; a++) {
-            const int64_t i = first + a;
-            float *p_row = p + a * padded, *ds_row = ds + a * padded;
-            if (a >= queries) {
-                memset(p_row, 0, 4 * padded), memset(ds_row, 0, 4 * padded);
-                continue;
-            }
+    for (int64_t first = 0; first < tokens; first += LANES) {
+        const int64_t size = first + LANES < tokens ? LANES : tokens - first, seen = first + LANES;
+        gather(q + first * ld_q, ld_q, size, LANES, width, queries);
+        gather(g + first * ld_g, ld_g, size, LANES, width, ups);
+        turn(queries, width, LANES, width, turned_q, LANES);
+        turn(ups, width, LANES, width, turned_g, LANES);
+        float delta_of[LANES] = {0}, log_of[LANES] = {0};
+        for (int a = 0; a < size; a++) {
             vec through = {0};
-            for (int n = 0; n < vecs; n++)
-                through += load(g + i * ld_g + n * LANES) * load(out + i * ld_out + n * LANES);
-            const float delta = total(through);
-            *grad_sink -= exponential((vec){0} + (sink - log_sum[i]))[0] * delta;
-            for (int64_t j = 0; j < seen; j += LANES) {
-                const vec s = scores(q + i * ld_q, turned_k, j, i, width, scale);
-                const vec e = exponential(s - log_sum[i]);
-                /* Of keys after the query e is 0, and so is what follows. */
-                const vec dp = scores(g + i * ld_g, turned_v, j, tokens, width, 1.0f);
-                store(p_row + j, e);
-                store(ds_row + j, e * (dp - delta) * scale);
-            }
-            vec sum[4] = {{0}}, other[4] = {{0}};
-            for (int64_t j = 0; j <= i; j += 2)
-                for (int n = 0; n < vecs; n++) {
-                    sum[n] += ds_row[j] * load(keys + j * width + n * LANES);
-                    if (j < i) other[n] += ds_row[j + 1] * load(keys + (j + 1) * width + n * LANES);
-                }
-            for (int n = 0; n < vecs; n++)
-                store(grad_q + i * ld_grad + n * LANES, sum[n] + other[n]);
+            for (int n = 0; n < width; n += LANES)
+                through += load(ups + a * width + n) * load(out + (first + a) * ld_out + n);
+            delta_of[a] = total(through);
+            log_of[a] = log_sum[first + a];
         }
-        vec query[QUERIES][4], up[QUERIES][4];
-        for (int a = 0; a < QUERIES; a++)
-            for (int n = 0; n < vecs; n++) {
-                const int64_t i = first + (a < queries ? a : 0);
-                query[a][n] = load(q + i * ld_q + n * LANES);
-                up[a][n] = load(g + i * ld_g + n * LANES);
+        const vec delta = load(delta_of), logs = load(log_of);
+        *grad_sink -= total(exponential(sink - logs) * delta);
+        for (int64_t j = 0; j < seen; j += TOGETHER) {
+            vec s[TOGETHER], dp[TOGETHER];
+            products_of(turned_q, keys, j, width, s);
+            products_of(turned_g, values, j, width, dp);
+            for (int n = 0; n < TOGETHER; n++) {
+                vec e = exponential(s[n] * scale - logs);
+                if (j >= first) e = where(is_seen(j + n, first), e, (vec){0});
+                store(weights + (j + n) * LANES, e);
+                store(slopes + (j + n) * LANES, e * (dp[n] - delta) * scale);
             }
-        for (int64_t j = 0; j < seen; j++)
-            for (int n = 0; n < vecs; n++) {
-                float *to_k = of_k + j * width + n * LANES, *to_v = of_v + j * width + n * LANES;
-                vec dk = load(to_k), dv = load(to_v);
-                for (int a = 0; a < QUERIES; a++) {
-                    dk += ds[a * padded + j] * query[a][n];
-                    dv += p[a * padded + j] * up[a][n];
-                }
-                store(to_k, dk), store(to_v, dv);
-            }
+        }
+        spread(slopes, queries, seen, width, of_k);
+        spread(weights, ups, seen, width, of_v);
+        mix(slopes, keys, seen, width, turned_q);
+        turn(turned_q, LANES, width, size, grad_q + first * ld_grad, ld_grad);
     }
     for (int64_t t = 0; t < tokens; t++) {
         memcpy(grad_k + t * ld_grad, of_k + t * width, 4 * width);
@@ -208,32 +172,33 @@ static inline __attribute__((always_inline)) void attend_head_back(
     }
 }
 
-/* Heads [from, to) of all sequences' heads. width: channels of a head, LANES or a small multiple.
- * sink: (heads,); log_sum: (sequences * heads, tokens), of the softmax denominator with the sink.
- * scratch: (2 * width + QUERIES, tokens rounded up to LANES). */
+/* Heads [from, to) of all sequences' heads. width: channels of a head: 16, 32 or 64.
+ * sink: (heads,); tops and sums: (sequences * heads, tokens), the largest score, the sink counted,
+ * and the softmax denominator after it was taken off.
+ * scratch: (2 * width + LANES) * tokens rounded up to LANES + 2 * width * LANES. */
 void attend(const struct heads *q, const struct heads *k, const struct heads *v, int64_t heads,
             int64_t tokens, int64_t width, float scale, const float *sink, int64_t from, int64_t to,
-            const struct heads *out, float *log_sum, float *scratch) {
+            const struct heads *out, float *tops, float *sums, float *scratch) {
     for (int64_t n = from; n < to; n++) {
         const int64_t b = n / heads, h = n % heads;
 #define HEAD(W)                                                                                    \
     attend_head(head_of(q, b, h), q->token, head_of(k, b, h), k->token, head_of(v, b, h),          \
                 v->token, tokens, W, scale, sink[h], head_of(out, b, h), out->token,               \
-                log_sum + n * tokens, scratch)
-        if (width == LANES)
-            HEAD(LANES);
-        else if (width == 2 * LANES)
-            HEAD(2 * LANES);
+                tops + n * tokens, sums + n * tokens, scratch)
+        if (width == 16)
+            HEAD(16);
+        else if (width == 32)
+            HEAD(32);
         else
-            HEAD(4 * LANES);
+            HEAD(64);
 #undef HEAD
     }
 }
 SHARED(attend, AT(0), AT(1), AT(2), a[3], a[4], a[5], float_of(a[6]), AT(7), a[8], a[9], AT(10), AT(11),
-       AT(12))
+       AT(12), AT(13))
 
-/* The gradients of `attend`. grad_sink: (sequences * heads,); the three gradients lie alike;
- * scratch: (5 * width + 2 * QUERIES, tokens rounded up to LANES). */
+/* The gradients of `attend`. log_sum: of the denominator with the sink; grad_sink: (sequences * heads,); the three gradients lie alike;
+ * scratch: (4 * width + 2 * LANES) * tokens rounded up to LANES + 4 * width * LANES. */
 void attend_back(const struct heads *q, const struct heads *k, const struct heads *v,
                  const struct heads *out, const struct heads *g, const float *log_sum,
                  int64_t heads, int64_t tokens, int64_t width, float scale, const float *sink,
@@ -248,12 +213,12 @@ void attend_back(const struct heads *q, const struct heads *k, const struct head
                      log_sum + n * tokens, tokens, W, scale, sink[h], head_of(grad_q, b, h),       \
                      head_of(grad_k, b, h), head_of(grad_v, b, h), grad_q->token, grad_sink + n,   \
                      scratch)
-        if (width == LANES)
-            HEAD(LANES);
-        else if (width == 2 * LANES)
-            HEAD(2 * LANES);
+        if (width == 16)
+            HEAD(16);
+        else if (width == 32)
+            HEAD(32);
         else
-            HEAD(4 * LANES);
+            HEAD(64);
 #undef HEAD
     }
 }

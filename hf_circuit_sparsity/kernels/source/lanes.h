@@ -25,7 +25,23 @@ static inline float float_of(int64_t bits) {
     return x;
 }
 
+/* As many as a register has: compilers take wider vectors to pieces by way of memory. */
+#if defined __AVX512F__
 #define LANES 16
+#define COUNT_UP 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+#define FIRST_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define SECOND_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined __AVX__
+#define LANES 8
+#define COUNT_UP 0, 1, 2, 3, 4, 5, 6, 7
+#define FIRST_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define SECOND_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LANES 4
+#define COUNT_UP 0, 1, 2, 3
+#define FIRST_HALVES 0, 4, 1, 5
+#define SECOND_HALVES 2, 6, 3, 7
+#endif
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float vec_anywhere __attribute__((vector_size(4 * LANES), aligned(4)));
 
@@ -97,30 +113,27 @@ static inline float exponentials(float *scores, int64_t n, float most) {
     return total(sum);
 }
 
+/* The lanes of two vectors in turn: of their first halves, and of their second ones. */
+#define FIRST(a, b) __builtin_shufflevector(a, b, FIRST_HALVES)
+#define SECOND(a, b) __builtin_shufflevector(a, b, SECOND_HALVES)
+
 /* Lane i of what is returned is the sum of the lanes of s[i]; s is overwritten. */
 static inline vec sums_of(vec *s) {
-#define HALVES(i, j, ...) __builtin_shufflevector(s[i], s[j], __VA_ARGS__)
-    for (int i = 0; i < 8; i++)
-        s[i] = HALVES(i, i + 8, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-               HALVES(i, i + 8, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    for (int i = 0; i < 4; i++)
-        s[i] = HALVES(i, i + 4, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-               HALVES(i, i + 4, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    for (int i = 0; i < 2; i++)
-        s[i] = HALVES(i, i + 2, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-               HALVES(i, i + 2, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    return HALVES(0, 1, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-           HALVES(0, 1, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-#undef HALVES
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++)
+            s[i] = FIRST(s[i], s[i + half]) + SECOND(s[i], s[i + half]);
+    return s[0];
 }
 
-/* Rows i and i + 8 of a square, interleaved; four times over, that transposes it. */
-static inline void interleave(const vec *from, vec *to) {
-    for (int i = 0; i < 8; i++) {
-        to[2 * i] = __builtin_shufflevector(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20,
-                                            5, 21, 6, 22, 7, 23);
-        to[2 * i + 1] = __builtin_shufflevector(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27,
-                                                12, 28, 13, 29, 14, 30, 15, 31);
+/* Transposes a square: rows i and i + LANES / 2 are interleaved until each has one lane of all. */
+static inline void transpose(vec *s) {
+    for (int round = 1; round < LANES; round *= 2) {
+        vec t[LANES];
+        for (int i = 0; i < LANES / 2; i++) {
+            t[2 * i] = FIRST(s[i], s[i + LANES / 2]);
+            t[2 * i + 1] = SECOND(s[i], s[i + LANES / 2]);
+        }
+        for (int i = 0; i < LANES; i++) s[i] = t[i];
     }
 }
 
@@ -130,10 +143,10 @@ static void turn(const float *from, int64_t ld_from, int64_t rows, int64_t colum
     const int64_t whole_rows = rows - rows % LANES, whole_columns = columns - columns % LANES;
     for (int64_t i = 0; i < whole_rows; i += LANES)
         for (int64_t j = 0; j < whole_columns; j += LANES) {
-            vec a[LANES], b[LANES];
-            for (int n = 0; n < LANES; n++) a[n] = load(from + (i + n) * ld_from + j);
-            interleave(a, b), interleave(b, a), interleave(a, b), interleave(b, a);
-            for (int n = 0; n < LANES; n++) store(to + (j + n) * ld_to + i, a[n]);
+            vec s[LANES];
+            for (int n = 0; n < LANES; n++) s[n] = load(from + (i + n) * ld_from + j);
+            transpose(s);
+            for (int n = 0; n < LANES; n++) store(to + (j + n) * ld_to + i, s[n]);
         }
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; j++)

@@ -263,15 +263,15 @@ void gradient_at(const int32_t *starts, const int32_t *columns, int64_t rows, in
     for (int64_t t = 0; t < tokens; t += TOKENS, g += rows * TOKENS, x += width * TOKENS)
         for (int64_t i = from; i < to; i++) {
             const float *row = g + i * TOKENS;
-            const vec a = load(row), b = load(row + LANES), c = load(row + 2 * LANES),
-                      d = load(row + 3 * LANES);
+            vec of_row[TOKENS / LANES];
+            for (int v = 0; v < TOKENS / LANES; v++) of_row[v] = load(row + v * LANES);
             for (int32_t n = starts[i]; n < starts[i + 1]; n += LANES) {
                 const int many = n + LANES < starts[i + 1] ? LANES : starts[i + 1] - n;
                 vec s[LANES] = {0};
                 for (int k = 0; k < many; k++) {
                     const float *col = x + (int64_t)columns[n + k] * TOKENS;
-                    s[k] = a * load(col) + b * load(col + LANES) + c * load(col + 2 * LANES) +
-                           d * load(col + 3 * LANES);
+                    for (int v = 0; v < TOKENS / LANES; v++)
+                        s[k] += of_row[v] * load(col + v * LANES);
                 }
                 const vec sum = sums_of(s);
                 if (many == LANES)

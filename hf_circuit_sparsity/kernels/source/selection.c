@@ -215,19 +215,21 @@ SHARED(zero_below, AT(0), a[1], (uint32_t)a[2])
 
 /* ---------------------------------------------------------------- entries and bits
  *
- * What autograd keeps of a vector with many zeros: a bit for every entry, LANES of them to a word,
+ * What autograd keeps of a vector with many zeros: a bit for every entry, WORD of them to a word,
  * and the entries that have one.
  */
 
+#define WORD 16
+
 /* Takes the entries that are not 0, or with a mask, a byte each, those where it is not; returns how
- * many. bits: ceil(n / LANES) words; LANES places behind the values may be written. */
+ * many. bits: ceil(n / WORD) words; LANES places behind the values may be written. */
 int64_t pack(const float *x, const uint8_t *mask, int64_t n, uint16_t *bits, float *values) {
     int64_t taken = 0;
-    for (int64_t j = 0; j < n; j += LANES, bits++) {
-        const int64_t size = j + LANES < n ? LANES : n - j;
+    for (int64_t j = 0; j < n; j += WORD, bits++) {
+        const int64_t size = j + WORD < n ? WORD : n - j;
         uint16_t word = 0;
 #ifdef __AVX512BW__
-        if (size == LANES) {
+        if (size == WORD) {
             const __m512 v = _mm512_loadu_ps(x + j);
             if (mask) {
                 const __m128i bytes = _mm_loadu_si128((const void *)(mask + j));
@@ -256,10 +258,10 @@ int64_t pack(const float *x, const uint8_t *mask, int64_t n, uint16_t *bits, flo
 /* Puts the values back to where the bits are, and 0 elsewhere. Returns how many there were. */
 int64_t unpack(const uint16_t *bits, const float *values, int64_t n, float *x) {
     int64_t taken = 0;
-    for (int64_t j = 0; j < n; j += LANES, bits++) {
-        const int64_t size = j + LANES < n ? LANES : n - j;
+    for (int64_t j = 0; j < n; j += WORD, bits++) {
+        const int64_t size = j + WORD < n ? WORD : n - j;
 #ifdef __AVX512F__
-        if (size == LANES) { /* reads nothing beyond what it puts back */
+        if (size == WORD) { /* reads nothing beyond what it puts back */
             _mm512_storeu_ps(x + j, _mm512_maskz_expandloadu_ps(*bits, values + taken));
             taken += __builtin_popcount(*bits);
             continue;
