@@ -24,7 +24,7 @@ def run(experiment: Experiment) -> str:
     counts = sorted({1, *(n or before for n in experiment.options.threads)})
     rows = []
     try:
-        for name, call in _work(device, dtype, quick).items():
+        for name, call in work(device, dtype, quick).items():
             sides = {str(n): _on_threads(call, n) for n in counts}
             times = interleaved(sides, 3 if quick else 12)
             row = {"what": name}
@@ -46,7 +46,8 @@ def _on_threads(call: Callable[[], object], count: int) -> Callable[[], None]:
     return called
 
 
-def _work(device: str, dtype: torch.dtype, quick: bool) -> dict[str, Callable[[], object]]:
+def work(device: str, dtype: torch.dtype, quick: bool) -> dict[str, Callable[[], object]]:
+    """What is timed: name → call."""
     generator = torch.Generator().manual_seed(0)
     small = CircuitGPTConfig(n_layer=2, d_model=256, vocab_size=512) if quick else None
     sparse = random_sparse_model(small or CircuitGPTConfig(), 1e-3, device, dtype).to_sparse()
@@ -56,7 +57,7 @@ def _work(device: str, dtype: torch.dtype, quick: bool) -> dict[str, Callable[[]
     def forward() -> torch.Tensor:
         return sparse(ids).logits
 
-    work: dict[str, Callable[[], object]] = {"forward, released shape, 1/1000": forward}
+    calls: dict[str, Callable[[], object]] = {"forward, released shape, 1/1000": forward}
     size = {"d_model": 256 if quick else 1024, "n_layer": 2 if quick else 4, "d_head": 16}
     batch = torch.randint(512, (16, 128), generator=generator).to(device)
     for density in (1 / 2, 1 / 64):
@@ -64,14 +65,14 @@ def _work(device: str, dtype: torch.dtype, quick: bool) -> dict[str, Callable[[]
             CircuitGPTConfig(vocab_size=2048, block_size=128, **size), density, device, dtype
         )
         step = TrainingStep(model, batch, density)
-        work[f"training step, d_model {size['d_model']}, 1/{1 / density:.0f}"] = step
+        calls[f"training step, d_model {size['d_model']}, 1/{1 / density:.0f}"] = step
     weight = torch.randn(4 * size["d_model"], size["d_model"], generator=generator)
 
     def project() -> None:
         project_topk_(weight.clone(), weight.numel() // 64, 4)
 
-    work[f"projection, {len(weight)} × {weight.shape[1]}, 1/64"] = project
-    return work
+    calls[f"projection, {len(weight)} × {weight.shape[1]}, 1/64"] = project
+    return calls
 
 
 if __name__ == "__main__":
