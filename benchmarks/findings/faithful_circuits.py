@@ -7,7 +7,7 @@ picks. Every circuit is then checked alike by `verify_circuit`, on held-out prom
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,19 @@ from ..experiment import Experiment, grouped, machine, mean, spread, stored, tab
 from .findings import SEARCHES, Loaded, loaded
 from .trained_models import FOLDER, training_summary
 
-BASE = replace(SEARCHES["brisk"], num_seeds=1)
+TARGET = 0.3
+BASE = replace(SEARCHES["brisk"], num_seeds=1, max_steps=360, target_loss=TARGET)
 _ADVERSARIAL = replace(
     BASE, outside="adversarial", adversary_steps=2, selection_supersets=12, adversary_nodes=16
 )
 RESTS: dict[str, PruningConfig] = {
     "off": BASE,
+    "off, stricter": replace(BASE, target_loss=TARGET / 2),
     "random": replace(BASE, outside="random"),
-    "adversarial": _ADVERSARIAL,
-    "adversarial, longer": replace(_ADVERSARIAL, max_steps=3 * BASE.max_steps),
+    "16 by an adversary": _ADVERSARIAL,
+    "any by an adversary": replace(
+        _ADVERSARIAL, max_steps=2 * BASE.max_steps, adversary_steps=4, adversary_nodes=0
+    ),
 }
 """What the rest does while circuits are looked for."""
 CHECKS = (
@@ -59,7 +63,6 @@ QUICKSTART = "quickstart"
 SPARSE = (QUICKSTART, "topk-128-seed0", "topk-128-seed1")
 DENSE = ("dense-abstopk-128-seed0", "dense-abstopk-128-seed1")
 PAIRS = dict(zip(SPARSE[1:], DENSE, strict=True))
-TARGET = 0.3
 ADVERSARIES = (16, 64)
 
 
@@ -75,7 +78,7 @@ def run(experiment: Experiment) -> str:
         if (row := _cell(experiment, name, task, rest, seed)) is not None
     ]
     for row in rows if not experiment.stored_only else ():
-        if row["seed"] == 0 and "refused" not in row:
+        if row["seed"] == 0 and row["rest"] in o.nonsense and "refused" not in row:
             _nonsense(experiment, row["model"], row["task"], row["rest"])
     return report(rows, experiment)
 
@@ -93,7 +96,7 @@ def _cell(
         say(f"{name}, {task}, rest {rest}, seed {seed}")
         model, tokenizer, means = _loaded(name, experiment.folder)
         of_task = _task(task, tokenizer, model)
-        config = replace(RESTS[rest], seed=seed, target_loss=TARGET)
+        config = replace(RESTS[rest], seed=seed)
         try:
             (circuit,) = find_circuits(model, of_task, config, reference=means, progress=False)
         except TaskNotLearnedError as error:
@@ -197,6 +200,9 @@ def report(rows: Sequence[dict[str, Any]], experiment: Experiment) -> str:
         "Beside the paper's search, over sparse models and tasks: geometric means of ratios of "
         "means over seeds; means of the checks:",
         table(_ratios(found)),
+        experiment.picture(
+            partial(_draw, found), "Skill beside adversaries against nodes", (11, 3.6), ncols=3
+        ),
         "Dense against sparse models of equal loss, by search:", table(_dense_ratios(found)),
         f"Not learned well enough for a target of {TARGET:g}: {', '.join(refused) or 'none'}.",
         _losses(experiment),
@@ -204,8 +210,9 @@ def report(rows: Sequence[dict[str, Any]], experiment: Experiment) -> str:
 
 
 EXPLANATION = f"""\
-Target loss {TARGET:g} nats (selected at 0.8 of it on training prompts), {BASE.max_steps} mask
-updates of {BASE.batch_size} pairs ("longer": three times as many), the masks' seed drawn anew.
+Target loss {TARGET:g} nats ("stricter": half of it; selected at 0.8 of it on training prompts),
+{BASE.max_steps} mask updates of {BASE.batch_size} pairs (beside any part that an adversary picks,
+twice as many), the masks' seed drawn anew.
 Skills (supersets, transfer) are shares of the whole model's accuracy above guessing. "nonsense" is
 what the same search, with the check bypassed that the model has learned the task, makes of answers
 that an irrelevant token decides: nodes used, and how often they are right on the prompts searched
@@ -269,6 +276,22 @@ def _dense_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
     return lines
 
 
+def _draw(rows: Sequence[dict[str, Any]], panels: Any) -> None:
+    """Skill against nodes, a panel for every adversary, a point for every circuit."""
+    names = [*(f"adversary of {most} nodes" for most in ADVERSARIES), "adversarial superset"]
+    for axes, name in zip(panels, names, strict=True):
+        for (rest,), of_search in grouped(rows, "rest").items():
+            sparse = [row for row in of_search if row["model"] in SPARSE and name in row]
+            axes.plot(
+                [row["nodes"] for row in sparse], [row[name] for row in sparse], "o", label=rest,
+                alpha=0.7, markersize=4,
+            )  # fmt: skip
+        axes.axhline(0.9, color="grey", linewidth=0.8)
+        axes.set(title=name, xscale="log", xlabel="nodes", ylim=(-0.1, 1.2))
+    panels[0].set_ylabel("share of the model's skill")
+    panels[0].legend(title="the rest, in the search", fontsize=7, title_fontsize=7)
+
+
 def _losses(experiment: Experiment) -> str:
     lines = [
         {"model": name, "validation loss": f"{summary['loss']:.3f}",
@@ -284,7 +307,7 @@ def main() -> None:
     Experiment.main(
         run, __doc__, "faithful_circuits", str(FOLDER), models=(*SPARSE, *DENSE),
         tasks=("single_double_quote", "while_return_true", "if_equals", "else_elif"),
-        rests=tuple(RESTS), seeds=3,
+        rests=tuple(RESTS), seeds=3, nonsense=("off", "16 by an adversary"),
     )  # fmt: skip
 
 

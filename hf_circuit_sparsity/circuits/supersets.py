@@ -5,7 +5,7 @@ whatever else runs beside it: with any part of the rest switched on, one choice 
 so that noise cannot be tuned to single prompts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -109,6 +109,7 @@ def adversarial_superset(
     rate: float = 0.25,
     restarts: int = 1,
     most: int | None = None,
+    begin: Sequence[Mapping[str, Tensor]] = (),
 ) -> dict[str, Tensor]:
     """The worst subset of the rest that was found, on these rows.
 
@@ -122,6 +123,7 @@ def adversarial_superset(
         rate: see [`ascend`].
         restarts: starts, each from another random subset.
         most: how many nodes it may have.
+        begin: subsets to start from beside those, site → bool `(width,)`.
 
     Returns:
         Site → bool `(width,)`, the circuit's nodes not among them.
@@ -130,9 +132,9 @@ def adversarial_superset(
     prepared = gated.prepare(rows)
     worst: dict[str, Tensor] = {}
     highest = -float("inf")
-    for _ in range(restarts):
-        widths = {site: len(mask) for site, mask in keep.items()}
-        start = {s: m[None].float() for s, m in random_superset(widths, generator).items()}
+    widths = {site: len(mask) for site, mask in keep.items()}
+    for start in [*begin, *(random_superset(widths, generator) for _ in range(restarts))]:
+        start = {s: m[None].float() for s, m in start.items()}
         outside = ascend(
             gated, rows, gates, start, lambda pairs: binary_loss(calibrated(pairs, rows)), steps,
             rate, prepared, most,

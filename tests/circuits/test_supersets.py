@@ -9,10 +9,12 @@ from hf_circuit_sparsity.circuits.ablation import mean_ablated, reference_means
 from hf_circuit_sparsity.circuits.evaluation import suite
 from hf_circuit_sparsity.circuits.evaluation.verification import verify_circuit
 from hf_circuit_sparsity.circuits.gating import GatedModel
+from hf_circuit_sparsity.circuits.pruning import selector
 from hf_circuit_sparsity.circuits.pruning.config import PruningConfig
 from hf_circuit_sparsity.circuits.pruning.find import find_circuit
 from hf_circuit_sparsity.circuits.supersets import adversarial_superset, random_superset
 from hf_circuit_sparsity.circuits.task_scores import (
+    Calibration,
     all_pair_logits,
     binary_accuracy,
     binary_loss,
@@ -76,6 +78,49 @@ def test_the_adversary_finds_what_breaks_a_circuit(loud):
     assert loss(nothing) < 0.1 and loss(everything) < 0.1 and loss(outside) > 1.0
     assert all(p.grad is None for p in loud.parameters())
     assert all(p.requires_grad for p in loud.parameters())
+
+
+def test_the_adversary_goes_on_from_what_it_is_given(loud):
+    means = reference_means(loud, reference_ids())
+    keep, seen = planted_masks(means.nodes), on_off_task().tensors("train")
+    gated = GatedModel(loud, means.nodes)
+    begin = {site: torch.zeros_like(mask) for site, mask in keep.items()}
+    begin["h.1.mlp.post_act"][LOUD[0]] = True
+
+    def attacked(*begun):
+        return adversarial_superset(
+            gated, task_rows(seen, slice(32)), keep, lambda pairs, _: pairs,
+            torch.Generator().manual_seed(0), steps=0, restarts=0, begin=begun,
+        )  # fmt: skip
+
+    harmless = {site: torch.zeros_like(mask) for site, mask in keep.items()}
+    found = attacked(harmless, begin)
+    assert all(torch.equal(found[site], begin[site]) for site in begin)
+
+
+@pytest.mark.parametrize("outside", ["adversarial", "random"])
+def test_candidates_face_what_did_most_harm_before(loud, outside, monkeypatch):
+    """Of many candidates some pass because the only attack was a weak one: such are not taken."""
+    begun = []
+
+    def recorded(*args, begin, **kwargs):
+        begun.append(begin)
+        return adversarial_superset(*args, begin=begin, **kwargs)
+
+    monkeypatch.setattr(selector, "adversarial_superset", recorded)
+    means = reference_means(loud, reference_ids())
+    config = PruningConfig(outside=outside, selection_supersets=4, target_loss=1000.0)
+    of = selector.Selector(loud, on_off_task().tensors("train"), means, Calibration(), config)
+    keep = planted_masks(means.nodes)
+    for _ in range(3):
+        of.loss(keep)
+    if outside == "random":
+        assert not begun
+        return
+    assert begun[0] == [] and len(begun) == 3
+    harm = [of._losses({s: (keep[s] | x[s])[None] for s in keep}, of._all)[0]
+            for x in of._outside[:2]]  # fmt: skip
+    assert begun[2] == [of._outside[harm.index(max(harm))]]
 
 
 def test_the_adversary_attacks_a_circuit_with_its_tokens_and_edges_cut(monkeypatch):

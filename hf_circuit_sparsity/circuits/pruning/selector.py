@@ -192,17 +192,20 @@ class Selector:
             return sum(losses) / len(losses)
         worst = max(losses, default=0.0)
         if search and worst <= self.target:
-            self._outside.append(self._attacked(keep))
+            # It goes on from what did most harm as well as anew: many candidates are tried, and one
+            # that passes because its only attack was a weak one would be taken.
+            begin = [self._outside[losses.index(worst)]] if losses else []
+            self._outside.append(self._attacked(keep, begin))
             del self._outside[:-_REMEMBERED]
             worst = max(worst, *measured(self._outside[-1:]))
         return worst
 
-    def _attacked(self, keep: Masks) -> Masks:
+    def _attacked(self, keep: Masks, begin: Sequence[Masks]) -> Masks:
         rows = trimmed(self._rows(few=True))
         return adversarial_superset(
             self.gated, rows, keep, lambda pairs, part: self.calibration.pairs(pairs, part),
             self._generator, self.config.selection_supersets, self.config.adversary_rate,
-            most=self.config.adversary_nodes or None,
+            most=self.config.adversary_nodes or None, begin=begin,
         )  # fmt: skip
 
     def reaches(self, keep: Masks, cut: Sequence[Edge] = ()) -> bool:
