@@ -137,11 +137,11 @@ def _generate(dense: CircuitGPTForCausalLM, sparse: CircuitGPTForCausalLM, quick
             new_tokens(dense, 95, 2, use_cache=False)
 
     def block_by_block() -> None:
-        sparse.transformer.decode_blocks = lambda *args: None  # as where somebody looks on
+        sparse.transformer.run_blocks = lambda *args: None  # as where somebody looks on
         try:
             new_tokens(sparse, 64, 64)
         finally:
-            del sparse.transformer.decode_blocks
+            del sparse.transformer.run_blocks
 
     # Recomputing costs in proportion to the length, which is 96 in the middle of the 64 tokens
     # that follow a prompt of 64: two steps there stand for all.

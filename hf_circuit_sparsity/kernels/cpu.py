@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .attention import AttentionKernels
+from .blocks import BlockKernels
 from .calling import takes
 from .compile import SWITCH, build, warn_that_there_are_none
-from .decode import DecodeKernels
 from .gates import GateKernels
 from .products import ProductKernels
 from .selection import SelectionKernels
@@ -30,7 +29,7 @@ logger = logging.get_logger(__name__)
 _switched_off = False
 
 
-class CpuKernels(SelectionKernels, ProductKernels, AttentionKernels, DecodeKernels, GateKernels):
+class CpuKernels(SelectionKernels, ProductKernels, BlockKernels, GateKernels):
     """All kernels; `load_kernels` makes the one instance."""
 
 

@@ -53,7 +53,7 @@ class SelectionKernels(Library):
         self._abs_topk([
             (
                 flat.data_ptr() + 4 * rows.start * flat.stride(0), flat.stride(0), len(rows), width,
-                k, out.data_ptr() + 4 * rows.start * width,
+                k, out.data_ptr() + 4 * rows.start * width, width,
                 0 if mask is None else mask.data_ptr() + rows.start * width,
             )
             for rows in pieces(len(flat), max(1, PIECE // width))

@@ -3,11 +3,11 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from . import causal_lm  # noqa: F401 (makes Conv1D one of the layers that run on nonzeros)
+from .blocks import run_blocks
 from .configuration_circuitgpt import ACTIVATION_SITES, CircuitGPTConfig
-from .decode import decode_blocks
 from .modeling_circuitgpt import CircuitGPTForCausalLM, CircuitGPTModel, NodeSite
 
-CircuitGPTModel.decode_blocks = decode_blocks
+CircuitGPTModel.run_blocks = run_blocks
 AutoConfig.register(CircuitGPTConfig.model_type, CircuitGPTConfig, exist_ok=True)
 AutoModel.register(CircuitGPTConfig, CircuitGPTModel, exist_ok=True)
 AutoModelForCausalLM.register(CircuitGPTConfig, CircuitGPTForCausalLM, exist_ok=True)

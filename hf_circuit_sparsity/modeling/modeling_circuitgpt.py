@@ -193,7 +193,7 @@ class CircuitGPTPreTrainedModel(SparsePreTrainedModel):
     _supports_sdpa = True  # not flex attention: that of transformers refuses sinks on the CPU
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    decode_blocks = staticmethod(lambda *args: None)  # the package's is faster; see decode.py
+    run_blocks = staticmethod(lambda *args: None)  # the package's is faster; see blocks.py
     _can_record_outputs = {"hidden_states": CircuitGPTBlock, "attentions": CircuitGPTAttention}  # noqa: RUF012
     # Older releases lack the first; the others are causal or pruning masks stored as buffers.
     _keys_to_ignore_on_load_missing = ["final_logits_bias"]  # noqa: RUF012
@@ -309,7 +309,7 @@ class CircuitGPTModel(CircuitGPTPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         x, positions, mask = self.embedded(x, attention_mask, position_ids, past_key_values)
-        done = None if kwargs else self.decode_blocks(x, positions, mask, past_key_values)
+        done = None if kwargs else self.run_blocks(x, positions, mask, past_key_values)
         for block in self.h if done is None else ():
             x, _ = block(x, positions, mask, past_key_values, **kwargs)
         x = x if done is None else done

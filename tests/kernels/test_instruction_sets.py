@@ -17,7 +17,7 @@ from hf_circuit_sparsity.kernels.cpu import load_kernels
 
 TESTS = (
     "kernels/test_cpu.py", "kernels/test_gates.py", "modeling/test_csr.py",
-    "modeling/test_attention.py", "modeling/test_decode.py",
+    "modeling/test_attention.py", "modeling/test_blocks.py",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from hf_circuit_sparsity.modeling.csr import CSR
 from hf_circuit_sparsity.modeling.functional import abs_topk, sdpa_attention_with_sink
 from hf_circuit_sparsity.optim.projection import project_topk_, project_topk_each_
 
-from ..modeling.test_decode import sparse_model, tokens
+from ..modeling.test_blocks import sparse_model, tokens
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no compiled kernels here")
 

@@ -1,4 +1,4 @@
-#include "lanes.h"
+#include "blocks.h"
 
 /* ---------------------------------------------------------------- one token through all blocks
  *
@@ -6,44 +6,6 @@
  * attention to the keys and values that are kept. All of it is in the cache of one core, and what a
  * call from Python costs exceeds what most of these steps take; so they are one call.
  */
-
-void abs_topk(const float *x, int64_t ld, int64_t rows, int64_t width, int64_t k, float *out,
-              uint8_t *mask);
-
-/* A linear layer by the columns of its weight, (rows, width): starts: (width + 1,); of every nonzero
- * its row, and its place among the values, which are in the order of rows. bias: (rows,) or NULL. */
-struct linear {
-    const int32_t *starts, *rows_of, *place;
-    const float *values, *bias;
-    int64_t rows, width;
-};
-
-/* Norms' weights, (width,) or NULL; k of every AbsTopK, 0 where all is kept; sinks, (heads,) or
- * NULL; keys and values of the tokens before, see `sizes`. */
-struct block {
-    struct linear attention_in, attention_out, mlp_in, mlp_out;
-    const float *norm_1, *norm_2, *position_norm_1, *position_norm_2, *sink;
-    float *keys, *values;
-    int64_t k_read, k_query, k_key, k_value, k_attended, k_after_attention;
-    int64_t k_mlp_read, k_neuron, k_mlp, k_after_mlp;
-};
-
-/* Keys and values are (sequences, heads, room, head_width); `past` of room are filled. */
-struct sizes {
-    int64_t sequences, width, position_width, heads, head_width, neurons, past, room;
-    int64_t relu, relu_residual;
-};
-
-static void keep_largest(float *x, int64_t width, int64_t k) {
-    if (k) abs_topk(x, width, 1, width, k, x, 0);
-}
-
-static void rms_norm(const float *x, const float *weight, int64_t width, float eps, float *out) {
-    double squares = 0;
-    for (int64_t j = 0; j < width; j++) squares += (double)x[j] * x[j];
-    const float scale = (float)(1 / __builtin_sqrt(squares / (double)width + eps));
-    for (int64_t j = 0; j < width; j++) out[j] = x[j] * scale * (weight ? weight[j] : 1.0f);
-}
 
 /* Columns of channels that are zero, most of them, are passed over. */
 static void multiply(const struct linear *w, const float *x, float *y) {
@@ -57,29 +19,6 @@ static void multiply(const struct linear *w, const float *x, float *y) {
         for (int32_t n = w->starts[j]; n < w->starts[j + 1]; n++)
             y[w->rows_of[n]] += by * w->values[w->place[n]];
     }
-}
-
-/* x P(X <= x) for a normal X; erf by 7.1.26 of Abramowitz and Stegun, to 1.5e-7. n: any. */
-static void gelu(float *x, int64_t n) {
-    for (int64_t j = 0; j < n; j += LANES) {
-        float piece[LANES] = {0};
-        const int64_t size = j + LANES < n ? LANES : n - j;
-        memcpy(piece, x + j, 4 * size);
-        const vec v = load(piece), negative = (vec){0} - v;
-        const vec z = where(v < 0, negative, v) * 0.70710678f;
-        const vec t = 1.0f / (1.0f + 0.3275911f * z);
-        vec poly = t * 1.061405429f - 1.453152027f;
-        poly = poly * t + 1.421413741f;
-        poly = poly * t - 0.284496736f;
-        poly = (poly * t + 0.254829592f) * t;
-        const vec rest = poly * exponential((vec){0} - z * z); /* 1 - erf(z) */
-        store(piece, v * 0.5f * where(v < 0, rest, 2.0f - rest));
-        memcpy(x + j, piece, 4 * size);
-    }
-}
-
-static void rectify(float *x, int64_t n) {
-    for (int64_t j = 0; j < n; j++) x[j] = x[j] < 0 ? 0 : x[j];
 }
 
 /* Attention of one head's query to `tokens` keys; seen: (tokens,) bytes, 0 for padding, or NULL.
@@ -133,11 +72,11 @@ void decode(const struct block *blocks, int64_t n_blocks, const struct sizes *z,
             rms_norm(stream, b->norm_1, z->width, eps, read);
             if (position)
                 rms_norm(position, b->position_norm_1, z->position_width, eps, read + z->width);
-            keep_largest(read, all, b->k_read);
+            keep_largest(read, all, 1, all, b->k_read);
             multiply(&b->attention_in, read, qkv);
-            keep_largest(qkv, inner, b->k_query);
-            keep_largest(qkv + inner, inner, b->k_key);
-            keep_largest(qkv + 2 * inner, inner, b->k_value);
+            keep_largest(qkv, inner, 1, inner, b->k_query);
+            keep_largest(qkv + inner, inner, 1, inner, b->k_key);
+            keep_largest(qkv + 2 * inner, inner, 1, inner, b->k_value);
             for (int64_t h = 0; h < z->heads; h++) {
                 const int64_t width = z->head_width, head = (s * z->heads + h) * z->room * width;
                 float *keys = b->keys + head, *values = b->values + head;
@@ -148,25 +87,25 @@ void decode(const struct block *blocks, int64_t n_blocks, const struct sizes *z,
                           attended + h * width);
             }
             multiply(&b->attention_out, attended, written);
-            keep_largest(written, z->width, b->k_attended);
+            keep_largest(written, z->width, 1, z->width, b->k_attended);
             for (int64_t j = 0; j < z->width; j++) stream[j] += written[j];
             if (z->relu_residual) rectify(stream, z->width);
-            keep_largest(stream, z->width, b->k_after_attention);
+            keep_largest(stream, z->width, 1, z->width, b->k_after_attention);
 
             rms_norm(stream, b->norm_2, z->width, eps, read);
             if (position)
                 rms_norm(position, b->position_norm_2, z->position_width, eps, read + z->width);
-            keep_largest(read, all, b->k_mlp_read);
+            keep_largest(read, all, 1, all, b->k_mlp_read);
             multiply(&b->mlp_in, read, neurons);
             if (z->relu)
                 rectify(neurons, z->neurons);
             else
                 gelu(neurons, z->neurons);
-            keep_largest(neurons, z->neurons, b->k_neuron);
+            keep_largest(neurons, z->neurons, 1, z->neurons, b->k_neuron);
             multiply(&b->mlp_out, neurons, written);
-            keep_largest(written, z->width, b->k_mlp);
+            keep_largest(written, z->width, 1, z->width, b->k_mlp);
             for (int64_t j = 0; j < z->width; j++) stream[j] += written[j];
             if (z->relu_residual) rectify(stream, z->width);
-            keep_largest(stream, z->width, b->k_after_mlp);
+            keep_largest(stream, z->width, 1, z->width, b->k_after_mlp);
         }
 }

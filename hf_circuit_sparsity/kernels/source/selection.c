@@ -113,16 +113,17 @@ static uint32_t find_threshold(const float *x, int64_t width, int64_t k, struct 
 }
 
 /* AbsTopK of `rows` rows: of each the k largest magnitudes, the first of equals.
- * out: (rows, width) the kept entries and zeros, or NULL; mask: (rows, width) bytes, or NULL. */
+ * out: (rows, width) the kept entries and zeros, or NULL; mask: (rows, width) bytes, or NULL.
+ * Without a mask it may be done in place. */
 void abs_topk(const float *x, int64_t ld, int64_t rows, int64_t width, int64_t k, float *out,
-              uint8_t *mask) {
+              int64_t ld_out, uint8_t *mask) {
     struct guess guess = {0x3f000000u, 0x3f800000u}; /* 0.5 and 1 */
     for (int64_t i = 0; i < rows; i++, x += ld) {
         const uint32_t *bits = (const uint32_t *)x;
         int64_t reaching;
         const uint32_t threshold = find_threshold(x, width, k, &guess, &reaching);
         if (out) {
-            uint32_t *o = (uint32_t *)(out + i * width);
+            uint32_t *o = (uint32_t *)(out + i * ld_out);
             for (int64_t j = 0; j < width; j++)
                 o[j] = (bits[j] & MAGNITUDE) >= threshold ? bits[j] : 0;
         }
@@ -133,13 +134,13 @@ void abs_topk(const float *x, int64_t ld, int64_t rows, int64_t width, int64_t k
         /* The last of the equals are too many. Zeros need no care where only values are wanted. */
         for (int64_t j = width - 1; reaching > k && (mask || threshold) && j >= 0; j--) {
             if ((bits[j] & MAGNITUDE) != threshold) continue;
-            if (out) out[i * width + j] = 0;
+            if (out) out[i * ld_out + j] = 0;
             if (mask) mask[i * width + j] = 0;
             reaching--;
         }
     }
 }
-SHARED(abs_topk, AT(0), a[1], a[2], a[3], a[4], AT(5), AT(6))
+SHARED(abs_topk, AT(0), a[1], a[2], a[3], a[4], AT(5), a[6], AT(7))
 
 /* out = where(mask, grad, 0): the gradient of AbsTopK. */
 void masked(const float *grad, const uint8_t *mask, int64_t n, float *out) {

@@ -1,9 +1,10 @@
-"""The blocks of a CircuitGPT on one token more, as text is generated, in one call.
+"""The blocks of a CircuitGPT where nobody looks on, by kernels that do all of a block.
 
-What a block computes on one token takes less time than the calls of its modules do. So where nobody
-looks on (no hooks, no gradients) and all weights are held by their nonzeros, the blocks are not
-called one by one; see `kernels/decode.py`. The blocks themselves are the plain path beside it. This
-file stays behind when the model's code travels.
+What a block computes on one token, as text is generated, takes less time than the calls of its
+modules do; on many, writing and reading what every module gives takes more than computing it. So
+without hooks and gradients, where all weights are held by their nonzeros, the modules are not
+called one by one; see `kernels/blocks.py`. They are the plain path beside it. This file stays
+behind when the model's code travels.
 """
 
 import ctypes
@@ -27,7 +28,7 @@ from .modeling_circuitgpt import (
 )
 from .sparse_layers import SparseLinear
 
-_kernels = importlib.import_module("..kernels.decode", __package__)
+_kernels = importlib.import_module("..kernels.blocks", __package__)
 _HEAD_WIDTHS = importlib.import_module("..kernels.attention", __package__).ATTENTION_WIDTHS
 
 # Exactly these: what is derived from them, or put in their place, may compute something else.
@@ -41,7 +42,7 @@ _INSTEAD = ("forward", "_call_impl")
 _EPS = torch.finfo(torch.float32).eps  # of the norms
 
 
-def decode_blocks(
+def run_blocks(
     model: CircuitGPTModel,
     x: Tensor,
     positions: Tensor | None,
@@ -52,20 +53,39 @@ def decode_blocks(
 
     Args:
         model: in evaluation, with `to_sparse()`.
-        x: `(B, 1, D)`, the stream before them.
-        positions: `(B or 1, 1, d_pos_emb)`, where positions are concatenated.
-        mask: `(B, 1, 1, past + 1)`, True for tokens; None where all are.
-        cache: of at least one token before; the new keys and values are added to it.
+        x: `(B, T, D)`, the stream before them.
+        positions: `(B or 1, T, d_pos_emb)`, where positions are concatenated.
+        mask: `(B, 1, 1, past + 1)`, True for tokens; None where all before a token are.
+        cache: to which the new keys and values are added: of at least one token before where T is
+            1, else an empty one or none.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.shape[1] != 1:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    if x.shape[-1] != model.config.d_model:  # the blocks say so
         return None
     kernels = compiled_kernels(x) if positions is None else compiled_kernels(x, positions)
-    if kernels is None or not _fits(cache, model, x, mask) or not _unwatched(model.h):
+    fits = _one_more if x.shape[1] == 1 else _from_the_first
+    if kernels is None or not fits(cache, model, x, mask) or not _unwatched(model.h):
         return None
     width = 0 if positions is None else positions.shape[-1]
     described = _described(model) if width == (model.config.d_pos_emb or 0) else None
     if described is None:
         return None
+    if positions is not None:
+        positions = positions.expand(*x.shape[:2], -1).flatten(0, 1).contiguous()
+    if x.shape[1] == 1:
+        return _decoded(kernels, model, described, x, positions, mask, cache)
+    sinks = [_sink(block) for block in model.h]
+    out, seen = kernels.all_tokens(described, _shape(model), sinks, x, positions)
+    for i, (keys, values) in enumerate(seen if cache is not None else ()):
+        cache.update(keys, values, i)
+    return out
+
+
+def _decoded(
+    kernels: Any, model: CircuitGPTModel, described: "ctypes.Array[Any]", x: Tensor,
+    positions: Tensor | None, mask: Tensor | None, cache: DynamicCache,
+) -> Tensor:  # fmt: skip
     blocks = type(described).from_buffer_copy(described)  # other threads have caches of their own
     past = cache.layers[0].keys.shape[2]
     rooms = [_room_of(layer) for layer in cache.layers]
@@ -73,11 +93,8 @@ def decode_blocks(
         rooms = [_Room(layer) for layer in cache.layers]
     for block, room in zip(blocks, rooms, strict=True):
         block.keys, block.values = room.keys.data_ptr(), room.values.data_ptr()
-    batch, shape = len(x), _shape(model)
-    if positions is not None:
-        positions = positions.expand(batch, 1, -1).contiguous()
-    seen = None if mask is None else mask.expand(batch, 1, 1, -1).contiguous()
-    out = kernels.decode(blocks, shape, x[:, 0], positions, seen, past, rooms[0].size)
+    seen = None if mask is None else mask.expand(len(x), 1, 1, -1).contiguous()
+    out = kernels.decode(blocks, _shape(model), x[:, 0], positions, seen, past, rooms[0].size)
     for layer, room in zip(cache.layers, rooms, strict=True):
         room.used = past + 1
         room.show(layer)
@@ -122,26 +139,42 @@ def _room_of(layer: DynamicLayer) -> _Room:
     return room if room is not None and room.continues(layer) else _Room(layer)
 
 
-def _fits(cache: Cache | None, model: CircuitGPTModel, x: Tensor, mask: Tensor | None) -> bool:
+def _from_the_first(
+    cache: Cache | None, model: CircuitGPTModel, x: Tensor, mask: Tensor | None
+) -> bool:
+    """Whether these are all tokens, each of which sees those before it."""
+    config = model.config
+    if mask is not None or config._attn_implementation != "sdpa" or not x.numel():
+        return False
+    if config.d_head not in _HEAD_WIDTHS:
+        return False
+    return cache is None or (_is_plain(cache, model) and not cache.get_seq_length())
+
+
+def _one_more(cache: Cache | None, model: CircuitGPTModel, x: Tensor, mask: Tensor | None) -> bool:
     """Whether the cache is of the plain kind, and the mask says nothing but what is padding."""
     config = model.config
-    if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) != len(model.h):
+    if cache is None or not _is_plain(cache, model):
         return False
     if config._attn_implementation not in ("sdpa", "eager") or config.d_head not in _HEAD_WIDTHS:
         return False
-    if any(type(layer) is not DynamicLayer or not layer.get_seq_length() for layer in cache.layers):
+    if any(not layer.get_seq_length() for layer in cache.layers):
         return False
     past = cache.layers[0].keys.shape[2]
     shape = (len(x), config.n_head, past, config.d_head)
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     if any(tensor.shape != shape for tensor in tensors) or not compiled_kernels(*tensors):
         return False
-    if x.shape[-1] != config.d_model:  # the blocks say so
-        return False
     if mask is None:
         return True
     fits = mask.dtype == torch.bool and mask.shape[1:] == (1, 1, past + 1)
     return fits and bool(mask[..., -1].all())  # a token sees itself at least
+
+
+def _is_plain(cache: Cache, model: CircuitGPTModel) -> bool:
+    if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) != len(model.h):
+        return False
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _unwatched(blocks: nn.ModuleList) -> bool:
@@ -227,7 +260,7 @@ class _Decoded:
 
     def __init__(self, model: CircuitGPTModel, key: list[int], tensors: list[Tensor]) -> None:
         self.key, self.held = key, tensors
-        self.blocks = (_kernels.DecodedBlock * len(model.h))(*map(self._block, model.h))
+        self.blocks = (_kernels.Block * len(model.h))(*map(self._block, model.h))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()
@@ -241,7 +274,7 @@ class _Decoded:
             "k_read", "k_query", "k_key", "k_value", "k_attended", "k_after_attention",
             "k_mlp_read", "k_neuron", "k_mlp", "k_after_mlp",
         )  # fmt: skip
-        return _kernels.DecodedBlock(
+        return _kernels.Block(
             sink=None if sink is None else sink.sink_logit.data_ptr(),
             **dict(zip(linears, map(self._linear, _linears(block)), strict=True)),
             **{n: norm.weight.data_ptr() for n, norm in zip(norms, _norms(block), strict=False)},
@@ -252,11 +285,18 @@ class _Decoded:
         rows, width = layer.shape
         pattern = compiled_kernels().transpose_pattern(layer.row_starts, layer.columns, width)
         self.held += pattern
-        starts, rows_of, place = (tensor.data_ptr() for tensor in pattern)
+        by_rows = (layer.row_starts.data_ptr(), layer.columns.data_ptr())
+        by_columns = (tensor.data_ptr() for tensor in pattern)
         bias = None if layer.bias is None else layer.bias.data_ptr()
         # The values themselves, not a copy: they may be trained in between.
         values = layer.values.data_ptr()
-        return _kernels.LinearByColumns(starts, rows_of, place, values, bias, rows, width)
+        return _kernels.Linear(*by_rows, *by_columns, values, bias, rows, width)
+
+
+def _sink(block: CircuitGPTBlock) -> Tensor:
+    """The sinks of a block; where it has none, what adds nothing to a softmax."""
+    sink, heads = block.attn.attn_imp, block.attn.config.n_head
+    return torch.full((heads,), -1e30) if sink is None else sink.sink_logit
 
 
 def _nothing() -> None:
@@ -300,7 +340,7 @@ def _k(site: AbsTopK) -> int:
 
 def _shape(model: CircuitGPTModel) -> Any:
     config = model.config
-    return _kernels.DecodedShape(
+    return _kernels.BlockShape(
         width=config.d_model,
         position_width=config.d_pos_emb or 0,
         heads=config.n_head,

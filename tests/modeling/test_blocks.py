@@ -1,4 +1,4 @@
-"""One new token through all blocks in one call: the same as the blocks, wherever it is taken."""
+"""Blocks by kernels, on one new token or on all: the same as the blocks, wherever it is taken."""
 
 import copy
 
@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from hf_circuit_sparsity import CircuitGPTConfig, CircuitGPTForCausalLM
-from hf_circuit_sparsity.kernels.cpu import load_kernels, without_kernels
-from hf_circuit_sparsity.modeling.decode import _Room
+from hf_circuit_sparsity.kernels.cpu import CpuKernels, load_kernels, without_kernels
+from hf_circuit_sparsity.modeling.blocks import _Room
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no compiled kernels here")
 
@@ -69,6 +69,71 @@ def taken(cache: DynamicCache) -> bool:
     return room is not None and room.used == cache.get_seq_length()
 
 
+@pytest.fixture
+def at_once(monkeypatch) -> list[tuple[int, ...]]:
+    """The shapes of the streams that go through all blocks by kernels."""
+    shapes = []
+    all_tokens = CpuKernels.all_tokens
+
+    def recorded(self, blocks, shape, sinks, x, positions):
+        shapes.append(tuple(x.shape))
+        return all_tokens(self, blocks, shape, sinks, x, positions)
+
+    monkeypatch.setattr(CpuKernels, "all_tokens", recorded)
+    return shapes
+
+
+@pytest.mark.parametrize(("batch", "n"), [(1, 2), (1, 33), (3, 40)])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_all_tokens_give_what_the_blocks_give(variant, batch, n, at_once):
+    model, ids = sparse_model(**VARIANTS[variant]), tokens(batch, n)
+    cache, plain_cache = (DynamicCache(config=model.config) for _ in range(2))
+    fast = model(ids, past_key_values=cache).logits
+    assert at_once == [(batch, n, 48)]
+    with without_kernels():
+        plain = model(ids, past_key_values=plain_cache).logits
+    assert len(at_once) == 1
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
+    for layer, other in zip(cache.layers, plain_cache.layers, strict=True):
+        torch.testing.assert_close(layer.keys, other.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.values, other.values, rtol=1e-4, atol=1e-4)
+    step = tokens(batch, 1, seed=7)
+    after = model(step, past_key_values=cache).logits
+    assert taken(cache)
+    whole = model(torch.cat([ids, step], 1), use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(after, whole, rtol=1e-4, atol=1e-4)
+    untouched = model.lm_head(model.transformer.ln_f(model.transformer.wte(ids)))
+    assert (fast - untouched).abs().mean() > 0.1 * fast.abs().mean()
+
+
+@torch.no_grad()
+def test_tokens_after_others_or_beside_padding_go_through_the_blocks(at_once):
+    model, ids = sparse_model(), tokens(2)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :8], past_key_values=cache)
+    rest = model(ids[:, 8:], past_key_values=cache).logits
+    padded = torch.ones_like(ids)
+    padded[0, :3] = 0
+    model(ids, attention_mask=padded)
+    sparse_model()(ids, output_hidden_states=True)  # leaves hooks behind
+    assert at_once == [(2, 8, 48)]
+    torch.testing.assert_close(rest, model(ids).logits[:, 8:], rtol=1e-4, atol=1e-4)
+    eager = sparse_model()
+    eager.set_attn_implementation("eager")
+    at_once.clear()
+    assert eager(ids, output_attentions=True).attentions[0].shape[-1] == 24 and not at_once
+    torch.testing.assert_close(eager(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    model.bfloat16()(ids)
+    assert at_once == [(2, 24, 48)]
+
+
+def test_a_gradient_goes_through_the_blocks(at_once):
+    model, ids = sparse_model(), tokens()
+    model(ids, labels=ids).loss.backward()
+    assert model.transformer.h[0].mlp.c_fc.values.grad.abs().sum() > 0 and not at_once
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_it_gives_what_the_blocks_give(variant, batch):
@@ -83,9 +148,9 @@ def test_it_gives_what_the_blocks_give(variant, batch):
         torch.testing.assert_close(layer.keys, other.keys, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(layer.values, other.values, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        at_once = model(ids).logits[:, 8:]
+        whole = model(ids).logits[:, 8:]
         untouched = model.lm_head(model.transformer.ln_f(model.transformer.wte(ids[:, 8:])))
-    torch.testing.assert_close(fast, at_once, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fast, whole, rtol=1e-4, atol=1e-4)
     # Else the blocks could be left out and nobody would notice.
     assert (fast - untouched).abs().mean() > 0.1 * fast.abs().mean()
 
@@ -175,12 +240,13 @@ def in_training(model):
         another_scale, a_norm_without_weights, another_order, nothing_kept, in_training,
     ],
 )  # fmt: skip
-def test_where_somebody_looks_on_or_has_changed_something_blocks_are_called(change):
+def test_where_somebody_looks_on_or_has_changed_something_blocks_are_called(change, at_once):
     model, ids = sparse_model(), tokens()
     one_by_one(model, ids)  # has been taken before
     change(model)
+    at_once.clear()
     logits, cache = one_by_one(model, ids)
-    assert not taken(cache)
+    assert not taken(cache) and not at_once
     with without_kernels():
         plain, _ = one_by_one(model, ids)
     torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-4)
