@@ -2,7 +2,8 @@
 
 One of these changes, the others stay. An exponent is the slope of a straight line through the
 logarithms of time and size, and the one in brackets that of the last step alone. "What grows" names
-the kinds of modules that take most at the largest size, and how much of it.
+the kinds of modules that take most at the largest size, and how much of it, of a pass in which they
+are called one by one.
 """
 
 from collections.abc import Callable
