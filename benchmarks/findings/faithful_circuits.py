@@ -77,9 +77,9 @@ def run(experiment: Experiment) -> str:
         for rest in o.rests
         if (row := _cell(experiment, name, task, rest, seed)) is not None
     ]
-    for row in rows if not experiment.stored_only else ():
+    for row in rows:
         if row["seed"] == 0 and row["rest"] in o.nonsense and "refused" not in row:
-            _nonsense(experiment, row["model"], row["task"], row["rest"])
+            row["nonsense"] = _nonsense(experiment, row["model"], row["task"], row["rest"])
     return report(rows, experiment)
 
 
@@ -182,7 +182,7 @@ def report(rows: Sequence[dict[str, Any]], experiment: Experiment) -> str:
     found = [row for row in rows if "refused" not in row]
     lines = []
     for (name, task, rest), of_search in grouped(found, "model", "task", "rest").items():
-        nonsense = _nonsense(experiment, name, task, rest)
+        nonsense = next((row["nonsense"] for row in of_search if row.get("nonsense")), None)
         line: dict[str, object] = {
             "model": name, "task": task, "rest": rest, "seeds": len(of_search),
         }  # fmt: skip

@@ -29,6 +29,8 @@ _HOPELESS = 2.0
 # So many supersets that broke a candidate are tried on the next one before the adversary looks for
 # another.
 _REMEMBERED = 8
+# So many of these when candidates are only put in order.
+_GLANCED_AT = 2
 # Rows of a forward pass, roughly; of small models more, up to so many numbers in a hidden state, so
 # that many circuits are measured in one pass.
 _ROWS, _HIDDEN_STATE = 256, 2**18
@@ -187,14 +189,16 @@ class Selector:
             gates = {s: mask | stacked[s].to(mask) for s, mask in keep.items()}
             return self._losses(gates, rows)
 
-        losses = measured(self._outside) if self._outside else []
+        all_of_them = search or self.config.outside == "random"
+        tried = self._outside if all_of_them else self._outside[-_GLANCED_AT:]
+        losses = measured(tried) if tried else []
         if self.config.outside == "random":
             return sum(losses) / len(losses)
         worst = max(losses, default=0.0)
         if search and worst <= self.target:
             # It goes on from what did most harm as well as anew: many candidates are tried, and one
             # that passes because its only attack was a weak one would be taken.
-            begin = [self._outside[losses.index(worst)]] if losses else []
+            begin = [tried[losses.index(worst)]] if losses else []
             self._outside.append(self._attacked(keep, begin))
             del self._outside[:-_REMEMBERED]
             worst = max(worst, *measured(self._outside[-1:]))

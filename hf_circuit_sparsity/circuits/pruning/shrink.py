@@ -112,7 +112,7 @@ def drop_unneeded(keep: Masks, selector: Selector, progress: bool = True) -> Mas
     while len(nodes) > _FEW_NODES:
         estimates = selector.estimates(without(())[0])
         ordered = sorted(nodes, key=lambda node: estimates[node[0]][node[1]].item())
-        dropped = selector.drop_in_order(ordered, without, patience=3)
+        dropped = selector.drop_in_order(ordered, without, patience=max(3, len(nodes) // 16))
         if not dropped:
             break
         keep = without(dropped)[0]
