@@ -90,8 +90,7 @@ def eager_attention_forward(
         # The sink takes part in the softmax and then drops out: it only adds to the denominator.
         sink = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = weights[..., : key.shape[-2]]
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[-2]]
     attended = F.dropout(weights, p=dropout, training=module.training) @ value
     return attended.transpose(1, 2), weights
 

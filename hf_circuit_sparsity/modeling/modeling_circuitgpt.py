@@ -76,9 +76,7 @@ class CircuitGPTAttention(nn.Module):
         inner = config.n_head * config.d_head
         self.act_in = NodeSite(config.d_model_in, config.site_k("attn_in"))
         self.c_attn = nn.Linear(config.d_model_in, 3 * inner, bias=config.bias)
-        self.q = NodeSite(inner, config.site_k("attn_q"))
-        self.k = NodeSite(inner, config.site_k("attn_k"))
-        self.v = NodeSite(inner, config.site_k("attn_v"))
+        self.q, self.k, self.v = (NodeSite(inner, config.site_k(f"attn_{s}")) for s in "qkv")
         self.attn_imp = AttentionSink(config.n_head) if config.sink else None
         self.c_proj = nn.Linear(inner, config.d_model, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -95,7 +93,10 @@ class CircuitGPTAttention(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         if cache is not None:  # of continuous batching; transformers' attention for it has no sinks
-            k, v = cache.update(k, v, self.layer_idx, kwargs)
+            new = "kwargs" in cache.update.__code__.co_varnames  # transformers later than 5.17
+            at = (kwargs,) if new else (kwargs["read_index"], kwargs["write_index"])
+            k, v = cache.update(k, v, self.layer_idx, *at)
+            k, v = (part if new else part.transpose(0, 1)[None] for part in (k, v))
         name = self.config._attn_implementation.removeprefix("paged|") if x.numel() else "eager"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         if self.attn_imp is not None:
