@@ -36,6 +36,8 @@ _GLANCED_AT = 2
 _ROWS, _HIDDEN_STATE = 256, 2**18
 # Of models that are narrower all else takes so long that collapsing them saves nothing.
 _WIDE = 128
+# Where so many of the cheapest cannot go, the others are not tried: large circuits would take hours.
+_PATIENCE = 64
 # Circuits that are listed at once.
 _AT_ONCE = 64
 
@@ -246,7 +248,7 @@ class Selector:
         name: str,
         progress: bool,
     ) -> list[Any]:
-        """The items that can go, found greedily: cheapest first, until none can go any more.
+        """The items that can go, found greedily: cheapest first, until none of the cheapest can go.
 
         Args:
             items: what may go.
@@ -269,7 +271,7 @@ class Selector:
             hopeful = sorted(
                 (i for i in left if costs[i] <= slack * self.target), key=costs.__getitem__
             )
-            dropped = self.drop_in_order(hopeful, without, gone)
+            dropped = self.drop_in_order(hopeful, without, gone, _PATIENCE)
             if not dropped:
                 return gone
             gone += dropped
