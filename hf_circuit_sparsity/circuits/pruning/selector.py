@@ -36,7 +36,7 @@ _GLANCED_AT = 2
 _ROWS, _HIDDEN_STATE = 256, 2**18
 # Of models that are narrower all else takes so long that collapsing them saves nothing.
 _WIDE = 128
-# Where so many of the cheapest cannot go, the others are not tried: large circuits would take hours.
+# Where so many of the cheapest cannot go, others are not tried: large circuits would take hours.
 _PATIENCE = 64
 # Circuits that are listed at once.
 _AT_ONCE = 64
