@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .calling import LANES, Library, Shared, float_bits, pieces
 
-# Channels that a head may have.
-ATTENTION_WIDTHS = (LANES, 2 * LANES, 4 * LANES)
+# Channels that a head may have, as in attention.c.
+ATTENTION_WIDTHS = (16, 32, 64)
 
 
 class AttentionKernels(Library):

@@ -2,7 +2,7 @@
 blocks.c."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,8 +94,9 @@ class BlockKernels(AttentionKernels):
         sinks: Sequence[Tensor],
         x: Tensor,
         positions: Tensor | None,
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """The stream after all blocks, and the keys and values of each, `(B, H, T, head_width)`.
+        keep: Callable[[Tensor, Tensor, int], object] | None,
+    ) -> Tensor:
+        """The stream after all blocks.
 
         Args:
             blocks: of which keys, values and sinks are not read.
@@ -103,6 +104,8 @@ class BlockKernels(AttentionKernels):
             sinks: of every block, `(heads,)`.
             x: `(B, T, width)`, T at least 2; every token sees itself and those before it.
             positions: `(B * T, position_width)`, contiguous, if there are any.
+            keep: called with the keys and values of every block, `(B, H, T, head_width)`, and its
+                index; what it does not copy keeps the block's queries in memory as well.
         """
         s, (batch, tokens, _) = shape, x.shape
         sizes = s.with_cache(0, 0, 0)
@@ -128,14 +131,14 @@ class BlockKernels(AttentionKernels):
 
         read_next = torch.empty(batch, tokens, 3, s.heads, s.head_width)
         go_on(None, None, read_next)
-        seen = []
         for i, sink in enumerate(sinks):
             query, key, value = (part.transpose(1, 2) for part in read_next.unbind(2))
-            seen.append((key, value))
+            if keep is not None:
+                keep(key, value, i)
             attended = self.attend(query, key, value, sink, s.scale)[0].transpose(1, 2)
             read_next = torch.empty_like(read_next) if i + 1 < len(sinks) else None
             go_on(i, attended, read_next)
-        return stream, seen
+        return stream
 
     def decode(
         self,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LANES = 16  # as in lanes.h
+LANES = 16  # as in lanes.h, where vectors are widest
 PIECE = 1 << 16  # entries worth a thread of their own
 
 Piece = TypeVar("Piece")

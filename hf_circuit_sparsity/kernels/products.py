@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .calling import LANES, Library, Shared, as_rows, declare, pieces
 
-# As in products.c.
+# As in products.c, where vectors are widest.
 _BLOCK = 1024
 _PANEL = 128
 _TOKENS = 64

@@ -19,6 +19,8 @@ from .calling import (
     takes,
 )  # fmt: skip
 
+_WORD = 16  # bits, as in selection.c
+
 
 class SelectionKernels(Library):
     """Kernels of selection.c."""
@@ -122,7 +124,7 @@ class SelectionKernels(Library):
             mask: bool `(n,)`; the nonzeros if not given.
         """
         x, n = x.detach().contiguous(), x.numel()
-        words = torch.empty(-(-n // LANES), dtype=torch.int16)
+        words = torch.empty(-(-n // _WORD), dtype=torch.int16)
         mask = None if mask is None else mask.contiguous()
 
         def work(piece: range) -> Tensor:
@@ -130,7 +132,7 @@ class SelectionKernels(Library):
             values = torch.empty(len(piece) + LANES)
             taken = self._pack(
                 x.data_ptr() + 4 * start, None if mask is None else mask.data_ptr() + start,
-                len(piece), words.data_ptr() + start // LANES * 2, values.data_ptr(),
+                len(piece), words.data_ptr() + start // _WORD * 2, values.data_ptr(),
             )  # fmt: skip
             return values[:taken].clone()
 
@@ -140,7 +142,7 @@ class SelectionKernels(Library):
 
     def unpack(self, bits: Tensor, values: Tensor, n: int) -> Tensor:
         """The vector of `n` entries whose nonzeros [`pack`] took."""
-        out, words = torch.empty(n), np.zeros(2 * -(-n // LANES), np.uint8)
+        out, words = torch.empty(n), np.zeros(2 * -(-n // _WORD), np.uint8)
         words[: len(bits)] = bits.numpy()
         ranges = pieces(n, PIECE)
         counts = [_ONES[words[r.start // 8 : -(-r.stop // 8)]].sum(dtype=np.int64) for r in ranges]

@@ -76,10 +76,8 @@ def run_blocks(
     if x.shape[1] == 1:
         return _decoded(kernels, model, described, x, positions, mask, cache)
     sinks = [_sink(block) for block in model.h]
-    out, seen = kernels.all_tokens(described, _shape(model), sinks, x, positions)
-    for i, (keys, values) in enumerate(seen if cache is not None else ()):
-        cache.update(keys, values, i)
-    return out
+    keep = None if cache is None else cache.update
+    return kernels.all_tokens(described, _shape(model), sinks, x, positions, keep)
 
 
 def _decoded(

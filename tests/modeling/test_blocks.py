@@ -75,9 +75,9 @@ def at_once(monkeypatch) -> list[tuple[int, ...]]:
     shapes = []
     all_tokens = CpuKernels.all_tokens
 
-    def recorded(self, blocks, shape, sinks, x, positions):
+    def recorded(self, blocks, shape, sinks, x, *rest):
         shapes.append(tuple(x.shape))
-        return all_tokens(self, blocks, shape, sinks, x, positions)
+        return all_tokens(self, blocks, shape, sinks, x, *rest)
 
     monkeypatch.setattr(CpuKernels, "all_tokens", recorded)
     return shapes

@@ -4,8 +4,9 @@
  *
  * One sequence and head at a time, whose keys and values then lie in the first cache. LANES queries
  * are taken at once, one in every lane: a score is then a vector, the softmax needs no sum across
- * lanes, and what is read of a key or value is read once for all of them. That three quarters of all
- * channels are zero is left unused: passing over them costs as much as it saves (docs/speed.md).
+ * lanes, and what is read of a key or value is read once for all of them. That three quarters of
+ * all channels are zero is left unused: lists of the others would save a quarter of the time at
+ * best, before they are made (benchmarks/results/sparse_execution.md).
  * Matrices of a head are (tokens, channels); see `struct heads` for where they are.
  */
 
